@@ -1,0 +1,5 @@
+"""`python -m distft`: the command line."""
+
+from distft.cli import main
+
+main()

@@ -1,0 +1,23 @@
+"""quickstart."""
+
+from __future__ import annotations
+
+import click
+
+from distft.cli import options
+
+
+@click.command()
+@click.argument("folder", default="quickstart", metavar="[DIR]")
+@options.width
+def quickstart(folder: str, nodes: int | None, gpus_per_node: int | None) -> None:
+    """Write a small base model, data and recipes into DIR, with no network.
+
+    The base model is really trained, on the standard library's sources (a minute or two); DIR/recipe.yaml then
+    fine-tunes it with LoRA.
+    """
+    from rich.console import Console
+
+    from distft import quickstart
+
+    quickstart.build(folder, nodes, gpus_per_node, Console())

@@ -1,0 +1,100 @@
+"""status, logs, cancel: runs that were started."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distft.cli import options
+
+FOLLOW_SECONDS = 0.3
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@options.OUTPUT_DIR
+@options.JSON
+def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
+    """Say how RUN, or every run of the output folder, is doing."""
+    from distft.launching import describe_run
+    from distft.run_dir import RunDir
+
+    found = [RunDir.find(word, output_dir) for word in runs]
+    if not runs:
+        found = [RunDir(path.parent.absolute()) for path in sorted(Path(output_dir).glob("*/status.json"))]
+    described = [describe_run(run) for run in found]
+    if as_json:
+        options.print_json({"runs": described})
+        return
+    if not described:
+        click.echo(f"no runs in {output_dir}/")
+    for run in described:
+        click.echo(_line(run))
+
+
+def _line(run: dict[str, Any]) -> str:
+    step = f"step {run['step']}/{run['max_steps']}" if run.get("max_steps") else ""
+    heldout = f"held-out loss {run['heldout_loss_before']:.4f}" if "heldout_loss_before" in run else ""
+    if "heldout_loss_after" in run:
+        heldout += f" -> {run['heldout_loss_after']:.4f}"
+    parts = [f"{run['run']:<24} {run['state'] or 'unknown':<10}", step, heldout, run.get("reason") or ""]
+    return "  ".join(part for part in parts if part).rstrip()
+
+
+@click.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose log.")
+@click.option("--failed", is_flag=True, help="The first failing rank's error instead.")
+@options.OUTPUT_DIR
+def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
+    """Print the log of a rank of RUN."""
+    from distft.errors import RecipeError
+    from distft.failure import first_failure
+    from distft.run_dir import FINISHED, RunDir
+    from distft.schedulers import local
+
+    found = RunDir.find(run, output_dir)
+    if failed:
+        if local.state_now(found).get("state") != "failed":
+            raise RecipeError(f"--failed: {found.path.name} has not failed")
+        click.echo(first_failure(found, 1).text)
+        return
+    path = found.rank_log(rank)
+    if not path.exists() and not follow:
+        ranks = sorted(int(p.stem.removeprefix("rank-")) for p in found.logs.glob("rank-*.log"))
+        raise RecipeError(f"--rank: got {rank}; {found.path.name} has logs of {', '.join(map(str, ranks)) or 'no rank yet'}")
+    offset = 0
+    while True:
+        ended = local.state_now(found).get("state") in FINISHED
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+            offset += len(data)
+            click.echo(data.decode(errors="replace"), nl=False)
+        if not follow or ended:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+@click.command()
+@click.argument("run")
+@options.OUTPUT_DIR
+@options.JSON
+def cancel(run: str, output_dir: str, as_json: bool) -> None:
+    """End RUN and all its processes."""
+    from distft.launching import describe_run
+    from distft.run_dir import RunDir
+    from distft.schedulers import local
+
+    found = RunDir.find(run, output_dir)
+    local.cancel(found)
+    described = describe_run(found)
+    if as_json:
+        options.print_json(described)
+    else:
+        click.echo(_line(described))

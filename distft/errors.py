@@ -1,0 +1,48 @@
+"""The errors that a person can mend. The command line prints them as they are and exits with their status.
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DistftError(Exception):
+    """What was asked is wrong: nothing was started or written. `exit_status` is the process's."""
+
+    exit_status = 2
+
+
+class RecipeError(DistftError):
+    """Problems of a recipe, all of them at once, one line each in `problems`."""
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ClusterError(DistftError):
+    """A topology or cluster that cannot be had."""
+
+
+class PlanError(DistftError):
+    """A combination that cannot train: the rule, and the mend."""
+
+
+class SubmitError(DistftError):
+    """The scheduler refused the job."""
+
+
+class DataError(DistftError):
+    """Training data that cannot be used: file, line and field."""
+
+
+class MissingPartError(DistftError):
+    """An optional part of distft is not installed; the message has the pip command."""
+
+
+class RunError(DistftError):
+    """The run started and failed."""
+
+    exit_status = 1

@@ -1,0 +1,85 @@
+"""Why a run failed: the first failing rank's own words, and what people usually do about it."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+
+from distft.run_dir import RunDir
+
+# Pattern in the error → what mends it. The first that matches is shown.
+HINTS = (
+    (
+        r"OutOfMemoryError|CUDA out of memory|can't allocate memory|Cannot allocate memory|std::bad_alloc",
+        "out of memory: --set training.micro_batch_size=1, --set training.gradient_checkpointing=true, "
+        "--set parallelism.strategy=zero3, or a shorter data.max_length",
+    ),
+    (r"(ModuleNotFoundError|ImportError|No module named)", 'a package is missing: pip install "distft[train]"'),
+    (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
+    (r"No space left on device", "the disk is full: free some, or set another output_dir"),
+    (r"DataError", "a row of the data does not fit: mend it, or set data.long_rows"),
+    (
+        r"Connection (reset|closed)|Connection refused|Timed out|timed out",
+        "a rank lost its peer: look at the other ranks' logs",
+    ),
+)
+TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`reason` is one line for status.json, `text` is for the terminal."""
+
+    reason: str
+    text: str
+
+
+def first_failure(run: RunDir, returncode: int) -> Failure:
+    """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last words."""
+    errors = run.rank_errors()
+    if errors:
+        first = errors[0]
+        reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
+        where = f"rank {first['rank']} on {first['host']} failed first"
+        # What a person can mend needs no traceback.
+        body = first["message"] if first["mendable"] else first["traceback"].rstrip()
+        return Failure(reason, _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"])))
+    log = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
+    killed = _killed_rank(log)
+    if killed:
+        rank, number = killed
+        reason = f"rank {rank} was killed by {_signal_name(number)}"
+        hint = " (the host ran out of memory, or someone killed it)" if number == signal.SIGKILL else ""
+        tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
+        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)))
+    reason = f"ended with status {returncode} before it was done"
+    return Failure(reason, _text(reason, _tail(log), log, run.torchrun_log))
+
+
+def _killed_rank(torchrun_log: str) -> tuple[int, int] | None:
+    """Rank and signal of the root cause in torchrun's summary ("rank : 1 (local_rank: 1)", "exitcode : -9 (pid: 7)")."""
+    root = torchrun_log.rsplit("Root Cause", 1)
+    found = re.search(r"rank\s*:\s*(\d+)\s*\(local_rank.*?exitcode\s*:\s*-(\d+)", root[-1], re.DOTALL)
+    return (int(found[1]), int(found[2])) if len(root) == 2 and found else None
+
+
+def _text(where: str, body: str, searched: str, log: object) -> str:
+    hint = next((mend for pattern, mend in HINTS if re.search(pattern, searched)), None)
+    lines = [where, *(f"  {line}" for line in body.splitlines()), f"log: {log}"]
+    return "\n".join([*lines, f"hint: {hint}"] if hint else lines)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.rstrip().splitlines()[-TAIL_LINES:])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,562 @@
+"""YAML and `--set` → a pydantic model, with all problems at once: dotted path, what was got, what is needed, where.
+
+Scalars follow YAML 1.2's core schema: `no` and `2024-01-01` are strings and `1e-4` is a number, all of which PyYAML's
+own loaders (YAML 1.1) read otherwise. The words of a message come from the model's JSON schema, so a new field needs
+nothing here. `load_yaml` and `validate` serve any model; `load_recipe` adds what only a recipe has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distft.errors import RecipeError
+from distft.recipe import Recipe
+
+M = TypeVar("M", bound=BaseModel)
+Steps = tuple[str | int, ...]  # the way to a value: ("data", "train", 0) is data.train[0]
+
+MAX_BYTES = 2**18  # PyYAML reads some 100 kB a second
+MAX_VALUES = 20_000  # with every alias unfolded: ten lines of nested aliases unfold to billions
+MAX_DEPTH = 50
+
+# name of the tag: pattern, conversion. Digits are bounded: Python refuses int() and str() of more than 4300.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text[0] in "tT"),
+    "int": (
+        r"[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}",
+        lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    ),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=[iInN])", "", text)),
+    ),
+    "merge": (r"<<", str),
+    "str": (r"(?s:.*)", str),
+}
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's pure Python: libyaml has other words for its errors, and deep nesting can end the process there."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would take for something else than a string, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Escapes for what is not printable: PyYAML reads a plain U+0085 back as a line feed.
+        return self.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+for _name, (_pattern, _) in list(_SCALARS.items())[:-1]:
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"({_pattern})\Z"), None)
+    _Dumper.add_implicit_resolver(_TAG + _name, re.compile(rf"({_pattern})\Z"), None)
+
+
+class Document(Generic[M]):
+    """What a YAML file and its overrides say, on the way to a `model`: data, places and problems.
+
+    `places` has, by the steps to a value, the line of its key or the `--set` it came from; a value without a place of
+    its own is where the one around it is. With `origin`, everything comes from there (an override).
+    """
+
+    def __init__(self, name: str, model: type[M], origin: str | None = None):
+        self.name, self.model, self.origin, self.schema = name, model, origin, schema_of(model)
+        self.data: dict[str, Any] = {}
+        self.places: dict[Steps, int | str] = {(): origin or 1}
+        self.problems: list[tuple[float, str]] = []  # line (infinite for an override), text
+        self.wrong: set[Steps] = set()
+        self._values = 0
+
+    def get(self, steps: Steps, default: Any = None) -> Any:
+        """The value at `steps`, where there is one."""
+        value: Any = self.data
+        for step in steps:
+            if not (isinstance(value, list) if isinstance(step, int) else isinstance(value, dict) and step in value):
+                return default
+            value = value[step]
+        return value
+
+    def problem(self, steps: Steps, text: str, line: int | None = None) -> None:
+        """Note what is wrong with the value at `steps`, and where it or `line` is."""
+        known = steps
+        while known not in self.places:
+            known = known[:-1]
+        place = self.origin or line or self.places[known]
+        path = f"{dotted(steps)}: " if steps else ""
+        self.problems.append((place if isinstance(place, int) else math.inf, f"{path}{text} ({self._where(place)})"))
+        self.wrong.add(steps)
+
+    def raise_problems(self) -> None:
+        """RecipeError with all of them, in the order of the file, if there are any."""
+        if self.problems:
+            raise RecipeError([text for _, text in sorted(self.problems, key=lambda problem: problem[0])])
+
+    def read(self, path: str | Path) -> None:
+        """Take the data of a file; RecipeError at once where it is no YAML mapping."""
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise RecipeError(f"cannot read {self.name}: {reason}{_did_you_mean(_nearby(Path(path)))}") from None
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
+        try:
+            node = self._compose(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise self._fatal("not a text file in UTF-8", raw.count(b"\n", 0, error.start) + 1) from None
+        if node is None:
+            raise self._fatal("empty, need a mapping of keys to values")
+        self.places[()] = line = _line(node)
+        if not isinstance(node, yaml.MappingNode):
+            got = show(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
+            raise self._fatal(f"got {got}, need a mapping of keys to values", line)
+        self.data = self._build(node, ())
+
+    def override(self, text: str) -> None:
+        """Lay `dotted.key=value` over the data. The value is YAML; a string field takes a scalar as it is written."""
+        origin = f"--set {_clip(clean(text))}"
+        given = Document(self.name, self.model, origin)
+        key, equals, raw = text.partition("=")
+        steps = tuple(step.strip() for step in key.split("."))
+        if not equals or not all(steps):
+            given.problem((), f"{'empty key' if equals else 'no = in it'}, need dotted.key=value")
+        try:
+            node = given._compose(raw)
+            value = given._build(node, steps) if node else None
+        except RecipeError as error:
+            given.problems.append((math.inf, str(error)))
+        self.problems += given.problems
+        if given.problems:
+            self.wrong |= given.wrong
+            return
+        schema = field(self.schema, steps)
+        text_field = any(option.get("type") == "string" and not choices(option) for option in options(schema))
+        if text_field and isinstance(node, yaml.ScalarNode) and value is not None and not fits(schema, value):
+            value = node.value
+        group = self.data
+        for n, step in enumerate(steps[:-1], 1):
+            if not isinstance(group.get(step), dict):
+                group[step] = {}
+                self._move(steps[:n], origin)
+            group = group[step]
+        group[steps[-1]] = value
+        self._move(steps, origin)
+
+    def _move(self, steps: Steps, origin: str) -> None:
+        self.places = {key: place for key, place in self.places.items() if key[: len(steps)] != steps}
+        self.places[steps] = origin
+
+    def _where(self, place: int | str) -> str:
+        return self.origin or (f"{self.name}:{place}" if isinstance(place, int) else place)
+
+    def _fatal(self, text: str, line: int = 1) -> RecipeError:
+        return RecipeError(f"{text} ({self._where(line)})")
+
+    def _compose(self, text: str) -> yaml.Node | None:
+        """The nodes of a YAML document; None for an empty one."""
+        line = 1
+        try:
+            return yaml.compose(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as error:
+            line = (error.problem_mark or error.context_mark).line + 1
+            since = f" in line {error.context_mark.line + 1}" if error.context_mark else ""
+            context = f"{error.context}{since}, " if error.context else ""
+            reason = context + error.problem + "; indent with spaces" * (repr("\t") in error.problem)
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            reason = f"character U+{error.character:04X} is not allowed"
+        except RecursionError:
+            reason = "nested too deeply"
+        except (ValueError, OverflowError):  # from PyYAML's own chr() and int(): "\UFFFFFFFF"
+            reason = "a number in it is too large"
+        raise self._fatal(f"not valid YAML: {_clip(clean(reason), 200)}", line)
+
+    def _build(self, node: yaml.Node, steps: Steps) -> Any:
+        """The data of a node. Lines are noted of what is below it."""
+        self._count(node, steps)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, steps)
+        if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
+            self.problem(steps, f"tag {_tag(node)} is not supported", _line(node))
+        if isinstance(node, yaml.SequenceNode):
+            below = dict(enumerate(node.value))
+            self._note({(*steps, i): _line(item) for i, item in below.items()})
+            return [self._build(item, (*steps, i)) for i, item in below.items()]
+        below: dict[str, yaml.Node] = {}
+        lines: dict[str, int] = {}
+        own_lines: dict[str, int] = {}
+        for key, value, own in self._pairs(node, steps):
+            self._count(key, steps)
+            name, line = self._key(key, steps), _line(key)
+            if name is None:
+                continue
+            if own and name in own_lines:
+                self.problem((*steps, name), f"given twice, first in line {own_lines[name]}", line)
+            if own:
+                own_lines[name] = line
+            below[name], lines[name] = value, line
+        self._note({(*steps, name): line for name, line in lines.items()})
+        return {name: self._build(value, (*steps, name)) for name, value in below.items()}
+
+    def _note(self, lines: dict[Steps, int]) -> None:
+        if self.origin is None:
+            self.places |= lines
+
+    def _count(self, node: yaml.Node, steps: Steps) -> None:
+        """Stop at aliases that unfold without end: one inside its own anchor, or each doubling the one before."""
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise self._fatal(f"more than {MAX_VALUES} values with all aliases unfolded", _line(node))
+        if len(steps) > MAX_DEPTH:
+            raise self._fatal(f"nested more than {MAX_DEPTH} deep, or an alias inside its own anchor", _line(node))
+
+    def _pairs(self, node: yaml.MappingNode, steps: Steps) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
+        """Key, value and whether it is the mapping's own: first what is merged into it (`<<`), for the last wins."""
+        for key, value in node.value:
+            if key.tag != f"{_TAG}merge":
+                continue
+            for source in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                self._count(source, (*steps, "<<"))
+                if isinstance(source, yaml.MappingNode):
+                    yield from ((k, v, False) for k, v, _ in self._pairs(source, (*steps, "<<")))
+                else:
+                    self.problem(steps, "<< needs a mapping or a list of mappings", _line(key))
+        yield from ((key, value, True) for key, value in node.value if key.tag != f"{_TAG}merge")
+
+    def _key(self, node: yaml.Node, steps: Steps) -> str | None:
+        key = self._scalar(node, steps) if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(key, str):
+            return key
+        what = "a list or mapping" if isinstance(key, list) else show(key)
+        return self.problem(steps, f"got {what} for a key, need a string (in quotes)", _line(node))
+
+    def _scalar(self, node: yaml.ScalarNode, steps: Steps) -> Any:
+        pattern, convert = _SCALARS.get(node.tag.removeprefix(_TAG), (None, str))
+        if pattern is None or not re.fullmatch(pattern, node.value):  # a tag in the file: !!int x, !mine x
+            self.problem(steps, f"cannot read {show(node.value)} as {_tag(node)}", _line(node))
+            return node.value
+        value = convert(node.value)
+        if isinstance(value, float) and not math.isfinite(value):
+            self.problem(steps, f"got {_clip(node.value)}, need a finite number", _line(node))
+        return value
+
+
+def load_yaml(path: str | Path, model: type[M], sets: Sequence[str] = ()) -> Document[M]:
+    """Read a YAML file for `model` and lay `dotted.key=value` overrides over it, the later over the earlier.
+
+    Raises:
+        RecipeError: it is no YAML mapping. Any other problem waits in the document for `validate`.
+    """
+    document = Document(clean(str(path)), model)
+    document.read(path)
+    for text in sets:
+        document.override(text)
+    return document
+
+
+def validate(document: Document[M]) -> M:
+    """The model that a document describes.
+
+    Raises:
+        RecipeError: all problems: those noted in the document before, and the model's.
+    """
+    model = None
+    try:
+        model = document.model.model_validate(document.data)
+    except ValidationError as error:
+        _explain(document, error)
+    document.raise_problems()
+    return model
+
+
+def load_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and lay `dotted.key=value` overrides over it. Local paths (relative to its folder) become absolute.
+
+    Raises:
+        RecipeError: all problems at once.
+    """
+    document = load_yaml(path, Recipe, sets)
+    _resolve_paths(document, Path(path).parent)
+    _check_together(document)
+    return validate(document)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of all fields; `load_recipe` makes an equal recipe of it, whatever folder it lies in."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def _explain(document: Document, error: ValidationError) -> None:
+    """Note pydantic's errors in our words, and one per value where each member of a union has its own complaint."""
+    found: dict[Steps, Any] = {}
+    for item in error.errors(include_url=False):
+        steps: Steps = ()
+        for n, step in enumerate(item["loc"], 1):
+            # What is neither in the data nor missing from it is pydantic's name for a member of a union.
+            missing = item["type"] == "missing" and n == len(item["loc"])
+            if missing or document.get((*steps, step), found) is not found:
+                steps += (step,)
+        found.setdefault(steps, item)
+    skip = document.wrong | {
+        steps[:n] for steps in found for n in range(len(steps))
+    }  # another member of the union got further
+    for steps, item in found.items():
+        kind, schema = item["type"], field(document.schema, steps)
+        if steps in skip:
+            continue
+        if kind == "extra_forbidden":
+            text = _unknown(document.schema, steps)
+        elif kind == "missing":
+            text = f"missing, need {describe(schema)}"
+        elif kind in ("value_error", "assertion_error"):  # a validator's own words
+            text = str(item["ctx"]["error"])
+        else:
+            text = _got(schema, document.get(steps))
+        document.problem(steps, text)
+
+
+def _unknown(schema: dict[str, Any], steps: Steps) -> str:
+    """An unknown key: where it belongs, else what it may have been, else what there is."""
+    for *group, name in _keys(schema):
+        if name == steps[-1]:
+            return f"unknown key; it belongs in {dotted(group) or 'the top level'}"
+    known = [key for option in options(field(schema, steps[:-1])) for key in option.get("properties", ())]
+    return "unknown key" + (_did_you_mean(_closest(steps[-1], known)) or f"; allowed: {', '.join(known)}")
+
+
+def _got(schema: dict[str, Any], value: Any) -> str:
+    """`got 0, need >= 1`: types are named where the value's is none of them."""
+    need, right = describe(schema), fits(schema, value)
+    if right and isinstance(value, (int, float)) and len(options(schema)) == 1:
+        need = re.sub(r"^an? \w+ ", "", need)
+    kind = _KINDS.get(type(value))
+    noun = "" if kind is None else " (empty)" * (value in ("", [])) if right else f" ({_NOUNS.get(kind, f'a {kind}')})"
+    words = [word for option in options(schema) for word in choices(option)]
+    near = _closest(value, words, 0.5) if isinstance(value, str) else None
+    return f"got {show(value)}{noun}, need {need}{_did_you_mean(near)}"
+
+
+# What a path of a recipe must be, and the hub ids that may stand there instead.
+_HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_DATA = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^/\s]+)?", re.ASCII)
+_PATHS: tuple[tuple[Steps, Callable[[Path], bool], re.Pattern[str] | None], ...] = (
+    (("model", "name_or_path"), Path.is_dir, _HUB_MODEL),
+    (("data", "train"), Path.exists, _HUB_DATA),
+    (("data", "eval"), Path.exists, _HUB_DATA),
+    (("data", "chat_template"), Path.is_file, None),
+)
+_FILE = re.compile(r"\.(jsonl?|csv|parquet|jinja)([.:]|$)")
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://")
+
+
+def _resolve_paths(document: Document, folder: Path) -> None:
+    """Make local paths absolute, and note those that are not there."""
+    for key, test, hub in _PATHS:
+        value = document.get(key)
+        for steps in [(*key, n) for n in range(len(value))] if isinstance(value, list) else [key]:
+            text = document.get(steps)
+            if not isinstance(text, str) or not text:
+                continue
+            path = _locate(folder, text)
+            if _holds(test, path):
+                document.get(steps[:-1])[steps[-1]] = str(path)
+            elif _URL.match(text):
+                document.problem(steps, f"got {show(text)}, URLs are not supported: download it and give its path")
+            elif not hub or not hub.fullmatch(text) or _FILE.search(text):
+                kind = "folder" if test is Path.is_dir else "file"
+                mend = _did_you_mean(_nearby(path)) or "; a hub id is owner/name" * bool(hub and "/" not in text)
+                document.problem(steps, f"no such {kind}: {clean(str(path))}{mend}")
+
+
+def _locate(folder: Path, text: str) -> Path:
+    """The absolute path. Its last part stays as it is: a link in the hub's cache points to a name without a suffix."""
+    try:
+        path = folder / Path(text).expanduser()
+        return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    except (OSError, ValueError, RuntimeError):  # a NUL, links in a circle, ~ of nobody
+        return folder.absolute() / text
+
+
+def _holds(test: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return test(path)
+    except (OSError, ValueError):  # too long, a NUL, a folder that may not be entered
+        return False
+
+
+def _nearby(path: Path) -> str | None:
+    """The name beside a missing path that is most like its own."""
+    try:
+        names = [other.name for other in itertools.islice(path.parent.iterdir(), 5000)]
+        return _closest(path.name, [name for name in names if name != path.name])
+    except (OSError, ValueError):
+        return None
+
+
+def _check_together(document: Document) -> None:
+    """What two fields say together. On the data, so that these problems come with all others."""
+    steps, epochs = document.get(("training", "max_steps")), document.get(("training", "num_train_epochs"))
+    if steps is not None and epochs is not None:
+        document.problem(("training", "num_train_epochs"), "cannot be given with max_steps; keep one of them")
+    kind = document.get(("data", "format"))
+    if document.get(("data", "long_rows")) == "split" and kind in ("messages", "prompt_completion"):
+        document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")
+
+
+# The words of a message, and of docs/recipe.md, from the JSON schema of a field.
+_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+_NOUNS = {"integer": "an integer", "array": "a list", "object": "a mapping"}
+_SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+@functools.cache
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model, every $ref replaced by what it points to."""
+    schema = model.model_json_schema()
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        target = inline(schema["$defs"][value["$ref"].rpartition("/")[2]]) if "$ref" in value else {}
+        return target | {key: inline(item) for key, item in value.items() if key not in ("$ref", "$defs")}
+
+    return inline(schema)
+
+
+def options(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of a union, or the one type. null goes without saying where it is the default."""
+    members = schema.get("anyOf", [schema])
+    quiet = "default" in schema and schema["default"] is None
+    return [member for member in members if not (quiet and member.get("type") == "null")]
+
+
+def choices(option: dict[str, Any]) -> list[Any]:
+    """The values of a type that lists them."""
+    return [option["const"]] if "const" in option else option.get("enum", [])
+
+
+def field(schema: dict[str, Any], steps: Steps) -> dict[str, Any]:
+    """The schema of what lies at `steps`; {}, which allows anything, where nothing is known about it."""
+    for step in steps:
+        below = [
+            option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
+            for option in options(schema)
+        ]
+        schema = next(filter(None, below), {})
+    return schema
+
+
+def fits(schema: dict[str, Any], value: Any) -> bool:
+    """Whether one of the types is the value's, not looking at choices and bounds."""
+    kind = _KINDS.get(type(value))
+    types = [option.get("type", kind) for option in options(schema)]
+    return kind in types or (kind == "integer" and "number" in types)
+
+
+def describe(schema: dict[str, Any], literal: Callable[[str], str] = str) -> str:
+    """What is allowed: `auto or an integer >= 1`. `literal` marks the words that are written just so."""
+    words, types, last = [], [], []
+    for option in options(schema):
+        kind = option.get("type")
+        if choices(option) or kind == "boolean":
+            values = choices(option) or [True, False]
+            words += [literal(value if isinstance(value, str) else show(value)) for value in values]
+        elif kind == "null":
+            last = [literal("null")]
+        else:
+            types.append(_describe_type(option, literal))
+    if len(words) > 2 and not types:
+        return "one of " + ", ".join(words + last)
+    *before, final = words + types + last
+    return f"{', '.join(before)} or {final}" if before else final
+
+
+def _describe_type(option: dict[str, Any], literal: Callable[[str], str]) -> str:
+    kind = option.get("type")
+    if kind == "array":
+        return "a list of " + re.sub(r"^an? (\w+)", r"\1s", describe(option.get("items", {}), literal))
+    if kind == "object" and "properties" in option:
+        names = [literal(name) for name in option["properties"]]
+        return f"a group ({', '.join(names[:3] + ['...'] * (len(names) > 3))})"
+    if kind == "integer" and "exclusiveMinimum" in option:
+        option = {**option, "minimum": option["exclusiveMinimum"] + 1, "exclusiveMinimum": None}
+    limits = [f"{sign} {option[key]:g}" for key, sign in _SIGNS.items() if option.get(key) is not None]
+    if "pattern" in option:
+        limits.append(f"matching {literal(option['pattern'])}")
+    if "maxLength" in option:
+        limits.append(f"at most {option['maxLength']} characters")
+    noun = _NOUNS.get(kind, f"a {kind}") if kind else "any value"
+    return f"{noun} {' and '.join(limits)}".strip()
+
+
+def dotted(steps: Steps) -> str:
+    """`data.train[0]`; a key that is no word is quoted."""
+    text = ""
+    for step in steps:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += "." * bool(text) + (step if re.fullmatch(r"[\w-]{1,60}", step) else show(step))
+    return text
+
+
+def show(value: Any) -> str:
+    """A value in one short line: no control characters, nothing that turns the terminal's writing around."""
+    return _clip(clean(json.dumps(value, ensure_ascii=False)))
+
+
+def clean(text: str) -> str:
+    """Escapes for what is not printable."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _clip(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]}...{text[-1]}"
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _tag(node: yaml.Node) -> str:
+    return _clip(clean(node.tag.replace(_TAG, "!!")))
+
+
+def _keys(schema: dict[str, Any], above: Steps = ()) -> Iterator[Steps]:
+    """The steps to every field of a model."""
+    for option in options(schema):
+        for name, below in option.get("properties", {}).items():
+            yield (*above, name)
+            yield from _keys(below, (*above, name))
+
+
+def _closest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
+    folded = {other.casefold(): other for other in words}
+    near = difflib.get_close_matches(word.casefold(), folded, 1, cutoff)
+    return folded[near[0]] if near else None
+
+
+def _did_you_mean(near: str | None) -> str:
+    return f"; did you mean {clean(near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""From a recipe and a topology to a plan."""

@@ -1,0 +1,104 @@
+"""What a run looks like while it goes: one live display on a terminal, plain lines elsewhere.
+
+Reads the run directory alone, so that any run can be followed from anywhere that sees it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from distft.run_dir import RunDir, read_metrics
+
+GIB = 2**30
+PLAIN_SECONDS = 1.0  # at most one plain line a second, and always the last one
+
+
+class Follower:
+    """Shows what has come since the last `poll`. Use as a context manager."""
+
+    def __init__(self, run: RunDir, console: Console):
+        self.run, self.console = run, console
+        self.offset, self.latest, self.shown_step, self.shown_at = 0, {}, 0, 0.0
+        self.first: dict[str, Any] | None = None
+        self.max_steps: int | None = None
+        self.said: set[str] = set()
+        self.display: Progress | None = None
+
+    def __enter__(self) -> Follower:
+        if self.console.is_terminal:
+            self.display = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                expand=True,
+            )
+            self.task = self.display.add_task("starting", total=None, numbers="")
+            self.display.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.poll(last=True)
+        if self.display:
+            self.display.stop()
+
+    def poll(self, last: bool = False) -> None:
+        """Read what is new and show it."""
+        status = self.run.read_status()
+        self.max_steps = status.get("max_steps")
+        lines, self.offset = read_metrics(self.run.metrics, self.offset)
+        if lines:
+            self.first, self.latest = self.first or lines[0], lines[-1]
+        if self.display is None:
+            self._milestone("heldout_loss_before", status, "held-out loss before training: {:.4f}")
+            self._print_step(last)
+            self._milestone("heldout_loss_after", status, "held-out loss after training: {:.4f}")
+            return
+        description = "loading" if status.get("state") == "running" else "starting"
+        self.display.update(
+            self.task,
+            description="training" if self.latest else description,
+            total=self.max_steps,
+            completed=self.latest.get("step", 0),
+            numbers=self._numbers() if self.latest else "",
+        )
+
+    def _milestone(self, key: str, status: dict[str, Any], text: str) -> None:
+        if key in status and key not in self.said:
+            self.said.add(key)
+            self._say(text.format(status[key]))
+
+    def _print_step(self, last: bool) -> None:
+        step, now = self.latest.get("step", 0), time.monotonic()
+        if step > self.shown_step and (last or step == self.max_steps or now - self.shown_at >= PLAIN_SECONDS):
+            self.shown_step, self.shown_at = step, now
+            self._say(f"step {step}/{self.max_steps}  {self._numbers()}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _numbers(self) -> str:
+        m = self.latest
+        parts = [
+            f"loss {m['loss']:.4f}",
+            f"{m['tokens_per_second']:,.0f} tok/s",
+            f"{m['peak_memory_bytes'] / GIB:.1f} GiB",
+        ]
+        if m["step"] > self.first["step"] and self.max_steps:
+            seconds = (m["time"] - self.first["time"]) / (m["step"] - self.first["step"])
+            parts.append(f"{clock(seconds * (self.max_steps - m['step']))} left")
+        return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 0:07, 12:30, 3:05:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,119 @@
+"""docs/recipe.md from the recipe's docstrings: `python -m distft.recipe_docs > docs/recipe.md`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distft.loading import describe, options, schema_of, show
+from distft.recipe import Recipe
+
+EXAMPLE = """\
+name: my-run                  # becomes runs/my-run
+
+model:
+  name_or_path: Qwen/Qwen2.5-7B       # a hub id, or a folder: ./my-model
+  revision: null                      # a commit of the hub id, for a run that must be repeatable
+  attn_implementation: auto           # FlashAttention-2 where it can be had, else SDPA
+  quantization: null                  # nf4: QLoRA
+  pad_token: null                     # only for a tokenizer without one
+  trust_remote_code: false
+
+lora:                         # null: train all weights
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.0
+  target_modules: all-linear          # or names: [q_proj, v_proj]
+  use_rslora: false
+  use_dora: false
+
+data:
+  train: data/train.jsonl             # relative to this file; or a list of them; or a hub id: owner/name:train
+  eval: data/heldout.jsonl            # null: none
+  format: auto                        # by the fields of the first row
+  max_length: 2048                    # tokens
+  packing: true
+  long_rows: error                    # or truncate, drop, split
+  chat_template: null                 # a Jinja file, for a tokenizer without a template
+
+training:
+  global_batch_size: 32               # over the whole job, however many GPUs it has
+  micro_batch_size: auto              # per GPU: the largest that fits
+  num_train_epochs: 3                 # or max_steps: 1000
+  learning_rate: auto                 # 2e-4 with LoRA, 2e-5 without
+  lr_scheduler_type: cosine
+  warmup_ratio: 0.03
+  weight_decay: 0.0
+  max_grad_norm: 1.0
+  optim: adamw_torch_fused
+  mixed_precision: bf16
+  gradient_checkpointing: auto        # only where it is needed to fit
+  use_liger_kernel: false
+  eval_steps: 100
+  seed: 42
+  report_to: [tensorboard]
+
+parallelism:
+  strategy: auto                      # the fastest that fits
+  offload: none
+  hsdp_shard_size: auto               # a node
+
+checkpoint:
+  save_steps: 500
+  save_total_limit: 2
+
+deepspeed:                    # laid over what distft generates, unchecked
+  overrides: {zero_optimization: {reduce_bucket_size: 100000000}}
+fsdp:
+  overrides: {}
+trainer:
+  overrides: {logging_steps: 10}
+
+output_dir: runs              # relative to where distft is run
+"""
+
+INTRO = """\
+<!-- Made by python -m distft.recipe_docs from distft/recipe.py. -->
+# The recipe
+
+A recipe says what is trained, and never names a machine. `name`, `model.name_or_path` and `data.train` are required,
+all else has a default. A key that is not listed here is an error, and so is a value of another type; all problems
+are reported at once, with their lines.
+
+The file is YAML 1.2: only `true` and `false` are booleans (`mixed_precision: no` is the word), `1e-4` is a number, and
+anchors, aliases and merge keys (`<<`) work. `--set training.max_steps=100` lays one value over the file's: the key in
+dots, the value in YAML.
+"""
+
+
+def recipe_markdown() -> str:
+    """The reference of all fields, and an example."""
+    schema = schema_of(Recipe)
+    groups = {name: _group(below) for name, below in schema["properties"].items() if _group(below)}
+    plain = {name: below for name, below in schema["properties"].items() if name not in groups}
+    parts = [INTRO, "## Top level", _table({**schema, "properties": plain})]
+    for name, group in groups.items():
+        about = schema["properties"][name].get("description") or group["description"]
+        parts += [f"## {name}", about, _table(group)]
+    parts += ["## Example", "Every field, most at its default.", f"```yaml\n{EXAMPLE}```\n"]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _group(schema: dict[str, Any]) -> dict[str, Any] | None:
+    return next((option for option in options(schema) if "properties" in option), None)
+
+
+def _table(group: dict[str, Any]) -> str:
+    rows = ["| Field | Value | Default | Meaning |", "|---|---|---|---|"]
+    for name, schema in group["properties"].items():
+        default = "required" if name in group.get("required", ()) else f"`{_plain(schema['default'])}`"
+        meaning = schema.get("description", "").replace("\n", " ").replace("|", "\\|")
+        rows.append(f"| `{name}` | {describe(schema, '`{}`'.format)} | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else show(value)
+
+
+if __name__ == "__main__":
+    print(recipe_markdown(), end="")

@@ -1,0 +1,181 @@
+"""The run directory. The only module that knows the names of the files in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.errors import RecipeError
+
+RECIPE, PLAN, DS_CONFIG, ACCELERATE, SCRIPT = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml", "job.sh"
+FINISHED = ("completed", "failed", "cancelled", "preempted")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory: recipe.yaml, plan.json, configs, job script, logs/, checkpoints/, final/, metrics, status."""
+
+    path: Path
+
+    @classmethod
+    def next_free(cls, output_dir: str, name: str) -> RunDir:
+        """The first of NAME, NAME-2, NAME-3, ... that does not exist. Nothing is made."""
+        base = Path(output_dir).absolute()
+        return next(cls(path) for path in _candidates(base, name) if not path.exists())
+
+    @classmethod
+    def create(cls, output_dir: str, name: str, exact: bool = False) -> RunDir:
+        """Make it. mkdir decides when two launches want the same name at once.
+
+        Raises:
+            RecipeError: output_dir cannot be written, or `exact` and the name is taken.
+        """
+        base = Path(output_dir).absolute()
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            for path in _candidates(base, name):
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    if exact:
+                        raise RecipeError(f"{path}: exists already; name a new folder") from None
+                    continue
+                (path / "logs").mkdir()
+                return cls(path)
+        except OSError as error:
+            raise RecipeError(f"output_dir: {base} cannot be written ({error.strerror})") from None
+        raise AssertionError("unreachable: the candidates do not end")
+
+    @classmethod
+    def find(cls, word: str, output_dir: str = "runs") -> RunDir:
+        """The run called `word`: a run directory, or its name under `output_dir`.
+
+        Raises:
+            RecipeError: there is no such run.
+        """
+        for path in (Path(word), Path(output_dir) / word):
+            if (path / "status.json").is_file():
+                return cls(path.absolute())
+        known = sorted(p.parent.name for p in Path(output_dir).glob("*/status.json"))
+        hint = f"; {output_dir}/ has {', '.join(known[-8:])}" if known else f"; {output_dir}/ has none"
+        raise RecipeError(f"RUN: got {word!r}, no run directory of that name or path{hint}")
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / RECIPE
+
+    @property
+    def plan(self) -> Path:
+        return self.path / PLAN
+
+    @property
+    def ds_config(self) -> Path:
+        return self.path / DS_CONFIG
+
+    @property
+    def accelerate(self) -> Path:
+        return self.path / ACCELERATE
+
+    @property
+    def script(self) -> Path:
+        return self.path / SCRIPT
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def rank_error(self, rank: int) -> Path:
+        """What the rank's first uncaught exception was, as JSON."""
+        return self.logs / f"rank-{rank}.error.json"
+
+    def rank_errors(self) -> list[dict[str, Any]]:
+        """Every rank's error, earliest first."""
+        found = []
+        for path in self.logs.glob("rank-*.error.json"):
+            with contextlib.suppress(ValueError, OSError):  # cut short by a kill: the other ranks' still count
+                found.append(json.loads(path.read_text()))
+        return sorted(found, key=lambda error: error["time"])
+
+    @property
+    def torchrun_log(self) -> Path:
+        return self.logs / "torchrun.log"
+
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write files by name."""
+        for name, text in files.items():
+            (self.path / name).write_text(text)
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json; {} before the first write."""
+        try:
+            return json.loads(self.status.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def update_status(self, **fields: Any) -> dict[str, Any]:
+        """Lay `fields` over status.json. Readers see the old or the new file, never half of one."""
+        empty = dict.fromkeys(("state", "job_id", "step", "started", "ended", "reason"))
+        status = empty | self.read_status() | fields
+        write_atomically(self.status, json.dumps(status, indent=1) + "\n")
+        return status
+
+
+def _candidates(base: Path, name: str) -> Iterator[Path]:
+    yield base / name
+    number = 2
+    while True:
+        yield base / f"{name}-{number}"
+        number += 1
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside and rename: a reader never sees half a file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_metrics(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a metrics.jsonl from byte `start` on, and the byte after the last of them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read()
+    except FileNotFoundError:
+        return [], start
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].splitlines()], start + end

@@ -1,0 +1,154 @@
+"""This machine as a scheduler: a job script under a supervisor that cleans up after it, whatever ends it.
+
+`python -m distft.schedulers.local RUN_DIR` supervises in the background (`launch --detach`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distft import processes
+from distft.errors import RunError
+from distft.failure import first_failure
+from distft.job import Job
+from distft.run_dir import FINISHED, SCRIPT, RunDir
+from distft.shell import command_line, quote
+
+
+def render(job: Job) -> str:
+    """The job script. Pure: the same job gives the same text."""
+    exports = [f"export {name}={quote(value)}" for name, value in sorted(job.env.items())]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# distft run {quote(job.name)}: starts every rank on this machine and waits for them.",
+            "set -euo pipefail",
+            *exports,
+            f"exec {command_line(job.argv)}",
+            "",
+        ]
+    )
+
+
+def submit(job: Job) -> None:
+    """Write the files of a run that is to start. The run directory exists, empty."""
+    job.run.write({**job.files, SCRIPT: render(job)})
+    job.run.update_status(state="queued", name=job.name)
+
+
+def detach(run: RunDir) -> None:
+    """Start a supervisor that outlives this process."""
+    with (run.logs / "launcher.log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "distft.schedulers.local", str(run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run the job script to its end, calling `watch` while it runs. Returns the final status.
+
+    SIGINT, SIGTERM and SIGHUP end every process of the run first. Whatever happens, none is left behind and
+    status.json tells the truth.
+
+    Raises:
+        RunError: the run failed or was cancelled; the message says why.
+    """
+    run.update_status(job_id=f"local:{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
+    received: list[int] = []
+    with _signals(received.append), run.torchrun_log.open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", str(run.script)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # the terminal's Ctrl-C comes to the supervisor alone
+            preexec_fn=processes.die_with_parent,
+            env={**os.environ, processes.RUN_VARIABLE: str(run.path)},
+        )
+        try:
+            while process.poll() is None and not received:
+                watch()
+                time.sleep(processes.POLL_SECONDS)
+        finally:
+            processes.end(run.path, reap=process.poll)
+            process.wait()
+        watch()
+        return _conclude(run, process.returncode, received)
+
+
+def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:
+    status = run.read_status()
+    if status.get("state") == "completed":
+        return status
+    if received:
+        reason = signal.Signals(received[0]).name
+        run.update_status(state="cancelled", ended=time.time(), reason=reason)
+        raise RunError(f"cancelled by {reason}")
+    if returncode == 0 and not run.recipe.exists():  # a script of one's own says nothing of itself
+        return run.update_status(state="completed", ended=time.time(), reason=None)
+    failure = first_failure(run, returncode)
+    run.update_status(state="failed", ended=time.time(), reason=failure.reason)
+    raise RunError(failure.text)
+
+
+def state_now(run: RunDir) -> dict[str, Any]:
+    """status.json, with the truth about a run whose supervisor was killed outright."""
+    status = run.read_status()
+    job_id = status.get("job_id") or ""
+    if status.get("state") not in FINISHED and job_id.startswith("local:"):
+        _, pid, started = job_id.split(":")
+        if processes.start_time(int(pid)) != started:
+            return status | {"state": "failed", "reason": "its launcher is gone (killed, or the machine restarted)"}
+    return status
+
+
+def cancel(run: RunDir) -> dict[str, Any]:
+    """End a run that was started here and wait for it. Does nothing to one that has ended.
+
+    Raises:
+        RunError: it did not end.
+    """
+    status = state_now(run)
+    if status.get("state") in FINISHED:
+        return status
+    _, pid, _ = status["job_id"].split(":")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGTERM)
+    deadline = time.monotonic() + processes.TERM_SECONDS + processes.KILL_SECONDS + 5
+    while time.monotonic() < deadline:
+        status = state_now(run)
+        if status.get("state") in FINISHED:
+            return status
+        time.sleep(processes.POLL_SECONDS)
+    raise RunError(f"{run.path.name} did not end; its processes: {list(processes.of_run(run.path))}")
+
+
+@contextlib.contextmanager
+def _signals(receive: Callable[[int], None]) -> Iterator[None]:
+    """Collect signals instead of dying of them, so that the clean-up is not cut short by a second Ctrl-C."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, frame: receive(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    try:
+        supervise(RunDir(Path(sys.argv[1])))
+    except RunError as error:
+        sys.exit(str(error))

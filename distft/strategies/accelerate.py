@@ -1,0 +1,149 @@
+"""accelerate's YAML, FSDP2 and HSDP inside, and the environment that `accelerate launch` makes of it.
+
+Read from accelerate 1.15: commands/config/config_args.py (keys), commands/launch.py and utils/launch.py (YAML →
+environment), utils/dataclasses.py and parallelism_config.py (environment → plugins), utils/fsdp_utils.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distft.cluster import Topology
+from distft.strategies import merge
+
+
+def accelerate_config(
+    *,
+    strategy: str,
+    offload: str,
+    topology: Topology,
+    shard_size: int,
+    mixed_precision: str,
+    device_type: str,
+    quantization: str | None = None,
+    ds_config_file: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """accelerate.yaml: `accelerate launch --config_file accelerate.yaml script.py` shards as distft does.
+
+    On several machines each one adds `--machine_rank` and `--main_process_ip`.
+
+    Args:
+        shard_size: ranks that share one copy of the model; read for hsdp only.
+        mixed_precision: bf16, fp16 or no. Not written for ZeRO, where the DeepSpeed file says it.
+        device_type: cuda or cpu.
+        ds_config_file: for ZeRO: the DeepSpeed file; relative to where the script starts.
+        overrides: laid over `fsdp_config` (the recipe's `fsdp.overrides`).
+
+    Raises:
+        ValueError: ZeRO without ds_config_file, or hsdp groups that do not divide the ranks; the planner refuses the
+            latter earlier.
+    """
+    world = topology.world_size
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "num_machines": topology.nnodes,
+        "num_processes": world,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "use_cpu": device_type == "cpu",
+    }
+    if topology.nnodes > 1:
+        config["rdzv_backend"] = "c10d"
+
+    if strategy.startswith("zero"):
+        if ds_config_file is None:
+            raise ValueError(f"{strategy} needs ds_config_file")
+        # No mixed_precision: beside a deepspeed_config_file accelerate ends with "the following accelerate config
+        # variables will be ignored" (DeepSpeedPlugin._deepspeed_config_checks).
+        section: dict[str, Any] = {"deepspeed_config_file": ds_config_file, "zero3_init_flag": strategy == "zero3"}
+        if topology.nnodes > 1:
+            section["deepspeed_multinode_launcher"] = "standard"  # torchrun; the default, pdsh, wants ssh and a hostfile
+        return config | {"distributed_type": "DEEPSPEED", "deepspeed_config": section}
+
+    config["mixed_precision"] = mixed_precision
+    if strategy == "ddp":
+        kind = "NO" if world == 1 else "MULTI_CPU" if device_type == "cpu" else "MULTI_GPU"
+        return config | {"distributed_type": kind}
+
+    config |= {
+        "distributed_type": "FSDP",
+        "fsdp_config": merge(
+            fsdp_config(offload=offload, device_type=device_type, quantization=quantization), overrides or {}
+        ),
+    }
+    if strategy == "hsdp":
+        if world % shard_size:
+            raise ValueError(f"hsdp: groups of {shard_size} do not divide {world} ranks")
+        config["parallelism_config"] = {
+            "parallelism_config_dp_replicate_size": world // shard_size,
+            "parallelism_config_dp_shard_size": shard_size,
+            "parallelism_config_tp_size": 1,
+            "parallelism_config_cp_size": 1,
+            "parallelism_config_cp_backend": "torch",
+            "parallelism_config_sp_size": 1,
+            "parallelism_config_sp_backend": "deepspeed",
+        }
+    return config
+
+
+def fsdp_config(*, offload: str, device_type: str, quantization: str | None = None) -> dict[str, Any]:
+    """The `fsdp_config` section: FSDP2, sharded block by block.
+
+    The dtypes are not among it: accelerate has no key for them and takes `mixed_precision` for weights AND for the
+    averaging of gradients. distft's own trainer passes a policy that averages in float32.
+    """
+    return {
+        "fsdp_version": 2,
+        # No class names: accelerate takes the model's own `_no_split_modules`.
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,  # ZeRO-3; false keeps what the forward pass gathered (ZeRO-2)
+        "fsdp_offload_params": offload == "all",
+        # FULL_STATE_DICT would gather model and optimizer on rank 0 at every checkpoint, and could not go on at another
+        # width. docs/design.md says what each costs transformers.Trainer.
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        # Local rank 0 alone reads the weights, the others get them over the network. Not on a CPU, where accelerate
+        # ignores FSDP and would wrap empty weights in DDP; not with bitsandbytes weights, which accelerate does not
+        # send on while transformers leaves what the checkpoint lacks uninitialised on the other ranks.
+        "fsdp_cpu_ram_efficient_loading": device_type == "cuda" and quantization is None,
+        # The model's own gradient checkpointing is used, as under every strategy; both at once are an error.
+        "fsdp_activation_checkpointing": False,
+    }
+
+
+def accelerate_environment(config: dict[str, Any], mixed_precision: str | None = None) -> dict[str, str]:
+    """What `accelerate launch` sets in the ranks for this config, for ranks that torchrun starts.
+
+    `mixed_precision` is launch's option of that name: the only way to tell a script under ZeRO. What accelerate takes
+    by default (torch.compile's variables, FSDP1's) is left out.
+    """
+    kind = config["distributed_type"]
+    env = {"ACCELERATE_MIXED_PRECISION": mixed_precision or config.get("mixed_precision") or "no"}
+    if kind in ("NO", "MULTI_CPU") or (kind == "FSDP" and config["use_cpu"]):
+        # Without it CPU ranks do not see each other (PartialState._prepare_backend): each trains alone. `accelerate
+        # launch` leaves it out for FSDP.
+        env["ACCELERATE_USE_CPU"] = str(config["use_cpu"])
+    if kind == "DEEPSPEED":
+        # No ACCELERATE_USE_CPU here: it turns DeepSpeed off (AcceleratorState).
+        section = config["deepspeed_config"]
+        env |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_CONFIG_DS_FIELDS": ",".join(section),
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": section["deepspeed_config_file"],
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": _text(section["zero3_init_flag"]),
+        }
+    if kind == "FSDP":
+        env["ACCELERATE_USE_FSDP"] = "true"
+        for key, value in config["fsdp_config"].items():
+            name = key.removeprefix("fsdp_").replace("transformer_layer_cls_to_wrap", "transformer_cls_to_wrap")
+            env[f"FSDP_{name.upper()}"] = _text(value)
+    if "parallelism_config" in config:
+        env["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        env |= {key.upper(): _text(value) for key, value in config["parallelism_config"].items()}
+    return env
+
+
+def _text(value: Any) -> str:
+    """A value as accelerate's launcher spells it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,207 @@
+"""DeepSpeed's JSON: a run's, with every value written out, and the portable one, with "auto" for other people's scripts.
+
+Keys and defaults are those of deepspeed 0.19.8 (runtime/config.py, runtime/precision_config.py, runtime/zero/config.py,
+runtime/zero/offload_config.py). The documented defaults differ from the code's, and DeepSpeed takes a misspelt
+top-level key for an absent one, so a run's file relies on neither; tests/test_strategies.py holds every key against
+those modules. Bucket sizes and thresholds count ELEMENTS, not bytes. ds_configs/README.md gives each field's reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distft.planner.batch import Batch
+from distft.planner.model_shapes import ModelShape
+from distft.recipe import Recipe
+from distft.strategies import merge
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+MILLION = 1_000_000
+# 200 MB a message in float32: the bandwidth of NVLink and InfiniBand is reached well below (DeepSpeed's own 5e8 are
+# 2 GB, twice that with overlap_comm, even for an adapter of 20 million elements).
+LARGEST_BUCKET = 50 * MILLION
+SMALLEST_BUCKET = MILLION
+# At most so many elements stay unsharded under ZeRO-3 for being small (norms, biases, thin LoRA matrices): 0.2 GB in
+# 16 bit. DeepSpeed's default is no bound.
+LARGEST_PERSISTENT = 100 * MILLION
+
+
+def bucket_size(trainable_parameters: int) -> int:
+    """Elements per gradient bucket: a quarter of what is trained, in whole millions, from 1 to 50 million.
+
+    A quarter, so that three buckets travel while the backward pass still fills the last. Only what is trained has
+    gradients: under LoRA the model's size does not matter.
+    """
+    quarter = -(-trainable_parameters // (4 * MILLION)) * MILLION
+    return min(max(quarter, SMALLEST_BUCKET), LARGEST_BUCKET)
+
+
+def deepspeed_config(
+    *,
+    strategy: str,
+    offload: str,
+    world_size: int,
+    device_type: str,
+    recipe: Recipe,
+    batch: Batch,
+    model: ModelShape,
+) -> dict[str, Any]:
+    """ds_config.json of a run: no "auto", no default relied on; `deepspeed.overrides` of the recipe lie on top.
+
+    It has no "optimizer" and no "scheduler": the Trainer builds them, so that every strategy has the same parameter
+    groups (an optimizer of DeepSpeed's own would decay norms and biases too).
+
+    Raises:
+        ValueError: this stage cannot offload that; planner/rules.py refuses it earlier.
+    """
+    precision = recipe.training.mixed_precision
+    config = {
+        "train_batch_size": batch.micro_batch_size * batch.gradient_accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "gradient_clipping": float(recipe.training.max_grad_norm),  # 0.0 turns it off
+        **_precision(bf16=precision == "bf16", fp16=precision == "fp16"),
+        # The trainer's optimizer is taken as it comes. With true, accelerate replaces whatever is no torch AdamW by
+        # DeepSpeedCPUAdam with COUPLED weight decay, even a DeepSpeedCPUAdam that was made for AdamW
+        # (accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed).
+        "zero_force_ds_cpu_optimizer": False,
+        **_reporting(),
+        "zero_optimization": _zero_optimization(
+            STAGES[strategy],
+            offload,
+            bucket=bucket_size(model.trainable_parameters),
+            pin_memory=device_type == "cuda",
+            # The trainer gathers what is trained, tensor by tensor; DeepSpeed would gather the base model too.
+            gather_on_save=False,
+        ),
+    }
+    return merge(config, recipe.deepspeed.overrides)
+
+
+def portable_config(*, strategy: str, offload: str, device_type: str = "cuda") -> dict[str, Any]:
+    """A ds_config.json for a script of one's own: "auto" wherever transformers.Trainer or accelerate knows better.
+
+    It has no "optimizer" either, not even with offload: accelerate makes a torch AdamW into DeepSpeedCPUAdam by itself
+    and keeps its parameter groups, while a section here would end every accelerate script that makes its own optimizer
+    ("You cannot specify an optimizer in the config file and in the code at the same time").
+
+    Raises:
+        ValueError: this stage cannot offload that.
+    """
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        **_precision(bf16="auto", fp16="auto"),
+        "zero_force_ds_cpu_optimizer": True,
+        **_reporting(),
+        "zero_optimization": _zero_optimization(
+            STAGES[strategy],
+            offload,
+            # A number, not "auto": that is hidden_size squared whatever is trained, and for a model without
+            # config.hidden_size accelerate refuses it ("Can't find `model.config` entry").
+            bucket=LARGEST_BUCKET,
+            pin_memory=device_type == "cuda",
+            gather_on_save=True,
+        ),
+    }
+
+
+def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
+    """The dtypes of weights, gradients and messages, and what is done to gradients on the way."""
+    return {
+        "bf16": {
+            "enabled": bf16,
+            "immediate_grad_update": False,
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "fp16": {
+            "enabled": fp16,
+            "auto_cast": False,
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+            "fp16_master_weights_and_grads": False,
+        },
+        "torch_autocast": {"enabled": False},
+        # Micro-batches are summed, and ranks averaged, in float32. The default is the working precision, where the sum
+        # of many micro-batches loses digits, so that the loss would depend on the width.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+    }
+
+
+def _reporting() -> dict[str, Any]:
+    return {
+        "zero_allow_untested_optimizer": True,  # bitsandbytes, Adafactor, AdamW with fused=True
+        "steps_per_print": 1_000_000_000,  # never: metrics.jsonl says it
+        "wall_clock_breakdown": False,  # true synchronises the device at every phase
+        "memory_breakdown": False,
+        "dump_state": False,
+    }
+
+
+def _zero_optimization(
+    stage: int, offload: str, *, bucket: int, pin_memory: bool, gather_on_save: bool
+) -> dict[str, Any]:
+    """The `zero_optimization` section: what the code of this stage reads, and no more."""
+    if offload not in ("none", "optimizer", "all") or (offload == "all" and stage != 3):
+        raise ValueError(f"ZeRO-{stage} cannot offload {offload!r}")
+    optimizer_device = "none" if offload == "none" else "cpu"
+    section: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "overlap_comm": True,
+        "offload_optimizer": {
+            "device": optimizer_device,
+            "pin_memory": pin_memory and optimizer_device == "cpu",
+            "ratio": 1.0,
+            "super_offload": False,
+        },
+    }
+    if stage < 3:
+        return section | {
+            "allgather_partitions": True,
+            "allgather_bucket_size": bucket,
+            "use_multi_rank_bucket_allreduce": True,
+            # Spreads the copying of gradients to the host over the ranks.
+            "round_robin_gradients": optimizer_device == "cpu",
+            "ignore_unused_parameters": True,
+            "compute_grad_norm": True,
+            "parameter_alignment": False,
+            "load_from_fp32_weights": True,
+        }
+    param_device = "cpu" if offload == "all" else "none"
+    return section | {
+        "offload_param": {"device": param_device, "pin_memory": pin_memory and param_device == "cpu"},
+        # Elements per slice of the optimizer step; its float32 temporaries are 0.4 GB (DeepSpeed's 1e9: 4 GB).
+        "sub_group_size": 100 * MILLION,
+        "stage3_prefetch_bucket_size": 50 * MILLION,
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_model_persistence_threshold": LARGEST_PERSISTENT,
+        # Gathered parameters alive at a time: 2 GB in 16 bit, and what the next layers need.
+        "stage3_max_live_parameters": 1_000 * MILLION,
+        "stage3_max_reuse_distance": 1_000 * MILLION,
+        "stage3_gather_16bit_weights_on_model_save": gather_on_save,
+        "stage3_module_granularity_threshold": 0,
+        "stage3_use_all_reduce_for_fetch_params": False,
+        "stage3_allgather_sequential": False,
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+        "zero_quantized_nontrainable_weights": False,
+        "zero_quantized_gradients": False,
+        "memory_efficient_linear": True,
+        "override_module_apply": True,
+    }

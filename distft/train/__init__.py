@@ -1,0 +1,1 @@
+"""What runs on the ranks. The modules below import torch; this one must not."""

@@ -1,0 +1,23 @@
+"""`torchrun ... -m distft.train RUN_DIR`: a rank of a run that trains the recipe in RUN_DIR."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from distft.run_dir import RunDir
+from distft.train import worker
+
+
+def main() -> None:
+    run = RunDir(Path(sys.argv[1]).absolute())
+    plan = worker.enter(run)
+    from distft.train.run import train  # only now: what fails to import ends in this rank's log
+
+    train(run, plan)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    main()

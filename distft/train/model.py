@@ -1,0 +1,123 @@
+"""The model of a recipe, as every rank builds it: dtype, attention, quantization, adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+
+from distft.errors import DataError
+from distft.recipe import Recipe
+
+log = logging.getLogger("distft")
+
+SHARDS_PARAMETERS = ("zero3", "fsdp", "hsdp")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of matrix products."""
+    return DTYPES[recipe.training.mixed_precision]
+
+
+def choose_attention(recipe: Recipe) -> str:
+    """The attention implementation, `auto` resolved; says which and why."""
+    wanted = recipe.model.attn_implementation
+    if wanted != "auto":
+        return wanted
+    if not torch.cuda.is_available():
+        why = "no GPU"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        why = f"{torch.cuda.get_device_name()} is older than Ampere"
+    elif compute_dtype(recipe) is torch.float32:
+        why = "float32"
+    elif importlib.util.find_spec("flash_attn") is None:
+        why = "flash-attn is not installed"
+    else:
+        try:
+            import flash_attn
+
+            log.info("attention: flash_attention_2 (flash-attn %s)", flash_attn.__version__)
+            return "flash_attention_2"
+        except ImportError as error:  # built for another torch or CUDA
+            why = f"flash-attn cannot be imported: {error}"
+    log.info("attention: sdpa (%s)", why)
+    return "sdpa"
+
+
+def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings.
+
+    Sharding cuts flat parameters, which must all have one dtype, so there the 4-bit weights are stored in the compute
+    dtype (peft docs, "bnb_4bit_quant_storage"; accelerate#3983 for what uint8 does under FSDP2).
+    """
+    dtype = compute_dtype(recipe)
+    if recipe.model.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if strategy in SHARDS_PARAMETERS else torch.uint8,
+        )
+    if recipe.model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def build_model(recipe: Recipe, strategy: str, gradient_checkpointing: bool) -> PreTrainedModel | Any:
+    """Load the base model and wrap it with the adapters.
+
+    Weights that are trained are float32 (the optimizer's masters; autocast or the strategy casts on the way); frozen
+    ones are in the compute dtype. Norms and embeddings of a quantised base stay in the compute dtype too: the same
+    numbers under every strategy, and transformers' norms compute in float32 anyway.
+
+    Raises:
+        DataError: the weights cannot be read.
+    """
+    model_dtype = compute_dtype(recipe) if recipe.lora else torch.float32
+    quantization = quantization_config(recipe, strategy)
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+        if strategy != "zero3":  # zero.Init places parameters itself
+            options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            recipe.model.name_or_path,
+            revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,
+            dtype=model_dtype,
+            attn_implementation=choose_attention(recipe),
+            **options,
+        )
+    except OSError as error:
+        raise DataError(f"model.name_or_path: {recipe.model.name_or_path} cannot be loaded ({error})") from error
+    model.config.use_cache = False
+    if recipe.lora is None:
+        return model
+    return _add_adapters(model, recipe, gradient_checkpointing)
+
+
+def _add_adapters(model: PreTrainedModel, recipe: Recipe, gradient_checkpointing: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.lora
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    # Loading draws a different number of random values under each strategy; from here all ranks draw the same.
+    set_seed(recipe.training.seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,33 @@
+"""Which row comes when: a stream that knows nothing of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+import torch
+
+
+class StreamSampler(torch.utils.data.Sampler[int]):
+    """`total` row numbers: one seeded permutation of the rows after the other, without a gap between epochs.
+
+    Every global batch is the next `global_batch_size` of them, at every width: no short batch at the end of an epoch,
+    no repeated rows to fill one up.
+    """
+
+    def __init__(self, rows: int, total: int, seed: int):
+        self.rows, self.total, self.seed = rows, total, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch in range(ceil(self.total / self.rows)):
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.rows, generator=generator).tolist()
+            yield from order[: self.total - epoch * self.rows]
+
+
+def optimizer_steps(rows: int, global_batch_size: int, max_steps: int | None, epochs: float | None) -> int:
+    """Optimizer steps of a run; a last part of an epoch counts as a whole step."""
+    return max_steps or ceil((epochs or 1) * rows / global_batch_size)

@@ -1,0 +1,112 @@
+"""What was trained → a folder that peft / transformers load, read back and compared before anyone relies on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from distft.errors import RunError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save_trained(model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtype: torch.dtype | None) -> None:
+    """Gather what is trained and write it into `folder`: an adapter, or the whole model in `dtype`.
+
+    Collective: all ranks call it with the wrapped model; the rank that `writes` does. The folder appears whole or not
+    at all.
+
+    Raises:
+        RunError: what lies on disk is not what was in memory.
+    """
+    base = unwrapped(model)
+    adapter = hasattr(base, "peft_config")
+    trained = {name: tensor for name, tensor in _gather(base, model, only_trained=adapter, keep=writes)}
+    if not writes:
+        return
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    if adapter:
+        base.save_pretrained(work, state_dict=trained, safe_serialization=True)
+        expected = {_adapter_name(name): tensor for name, tensor in trained.items()}
+    else:
+        trained = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.items()}
+        base.config.dtype = dtype
+        base.save_pretrained(work, state_dict=trained, safe_serialization=True)
+        expected = trained
+    tokenizer.save_pretrained(work)
+    verify(work, expected)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers or peft model inside DDP or a DeepSpeed engine. FSDP2 changes a model's class in place."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        model = model.module
+    return model
+
+
+def _adapter_name(name: str) -> str:
+    """peft leaves the adapter's own name out of the file: ...lora_A.default.weight is ...lora_A.weight there."""
+    return name.replace(".default", "")
+
+
+def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and full tensor on the CPU of each parameter (and, for a whole model, persistent buffer), one at a time.
+
+    Every rank takes part; only the one that keeps them yields. Tied weights come once, as transformers saves them.
+    """
+    zero = type(model).__name__ == "DeepSpeedEngine"
+    if zero:
+        from deepspeed.utils import safe_get_full_fp32_param
+    for name, parameter in base.named_parameters():
+        if only_trained and not parameter.requires_grad:
+            continue
+        if zero and parameter.requires_grad:
+            tensor = safe_get_full_fp32_param(parameter)  # the masters, not the 16-bit working copy
+        elif hasattr(parameter, "full_tensor"):
+            tensor = parameter.full_tensor()
+        else:
+            tensor = parameter
+        if keep:
+            yield name, tensor.detach().to("cpu", copy=True)
+    if keep and not only_trained:
+        persistent = base.state_dict().keys()
+        for name, buffer in base.named_buffers():
+            if name in persistent:
+                yield name, buffer.detach().to("cpu", copy=True)
+
+
+def verify(folder: Path, expected: Tensors) -> None:
+    """Compare the safetensors files of `folder` with `expected`: names, shapes, values.
+
+    Raises:
+        RunError: a tensor is missing, left over, of another shape, empty, or has other values.
+    """
+    found: set[str] = set()
+    problems = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                found.add(name)
+                want, have = expected.get(name), file.get_tensor(name)
+                if want is None:
+                    problems.append(f"{name}: was not trained")
+                elif want.shape != have.shape or want.numel() == 0:
+                    problems.append(f"{name}: shape {tuple(have.shape)}, in memory {tuple(want.shape)}")
+                elif not torch.equal(want, have):
+                    zero = bool(want.any()) and not bool(have.any())
+                    problems.append(f"{name}: {'all zeros' if zero else 'other values'} on disk")
+    problems += [f"{name}: missing" for name in sorted(expected.keys() - found)]
+    if problems or not expected:
+        shown = "\n  ".join(problems[:5] or ["nothing was trained"])
+        raise RunError(f"{folder}: what was saved is not what was trained ({len(problems)} tensors):\n  {shown}")

@@ -1,0 +1,32 @@
+"""`torchrun ... -m distft.train.script RUN_DIR script.py args...`: an unmodified script as a rank of a run.
+
+The script gets its strategy through the environment that accelerate reads, and is run as `python script.py args...`.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from distft.run_dir import RunDir
+from distft.train import worker
+
+
+def main() -> None:
+    run = RunDir(Path(sys.argv[1]))
+    plan = worker.enter(run)
+    if int(os.environ.get("RANK", "0")) == 0:
+        run.update_status(state="running")
+    if plan["strategy"] in ("fsdp", "hsdp"):
+        from distft.train import fsdp_cpu
+
+        fsdp_cpu.apply()
+    sys.argv = sys.argv[2:]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as python sets it for a script
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

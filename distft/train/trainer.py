@@ -1,0 +1,221 @@
+"""transformers.Trainer with distft's data order, held-out loss and metrics."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from distft.recipe import Recipe
+from distft.run_dir import RunDir
+from distft.strategies import merge
+from distft.train import wrapping
+from distft.train.data import IGNORE
+from distft.train.sampler import StreamSampler
+
+
+class Collator:
+    """Rows → a batch of tensors (micro-batch x longest row).
+
+    FlashAttention takes one long row with the documents' bounds. SDPA gets rows with position ids that start again at
+    each document and no attention mask: transformers then masks across documents (masking_utils,
+    find_packed_sequence_indices).
+    """
+
+    def __init__(self, pad_token_id: int, packing: bool, flash: bool):
+        self.keeps_rows_apart = packing and not flash
+        self.base = DataCollatorForLanguageModeling(
+            pad_token_id=pad_token_id, padding_free=flash, return_position_ids=self.keeps_rows_apart
+        )
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.base(rows)
+        if self.keeps_rows_apart:
+            del batch["attention_mask"]
+        return batch
+
+
+def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_steps: int) -> TrainingArguments:
+    """transformers' arguments for a run. The strategy itself comes through the environment (worker.enter)."""
+    training, batch = recipe.training, plan["batch"]
+    arguments = {
+        "output_dir": str(run.checkpoints),
+        "run_name": run.path.name,
+        "per_device_train_batch_size": batch["micro_batch_size"],
+        "per_device_eval_batch_size": batch["micro_batch_size"],
+        "gradient_accumulation_steps": batch["gradient_accumulation_steps"],
+        "max_steps": max_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": ceil(training.warmup_ratio * max_steps),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optim,
+        "bf16": training.mixed_precision == "bf16",
+        "fp16": training.mixed_precision == "fp16",
+        "gradient_checkpointing": plan["gradient_checkpointing"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan["gradient_checkpointing"] else None,
+        "use_liger_kernel": training.use_liger_kernel,
+        "seed": training.seed,
+        "report_to": list(training.report_to),
+        "use_cpu": not torch.cuda.is_available(),
+        # One line a step in metrics.jsonl, at the loss's full precision and with its NaNs.
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        # The loss is the mean over the tokens of the whole global batch.
+        "average_tokens_across_devices": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**merge(arguments, recipe.trainer.overrides))
+
+
+class RecipeTrainer(Trainer):
+    """Trainer over a StreamSampler. Build the model after its arguments: ZeRO-3 needs to know them."""
+
+    def __init__(self, *, stream: StreamSampler, **kwargs: Any):
+        self.stream = stream
+        super().__init__(**kwargs)
+        if not self.model_accepts_loss_kwargs:  # a model whose own loss is the mean of its micro-batch
+            self.compute_loss_func = _token_mean_loss
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate averages gradients in 16 bit under FSDP; DDP and our ZeRO configs do in float32.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+    def _get_train_sampler(self, *args: Any) -> StreamSampler:
+        return self.stream
+
+    @torch.no_grad()
+    def heldout_loss(self) -> float:
+        """Mean loss a trained token over the held-out rows; collective, equal on all ranks."""
+        rows, micro = self.eval_dataset, self.args.per_device_eval_batch_size
+        rank, world = self.args.process_index, self.args.world_size
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model_wrapped.eval()
+        for start in range(0, len(rows), micro * world):
+            indices = range(start + rank * micro, start + (rank + 1) * micro)
+            # Every rank takes part in every forward pass (sharded weights are gathered in it): a rank without rows
+            # left repeats one whose labels do not count.
+            batch = [rows[i] if i < len(rows) else _without_labels(rows[0]) for i in indices]
+            inputs = self._prepare_inputs(self.data_collator(batch))
+            labels = inputs.pop("labels")
+            logits = self.model_wrapped(**inputs).logits
+            total += torch.stack(_summed_loss(logits, labels)).double()
+        self.model_wrapped.train()
+        if world > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+
+def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"labels": [IGNORE] * len(row["labels"])}
+
+
+def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the next-token losses and the number of tokens: logits (b, s, vocabulary), labels (b, s)."""
+    targets = labels[..., 1:].reshape(-1)
+    predictions = logits[..., :-1, :].reshape(targets.numel(), -1).float()
+    loss = torch.nn.functional.cross_entropy(predictions, targets, ignore_index=IGNORE, reduction="sum")
+    return loss, (targets != IGNORE).sum()
+
+
+def _token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    return _summed_loss(outputs.logits, labels)[0] / num_items_in_batch
+
+
+class Recorder(TrainerCallback):
+    """metrics.jsonl and status.json (rank 0 writes; all ranks take part in the reductions)."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, plan: dict[str, Any], trainer: RecipeTrainer, save: Any):
+        self.run, self.recipe, self.plan, self.trainer, self.save = run, recipe, plan, trainer, save
+        self.step_tokens = _tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
+        self.tokens = 0
+        self.heldout: float | None = None
+        self.last_status = 0.0
+        self.writes = trainer.is_world_process_zero()
+        self.file = run.metrics.open("a", buffering=1) if self.writes else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ran = wrapping.describe(self.trainer.model_wrapped)
+        self._status(ran=ran)
+        wrapping.check(self.plan, ran)
+        if self.trainer.eval_dataset is not None:
+            loss = self.trainer.heldout_loss()
+            self._status(heldout_loss_before=loss)
+        self.clock = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every, save_steps = self.recipe.training.eval_steps, self.recipe.checkpoint.save_steps
+        if every and state.global_step % every == 0 and self.trainer.eval_dataset is not None:
+            self.heldout = self.trainer.heldout_loss()
+        if save_steps and state.global_step % save_steps == 0:
+            self.save(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        now = time.perf_counter()
+        tokens = self.step_tokens[state.global_step - 1]
+        self.tokens += tokens
+        line = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs["learning_rate"],
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / (now - self.clock),
+            "peak_memory_bytes": peak_memory(args.device),
+            "time": time.time(),
+        }
+        self.clock = now
+        if self.heldout is not None:
+            line["heldout_loss"], self.heldout = self.heldout, None
+        if self.writes:
+            self.file.write(json.dumps(line) + "\n")
+            if now - self.last_status > 1:
+                self._status(step=state.global_step)
+                self.last_status = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.eval_dataset is not None:
+            self._status(heldout_loss_after=self.trainer.heldout_loss())
+        self._status(step=state.global_step)
+
+    def _status(self, **fields: Any) -> None:
+        if self.writes:
+            self.run.update_status(**fields)
+
+
+def _tokens_per_step(dataset: Dataset, stream: StreamSampler, global_batch_size: int) -> list[int]:
+    """Tokens of every global batch, from the rows' lengths: known to all ranks, so nothing needs to be gathered."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy()
+    order = numpy.fromiter(stream, dtype=numpy.int64, count=len(stream))
+    return lengths[order].reshape(-1, global_batch_size).sum(axis=1).tolist()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest peak of any rank so far, in bytes: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not dist.is_initialized():
+        return peak
+    largest = torch.tensor(peak, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

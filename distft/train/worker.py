@@ -1,0 +1,70 @@
+"""What every rank does before anything else, whatever it trains: its own log, its first error on disk, its strategy.
+
+Imports nothing heavy: a package that fails to import must already end in this rank's log.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from distft.errors import DistftError
+from distft.processes import die_with_parent
+from distft.run_dir import RunDir, write_atomically
+from distft.strategies.accelerate import accelerate_environment
+
+
+def enter(run: RunDir) -> dict[str, Any]:
+    """Set this process up as a rank of `run` and return its plan.json."""
+    rank = int(os.environ.get("RANK", "0"))
+    die_with_parent()  # a torchrun that is killed outright must not leave its ranks behind, holding their GPUs
+    _log_to(run, rank)
+    _record_first_error(run, rank)
+    plan = json.loads(run.plan.read_text())
+    config = yaml.safe_load(run.accelerate.read_text())
+    os.environ.update(accelerate_environment(config, plan["mixed_precision"]))
+    return plan
+
+
+def _log_to(run: RunDir, rank: int) -> None:
+    """Send standard output and error, C libraries' included, to logs/rank-N.log."""
+    log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable()
+
+
+def _record_first_error(run: RunDir, rank: int) -> None:
+    """Write an uncaught exception to logs/rank-N.error.json with its time: the earliest one is the cause.
+
+    The ranks that lose their peer fail too, a moment later, with a network error that explains nothing.
+    """
+    default = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            record = {
+                "rank": rank,
+                "host": socket.gethostname(),
+                "time": time.time(),
+                "type": kind.__name__,
+                "message": str(error),
+                "mendable": isinstance(error, DistftError),
+                "traceback": "".join(traceback.format_exception(kind, error, trace)),
+            }
+            write_atomically(run.rank_error(rank), json.dumps(record))
+        default(kind, error, trace)
+
+    sys.excepthook = hook

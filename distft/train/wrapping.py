@@ -1,0 +1,50 @@
+"""What really wraps the model, held against what was planned: a job that quietly ran DDP is a failed FSDP job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from distft.errors import RunError
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """The wrapped model in words: class, kind, what it shards over, backend and world size."""
+    if isinstance(model, DistributedDataParallel):
+        kind, detail = "ddp", {}
+    elif type(model).__name__ == "DeepSpeedEngine":
+        stage = model.zero_optimization_stage()
+        optimizer = model.optimizer
+        basic = getattr(optimizer, "optimizer", optimizer)
+        kind = f"zero{stage}"
+        detail = {"zero_optimizer": type(optimizer).__name__, "optimizer": type(basic).__name__}
+    elif isinstance(model, FSDPModule):
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        mesh = next(model.parameters()).device_mesh
+        kind = "hsdp" if mesh.ndim == 2 else "fsdp"
+        detail = {"mesh": list(mesh.shape), "units": len(units), "blocks": type(units[-1]).__name__}
+    else:
+        kind, detail = "single", {}
+    initialized = dist.is_initialized()
+    return {
+        "wrapped": type(model).__name__,
+        "kind": kind,
+        **detail,
+        "world_size": dist.get_world_size() if initialized else 1,
+        "backend": dist.get_backend() if initialized else None,
+    }
+
+
+def check(planned: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises RunError when what runs is not what was planned."""
+    strategy, world = planned["strategy"], planned["topology"]["world_size"]
+    # One rank of ddp may be wrapped or not: there is nobody to reduce with.
+    allowed = {strategy, "single"} if strategy == "ddp" and world == 1 else {strategy}
+    if found["kind"] not in allowed or found["world_size"] != world:
+        raise RunError(
+            f"the plan is {strategy} on {world} ranks, and what runs is {found['kind']} ({found['wrapped']}) on "
+            f"{found['world_size']}; the strategy was not taken up"
+        )

@@ -1,0 +1,527 @@
+"""YAML → Recipe: the exact words of every problem, all at once, each with its line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from distft.errors import RecipeError
+from distft.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, schema_of, validate
+from distft.recipe import Recipe
+
+GOOD = """\
+name: demo
+model: {name_or_path: base}
+data: {train: data/train.jsonl}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder, with what recipes here point to."""
+    for name in ("data/train.jsonl", "data/heldout.jsonl", "template.jinja", "base/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(text: str | bytes, *sets: str) -> Recipe:
+    Path("recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_recipe("recipe.yaml", sets)
+
+
+def problems(text: str | bytes, *sets: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load(text, *sets)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+def problem(text: str | bytes, *sets: str) -> str:
+    (only,) = problems(text, *sets)
+    return only
+
+
+# ---- scalars
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[(word, word) for word in "no off yes on y n NO 1_000 1:30 12:30:45 2024-01-01 0b11 1e 1.2.3 tRUE << =".split()],
+        *[("true", True), ("False", False), ("TRUE", True), ("~", None), ("Null", None), ("", None)],
+        *[("1e-4", 1e-4), ("2E5", 2e5), ("1.", 1.0), (".5", 0.5), ("-1.5e+3", -1500.0), ("+1", 1), ("-0", 0)],
+        *[("007", 7), ("0o17", 15), ("0x1F", 31), ("9" * 40, int("9" * 40)), ("9" * 41, float("9" * 41))],
+        *[("'1'", "1"), ('"true"', "true"), ("!!str 1", "1"), ("!!int '7'", 7), ("!!float 1", 1.0), ('"\\u00e9"', "é")],
+    ],
+)
+def test_scalars_of_yaml_1_2(text, value):
+    got = load(f"{GOOD}trainer: {{overrides: {{key: {text}}}}}").trainer.overrides["key"]
+    assert (got, type(got)) == (value, type(value))
+    got = load(GOOD, f"trainer.overrides.key={text}").trainer.overrides["key"]
+    assert (got, type(got)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", [".inf", "-.INF", ".nan", "1e999", "9" * 400])
+def test_numbers_are_finite(text):
+    shown = text if len(text) < 60 else "9" * 56 + "...9"
+    expected = f"training.learning_rate: got {shown}, need a finite number (recipe.yaml:4)"
+    assert problem(f"{GOOD}training: {{learning_rate: {text}}}") == expected
+    assert problem(f"{GOOD}trainer: {{overrides: {{deep: [{text}]}}}}").startswith("trainer.overrides.deep[0]: got")
+
+
+def test_an_integer_is_a_number_but_not_the_other_way_round():
+    assert load(f"{GOOD}lora: {{lora_alpha: 8}}").lora.lora_alpha == 8
+    expected = "lora.r: got 8.0 (a number), need an integer >= 1 (recipe.yaml:4)"
+    assert problem(f"{GOOD}lora: {{r: 8.0}}") == expected
+
+
+# ---- the words of a problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("lora.r", "0", "got 0, need >= 1"),
+        ("lora.r", "true", "got true (a boolean), need an integer >= 1"),
+        ("lora.lora_dropout", "1", "got 1, need >= 0 and < 1"),
+        ("lora.lora_dropout", "-0.5", "got -0.5, need >= 0 and < 1"),
+        ("lora.target_modules", "all", "got \"all\", need all-linear or a list of strings"),
+        ("lora.target_modules", "[]", "got [] (empty), need all-linear or a list of strings"),
+        ("lora.target_modules", "{a: 1}", 'got {"a": 1} (a mapping), need all-linear or a list of strings'),
+        ("lora", "8", "got 8 (an integer), need a group (r, lora_alpha, lora_dropout, ...) or null"),
+        ("training", "", "got null, need a group (global_batch_size, micro_batch_size, max_steps, ...)"),
+        ("training.max_steps", "ten", 'got "ten" (a string), need an integer >= 1'),
+        ("training.max_steps", "0", "got 0, need >= 1"),
+        ("training.seed", "", "got null, need an integer >= 0"),
+        ("training.max_grad_norm", "-1", "got -1, need >= 0"),
+        ("training.learning_rate", "0", "got 0, need auto or a number > 0"),
+        ("training.learning_rate", "[1]", "got [1] (a list), need auto or a number > 0"),
+        ("training.micro_batch_size", "atuo", 'got "atuo", need auto or an integer >= 1; did you mean auto?'),
+        ("training.micro_batch_size", "0", "got 0, need auto or an integer >= 1"),
+        ("training.mixed_precision", "BF16", 'got "BF16", need one of bf16, fp16, no; did you mean bf16?'),
+        ("training.mixed_precision", "false", "got false (a boolean), need one of bf16, fp16, no"),
+        (
+            "training.optim",
+            "adam",
+            'got "adam", need one of adamw_torch_fused, adamw_torch, adamw_bnb_8bit, paged_adamw_8bit, '
+            "paged_adamw_32bit, adafactor; did you mean adamw_torch?",
+        ),
+        ("training.gradient_checkpointing", "1", "got 1 (an integer), need one of auto, true, false"),
+        ("training.report_to", "wandb", 'got "wandb" (a string), need a list of strings'),
+        ("data.packing", "yes", 'got "yes" (a string), need true or false'),
+        ("data.max_length", "7", "got 7, need >= 8"),
+        ("parallelism.hsdp_shard_size", "1", "got 1, need auto or an integer >= 2"),
+        (
+            "parallelism.strategy",
+            "zero4",
+            'got "zero4", need one of auto, ddp, zero1, zero2, zero3, fsdp, hsdp; did you mean zero3?',
+        ),
+        ("model.quantization", "nf8", 'got "nf8", need nf4 or int8; did you mean nf4?'),
+        ("trainer.overrides", "[]", "got [] (a list), need a mapping"),
+        ("output_dir", '""', 'got "" (empty), need a string'),
+        ("name", "../x", r'got "../x", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
+        ("name", "x" * 101, rf'got "{"x" * 55}...", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
+        ("name", r'"a\n\e[31m\u202e\ud800"', r'got "a\n\u001b[31m\u202e\ud800", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
+    ],
+)  # fmt: skip
+def test_words(key, value, expected):
+    text, line = recipe_with(key, value)
+    assert problem(text) == f"{key}: {expected} (recipe.yaml:{line})"
+    assert problem(GOOD, f"{key}={value}").startswith(f"{key}: {expected} (--set {key}=")
+
+
+def recipe_with(key: str, value: str) -> tuple[str, int]:
+    """A good recipe in blocks with one more line, and the number of that line."""
+    groups = {
+        "name": ["name: demo"],
+        "model": ["model:", "  name_or_path: base"],
+        "data": ["data:", "  train: data/train.jsonl"],
+    }
+    group, _, name = key.partition(".")
+    added = f"  {name}: {value}" if name else f"{key}: {value}"
+    groups[group] = [*groups.get(group, [f"{group}:"]), added] if name else [added]
+    lines = [line for group in groups.values() for line in group]
+    return "\n".join(lines), lines.index(added) + 1
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("training.learning_rte", "unknown key; did you mean learning_rate?"),
+        ("training.Learning-Rate", "unknown key; did you mean learning_rate?"),
+        ("trainig", "unknown key; did you mean training?"),
+        ("learning_rate", "unknown key; it belongs in training"),
+        ("training.r", "unknown key; it belongs in lora"),
+        ("training.output_dir", "unknown key; it belongs in the top level"),
+        ("deepspeed.zero_optimization", "unknown key; allowed: overrides"),
+        ("checkpoint.xyz", "unknown key; allowed: save_steps, save_total_limit"),
+    ],
+)
+def test_unknown_keys(key, expected):
+    text, line = recipe_with(key, "1")
+    assert problem(text) == f"{key}: {expected} (recipe.yaml:{line})"
+    assert problem(GOOD, f"{key}=1") == f"{key}: {expected} (--set {key}=1)"
+
+
+def test_missing_keys_are_where_their_parent_is():
+    assert problems("# a comment\n\nlora: null\nmodel:\n  revision: main\ndata: {}\n") == [
+        "name: missing, need a string matching ^\\w[\\w.-]*$ and at most 100 characters (recipe.yaml:3)",
+        "model.name_or_path: missing, need a string (recipe.yaml:4)",
+        "data.train: missing, need a string or a list of strings (recipe.yaml:6)",
+    ]
+    assert problems("name: a\n")[0].startswith("model: missing, need a group (name_or_path, revision, ")
+    assert problem("name: a\ndata: {train: data}", "model.revision=main") == (
+        "model.name_or_path: missing, need a string (--set model.revision=main)"
+    )
+
+
+def test_odd_keys_are_quoted():
+    assert problem(f'{GOOD}"a b\\e[0m": 1\n').startswith(r'"a b\u001b[0m": unknown key; allowed: name, model')
+    assert problem(f"{GOOD}trainer: {{overrides: {{a.b: {{1: 2}}}}}}") == (
+        'trainer.overrides."a.b": got 1 for a key, need a string (in quotes) (recipe.yaml:4)'
+    )
+
+
+@pytest.mark.parametrize("key", ["1", "true", "null", "1.5", "", "[1]", "{a: 1}"])
+def test_keys_are_strings(key):
+    shown = {"": "null", "[1]": "a list or mapping", "{a: 1}": "a list or mapping"}.get(key, key)
+    expected = f"training: got {shown} for a key, need a string (in quotes) (recipe.yaml:6)"
+    assert problem(f"{GOOD}training:\n  seed: 1\n  ? {key}\n  : 2\n") == expected
+
+
+# ---- all at once, in the right lines
+
+
+def test_all_problems_at_once_in_the_order_of_the_file():
+    text = """\
+# comment
+name: demo
+model:
+  revison: main
+data: {train: [data/trian.jsonl, data/train.jsonl,
+    ./gone.csv], eval: data/heldout.jsonl, format: messages,
+  long_rows: split}
+lora:
+  target_modules:
+    - q_proj
+    - 3
+  r: 0
+training:
+  learning_rte: 1e-4
+  max_steps: 10
+  num_train_epochs: 1
+  seed: 1
+  seed: 1.5
+"""
+    here = Path.cwd()
+    assert problems(text, "training.max_steps=ten", "foo", "lora.r=-1") == [
+        "model.name_or_path: missing, need a string (recipe.yaml:3)",
+        "model.revison: unknown key; did you mean revision? (recipe.yaml:4)",
+        f"data.train[0]: no such file: {here}/data/trian.jsonl; did you mean train.jsonl? (recipe.yaml:5)",
+        f"data.train[2]: no such file: {here}/gone.csv (recipe.yaml:6)",
+        "data.long_rows: split needs format text, got messages; use error, truncate or drop (recipe.yaml:7)",
+        "lora.target_modules[1]: got 3 (an integer), need a string (recipe.yaml:11)",
+        "training.learning_rte: unknown key; did you mean learning_rate? (recipe.yaml:14)",
+        "training.num_train_epochs: cannot be given with max_steps; keep one of them (recipe.yaml:16)",
+        "training.seed: given twice, first in line 17 (recipe.yaml:18)",
+        "no = in it, need dotted.key=value (--set foo)",
+        'training.max_steps: got "ten" (a string), need an integer >= 1 (--set training.max_steps=ten)',
+        "lora.r: got -1, need >= 1 (--set lora.r=-1)",
+    ]
+
+
+def test_lines_through_anchors_and_merge_keys():
+    text = """\
+name: demo
+model: {name_or_path: base}
+data: {train: &t [data/train.jsonl, gone.csv], eval: *t}
+deepspeed:
+  overrides: &base
+    r: 0
+    use_dora: 1
+fsdp:
+  overrides: &more
+    r: 1
+    lora_alpha: 0
+lora:
+  <<: [*more, *base]
+  lora_dropout: 2
+"""
+    here = Path.cwd()
+    assert problems(text) == [
+        f"data.train[1]: no such file: {here}/gone.csv (recipe.yaml:3)",
+        f"data.eval[1]: no such file: {here}/gone.csv (recipe.yaml:3)",
+        "lora.use_dora: got 1 (an integer), need true or false (recipe.yaml:7)",
+        "lora.lora_alpha: got 0, need > 0 (recipe.yaml:11)",
+        "lora.lora_dropout: got 2, need >= 0 and < 1 (recipe.yaml:14)",
+    ]
+
+
+def test_merge_keys():
+    text = f"""{GOOD}
+deepspeed: {{overrides: &a {{x: 1, y: 1}}}}
+fsdp: {{overrides: &b {{<<: *a, y: 2, z: 2}}}}
+trainer: {{overrides: {{z: 3, <<: *b}}}}
+"""
+    recipe = load(text)
+    assert recipe.fsdp.overrides == {"x": 1, "y": 2, "z": 2}
+    assert recipe.trainer.overrides == {"x": 1, "y": 2, "z": 3}
+    assert load(text.replace("<<: *b", "<<: [*a, *b]")).trainer.overrides == {"x": 1, "y": 1, "z": 3}
+    assert load(text.replace("<<: *b", '"<<": 4')).trainer.overrides == {"z": 3, "<<": 4}
+    expected = "trainer.overrides: << needs a mapping or a list of mappings (recipe.yaml:7)"
+    assert problem(text.replace("<<: *b", "<<: 3")) == expected
+    assert problem(text.replace("<<: *b", "<<: [*a, x]")) == expected
+
+
+def test_duplicate_keys():
+    assert problems(f"{GOOD}lora: {{r: 1,\n r: 2, r: 3}}\nname: again\n") == [
+        "lora.r: given twice, first in line 4 (recipe.yaml:5)",
+        "lora.r: given twice, first in line 4 (recipe.yaml:5)",
+        "name: given twice, first in line 1 (recipe.yaml:6)",
+    ]
+
+
+# ---- what is no YAML mapping
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "empty, need a mapping of keys to values (recipe.yaml:1)"),
+        ("# only this\n", "empty, need a mapping of keys to values (recipe.yaml:1)"),
+        ("\n- a\n", "got a list, need a mapping of keys to values (recipe.yaml:2)"),
+        ("hello", 'got "hello", need a mapping of keys to values (recipe.yaml:1)'),
+        (
+            "a: 1\n---\nb: 1\n",
+            "not valid YAML: expected a single document in the stream in line 1, but found another document "
+            "(recipe.yaml:2)",
+        ),
+        (
+            "a:\n\tb: 1\n",
+            r"not valid YAML: while scanning for the next token, found character '\t' that cannot start any token; "
+            "indent with spaces (recipe.yaml:2)",
+        ),
+        (
+            "a: [1\nb: 2\n",
+            "not valid YAML: while parsing a flow sequence in line 1, expected ',' or ']', but got ':' (recipe.yaml:2)",
+        ),
+        ("a: 1\nb: c: d\n", "not valid YAML: mapping values are not allowed here (recipe.yaml:2)"),
+        ("a: 1\nb: *x\n", "not valid YAML: found undefined alias 'x' (recipe.yaml:2)"),
+        ("a: 1\nb: \x01\n", "not valid YAML: character U+0001 is not allowed (recipe.yaml:2)"),
+        ('a: "\\UFFFFFFFF"', "not valid YAML: a number in it is too large (recipe.yaml:1)"),
+        (b"\x7fELF\x02\x01\x01\x00", "not valid YAML: character U+007F is not allowed (recipe.yaml:1)"),
+        (b"a: 1\n\x89PNG\r\n", "not a text file in UTF-8 (recipe.yaml:2)"),
+        ("name: a\n".encode("utf-16"), "not a text file in UTF-8 (recipe.yaml:1)"),
+        ("a: " + "[" * 10000, "not valid YAML: nested too deeply (recipe.yaml:1)"),
+        ("a:\n  " + "[" * 60 + "]" * 60, "nested more than 50 deep, or an alias inside its own anchor (recipe.yaml:2)"),
+        ("a: &a [*a]", "nested more than 50 deep, or an alias inside its own anchor (recipe.yaml:1)"),
+        ("a: &a {b: *a}", "nested more than 50 deep, or an alias inside its own anchor (recipe.yaml:1)"),
+        ("a: &a {<<: *a}", "nested more than 50 deep, or an alias inside its own anchor (recipe.yaml:1)"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)),
+            "more than 20000 values with all aliases unfolded (recipe.yaml:1)",
+        ),
+        (
+            "a0: &a0 {}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 12)),
+            "more than 20000 values with all aliases unfolded (recipe.yaml:1)",
+        ),
+        ("a: 1\n" * MAX_BYTES, "cannot read recipe.yaml: larger than 256 KiB"),
+    ],
+    ids=lambda value: repr(value[:20]),
+)
+def test_not_a_yaml_mapping(text, expected):
+    assert problem(text) == expected
+
+
+def test_files_that_cannot_be_read(folder):
+    Path("recipe.yaml").write_text(GOOD)
+    for path, expected in {
+        "recpe.yaml": "cannot read recpe.yaml: no such file or directory; did you mean recipe.yaml?",
+        "gone/recipe.yaml": "cannot read gone/recipe.yaml: no such file or directory",
+        "data": "cannot read data: is a directory",
+        "./data": "cannot read ./data: is a directory",
+        "a\nb\0": r"cannot read a\nb\x00: embedded null byte",
+        Path("recipe.yaml/x"): "cannot read recipe.yaml/x: not a directory",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert caught.value.problems == [expected]
+
+
+def test_the_file_is_named_as_it_was_given(folder):
+    Path("recipe.yaml").write_text(f"{GOOD}lora: {{r: 0}}")
+    for name in ("./recipe.yaml", "data/../recipe.yaml", str(folder / "recipe.yaml")):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name)
+        assert str(caught.value) == f"lora.r: got 0, need >= 1 ({name}:4)"
+
+
+def test_tags():
+    assert problems(f"{GOOD}lora: !!set {{r}}\ntraining: !mine {{seed: !!int x}}\ncheckpoint: {{save_steps: !\n  mine 1}}") == [
+        "lora: tag !!set is not supported (recipe.yaml:4)",
+        "lora.r: got null, need an integer >= 1 (recipe.yaml:4)",
+        "training: tag !mine is not supported (recipe.yaml:5)",
+        'training.seed: cannot read "x" as !!int (recipe.yaml:5)',
+        'checkpoint.save_steps: got "mine 1" (a string), need an integer >= 1 (recipe.yaml:6)',
+    ]
+    assert problem(f"{GOOD}output_dir: !!python/object/apply:os.system ['touch pwned']").startswith("output_dir: tag !!python")
+    assert not Path("pwned").exists()
+
+
+def test_files_of_other_systems():
+    assert load(GOOD.replace("\n", "\r\n")).name == "demo"
+    assert load(b"\xef\xbb\xbf" + GOOD.encode()).name == "demo"
+    assert problem(f"{GOOD}lora: {{r: 0}}".replace("\n", "\r\n")) == "lora.r: got 0, need >= 1 (recipe.yaml:4)"
+
+
+# ---- overrides
+
+
+@pytest.mark.parametrize(
+    ("sets", "key", "value"),
+    [
+        (["lora=null"], "lora", None),
+        (["lora=null", "lora.r=8"], "lora.r", 8),
+        (["lora.r=8", "lora.r=4"], "lora.r", 4),
+        (["lora={r: 3, use_dora: true}"], "lora.use_dora", True),
+        (["training.mixed_precision=no"], "training.mixed_precision", "no"),
+        (["training.learning_rate=1e-4"], "training.learning_rate", 1e-4),
+        ([" training . seed = 7 "], "training.seed", 7),
+        (["name=007"], "name", "007"),
+        (["name=1e5"], "name", "1e5"),
+        (["name=true"], "name", "true"),
+        (["name='007'"], "name", "007"),
+        (["model.revision=1234567"], "model.revision", "1234567"),
+        (["model.revision=null"], "model.revision", None),
+        (["model.revision=a=b"], "model.revision", "a=b"),
+        (["trainer.overrides.run_name=007"], "trainer.overrides", {"run_name": 7}),
+        (["training.report_to=[a,b]"], "training.report_to", ["a", "b"]),
+        (
+            ["deepspeed.overrides.zero_optimization.stage=2", "deepspeed.overrides.zero_optimization.x={y: no}"],
+            "deepspeed.overrides",
+            {"zero_optimization": {"stage": 2, "x": {"y": "no"}}},
+        ),
+        (["trainer.overrides.a=1", "trainer.overrides.a.b=2"], "trainer.overrides", {"a": {"b": 2}}),
+    ],
+)
+def test_overrides(sets, key, value):
+    got = load(GOOD, *sets)
+    for step in key.split("."):
+        got = getattr(got, step)
+    assert (got, type(got)) == (value, type(value))
+
+
+def test_an_override_below_a_null_starts_a_fresh_group():
+    assert load(f"{GOOD}lora: null", "lora.r=8").lora.model_dump() == {**Recipe.model_fields["lora"].default.model_dump(), "r": 8}
+    assert load(f"{GOOD}lora: {{r: 1, use_dora: true}}", "lora.r=8").lora.use_dora
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("foo", "no = in it, need dotted.key=value (--set foo)"),
+        ("", "no = in it, need dotted.key=value (--set )"),
+        ("=1", "empty key, need dotted.key=value (--set =1)"),
+        ("a..b=1", "empty key, need dotted.key=value (--set a..b=1)"),
+        (".=1", "empty key, need dotted.key=value (--set .=1)"),
+        ("name=a: b: c", "not valid YAML: mapping values are not allowed here (--set name=a: b: c)"),
+        ("name=*a", "not valid YAML: found undefined alias 'a' (--set name=*a)"),
+        ("name=\x00", r"not valid YAML: character U+0000 is not allowed (--set name=\x00)"),
+        ("name=", "name: got null, need a string matching ^\\w[\\w.-]*$ and at most 100 characters (--set name=)"),
+        ("lora={r: 1, r: 2}", "lora.r: given twice, first in line 1 (--set lora={r: 1, r: 2})"),
+        ("lora={1: 2}", "lora: got 1 for a key, need a string (in quotes) (--set lora={1: 2})"),
+        ("lora.r.x=1", 'lora.r: got {"x": 1} (a mapping), need an integer >= 1 (--set lora.r.x=1)'),
+        ("data.train.0=x", 'data.train: got {"0": "x"} (a mapping), need a string or a list of strings (--set data.train.0=x)'),
+        ("lora={r: 1, lora_alpha: 0}", "lora.lora_alpha: got 0, need > 0 (--set lora={r: 1, lora_alpha: 0})"),
+        (
+            "training.max_steps=" + "x" * 99,
+            f'training.max_steps: got "{"x" * 55}..." (a string), need an integer >= 1 '
+            f"(--set training.max_steps={'x' * 37}...x)",
+        ),
+    ],
+)  # fmt: skip
+def test_overrides_that_are_wrong(text, expected):
+    assert problem(GOOD, text) == expected
+
+
+def test_an_override_mends_what_the_file_has_wrong():
+    assert load(f"{GOOD}lora: {{r: 0}}", "lora.r=2").lora.r == 2
+    assert load(f"{GOOD}lora: 5", "lora.r=2").lora.r == 2
+    assert load(GOOD.replace("train.jsonl", "gone.jsonl"), "data.train=data").data.train == str(Path("data").resolve())
+
+
+# ---- paths
+
+
+def test_paths_are_relative_to_the_recipe(folder, monkeypatch):
+    text = """\
+name: demo
+model: {name_or_path: ./base}
+data: {train: [data, ../%s/data/train.jsonl, owner/name, owner/name:train], eval: ~/held.jsonl, chat_template: template.jinja}
+output_dir: out
+""" % folder.name  # noqa: UP031
+    (folder / "home").mkdir()
+    (folder / "home/held.jsonl").touch()
+    (folder / "recipe.yaml").write_text(text)
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.chdir("/")
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.model.name_or_path == f"{folder}/base"
+    assert recipe.data.train == [f"{folder}/data", f"{folder}/data/train.jsonl", "owner/name", "owner/name:train"]
+    assert recipe.data.eval == f"{folder}/home/held.jsonl"
+    assert recipe.data.chat_template == f"{folder}/template.jinja"
+    assert recipe.output_dir == "out"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("model.name_or_path", hub) for hub in ("gpt2", "Qwen/Qwen2.5-7B", "data.train", "owner/jsonl")],
+        *[("data.train", hub) for hub in ("owner/name", "o-1/n_2.x", "owner/name:train", "owner/name:train[:10%]")],
+    ],
+)
+def test_hub_ids_stay(key, value):
+    group, name = key.split(".")
+    assert getattr(getattr(load(GOOD, f"{key}='{value}'"), group), name) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model.name_or_path", "./bse", "no such folder: {here}/bse; did you mean base?"),
+        ("model.name_or_path", "a/b/c", "no such folder: {here}/a/b/c"),
+        ("model.name_or_path", "/nowhere", "no such folder: /nowhere"),
+        ("model.name_or_path", "~nobody-here/x", "no such folder: {here}/~nobody-here/x"),
+        ("model.name_or_path", "./template.jinja", "no such folder: {here}/template.jinja"),
+        ("model.name_or_path", "my model", "no such folder: {here}/my model; a hub id is owner/name"),
+        ("data.train", "alpaca", "no such file: {here}/alpaca; a hub id is owner/name"),
+        ("data.train", "dat", "no such file: {here}/dat; did you mean data?"),
+        ("data.train", "data/train.json", "no such file: {here}/data/train.json; did you mean train.jsonl?"),
+        ("data.train", "data/train.jsonl:train", "no such file: {here}/data/train.jsonl:train; did you mean train.jsonl?"),
+        ("data.train", "owner/x.parquet", "no such file: {here}/owner/x.parquet"),
+        ("data.train", "../x\x1b[31m", r"no such file: {here.parent}/x\x1b[31m"),
+        ("data.train", "x" * 300, "no such file: {here}/" + "x" * 300 + "; a hub id is owner/name"),
+        (
+            "data.eval",
+            "https://hub.co/x.jsonl",
+            'got "https://hub.co/x.jsonl", URLs are not supported: download it and give its path',
+        ),
+        ("data.chat_template", "owner/name", "no such file: {here}/owner/name"),
+        ("data.chat_template", "data", "no such file: {here}/data"),
+    ],
+)  # fmt: skip
+def test_paths_that_are_not_there(key, value, expected):
+    text, line = recipe_with(key, json.dumps(value))
+    if key in ("model.name_or_path", "data.train"):
+        text = "\n".join(row for row in text.splitlines() if row not in ("  name_or_path: base", "  train: data/train.jsonl") or not row.startswith(f"  {key.partition('.')[2]}:"))
+        line -= 1
+    assert problem(text) == f"{key}: {expected.format(here=Path.cwd())} (recipe.yaml:{line})"

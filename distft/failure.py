@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distft.run_dir import RunDir
 
+LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
 # Pattern in the error → what mends it. The first that matches is shown.
 HINTS = (
     (
@@ -19,10 +20,7 @@ HINTS = (
     (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
     (r"No space left on device", "the disk is full: free some, or set another output_dir"),
     (r"DataError", "a row of the data does not fit: mend it, or set data.long_rows"),
-    (
-        r"Connection (reset|closed)|Connection refused|Timed out|timed out",
-        "a rank lost its peer: look at the other ranks' logs",
-    ),
+    (LOST_PEER, "a rank lost its peer: look at the other ranks' logs"),
 )
 TAIL_LINES = 15
 
@@ -38,15 +36,17 @@ class Failure:
 def first_failure(run: RunDir, returncode: int) -> Failure:
     """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last words."""
     errors = run.rank_errors()
-    if errors:
-        first = errors[0]
+    log = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
+    killed = _killed_rank(log)
+    # A rank that was killed could write nothing; those that lost it wrote of a network error.
+    own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
+    if own:
+        first = own[0]
         reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
         where = f"rank {first['rank']} on {first['host']} failed first"
         # What a person can mend needs no traceback.
         body = first["message"] if first["mendable"] else first["traceback"].rstrip()
         return Failure(reason, _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"])))
-    log = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
-    killed = _killed_rank(log)
     if killed:
         rank, number = killed
         reason = f"rank {rank} was killed by {_signal_name(number)}"
@@ -58,10 +58,15 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
 
 
 def _killed_rank(torchrun_log: str) -> tuple[int, int] | None:
-    """Rank and signal of the root cause in torchrun's summary ("rank : 1 (local_rank: 1)", "exitcode : -9 (pid: 7)")."""
-    root = torchrun_log.rsplit("Root Cause", 1)
-    found = re.search(r"rank\s*:\s*(\d+)\s*\(local_rank.*?exitcode\s*:\s*-(\d+)", root[-1], re.DOTALL)
-    return (int(found[1]), int(found[2])) if len(root) == 2 and found else None
+    """Rank and signal of a rank that a signal ended, from torchrun's summary:
+
+        rank      : 1 (local_rank: 1)
+        exitcode  : -9 (pid: 7)
+
+    SIGTERM is what torchrun itself sends to the others.
+    """
+    ended = re.findall(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*-(\d+)", torchrun_log)
+    return next(((int(rank), int(number)) for rank, number in ended if int(number) != signal.SIGTERM), None)
 
 
 def _text(where: str, body: str, searched: str, log: object) -> str:

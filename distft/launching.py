@@ -6,19 +6,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import data_files, train_part
+from distft import data_files, report, train_part
 from distft.cluster import local_device, local_topology
 from distft.errors import DataError, RecipeError, RunError
-from distft.job import Job
+from distft.job import Job, recipe_job, script_job
 from distft.loading import Document, dump_recipe, load_recipe, validate
 from distft.planner.plan import Plan, make_plan, script_plan
 from distft.recipe import Recipe, ScriptSettings
 from distft.run_dir import RunDir
 from distft.schedulers import local
+from distft.shell import quote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,20 +75,45 @@ def prepare_data(recipe: Recipe) -> dict[str, Any]:
     return data_files.read_counts(folder)
 
 
-def start(job: Job, *, detach: bool, console: Console) -> dict[str, Any]:
-    """Write the run and start it; follow it to its end unless `detach`. Returns the status.
+def job_of(settings: Recipe | ScriptSettings, plan: Plan, script: Sequence[str] | None, run: RunDir) -> Job:
+    """The job of a recipe, or of a script."""
+    return recipe_job(settings, plan, run) if script is None else script_job(settings, script, plan, run)
+
+
+def run_job(
+    settings: Recipe | ScriptSettings,
+    plan: Plan,
+    script: Sequence[str] | None = None,
+    *,
+    detach: bool = False,
+    console: Console,
+    started: Callable[[RunDir], None] = lambda run: None,
+) -> RunDir:
+    """Start what was planned and follow it to its end unless `detach`; says on `console` what it does.
 
     Raises:
+        DistftError: nothing was started.
         RunError: the run failed.
     """
-    local.submit(job)
-    if detach:
-        local.detach(job.run)
-        return job.run.read_status()
-    from distft.progress import Follower
+    from distft.progress import Follower, say
 
-    with Follower(job.run, console) as follower:
-        return local.supervise(job.run, watch=follower.poll)
+    say(console, report.plan_lines(plan))
+    if script is None:
+        say(console, report.data_lines(prepare_data(settings)))
+    else:
+        train_part.require()
+    run = RunDir.create(settings.output_dir, settings.name)
+    started(run)
+    local.submit(job_of(settings, plan, script, run))
+    say(console, [f"run: {run.path}"])
+    if detach:
+        local.detach(run)
+        say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
+        return run
+    with Follower(run, console) as follower:
+        local.supervise(run, watch=follower.poll)
+    say(console, report.result_lines(run))
+    return run
 
 
 def describe_run(run: RunDir) -> dict[str, Any]:

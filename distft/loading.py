@@ -81,7 +81,7 @@ class Document(Generic[M]):
     def __init__(self, name: str, model: type[M], origin: str | None = None):
         self.name, self.model, self.origin, self.schema = name, model, origin, schema_of(model)
         self.data: dict[str, Any] = {}
-        self.places: dict[Steps, int | str] = {(): origin or 1}
+        self.places: dict[Steps, int | str] = {(): origin or name}
         self.problems: list[tuple[float, str]] = []  # line (infinite for an override), text
         self.wrong: set[Steps] = set()
         self._values = 0
@@ -117,7 +117,8 @@ class Document(Generic[M]):
                 raw = file.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = (getattr(error, "strerror", None) or str(error)).lower()
-            raise RecipeError(f"cannot read {self.name}: {reason}{_did_you_mean(_nearby(Path(path)))}") from None
+            near = _nearby(Path(path)) if isinstance(error, FileNotFoundError) else None
+            raise RecipeError(f"cannot read {self.name}: {reason}{_did_you_mean(near)}") from None
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
         try:
@@ -199,9 +200,8 @@ class Document(Generic[M]):
         if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
             self.problem(steps, f"tag {_tag(node)} is not supported", _line(node))
         if isinstance(node, yaml.SequenceNode):
-            below = dict(enumerate(node.value))
-            self._note({(*steps, i): _line(item) for i, item in below.items()})
-            return [self._build(item, (*steps, i)) for i, item in below.items()]
+            self._note({(*steps, n): _line(item) for n, item in enumerate(node.value)})
+            return [self._build(item, (*steps, n)) for n, item in enumerate(node.value)]
         below: dict[str, yaml.Node] = {}
         lines: dict[str, int] = {}
         own_lines: dict[str, int] = {}
@@ -213,7 +213,7 @@ class Document(Generic[M]):
             if own and name in own_lines:
                 self.problem((*steps, name), f"given twice, first in line {own_lines[name]}", line)
             if own:
-                own_lines[name] = line
+                own_lines.setdefault(name, line)
             below[name], lines[name] = value, line
         self._note({(*steps, name): line for name, line in lines.items()})
         return {name: self._build(value, (*steps, name)) for name, value in below.items()}
@@ -248,7 +248,8 @@ class Document(Generic[M]):
         if isinstance(key, str):
             return key
         what = "a list or mapping" if isinstance(key, list) else show(key)
-        return self.problem(steps, f"got {what} for a key, need a string (in quotes)", _line(node))
+        self.problem(steps, f"got {what} for a key, need a string (in quotes)", _line(node))
+        return None
 
     def _scalar(self, node: yaml.ScalarNode, steps: Steps) -> Any:
         pattern, convert = _SCALARS.get(node.tag.removeprefix(_TAG), (None, str))
@@ -258,6 +259,9 @@ class Document(Generic[M]):
         value = convert(node.value)
         if isinstance(value, float) and not math.isfinite(value):
             self.problem(steps, f"got {_clip(node.value)}, need a finite number", _line(node))
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # an escape, "\ud800": no file can hold it
+            self.problem(steps, f"got {show(value)}, which has half a character", _line(node))
+            return value.encode(errors="replace").decode()
         return value
 
 
@@ -317,13 +321,11 @@ def _explain(document: Document, error: ValidationError) -> None:
             if missing or document.get((*steps, step), found) is not found:
                 steps += (step,)
         found.setdefault(steps, item)
-    skip = document.wrong | {
-        steps[:n] for steps in found for n in range(len(steps))
-    }  # another member of the union got further
+    outer = {steps[:n] for steps in found for n in range(len(steps))}  # there, another member of the union got further
     for steps, item in found.items():
-        kind, schema = item["type"], field(document.schema, steps)
-        if steps in skip:
+        if steps in outer or steps in document.wrong:
             continue
+        kind, schema = item["type"], field(document.schema, steps)
         if kind == "extra_forbidden":
             text = _unknown(document.schema, steps)
         elif kind == "missing":
@@ -384,8 +386,9 @@ def _resolve_paths(document: Document, folder: Path) -> None:
                 document.problem(steps, f"got {show(text)}, URLs are not supported: download it and give its path")
             elif not hub or not hub.fullmatch(text) or _FILE.search(text):
                 kind = "folder" if test is Path.is_dir else "file"
-                mend = _did_you_mean(_nearby(path)) or "; a hub id is owner/name" * bool(hub and "/" not in text)
-                document.problem(steps, f"no such {kind}: {clean(str(path))}{mend}")
+                word = hub and not re.search(r"/|\.", text)
+                mend = _did_you_mean(_nearby(path)) or "; a hub id is owner/name" * bool(word)
+                document.problem(steps, f"no such {kind}: {_clip(clean(str(path)), 300)}{mend}")
 
 
 def _locate(folder: Path, text: str) -> Path:
@@ -460,12 +463,15 @@ def choices(option: dict[str, Any]) -> list[Any]:
 def field(schema: dict[str, Any], steps: Steps) -> dict[str, Any]:
     """The schema of what lies at `steps`; {}, which allows anything, where nothing is known about it."""
     for step in steps:
-        below = [
-            option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
-            for option in options(schema)
-        ]
-        schema = next(filter(None, below), {})
+        schema = next(filter(None, (_below(option, step) for option in options(schema))), {})
     return schema
+
+
+def _below(option: dict[str, Any], step: str | int) -> Any:
+    if isinstance(step, int):
+        return option.get("items")
+    others = option.get("additionalProperties")  # of a dict: a schema; of a model: False
+    return option.get("properties", {}).get(step) or (others if isinstance(others, dict) else None)
 
 
 def fits(schema: dict[str, Any], value: Any) -> bool:

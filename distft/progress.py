@@ -6,6 +6,7 @@ Reads the run directory alone, so that any run can be followed from anywhere tha
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -73,16 +74,13 @@ class Follower:
     def _milestone(self, key: str, status: dict[str, Any], text: str) -> None:
         if key in status and key not in self.said:
             self.said.add(key)
-            self._say(text.format(status[key]))
+            say(self.console, [text.format(status[key])])
 
     def _print_step(self, last: bool) -> None:
         step, now = self.latest.get("step", 0), time.monotonic()
         if step > self.shown_step and (last or step == self.max_steps or now - self.shown_at >= PLAIN_SECONDS):
             self.shown_step, self.shown_at = step, now
-            self._say(f"step {step}/{self.max_steps}  {self._numbers()}")
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, [f"step {step}/{self.max_steps}  {self._numbers()}"])
 
     def _numbers(self) -> str:
         m = self.latest
@@ -102,3 +100,10 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say(console: Console, lines: Iterable[str]) -> None:
+    """Lines as they are: no markup, no highlighting, not cut to the window."""
+    for line in lines:
+        style = "yellow" if line.startswith("warning:") else None
+        console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)

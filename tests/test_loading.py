@@ -53,10 +53,13 @@ def problem(text: str | bytes, *sets: str) -> str:
 # ---- scalars
 
 
+NOT_SPECIAL = "no off yes on y n NO 1_000 1:30 12:30:45 2024-01-01 0b11 1e 1.2.3 tRUE << ="
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        *[(word, word) for word in "no off yes on y n NO 1_000 1:30 12:30:45 2024-01-01 0b11 1e 1.2.3 tRUE << =".split()],
+        *[(word, word) for word in NOT_SPECIAL.split()],
         *[("true", True), ("False", False), ("TRUE", True), ("~", None), ("Null", None), ("", None)],
         *[("1e-4", 1e-4), ("2E5", 2e5), ("1.", 1.0), (".5", 0.5), ("-1.5e+3", -1500.0), ("+1", 1), ("-0", 0)],
         *[("007", 7), ("0o17", 15), ("0x1F", 31), ("9" * 40, int("9" * 40)), ("9" * 41, float("9" * 41))],
@@ -130,7 +133,8 @@ def test_an_integer_is_a_number_but_not_the_other_way_round():
         ("output_dir", '""', 'got "" (empty), need a string'),
         ("name", "../x", r'got "../x", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
         ("name", "x" * 101, rf'got "{"x" * 55}...", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
-        ("name", r'"a\n\e[31m\u202e\ud800"', r'got "a\n\u001b[31m\u202e\ud800", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
+        ("output_dir", r'["a\n\e[31m\u202e\x7f"]', r'got ["a\n\u001b[31m\u202e\x7f"] (a list), need a string'),
+        ("output_dir", r'"a\ud800"', r'got "a\ud800", which has half a character'),
     ],
 )  # fmt: skip
 def test_words(key, value, expected):
@@ -140,17 +144,15 @@ def test_words(key, value, expected):
 
 
 def recipe_with(key: str, value: str) -> tuple[str, int]:
-    """A good recipe in blocks with one more line, and the number of that line."""
-    groups = {
-        "name": ["name: demo"],
-        "model": ["model:", "  name_or_path: base"],
-        "data": ["data:", "  train: data/train.jsonl"],
-    }
+    """A good recipe in blocks, but for `key`, and the line that has it."""
+    groups = {"name": {"": "demo"}, "model": {"name_or_path": "base"}, "data": {"train": "data/train.jsonl"}}
     group, _, name = key.partition(".")
-    added = f"  {name}: {value}" if name else f"{key}: {value}"
-    groups[group] = [*groups.get(group, [f"{group}:"]), added] if name else [added]
-    lines = [line for group in groups.values() for line in group]
-    return "\n".join(lines), lines.index(added) + 1
+    groups[group] = {**groups.get(group, {}), name: value} if name else {"": value}
+    lines = []
+    for each, rows in groups.items():
+        lines += [f"{each}:"] if "" not in rows else []
+        lines += [f"  {row}: {rows[row]}" if row else f"{each}: {rows[row]}" for row in rows]
+    return "\n".join(lines), lines.index(f"  {name}: {value}" if name else f"{key}: {value}") + 1
 
 
 @pytest.mark.parametrize(
@@ -234,8 +236,8 @@ training:
         "training.num_train_epochs: cannot be given with max_steps; keep one of them (recipe.yaml:16)",
         "training.seed: given twice, first in line 17 (recipe.yaml:18)",
         "no = in it, need dotted.key=value (--set foo)",
-        'training.max_steps: got "ten" (a string), need an integer >= 1 (--set training.max_steps=ten)',
         "lora.r: got -1, need >= 1 (--set lora.r=-1)",
+        'training.max_steps: got "ten" (a string), need an integer >= 1 (--set training.max_steps=ten)',
     ]
 
 
@@ -280,6 +282,14 @@ trainer: {{overrides: {{z: 3, <<: *b}}}}
     expected = "trainer.overrides: << needs a mapping or a list of mappings (recipe.yaml:7)"
     assert problem(text.replace("<<: *b", "<<: 3")) == expected
     assert problem(text.replace("<<: *b", "<<: [*a, x]")) == expected
+
+
+def test_half_a_character_in_a_key():
+    assert problems(f'{GOOD}"\\udfff": 1\nlora: {{r: 0}}') == [
+        r'got "\udfff", which has half a character (recipe.yaml:4)',
+        f'"?": unknown key; allowed: {", ".join(Recipe.model_fields)} (recipe.yaml:4)',
+        "lora.r: got 0, need >= 1 (recipe.yaml:5)",
+    ]
 
 
 def test_duplicate_keys():
@@ -366,14 +376,18 @@ def test_the_file_is_named_as_it_was_given(folder):
 
 
 def test_tags():
-    assert problems(f"{GOOD}lora: !!set {{r}}\ntraining: !mine {{seed: !!int x}}\ncheckpoint: {{save_steps: !\n  mine 1}}") == [
+    assert problems(
+        f"{GOOD}lora: !!set {{r}}\ntraining: !mine {{seed: !!int x}}\ncheckpoint: {{save_steps: !\n  mine 1}}"
+    ) == [
         "lora: tag !!set is not supported (recipe.yaml:4)",
         "lora.r: got null, need an integer >= 1 (recipe.yaml:4)",
         "training: tag !mine is not supported (recipe.yaml:5)",
         'training.seed: cannot read "x" as !!int (recipe.yaml:5)',
         'checkpoint.save_steps: got "mine 1" (a string), need an integer >= 1 (recipe.yaml:6)',
     ]
-    assert problem(f"{GOOD}output_dir: !!python/object/apply:os.system ['touch pwned']").startswith("output_dir: tag !!python")
+    assert problem(f"{GOOD}output_dir: !!python/object/apply:os.system ['touch pwned']").startswith(
+        "output_dir: tag !!python"
+    )
     assert not Path("pwned").exists()
 
 
@@ -421,7 +435,10 @@ def test_overrides(sets, key, value):
 
 
 def test_an_override_below_a_null_starts_a_fresh_group():
-    assert load(f"{GOOD}lora: null", "lora.r=8").lora.model_dump() == {**Recipe.model_fields["lora"].default.model_dump(), "r": 8}
+    assert load(f"{GOOD}lora: null", "lora.r=8").lora.model_dump() == {
+        **Recipe.model_fields["lora"].default.model_dump(),
+        "r": 8,
+    }
     assert load(f"{GOOD}lora: {{r: 1, use_dora: true}}", "lora.r=8").lora.use_dora
 
 
@@ -440,7 +457,11 @@ def test_an_override_below_a_null_starts_a_fresh_group():
         ("lora={r: 1, r: 2}", "lora.r: given twice, first in line 1 (--set lora={r: 1, r: 2})"),
         ("lora={1: 2}", "lora: got 1 for a key, need a string (in quotes) (--set lora={1: 2})"),
         ("lora.r.x=1", 'lora.r: got {"x": 1} (a mapping), need an integer >= 1 (--set lora.r.x=1)'),
-        ("data.train.0=x", 'data.train: got {"0": "x"} (a mapping), need a string or a list of strings (--set data.train.0=x)'),
+        ("trainer.overrides=1", "trainer.overrides: got 1 (an integer), need a mapping (--set trainer.overrides=1)"),
+        (
+            "data.eval.0=x",
+            'data.eval: got {"0": "x"} (a mapping), need a string or a list of strings (--set data.eval.0=x)',
+        ),
         ("lora={r: 1, lora_alpha: 0}", "lora.lora_alpha: got 0, need > 0 (--set lora={r: 1, lora_alpha: 0})"),
         (
             "training.max_steps=" + "x" * 99,
@@ -466,9 +487,12 @@ def test_paths_are_relative_to_the_recipe(folder, monkeypatch):
     text = """\
 name: demo
 model: {name_or_path: ./base}
-data: {train: [data, ../%s/data/train.jsonl, owner/name, owner/name:train], eval: ~/held.jsonl, chat_template: template.jinja}
+data:
+  train: [data, ../FOLDER/data/train.jsonl, owner/name, owner/name:train]
+  eval: ~/held.jsonl
+  chat_template: template.jinja
 output_dir: out
-""" % folder.name  # noqa: UP031
+""".replace("FOLDER", folder.name)
     (folder / "home").mkdir()
     (folder / "home/held.jsonl").touch()
     (folder / "recipe.yaml").write_text(text)
@@ -506,10 +530,10 @@ def test_hub_ids_stay(key, value):
         ("data.train", "alpaca", "no such file: {here}/alpaca; a hub id is owner/name"),
         ("data.train", "dat", "no such file: {here}/dat; did you mean data?"),
         ("data.train", "data/train.json", "no such file: {here}/data/train.json; did you mean train.jsonl?"),
-        ("data.train", "data/train.jsonl:train", "no such file: {here}/data/train.jsonl:train; did you mean train.jsonl?"),
+        ("data.eval", "data/train.jsonl:x", "no such file: {here}/data/train.jsonl:x; did you mean train.jsonl?"),
         ("data.train", "owner/x.parquet", "no such file: {here}/owner/x.parquet"),
         ("data.train", "../x\x1b[31m", r"no such file: {here.parent}/x\x1b[31m"),
-        ("data.train", "x" * 300, "no such file: {here}/" + "x" * 300 + "; a hub id is owner/name"),
+        ("data.train", "/" + "x" * 400, "no such file: /" + "x" * 295 + "...x"),
         (
             "data.eval",
             "https://hub.co/x.jsonl",
@@ -521,7 +545,244 @@ def test_hub_ids_stay(key, value):
 )  # fmt: skip
 def test_paths_that_are_not_there(key, value, expected):
     text, line = recipe_with(key, json.dumps(value))
-    if key in ("model.name_or_path", "data.train"):
-        text = "\n".join(row for row in text.splitlines() if row not in ("  name_or_path: base", "  train: data/train.jsonl") or not row.startswith(f"  {key.partition('.')[2]}:"))
-        line -= 1
     assert problem(text) == f"{key}: {expected.format(here=Path.cwd())} (recipe.yaml:{line})"
+
+
+def test_a_folder_beside_the_recipe_comes_before_a_hub_id(folder):
+    (folder / "owner/name").mkdir(parents=True)
+    (folder / "gpt2").touch()  # a file is no model
+    recipe = load(GOOD, "model.name_or_path=owner/name", "data.train=owner/name")
+    assert recipe.model.name_or_path == recipe.data.train == f"{folder}/owner/name"
+    assert load(GOOD, "model.name_or_path=gpt2").model.name_or_path == "gpt2"
+
+
+def test_a_link_keeps_its_name(folder):
+    """In the hub's cache train.jsonl links to a blob without a suffix, and the suffix tells the format."""
+    (folder / "blob").touch()
+    (folder / "real").mkdir()
+    (folder / "real/link.jsonl").symlink_to("../blob")
+    (folder / "data/in").symlink_to("../real")
+    assert load(GOOD, "data.train=data/in/link.jsonl").data.train == f"{folder}/real/link.jsonl"
+    assert load(GOOD, "data.train=data/in/..").data.train == str(folder)
+    (folder / "loop").symlink_to("loop")
+    assert problem(GOOD, "data.train=loop/x.jsonl").startswith(f"data.train: no such file: {folder}/loop/x.jsonl (")
+
+
+# ---- together
+
+
+def test_steps_or_epochs():
+    assert load(f"{GOOD}training: {{max_steps: 5, num_train_epochs: null}}").training.max_steps == 5
+    assert problem(f"{GOOD}training: {{max_steps: 5}}", "training.num_train_epochs=1.5") == (
+        "training.num_train_epochs: cannot be given with max_steps; keep one of them "
+        "(--set training.num_train_epochs=1.5)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["auto", "text", "messages", "prompt_completion"])
+def test_split_is_for_text(kind):
+    sets = ["data.long_rows=split", f"data.format={kind}"]
+    if kind in ("auto", "text"):
+        assert load(GOOD, *sets).data.long_rows == "split"
+    else:
+        expected = f"data.long_rows: split needs format text, got {kind}; use error, truncate or drop (--set {sets[0]})"
+        assert problem(GOOD, *sets) == expected
+
+
+# ---- there and back
+
+HOSTILE = [
+    *["no", "1e-4", "2E5", "0o17", "007", "1_0", "null", "~", "", " ", "true", "yes", "2024-01-01", "<<", "=", ".inf"],
+    *[
+        "a'; echo foo",
+        "$(id)",
+        "a\nb\n",
+        "\t",
+        "# x",
+        "a: b",
+        "- a",
+        "{x}",
+        "*a",
+        "&a",
+        "!x",
+        "%y",
+        "@z",
+        "`",
+        "'",
+        '"',
+    ],
+    *["é", "😀", "\u2028", "\x85", "\ufeff", "\u202e", "\x1b[0m", "\xa0", "x " * 300, "\\", "---", "..."],
+]
+
+
+def test_dump_is_read_back_the_same_anywhere(folder):
+    overrides = {text or "empty": [text, {text: text}] for text in HOSTILE} | {"numbers": [1e-5, 1e300, -0.0, 2**80]}
+    recipe = load(GOOD, "model.revision=1e5", "training.learning_rate=1e-05", "data.eval=[data,owner/name]")
+    recipe = recipe.model_copy(update={"trainer": type(recipe.trainer)(overrides=overrides)})
+    text = dump_recipe(recipe)
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere/r.yaml").write_text(text)
+    again = load_recipe("elsewhere/r.yaml")
+    assert again == recipe
+    (folder / "r.yaml").write_text(dump_recipe(again))
+    assert dump_recipe(load_recipe("r.yaml")) == dump_recipe(again)
+
+
+def test_dump_has_every_field():
+    text = dump_recipe(load(GOOD, "lora=null"))
+    assert "lora: null\n" in text
+    assert "mixed_precision: bf16\n" in text
+    assert f"train: {Path.cwd()}/data/train.jsonl\n" in text
+    assert "mixed_precision: 'no'\n" in dump_recipe(load(GOOD, "training.mixed_precision=no"))
+
+
+def test_mutated_recipes_load_or_have_problems():
+    rng = random.Random(0)
+    source = """\
+# a recipe
+name: demo
+model: &m {name_or_path: base, revision: "main"}
+data:
+  train: [data/train.jsonl, owner/name:train]
+  eval: data/heldout.jsonl
+lora: {r: 8, target_modules: [q_proj, 'v_proj'], lora_alpha: 1.6e1}
+training:
+  max_steps: 10
+  learning_rate: 1e-4
+  mixed_precision: no
+deepspeed: {overrides: &o {a: {b: [1, 2]}}}
+fsdp: {overrides: {<<: *o, c: 3}}
+checkpoint: {save_steps: 5}
+"""
+    tokens = [
+        *":-[]{},&*!|>'\"#%@`?~\n\t\\ ",
+        *HOSTILE,
+        *source.split(),
+        "\\UFFFFFFFF",
+    ]
+    loaded = 0
+    for _ in range(600):
+        text = source
+        for _ in range(rng.choice([1, 1, 1, 2, 4])):
+            start = rng.randrange(len(text))
+            end = start + rng.choice([0, 0, 1, 5, 30])
+            text = text[:start] + rng.choice([*tokens, ""]) + text[end:]
+        sets = [rng.choice(source.split()) + rng.choice(["", "=", ".r="]) + rng.choice(tokens)] * rng.choice([0, 0, 1])
+        try:
+            recipe = load(text.encode("utf-8", "surrogatepass"), *sets)
+        except RecipeError as error:
+            for line in error.problems:
+                assert line.isprintable() and line.endswith(")") and len(line) < 600, line
+        else:
+            loaded += 1
+            Path("again.yaml").write_text(dump_recipe(recipe))
+            assert load_recipe("again.yaml") == recipe
+    assert 10 < loaded < 400  # the loop reaches both ends
+
+
+# ---- another model
+
+
+class Site(BaseModel):
+    """As a cluster profile will be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    partition: str
+    limits: dict[str, int] = {}
+    setup: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.partition == "none":
+            raise ValueError("partition none is not a partition")
+        return self
+
+
+def test_another_model(folder):
+    (folder / "site.yaml").write_text("partition: 7\nlimits:\n  gpu: many\nsetup: [1]\nlimit: {}\n")
+    document = load_yaml("site.yaml", Site, ["partition=8"])
+    assert document.places == {(): 1, ("partition",): "--set partition=8", ("limits",): 2, ("limits", "gpu"): 3} | {
+        ("setup",): 4, ("setup", 0): 4, ("limit",): 5,
+    }  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        validate(document)
+    assert caught.value.problems == [
+        'limits.gpu: got "many" (a string), need an integer (site.yaml:3)',
+        "setup[0]: got 1 (an integer), need a string (site.yaml:4)",
+        "limit: unknown key; did you mean limits? (site.yaml:5)",
+    ]
+    document = Document("--set", Site)  # without a file
+    document.override("partition=none")
+    with pytest.raises(RecipeError, match=r"^partition none is not a partition \(--set\)$"):
+        validate(document)
+
+
+# ---- the schema and the imports
+
+
+def test_json_schema():
+    schema = Recipe.model_json_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    keywords = {
+        *(
+            "$defs",
+            "$ref",
+            "additionalProperties",
+            "anyOf",
+            "const",
+            "default",
+            "description",
+            "enum",
+            "items",
+            "title",
+        ),
+        *(
+            "exclusiveMaximum",
+            "exclusiveMinimum",
+            "maxLength",
+            "maximum",
+            "minItems",
+            "minLength",
+            "minimum",
+            "pattern",
+        ),
+        *("properties", "required", "type"),
+    }
+
+    def check(node: dict) -> None:
+        assert set(node) <= keywords
+        assert node.get("type", "null") in ("array", "boolean", "integer", "null", "number", "object", "string")
+        assert set(node.get("required", ())) <= set(node.get("properties", ()))
+        for group in ("properties", "$defs"):
+            for below in node.get(group, {}).values():
+                check(below)
+        for below in [*node.get("anyOf", ()), *([node["items"]] if "items" in node else [])]:
+            check(below)
+        if "$ref" in node:
+            assert node["$ref"].removeprefix("#/$defs/") in schema["$defs"]
+
+    check(schema)
+
+
+def test_every_field_has_a_description():
+    def fields(node, path=()):
+        for name, below in node.get("properties", {}).items():
+            members = [below, *below.get("anyOf", ())]
+            yield ".".join([*path, name]), [text for member in members if (text := member.get("description"))]
+            for member in members:
+                yield from fields(member, (*path, name))
+
+    found = dict(fields(schema_of(Recipe)))
+    assert len(found) > 50
+    assert [path for path, texts in found.items() if not texts] == []
+
+
+@pytest.mark.parametrize("module", ["distft.loading", "distft.recipe_docs"])
+def test_light_imports(module):
+    code = f"import sys, {module}; print({{'torch', 'transformers', 'jinja2', 'rich', 'deepspeed'}} & set(sys.modules))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import click
 
 from distft import __version__
@@ -21,12 +24,19 @@ class _Problem(click.ClickException):
         click.echo("\n".join([first, *rest]), err=True)
 
 
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn a DistftError into what click prints and exits with."""
+    try:
+        yield
+    except DistftError as error:
+        raise _Problem(error) from None
+
+
 class _Group(click.Group):
     def invoke(self, context: click.Context) -> object:
-        try:
+        with reporting_errors():
             return super().invoke(context)
-        except DistftError as error:
-            raise _Problem(error) from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

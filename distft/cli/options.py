@@ -36,7 +36,3 @@ def width(command: Callable) -> Callable:
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, indent=1))
 
-
-def note(text: str, as_json: bool = False) -> None:
-    """A line for people: standard error when standard output belongs to JSON."""
-    click.echo(text, err=as_json)

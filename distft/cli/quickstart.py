@@ -16,8 +16,10 @@ def quickstart(folder: str, nodes: int | None, gpus_per_node: int | None) -> Non
     The base model is really trained, on the standard library's sources (a minute or two); DIR/recipe.yaml then
     fine-tunes it with LoRA.
     """
+    from pathlib import Path
+
     from rich.console import Console
 
-    from distft import quickstart
+    from distft.quickstart.build import build
 
-    quickstart.build(folder, nodes, gpus_per_node, Console())
+    build(Path(folder), nodes, gpus_per_node, Console())

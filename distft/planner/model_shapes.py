@@ -76,7 +76,9 @@ def lora_parameters(lora: Lora, linear: Mapping[str, tuple[int, ...]]) -> int:
     }
     if not chosen:
         known = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in linear})
-        raise PlanError(f"lora.target_modules: got {targets}, no layer of the model is called so; it has {known}")
+        raise PlanError(
+            f"lora.target_modules: got {', '.join(targets)}, no layer of the model is called so; it has {', '.join(known)}"
+        )
     return sum(lora.r * sum(shape) + (shape[0] if lora.use_dora else 0) for shape in chosen.values())
 
 

@@ -40,39 +40,36 @@ def accelerate_config(
             latter earlier.
     """
     world = topology.world_size
+    if strategy == "ddp":
+        kind = "NO" if world == 1 else "MULTI_CPU" if device_type == "cpu" else "MULTI_GPU"
+    else:
+        kind = "DEEPSPEED" if strategy.startswith("zero") else "FSDP"
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        "debug": False,
+        "distributed_type": kind,
         "num_machines": topology.nnodes,
         "num_processes": world,
         "machine_rank": 0,
-        "main_training_function": "main",
         "use_cpu": device_type == "cpu",
     }
     if topology.nnodes > 1:
         config["rdzv_backend"] = "c10d"
 
-    if strategy.startswith("zero"):
+    if kind == "DEEPSPEED":
         if ds_config_file is None:
             raise ValueError(f"{strategy} needs ds_config_file")
         # No mixed_precision: beside a deepspeed_config_file accelerate ends with "the following accelerate config
         # variables will be ignored" (DeepSpeedPlugin._deepspeed_config_checks).
         section: dict[str, Any] = {"deepspeed_config_file": ds_config_file, "zero3_init_flag": strategy == "zero3"}
         if topology.nnodes > 1:
-            section["deepspeed_multinode_launcher"] = "standard"  # torchrun; the default, pdsh, wants ssh and a hostfile
-        return config | {"distributed_type": "DEEPSPEED", "deepspeed_config": section}
+            # torchrun; the default, pdsh, wants ssh and a hostfile
+            section["deepspeed_multinode_launcher"] = "standard"
+        return config | {"deepspeed_config": section}
 
     config["mixed_precision"] = mixed_precision
-    if strategy == "ddp":
-        kind = "NO" if world == 1 else "MULTI_CPU" if device_type == "cpu" else "MULTI_GPU"
-        return config | {"distributed_type": kind}
-
-    config |= {
-        "distributed_type": "FSDP",
-        "fsdp_config": merge(
-            fsdp_config(offload=offload, device_type=device_type, quantization=quantization), overrides or {}
-        ),
-    }
+    if kind == "FSDP":
+        section = fsdp_config(offload=offload, device_type=device_type, quantization=quantization)
+        config["fsdp_config"] = merge(section, overrides or {})
     if strategy == "hsdp":
         if world % shard_size:
             raise ValueError(f"hsdp: groups of {shard_size} do not divide {world} ranks")
@@ -91,8 +88,8 @@ def accelerate_config(
 def fsdp_config(*, offload: str, device_type: str, quantization: str | None = None) -> dict[str, Any]:
     """The `fsdp_config` section: FSDP2, sharded block by block.
 
-    The dtypes are not among it: accelerate has no key for them and takes `mixed_precision` for weights AND for the
-    averaging of gradients. distft's own trainer passes a policy that averages in float32.
+    No key tells the dtypes: accelerate takes `mixed_precision` for the weights AND for averaging gradients
+    (FullyShardedDataParallelPlugin.set_mixed_precision). To average in float32 a trainer passes a MixedPrecisionPolicy.
     """
     return {
         "fsdp_version": 2,
@@ -100,9 +97,9 @@ def fsdp_config(*, offload: str, device_type: str, quantization: str | None = No
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_reshard_after_forward": True,  # ZeRO-3; false keeps what the forward pass gathered (ZeRO-2)
         "fsdp_offload_params": offload == "all",
-        # FULL_STATE_DICT would gather model and optimizer on rank 0 at every checkpoint, and could not go on at another
-        # width. docs/design.md says what each costs transformers.Trainer.
-        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        # With SHARDED_STATE_DICT transformers' Trainer.save_model() writes NOTHING, in silence (trainer.py 5.23), and a
+        # script ends without its model. The price: at a checkpoint rank 0 holds model and optimizer in host memory.
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
         # Local rank 0 alone reads the weights, the others get them over the network. Not on a CPU, where accelerate
         # ignores FSDP and would wrap empty weights in DDP; not with bitsandbytes weights, which accelerate does not
         # send on while transformers leaves what the checkpoint lacks uninitialised on the other ranks.

@@ -38,6 +38,7 @@ class Counts:
     trained_tokens: int = 0
     long_rows: int = 0
     longest: int = 0
+    done: str = ""  # what was done with the long rows
     examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
 
 
@@ -128,7 +129,8 @@ def _prepare_split(
         data_format = data_files.first_format(sources)
     encode = _ENCODERS[data_format](tokenizer, recipe)
     rows = data_files.check_rows(data_files.read_rows(sources), data_format, what)
-    counts, temporary = Counts(), work / "tmp" / split
+    done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
+    counts, temporary = Counts(done=done), work / "tmp" / split
 
     def documents() -> Iterator[dict[str, list[int]]]:
         for place, row in rows:
@@ -194,8 +196,8 @@ def _check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) 
             "\n".join(
                 [
                     *counts.examples,
-                    f"{what}: {counts.long_rows} rows are longer than data.max_length {recipe.data.max_length} (the "
-                    f"longest has {counts.longest} tokens); raise it, or set data.long_rows: {choices}",
+                    f"{what}: rows longer than data.max_length {recipe.data.max_length}: {counts.long_rows}, the longest "
+                    f"of {counts.longest} tokens; raise it, or set data.long_rows: {choices}",
                 ]
             )
         )

@@ -38,7 +38,12 @@ def train(run: RunDir, plan: dict[str, Any]) -> None:
         len(prepared.train), batch_size, recipe.training.max_steps, recipe.training.num_train_epochs
     )
     arguments = training_arguments(recipe, plan, run, steps)
-    writes = arguments.process_index == 0  # touching it also opens the process group, which ZeRO-3's zero.Init needs
+    if plan["strategy"].startswith("zero"):
+        import deepspeed
+
+        # zero.Init checks the batch arithmetic while the model is made, and without this sees a world of 1.
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    writes = arguments.process_index == 0
     if writes:
         run.update_status(state="running", step=0, max_steps=steps, started=time.time(), data=prepared.counts)
     checkpointing = plan["gradient_checkpointing"]

@@ -92,8 +92,9 @@ class RecipeTrainer(Trainer):
             self.compute_loss_func = _token_mean_loss
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
-            # accelerate averages gradients in 16 bit under FSDP; DDP and our ZeRO configs do in float32.
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+            # accelerate's policy averages gradients in 16 bit and rounds the loss to it; DDP and ZeRO do neither.
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
     def _get_train_sampler(self, *args: Any) -> StreamSampler:
         return self.stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
@@ -25,7 +26,7 @@ def describe(model: Any) -> dict[str, Any]:
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         mesh = next(model.parameters()).device_mesh
         kind = "hsdp" if mesh.ndim == 2 else "fsdp"
-        detail = {"mesh": list(mesh.shape), "units": len(units), "blocks": type(units[-1]).__name__}
+        detail = {"mesh": list(mesh.shape), "units": dict(Counter(type(unit).__name__ for unit in units))}
     else:
         kind, detail = "single", {}
     initialized = dist.is_initialized()
@@ -33,6 +34,7 @@ def describe(model: Any) -> dict[str, Any]:
         "wrapped": type(model).__name__,
         "kind": kind,
         **detail,
+        "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "world_size": dist.get_world_size() if initialized else 1,
         "backend": dist.get_backend() if initialized else None,
     }

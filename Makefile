@@ -1,0 +1,49 @@
+# make demo: from a fresh machine to a fine-tuned adapter. make test: the whole suite.
+# TORCH names another torch, TORCH_SOURCE options of pip that say where from:
+#   make demo TORCH_SOURCE="--index-url URL"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_SOURCE ?=
+QUICKSTART ?= quickstart
+RANKS ?= 2
+BIN := $(VENV)/bin
+
+.PHONY: demo test check goldens bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	@$(BIN)/python -m distft.quickstart.demo $(QUICKSTART) --gpus-per-node $(RANKS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+goldens: $(VENV)/.dev
+	$(BIN)/python -m distft.strategies.goldens .
+	$(BIN)/python -m distft.recipe_docs > docs/recipe.md
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/cli_latency.py
+	$(BIN)/python benchmarks/train_overhead.py
+
+# torch first: without it, pip would take the newest build with gigabytes of CUDA packages, GPU or not.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@tools/install_torch.sh $(BIN)/python "$(TORCH)" $(TORCH_SOURCE)
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[train]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) $(QUICKSTART) runs

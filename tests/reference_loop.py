@@ -1,0 +1,46 @@
+"""An independent reference: plain torch, one document at a time, no padding, no packing, no Trainer, no accelerate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, set_seed
+
+
+def train(rows: Dataset, order: list[int], model_dir: str, *, batch: int, steps: int, lora: dict | None, lr: float,
+          weight_decay: float, warmup: int, max_grad_norm: float = 1.0, seed: int = 42) -> list[tuple[float, float]]:  # fmt: skip
+    """Loss and gradient norm of every step: each the mean over the trained tokens of `batch` rows."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if lora is not None:
+        set_seed(seed)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim > 1]
+    groups = [{"params": decay}, {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    history = []
+    for step in range(steps):
+        scale = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        documents = []
+        for index in order[step * batch : (step + 1) * batch]:
+            row, start = rows[index], 0
+            for length in row["seq_lengths"]:
+                ids, labels = row["input_ids"][start : start + length], row["labels"][start : start + length]
+                documents.append((torch.tensor([ids]), torch.tensor(labels[1:])))
+                start += length
+        total, tokens = 0.0, sum(int((labels != -100).sum()) for _, labels in documents)
+        for ids, labels in documents:
+            logits = model(input_ids=ids).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((total, norm))
+    return history

@@ -1,0 +1,48 @@
+"""Unmodified accelerate and transformers scripts get their strategy through the environment."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Tiny, distft
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WRAPPED = {
+    "ddp": "DistributedDataParallel",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+    "fsdp": "FSDPLlamaForCausalLM",
+}
+
+
+def losses(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"loss'?:? '?([0-9.]+)", text)]
+
+
+@pytest.mark.parametrize("strategy", WRAPPED)
+@pytest.mark.parametrize("script", ["accelerate_loop.py", "trainer_script.py"])
+def test_example(tiny: Tiny, tmp_path: Path, script: str, strategy: str) -> None:
+    output = ["--output", str(tmp_path / "out")] if script == "trainer_script.py" else []
+    arguments = ["--model", str(tiny.path / "model"), "--data", str(tiny.path / "text.jsonl"), "--steps", "3", *output]
+    options = ["--gpus-per-node", "2", "--set", f"parallelism.strategy={strategy}"]
+    done = distft("launch", *options, "--", str(EXAMPLES / script), *arguments, cwd=tmp_path)
+    log = distft("logs", Path(script).stem, cwd=tmp_path).stdout
+    assert done.returncode == 0, done.stderr + log
+    assert f"model: {WRAPPED[strategy]}, 2 processes" in log
+    found = losses(log)
+    assert len(found) == 3
+    assert found[0] > found[-1] > 0
+
+
+def test_arguments_reach_the_script_as_they_are(tmp_path: Path) -> None:
+    hostile = ["a b", "$(touch pwned)", "it's", 'a"b', "new\nline", "ümläut", "--", "-x", "*", "\\"]
+    (tmp_path / "my script.py").write_text("import sys, json\nprint(json.dumps(sys.argv[1:]))\n")
+    done = distft("launch", "--set", "name=hostile", "--", "my script.py", *hostile, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    import json
+
+    assert json.loads(distft("logs", "hostile", cwd=tmp_path).stdout.splitlines()[-1]) == hostile
+    assert not (tmp_path / "pwned").exists()
+    assert not list((tmp_path / "runs" / "hostile").glob("pwned"))

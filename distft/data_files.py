@@ -154,7 +154,9 @@ def detect_format(row: Row) -> str:
         return "prompt_completion"
     if "text" in fields:
         return "text"
-    raise DataError(f"{place}: got the fields {', '.join(fields) or '(none)'}; need messages, prompt + completion or text")
+    raise DataError(
+        f"{place}: got the fields {', '.join(fields) or '(none)'}; need messages, prompt + completion or text"
+    )
 
 
 def problem(row: Mapping[str, Any], data_format: str) -> str | None:
@@ -256,7 +258,9 @@ def cache_folder(recipe: Recipe) -> Path:
         add(model.name_or_path, model.revision)
     if data.chat_template:
         add(Path(data.chat_template).read_bytes())
-    root = os.environ.get("DISTFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+    root = (
+        os.environ.get("DISTFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+    )
     return Path(root) / "data" / digest.hexdigest()[:32]
 
 

@@ -7,10 +7,7 @@ nothing here. `load_yaml` and `validate` serve any model; `load_recipe` adds wha
 
 from __future__ import annotations
 
-import difflib
-import functools
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +19,26 @@ from pydantic import BaseModel, ValidationError
 
 from distft.errors import RecipeError
 from distft.recipe import Recipe
+from distft.wording import (
+    KINDS,
+    NOUNS,
+    Steps,
+    choices,
+    clean,
+    clip,
+    closest,
+    describe,
+    did_you_mean,
+    dotted,
+    field,
+    fits,
+    keys,
+    options,
+    schema_of,
+    show,
+)
 
 M = TypeVar("M", bound=BaseModel)
-Steps = tuple[str | int, ...]  # the way to a value: ("data", "train", 0) is data.train[0]
 
 MAX_BYTES = 2**18  # PyYAML reads some 100 kB a second
 MAX_VALUES = 20_000  # with every alias unfolded: ten lines of nested aliases unfold to billions
@@ -118,7 +132,7 @@ class Document(Generic[M]):
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = (getattr(error, "strerror", None) or str(error)).lower()
             near = _nearby(Path(path)) if isinstance(error, FileNotFoundError) else None
-            raise RecipeError(f"cannot read {self.name}: {reason}{_did_you_mean(near)}") from None
+            raise RecipeError(f"cannot read {self.name}: {reason}{did_you_mean(near)}") from None
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
         try:
@@ -135,7 +149,7 @@ class Document(Generic[M]):
 
     def override(self, text: str) -> None:
         """Lay `dotted.key=value` over the data. The value is YAML; a string field takes a scalar as it is written."""
-        origin = f"--set {_clip(clean(text))}"
+        origin = f"--set {clip(clean(text))}"
         given = Document(self.name, self.model, origin)
         key, equals, raw = text.partition("=")
         steps = tuple(step.strip() for step in key.split("."))
@@ -190,7 +204,7 @@ class Document(Generic[M]):
             reason = "nested too deeply"
         except (ValueError, OverflowError):  # from PyYAML's own chr() and int(): "\UFFFFFFFF"
             reason = "a number in it is too large"
-        raise self._fatal(f"not valid YAML: {_clip(clean(reason), 200)}", line)
+        raise self._fatal(f"not valid YAML: {clip(clean(reason), 200)}", line)
 
     def _build(self, node: yaml.Node, steps: Steps) -> Any:
         """The data of a node. Lines are noted of what is below it."""
@@ -258,7 +272,7 @@ class Document(Generic[M]):
             return node.value
         value = convert(node.value)
         if isinstance(value, float) and not math.isfinite(value):
-            self.problem(steps, f"got {_clip(node.value)}, need a finite number", _line(node))
+            self.problem(steps, f"got {clip(node.value)}, need a finite number", _line(node))
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # an escape, "\ud800": no file can hold it
             self.problem(steps, f"got {show(value)}, which has half a character", _line(node))
             return value.encode(errors="replace").decode()
@@ -339,11 +353,11 @@ def _explain(document: Document, error: ValidationError) -> None:
 
 def _unknown(schema: dict[str, Any], steps: Steps) -> str:
     """An unknown key: where it belongs, else what it may have been, else what there is."""
-    for *group, name in _keys(schema):
+    for *group, name in keys(schema):
         if name == steps[-1]:
             return f"unknown key; it belongs in {dotted(group) or 'the top level'}"
     known = [key for option in options(field(schema, steps[:-1])) for key in option.get("properties", ())]
-    return "unknown key" + (_did_you_mean(_closest(steps[-1], known)) or f"; allowed: {', '.join(known)}")
+    return "unknown key" + (did_you_mean(closest(steps[-1], known)) or f"; allowed: {', '.join(known)}")
 
 
 def _got(schema: dict[str, Any], value: Any) -> str:
@@ -351,11 +365,11 @@ def _got(schema: dict[str, Any], value: Any) -> str:
     need, right = describe(schema), fits(schema, value)
     if right and isinstance(value, (int, float)) and len(options(schema)) == 1:
         need = re.sub(r"^an? \w+ ", "", need)
-    kind = _KINDS.get(type(value))
-    noun = "" if kind is None else " (empty)" * (value in ("", [])) if right else f" ({_NOUNS.get(kind, f'a {kind}')})"
+    kind = KINDS.get(type(value))
+    noun = "" if kind is None else " (empty)" * (value in ("", [])) if right else f" ({NOUNS.get(kind, f'a {kind}')})"
     words = [word for option in options(schema) for word in choices(option)]
-    near = _closest(value, words, 0.5) if isinstance(value, str) else None
-    return f"got {show(value)}{noun}, need {need}{_did_you_mean(near)}"
+    near = closest(value, words, 0.5) if isinstance(value, str) else None
+    return f"got {show(value)}{noun}, need {need}{did_you_mean(near)}"
 
 
 # What a path of a recipe must be, and the hub ids that may stand there instead.
@@ -387,8 +401,8 @@ def _resolve_paths(document: Document, folder: Path) -> None:
             elif not hub or not hub.fullmatch(text) or _FILE.search(text):
                 kind = "folder" if test is Path.is_dir else "file"
                 word = hub and not re.search(r"/|\.", text)
-                mend = _did_you_mean(_nearby(path)) or "; a hub id is owner/name" * bool(word)
-                document.problem(steps, f"no such {kind}: {_clip(clean(str(path)), 300)}{mend}")
+                mend = did_you_mean(_nearby(path)) or "; a hub id is owner/name" * bool(word)
+                document.problem(steps, f"no such {kind}: {clip(clean(str(path)), 300)}{mend}")
 
 
 def _locate(folder: Path, text: str) -> Path:
@@ -411,7 +425,7 @@ def _nearby(path: Path) -> str | None:
     """The name beside a missing path that is most like its own."""
     try:
         names = [other.name for other in itertools.islice(path.parent.iterdir(), 5000)]
-        return _closest(path.name, [name for name in names if name != path.name])
+        return closest(path.name, [name for name in names if name != path.name])
     except (OSError, ValueError):
         return None
 
@@ -426,143 +440,9 @@ def _check_together(document: Document) -> None:
         document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")
 
 
-# The words of a message, and of docs/recipe.md, from the JSON schema of a field.
-_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
-_NOUNS = {"integer": "an integer", "array": "a list", "object": "a mapping"}
-_SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-
-
-@functools.cache
-def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a model, every $ref replaced by what it points to."""
-    schema = model.model_json_schema()
-
-    def inline(value: Any) -> Any:
-        if isinstance(value, list):
-            return [inline(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        target = inline(schema["$defs"][value["$ref"].rpartition("/")[2]]) if "$ref" in value else {}
-        return target | {key: inline(item) for key, item in value.items() if key not in ("$ref", "$defs")}
-
-    return inline(schema)
-
-
-def options(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The members of a union, or the one type. null goes without saying where it is the default."""
-    members = schema.get("anyOf", [schema])
-    quiet = "default" in schema and schema["default"] is None
-    return [member for member in members if not (quiet and member.get("type") == "null")]
-
-
-def choices(option: dict[str, Any]) -> list[Any]:
-    """The values of a type that lists them."""
-    return [option["const"]] if "const" in option else option.get("enum", [])
-
-
-def field(schema: dict[str, Any], steps: Steps) -> dict[str, Any]:
-    """The schema of what lies at `steps`; {}, which allows anything, where nothing is known about it."""
-    for step in steps:
-        schema = next(filter(None, (_below(option, step) for option in options(schema))), {})
-    return schema
-
-
-def _below(option: dict[str, Any], step: str | int) -> Any:
-    if isinstance(step, int):
-        return option.get("items")
-    others = option.get("additionalProperties")  # of a dict: a schema; of a model: False
-    return option.get("properties", {}).get(step) or (others if isinstance(others, dict) else None)
-
-
-def fits(schema: dict[str, Any], value: Any) -> bool:
-    """Whether one of the types is the value's, not looking at choices and bounds."""
-    kind = _KINDS.get(type(value))
-    types = [option.get("type", kind) for option in options(schema)]
-    return kind in types or (kind == "integer" and "number" in types)
-
-
-def describe(schema: dict[str, Any], literal: Callable[[str], str] = str) -> str:
-    """What is allowed: `auto or an integer >= 1`. `literal` marks the words that are written just so."""
-    words, types, last = [], [], []
-    for option in options(schema):
-        kind = option.get("type")
-        if choices(option) or kind == "boolean":
-            values = choices(option) or [True, False]
-            words += [literal(value if isinstance(value, str) else show(value)) for value in values]
-        elif kind == "null":
-            last = [literal("null")]
-        else:
-            types.append(_describe_type(option, literal))
-    if len(words) > 2 and not types:
-        return "one of " + ", ".join(words + last)
-    *before, final = words + types + last
-    return f"{', '.join(before)} or {final}" if before else final
-
-
-def _describe_type(option: dict[str, Any], literal: Callable[[str], str]) -> str:
-    kind = option.get("type")
-    if kind == "array":
-        return "a list of " + re.sub(r"^an? (\w+)", r"\1s", describe(option.get("items", {}), literal))
-    if kind == "object" and "properties" in option:
-        names = [literal(name) for name in option["properties"]]
-        return f"a group ({', '.join(names[:3] + ['...'] * (len(names) > 3))})"
-    if kind == "integer" and "exclusiveMinimum" in option:
-        option = {**option, "minimum": option["exclusiveMinimum"] + 1, "exclusiveMinimum": None}
-    limits = [f"{sign} {option[key]:g}" for key, sign in _SIGNS.items() if option.get(key) is not None]
-    if "pattern" in option:
-        limits.append(f"matching {literal(option['pattern'])}")
-    if "maxLength" in option:
-        limits.append(f"at most {option['maxLength']} characters")
-    noun = _NOUNS.get(kind, f"a {kind}") if kind else "any value"
-    return f"{noun} {' and '.join(limits)}".strip()
-
-
-def dotted(steps: Steps) -> str:
-    """`data.train[0]`; a key that is no word is quoted."""
-    text = ""
-    for step in steps:
-        if isinstance(step, int):
-            text += f"[{step}]"
-        else:
-            text += "." * bool(text) + (step if re.fullmatch(r"[\w-]{1,60}", step) else show(step))
-    return text
-
-
-def show(value: Any) -> str:
-    """A value in one short line: no control characters, nothing that turns the terminal's writing around."""
-    return _clip(clean(json.dumps(value, ensure_ascii=False)))
-
-
-def clean(text: str) -> str:
-    """Escapes for what is not printable."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def _clip(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 4]}...{text[-1]}"
-
-
 def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
 
 def _tag(node: yaml.Node) -> str:
-    return _clip(clean(node.tag.replace(_TAG, "!!")))
-
-
-def _keys(schema: dict[str, Any], above: Steps = ()) -> Iterator[Steps]:
-    """The steps to every field of a model."""
-    for option in options(schema):
-        for name, below in option.get("properties", {}).items():
-            yield (*above, name)
-            yield from _keys(below, (*above, name))
-
-
-def _closest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
-    folded = {other.casefold(): other for other in words}
-    near = difflib.get_close_matches(word.casefold(), folded, 1, cutoff)
-    return folded[near[0]] if near else None
-
-
-def _did_you_mean(near: str | None) -> str:
-    return f"; did you mean {clean(near)}?" if near else ""
+    return clip(clean(node.tag.replace(_TAG, "!!")))

@@ -26,13 +26,13 @@ def die_with_parent() -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """When a live process started, in clock ticks since boot (proc(5), field 22): tells a pid from its later namesake."""
+    """When a live process started, in clock ticks since boot (proc(5), field 22): tells a pid from a later one."""
     fields = _stat(Path(f"/proc/{pid}"))
     return fields[19] if fields else None
 
 
 def of_run(run_dir: Path) -> Iterator[int]:
-    """Every live process of a run but this one. Ranks have sessions of their own, so no process group holds them all."""
+    """Every live process of a run but this one. Ranks have sessions of their own: no process group holds them."""
     mark = f"{RUN_VARIABLE}={run_dir}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():

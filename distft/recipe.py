@@ -63,7 +63,7 @@ class Lora(Group):
     r: PositiveInt = 16
     """Rank of the adapters."""
 
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the adapter's output is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
 
     lora_dropout: Fraction = 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.loading import describe, options, schema_of, show
 from distft.recipe import Recipe
+from distft.wording import describe, options, schema_of, show
 
 EXAMPLE = """\
 name: my-run                  # becomes runs/my-run

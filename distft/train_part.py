@@ -1,4 +1,4 @@
-"""Is the train part installed, in versions that are known to work? Asked of the packages' metadata: nothing is imported."""
+"""Is the train part installed, in versions that are known to work? Packages' metadata tell; nothing is imported."""
 
 from __future__ import annotations
 

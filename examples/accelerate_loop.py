@@ -1,7 +1,7 @@
 """A plain accelerate training loop: it knows nothing of distft, DeepSpeed or FSDP.
 
-    python examples/accelerate_loop.py --model quickstart/base --data quickstart/data/train.jsonl
-    distft launch --gpus-per-node 2 --set parallelism.strategy=zero2 -- examples/accelerate_loop.py --model ... --data ...
+python examples/accelerate_loop.py --model quickstart/base --data quickstart/data/train.jsonl
+distft launch --gpus-per-node 2 --set parallelism.strategy=zero2 -- examples/accelerate_loop.py --model ... --data ...
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A plain transformers.Trainer script: it knows nothing of distft, DeepSpeed or FSDP.
 
-    python examples/trainer_script.py --model quickstart/base --data quickstart/data/train.jsonl --output out
-    distft launch --gpus-per-node 2 --set parallelism.strategy=fsdp -- examples/trainer_script.py --model ... --data ...
+python examples/trainer_script.py --model quickstart/base --data quickstart/data/train.jsonl --output out
+distft launch --gpus-per-node 2 --set parallelism.strategy=fsdp -- examples/trainer_script.py --model ... --data ...
 """
 
 import argparse

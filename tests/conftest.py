@@ -14,9 +14,31 @@ from typing import Any
 import pytest
 import yaml
 
-WORDS = "list dict file open read write path node rank step loss model data batch token shard plan launch run mesh".split()
+WORDS = [
+    "list",
+    "dict",
+    "file",
+    "open",
+    "read",
+    "write",
+    "path",
+    "node",
+    "rank",
+    "step",
+    "loss",
+    "model",
+    "data",
+    "batch",
+    "token",
+    "shard",
+    "plan",
+    "launch",
+    "run",
+    "mesh",
+]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
     "{% else %}{{ '<|' + m.role + '|>' + m.content + '<|go|>' }}{% endif %}{% endfor %}"
 )
 
@@ -80,7 +102,9 @@ class Result:
         return "\n".join([self.stdout, self.stderr, *(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in logs)])
 
 
-def distft(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+def distft(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
     """Run the command line as a user would."""
     command = [sys.executable, "-m", "distft", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
@@ -88,7 +112,12 @@ def distft(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeou
 
 
 def launch(
-    recipe: dict[str, Any], folder: Path, *arguments: str, ranks: int = 1, expect: int = 0, env: dict[str, str] | None = None
+    recipe: dict[str, Any],
+    folder: Path,
+    *arguments: str,
+    ranks: int = 1,
+    expect: int = 0,
+    env: dict[str, str] | None = None,
 ) -> Result:
     """`distft launch` of a recipe in `folder`, to its end."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 
-def train(rows: Dataset, order: list[int], model_dir: str, *, batch: int, steps: int, lora: dict | None, lr: float,
-          weight_decay: float, warmup: int, max_grad_norm: float = 1.0, seed: int = 42) -> list[tuple[float, float]]:  # fmt: skip
+def train(
+    rows: Dataset,
+    order: list[int],
+    model_dir: str,
+    *,
+    batch: int,
+    steps: int,
+    lora: dict | None,
+    lr: float,
+    weight_decay: float,
+    warmup: int,
+    max_grad_norm: float = 1.0,
+    seed: int = 42,
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step: each the mean over the trained tokens of `batch` rows."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if lora is not None:

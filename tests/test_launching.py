@@ -64,7 +64,8 @@ def two_at_once(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[Re
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2", "--json"]
     started = [
-        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     results = []
     for process in started:
@@ -238,9 +239,7 @@ def test_a_killed_supervisor_leaves_nothing_and_is_told(tiny: Tiny, tmp_path: Pa
 def test_a_killed_rank_is_named(tiny: Tiny, tmp_path: Path) -> None:
     process, run_dir = start(tiny, tmp_path)
     victim = next(
-        pid
-        for pid in processes.of_run(run_dir)
-        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        pid for pid in processes.of_run(run_dir) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     )
     os.kill(victim, signal.SIGKILL)
     out, _ = process.communicate(timeout=60)

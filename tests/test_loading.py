@@ -13,8 +13,9 @@ import pytest
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from distft.errors import RecipeError
-from distft.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, schema_of, validate
+from distft.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, validate
 from distft.recipe import Recipe
+from distft.wording import schema_of
 
 GOOD = """\
 name: demo

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distft.loading import load_recipe, schema_of
+from distft.loading import load_recipe
 from distft.recipe import Recipe
 from distft.recipe_docs import EXAMPLE, recipe_markdown
+from distft.wording import schema_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "recipe.md"
 

@@ -55,7 +55,9 @@ def launch(
 
     script = context.meta.get("script")
     if bool(recipe) == bool(script):
-        raise click.UsageError("give a RECIPE, or a script after --" if not recipe else "give a RECIPE or a script, not both")
+        raise click.UsageError(
+            "give a RECIPE, or a script after --" if not recipe else "give a RECIPE or a script, not both"
+        )
     if script:
         settings, plan = launching.plan_script(script, sets, nodes, gpus_per_node)
     else:
@@ -68,9 +70,7 @@ def launch(
 
     runs: list[RunDir] = []
     try:
-        launching.run_job(
-            settings, plan, script, detach=detach, console=Console(stderr=as_json), started=runs.append
-        )
+        launching.run_job(settings, plan, script, detach=detach, console=Console(stderr=as_json), started=runs.append)
     finally:
         if as_json and runs:
             options.print_json(launching.describe_run(runs[0]))

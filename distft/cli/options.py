@@ -35,4 +35,3 @@ def width(command: Callable) -> Callable:
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, indent=1))
-

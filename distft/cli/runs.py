@@ -66,7 +66,9 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
     path = found.rank_log(rank)
     if not path.exists() and not follow:
         ranks = sorted(int(p.stem.removeprefix("rank-")) for p in found.logs.glob("rank-*.log"))
-        raise RecipeError(f"--rank: got {rank}; {found.path.name} has logs of {', '.join(map(str, ranks)) or 'no rank yet'}")
+        raise RecipeError(
+            f"--rank: got {rank}; {found.path.name} has logs of {', '.join(map(str, ranks)) or 'no rank yet'}"
+        )
     offset = 0
     while True:
         ended = local.state_now(found).get("state") in FINISHED

@@ -77,7 +77,8 @@ def lora_parameters(lora: Lora, linear: Mapping[str, tuple[int, ...]]) -> int:
     if not chosen:
         known = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in linear})
         raise PlanError(
-            f"lora.target_modules: got {', '.join(targets)}, no layer of the model is called so; it has {', '.join(known)}"
+            f"lora.target_modules: got {', '.join(targets)}, no layer of the model is called so; "
+            f"it has {', '.join(known)}"
         )
     return sum(lora.r * sum(shape) + (shape[0] if lora.use_dora else 0) for shape in chosen.values())
 
@@ -104,7 +105,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        found = f"found {', '.join(other[:3])}, which is a pickle and is not loaded: convert it" if other else "add them"
+        found = (
+            f"found {', '.join(other[:3])}, which is a pickle and is not loaded: convert it" if other else "add them"
+        )
         raise PlanError(f"model.name_or_path: {folder} has no weights (*.safetensors); {found}")
     tensors: dict[str, tuple[int, ...]] = {}
     for file in files:

@@ -69,7 +69,9 @@ def apply(case: Case) -> None:
 @rule("peft: a quantised weight has no gradient (https://huggingface.co/docs/peft/developer_guides/quantization)")
 def quantization_needs_lora(case: Case) -> str | None:
     if case.recipe.model.quantization and not case.recipe.lora:
-        return f"model.quantization: {case.recipe.model.quantization} weights cannot be trained; add `lora:` or remove it"
+        return (
+            f"model.quantization: {case.recipe.model.quantization} weights cannot be trained; add `lora:` or remove it"
+        )
     return None
 
 
@@ -101,7 +103,11 @@ def fsdp_offload_needs_a_gpu(case: Case) -> str | None:
 @rule("DeepSpeed engine.py: ZeRO-Offload wants DeepSpeedCPUAdam; 8-bit and factored states live on the GPU")
 def offload_needs_adamw(case: Case) -> str | None:
     optim = case.recipe.training.optim
-    if case.offload != "none" and case.strategy.startswith("zero") and optim not in ("adamw_torch_fused", "adamw_torch"):
+    if (
+        case.offload != "none"
+        and case.strategy.startswith("zero")
+        and optim not in ("adamw_torch_fused", "adamw_torch")
+    ):
         return f"training.optim: {optim} cannot be offloaded; use adamw_torch_fused, or parallelism.offload: none"
     return None
 

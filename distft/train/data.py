@@ -93,7 +93,9 @@ def load_prepared(recipe: Recipe) -> Prepared:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not data_files.is_prepared(folder):
                 _prepare(recipe, folder)
-    splits = {name: datasets.load_from_disk(str(folder / name)) for name in ("train", "heldout") if (folder / name).is_dir()}
+    splits = {
+        name: datasets.load_from_disk(str(folder / name)) for name in ("train", "heldout") if (folder / name).is_dir()
+    }
     return Prepared(splits["train"], splits.get("heldout"), data_files.read_counts(folder))
 
 
@@ -196,8 +198,8 @@ def _check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) 
             "\n".join(
                 [
                     *counts.examples,
-                    f"{what}: rows longer than data.max_length {recipe.data.max_length}: {counts.long_rows}, the longest "
-                    f"of {counts.longest} tokens; raise it, or set data.long_rows: {choices}",
+                    f"{what}: rows longer than data.max_length {recipe.data.max_length}: {counts.long_rows}, the "
+                    f"longest of {counts.longest} tokens; raise it, or set data.long_rows: {choices}",
                 ]
             )
         )

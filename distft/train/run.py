@@ -20,7 +20,7 @@ from distft.train.data import load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
 from distft.train.sampler import StreamSampler, optimizer_steps
 from distft.train.save import save_trained
-from distft.train.trainer import Collator, Recorder, RecipeTrainer, training_arguments
+from distft.train.trainer import Collator, RecipeTrainer, Recorder, training_arguments
 
 log = logging.getLogger("distft")
 
@@ -85,9 +85,7 @@ class Saver:
         self.dtype = config.dtype or torch.float32  # a whole model keeps the dtype of its base
 
     def save(self, folder: Any) -> None:
-        save_trained(
-            self.trainer.model_wrapped, folder, tokenizer=self.tokenizer, writes=self.writes, dtype=self.dtype
-        )
+        save_trained(self.trainer.model_wrapped, folder, tokenizer=self.tokenizer, writes=self.writes, dtype=self.dtype)
 
     def checkpoint(self, step: int) -> None:
         self.save(self.run.checkpoint(step))

@@ -26,7 +26,7 @@ def save_trained(model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtyp
     """
     base = unwrapped(model)
     adapter = hasattr(base, "peft_config")
-    trained = {name: tensor for name, tensor in _gather(base, model, only_trained=adapter, keep=writes)}
+    trained = dict(_gather(base, model, only_trained=adapter, keep=writes))
     if not writes:
         return
     work = folder.with_name(f".{folder.name}.partial")

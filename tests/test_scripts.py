@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ WRAPPED = {
 
 
 def losses(text: str) -> list[float]:
-    return [float(number) for number in re.findall(r"loss'?:? '?([0-9.]+)", text)]
+    return [float(number) for number in re.findall(r"(?<!_)loss'?:? '?([0-9.]+)", text)]
 
 
 @pytest.mark.parametrize("strategy", WRAPPED)
@@ -41,8 +42,6 @@ def test_arguments_reach_the_script_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "my script.py").write_text("import sys, json\nprint(json.dumps(sys.argv[1:]))\n")
     done = distft("launch", "--set", "name=hostile", "--", "my script.py", *hostile, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    import json
-
     assert json.loads(distft("logs", "hostile", cwd=tmp_path).stdout.splitlines()[-1]) == hostile
     assert not (tmp_path / "pwned").exists()
     assert not list((tmp_path / "runs" / "hostile").glob("pwned"))

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from distft.loading import load_recipe
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
-from distft.train import fsdp_cpu
+from distft.train import cpu_ranks
 from distft.train.data import load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
 from distft.train.sampler import StreamSampler, optimizer_steps
@@ -29,7 +29,7 @@ def train(run: RunDir, plan: dict[str, Any]) -> None:
     """Train the recipe of a run directory under its plan."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    fsdp_cpu.apply()
+    cpu_ranks.apply()
     recipe = load_recipe(run.recipe)
     prepared = load_prepared(recipe)
     tokenizer = load_tokenizer(recipe)

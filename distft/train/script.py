@@ -19,10 +19,10 @@ def main() -> None:
     plan = worker.enter(run)
     if int(os.environ.get("RANK", "0")) == 0:
         run.update_status(state="running")
-    if plan["strategy"] in ("fsdp", "hsdp"):
-        from distft.train import fsdp_cpu
+    if plan["strategy"] != "ddp":
+        from distft.train import cpu_ranks
 
-        fsdp_cpu.apply()
+        cpu_ranks.apply()
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as python sets it for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,50 @@
+"""The remedy for what accelerate overlooks on CPU ranks. Nothing here changes a run on GPUs.
+
+FSDP: AcceleratorState takes the FSDP plugin for MULTI_GPU and its like only (state.py, 1.13 to 1.15), so on gloo ranks
+an FSDP job quietly runs DDP. Everything behind that point works on the CPU; the state is set right after construction.
+
+DeepSpeed: ACCELERATE_USE_CPU turns it off, and without that variable PartialState finds no backend and makes every rank
+a world of 1. The backend is chosen as if the variable were there.
+
+tests/test_cpu_ranks.py fails when upstream no longer needs this.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+
+def apply() -> None:
+    """Make accelerate honour FSDP and DeepSpeed on CPU ranks from now on."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    if hasattr(AcceleratorState.__init__, "__wrapped__") or torch.cuda.is_available():
+        return
+    original = AcceleratorState.__init__
+    choose_backend = PartialState._prepare_backend
+
+    @functools.wraps(original)
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if _asked("FSDP") and fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    @functools.wraps(choose_backend)
+    def prepare_backend(self: PartialState, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:
+        return choose_backend(self, cpu or _asked("DEEPSPEED"), *args, **kwargs)
+
+    AcceleratorState.__init__ = init
+    PartialState._prepare_backend = prepare_backend
+
+
+def _asked(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"

@@ -1,0 +1,45 @@
+"""Is the remedy of distft/train/cpu_ranks.py still needed? These fail on the day when upstream needs it no longer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPORT = """
+import os, sys
+if sys.argv[1] == "remedy":
+    from distft.train import cpu_ranks
+    cpu_ranks.apply()
+from accelerate import Accelerator
+state = Accelerator().state
+if state.process_index == 0:
+    print("found", state.distributed_type.name, state.num_processes)
+"""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+def found(tmp_path: Path, environment: dict[str, str], remedy: str) -> str:
+    """What accelerate makes of the environment on two gloo ranks."""
+    import os
+
+    script = tmp_path / "report.py"
+    script.write_text(REPORT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), remedy], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    return next((line for line in done.stdout.splitlines() if line.startswith("found")), done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted", "without"),
+    [(FSDP, "found FSDP 2", "found MULTI_CPU 2"), (DEEPSPEED, "found DEEPSPEED 2", "found DEEPSPEED 1")],
+    ids=["fsdp", "deepspeed"],
+)
+def test_remedy(tmp_path: Path, environment: dict[str, str], wanted: str, without: str) -> None:
+    assert found(tmp_path, environment, "remedy") == wanted
+    assert found(tmp_path, environment, "none") == without, "upstream has changed: is the remedy still needed?"

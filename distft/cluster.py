@@ -81,12 +81,16 @@ def local_device(nproc_per_node: int) -> Device:
     return min(gpus[:nproc_per_node], key=lambda gpu: gpu.memory)
 
 
-def local_topology(nodes: int | None, gpus_per_node: int | None) -> Topology:
-    """The topology of a launch on this machine: one node, and every GPU unless told otherwise (one process on a CPU).
+def topology_here(nodes: int | None, gpus_per_node: int | None) -> Topology:
+    """Nodes like this machine: one, with every GPU, unless told otherwise (one process on a machine without GPUs)."""
+    ranks = gpus_per_node if gpus_per_node is not None else len(visible_gpus()) or 1
+    return Topology(nodes if nodes is not None else 1, ranks)
 
-    Raises:
-        ClusterError: more than one node, which takes a cluster.
-    """
-    if nodes not in (None, 1):
-        raise ClusterError(f"--nodes: got {nodes}, this machine is one node; several nodes need a SLURM cluster")
-    return Topology(1, gpus_per_node if gpus_per_node is not None else len(visible_gpus()) or 1)
+
+def only_this_machine(topology: Topology) -> None:
+    """Raises ClusterError for more than one node: from here only this machine can be started."""
+    if topology.nnodes != 1:
+        raise ClusterError(
+            f"--nodes: got {topology.nnodes}, and only this machine can be started from here; "
+            "render for several nodes and start each (launch/multinode.sh)"
+        )

@@ -26,6 +26,7 @@ class Job:
 
     name: str
     run: RunDir
+    nnodes: int
     argv: tuple[str, ...]
     env: Mapping[str, str]
     files: Mapping[str, str]
@@ -34,15 +35,15 @@ class Job:
 def recipe_job(recipe: Recipe, plan: Plan, run: RunDir) -> Job:
     """The job that trains a recipe."""
     files = {names.RECIPE: dump_recipe(recipe)} | _config_files(plan, recipe, run)
-    argv = torchrun_argv(plan.topology, "distft.train", [str(run.path)])
-    return Job(recipe.name, run, tuple(argv), rank_environment(plan.topology), files)
+    argv = torchrun_argv(plan.topology, run.path.name, "distft.train", [str(run.path)])
+    return Job(recipe.name, run, plan.topology.nnodes, tuple(argv), rank_environment(plan.topology), files)
 
 
 def script_job(settings: ScriptSettings, script: Sequence[str], plan: Plan, run: RunDir) -> Job:
     """The job that runs a script of one's own, unmodified, under the plan's strategy."""
     files = _config_files(plan, settings, run)
-    argv = torchrun_argv(plan.topology, "distft.train.script", [str(run.path), *script])
-    return Job(settings.name, run, tuple(argv), rank_environment(plan.topology), files)
+    argv = torchrun_argv(plan.topology, run.path.name, "distft.train.script", [str(run.path), *script])
+    return Job(settings.name, run, plan.topology.nnodes, tuple(argv), rank_environment(plan.topology), files)
 
 
 def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) -> dict[str, str]:

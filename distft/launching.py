@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import data_files, report, train_part
-from distft.cluster import local_device, local_topology
+from distft.cluster import local_device, only_this_machine, topology_here
 from distft.errors import DataError, RecipeError, RunError
 from distft.job import Job, recipe_job, script_job
 from distft.loading import Document, dump_recipe, load_recipe, validate
@@ -30,7 +30,7 @@ def plan_recipe(
 ) -> tuple[Recipe, Plan]:
     """Load, plan, and check every row of the data that lies here. Starts and writes nothing."""
     recipe = load_recipe(path, sets)
-    topology = local_topology(nodes, gpus_per_node)
+    topology = topology_here(nodes, gpus_per_node)
     plan = make_plan(recipe, topology, local_device(topology.nproc_per_node))
     data_files.check_files(recipe)
     return recipe, plan
@@ -46,7 +46,7 @@ def plan_script(
     for text in (f"name={Path(script[0]).stem}", *sets):
         document.override(text)
     settings = validate(document)
-    topology = local_topology(nodes, gpus_per_node)
+    topology = topology_here(nodes, gpus_per_node)
     device = local_device(topology.nproc_per_node)
     return settings, script_plan(settings.parallelism, settings.training.mixed_precision, topology, device)
 
@@ -95,6 +95,7 @@ def run_job(
         DistftError: nothing was started.
         RunError: the run failed.
     """
+    only_this_machine(plan.topology)
     from distft.progress import Follower, say
 
     say(console, report.plan_lines(plan))

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from distft.cluster import Topology
 
 
-def torchrun_argv(topology: Topology, module: str, arguments: Sequence[str]) -> list[str]:
-    """Start `python -m module arguments...` as every rank of one node.
+def torchrun_argv(topology: Topology, name: str, module: str, arguments: Sequence[str]) -> list[str]:
+    """Start `python -m module arguments...` as every rank of one node; `name` is the rendezvous id of several.
 
-    --standalone picks a free port and a random rendezvous id, so that two runs on one machine never meet.
+    On one node, --standalone picks a free port and a random rendezvous id, so that two runs never meet.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
-    return [*launcher, f"--nproc-per-node={topology.nproc_per_node}", "--max-restarts=0", "-m", module, *arguments]
+    ranks = [f"--nnodes={topology.nnodes}", f"--nproc-per-node={topology.nproc_per_node}", "--max-restarts=0"]
+    rendezvous = ["--standalone"] if topology.nnodes == 1 else ["--rdzv-backend=c10d", f"--rdzv-id={name}"]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, *rendezvous, "-m", module, *arguments]
 
 
 def rank_environment(topology: Topology) -> dict[str, str]:

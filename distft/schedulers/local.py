@@ -26,10 +26,12 @@ from distft.shell import command_line, quote
 def render(job: Job) -> str:
     """The job script. Pure: the same job gives the same text."""
     exports = [f"export {name}={quote(value)}" for name, value in sorted(job.env.items())]
+    if job.nnodes > 1:  # what differs from node to node; torchrun takes its options from PET_ variables too
+        exports += ['export PET_NODE_RANK="${NODE_RANK:?}"', 'export PET_RDZV_ENDPOINT="${HEAD:?HOST:PORT of node 0}"']
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            f"# distft run {quote(job.name)}: starts every rank on this machine and waits for them.",
+            f"# distft run {job.name}: starts every rank on this machine and waits for them.",
             "set -euo pipefail",
             *exports,
             f"exec {command_line(job.argv)}",

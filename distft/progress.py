@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from distft.run_dir import RunDir, read_metrics
 
 GIB = 2**30
-PLAIN_SECONDS = 1.0  # at most one plain line a second, and always the last one
+PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds, and always the last one
 
 
 class Follower:

@@ -50,6 +50,7 @@ PEAK_TFLOPS = {
     "A100": 312,
     "A800": 312,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "A10": 125,
     "RTX 4090": 165,
@@ -164,8 +165,7 @@ def describe(device: torch.device, size: Size) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
         gpu["name"], gpu["memory_bytes"] = name, torch.cuda.get_device_properties(0).total_memory
-        gpu["driver"] = driver_version()
-        gpu["peak_bf16_tflops"] = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        gpu["driver"], gpu["peak_bf16_tflops"] = driver_version(), peak_tflops(name)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": gpu,
@@ -175,6 +175,11 @@ def describe(device: torch.device, size: Size) -> dict[str, Any]:
         "anchor": ANCHOR,
         "above_anchor": None,
     }
+
+
+def peak_tflops(gpu: str) -> float | None:
+    """The peak of a GPU by its name, None for one that is not in the table."""
+    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", gpu)), None)
 
 
 def driver_version() -> str | None:
@@ -233,6 +238,7 @@ def attempt(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
 
 def measure(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
     """Train for a few steps and time the last ones."""
+    torch.manual_seed(0)  # the same weights and tokens in all rows
     model, parameters = build(row, size, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
@@ -348,10 +354,7 @@ def utilisation(
     attention = 2 * size.sequence * shape["hidden_size"] * shape["num_hidden_layers"] * (forwards + 2)
     achieved = weights * tokens_per_second / 1e12
     achieved_attention = attention * tokens_per_second / 1e12
-    peak = None
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    peak = peak_tflops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     return {
         "flops_per_token": weights,
         "attention_flops_per_token": attention,

@@ -6,7 +6,7 @@ an FSDP job quietly runs DDP. Everything behind that point works on the CPU; the
 DeepSpeed: ACCELERATE_USE_CPU turns it off, and without that variable PartialState finds no backend and makes every rank
 a world of 1. The backend is chosen as if the variable were there.
 
-DeepSpeed's shared-memory all-reduce is left out: it is compiled with g++ while the ranks start (a minute, where there is
+DeepSpeed's shared-memory all-reduce is left out: it is compiled with g++ while the ranks start (a minute, if there is
 a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever.
 
 tests/test_cpu_ranks.py fails when upstream no longer needs this.

@@ -8,28 +8,7 @@ from pathlib import Path
 
 import yaml
 
-WORDS = [
-    "list",
-    "dict",
-    "file",
-    "open",
-    "read",
-    "write",
-    "path",
-    "node",
-    "rank",
-    "step",
-    "loss",
-    "model",
-    "data",
-    "batch",
-    "token",
-    "shard",
-    "plan",
-    "launch",
-    "run",
-    "mesh",
-]
+WORDS = ["list", "dict", "file", "open", "read", "write", "path", "node", "rank", "step", "loss", "model", "data"]
 
 
 def write_tiny(folder: Path, **training: object) -> Path:

@@ -288,7 +288,7 @@ def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from distft.recipe import Recipe
-    from distft.train.model import _add_adapters, compute_dtype, quantization_config
+    from distft.train.model import add_adapters, compute_dtype, quantization_config
 
     base = {"name_or_path": "random", "quantization": "nf4" if row.method == "qlora" else None}
     recipe = Recipe.model_validate({"name": "gpu-check", "model": base, "data": {"train": "random"}})
@@ -303,7 +303,7 @@ def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
     settings = quantization_config(recipe, "ddp")
     if settings is not None:
         quantize(model, settings, device)
-    model = _add_adapters(model, recipe, row.gradient_checkpointing)
+    model = add_adapters(model, recipe)
     if row.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), parameters

@@ -68,7 +68,7 @@ def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | N
     return None
 
 
-def build_model(recipe: Recipe, strategy: str, gradient_checkpointing: bool) -> PreTrainedModel | Any:
+def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     """Load the base model and wrap it with the adapters.
 
     Weights that are trained are float32 (the optimizer's masters; autocast or the strategy casts on the way); frozen
@@ -100,10 +100,11 @@ def build_model(recipe: Recipe, strategy: str, gradient_checkpointing: bool) -> 
     model.config.use_cache = False
     if recipe.lora is None:
         return model
-    return _add_adapters(model, recipe, gradient_checkpointing)
+    return add_adapters(model, recipe)
 
 
-def _add_adapters(model: PreTrainedModel, recipe: Recipe, gradient_checkpointing: bool) -> Any:
+def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
+    """Freeze the base and wrap it with the recipe's adapters, drawn from its seed."""
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora

@@ -46,8 +46,7 @@ def train(run: RunDir, plan: dict[str, Any]) -> None:
     writes = arguments.process_index == 0
     if writes:
         run.update_status(state="running", step=0, max_steps=steps, started=time.time(), data=prepared.counts)
-    checkpointing = plan["gradient_checkpointing"]
-    model = build_model(recipe, plan["strategy"], checkpointing)
+    model = build_model(recipe, plan["strategy"])
     stream = StreamSampler(len(prepared.train), steps * batch_size, recipe.training.seed)
     trainer = RecipeTrainer(
         stream=stream,

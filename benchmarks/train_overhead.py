@@ -59,9 +59,8 @@ def main() -> None:
         return
     for name in results:
         ratio = speed[name] / speed["trl.SFTTrainer"]
-        print(
-            f"{name:<20}{speed[name]:9,.0f} tokens/s   {ratio:5.2f} x SFTTrainer   first step after {start[name]:5.1f} s"
-        )
+        figures = f"{speed[name]:9,.0f} tokens/s, {ratio:.2f} x SFTTrainer, first step after {start[name]:.1f} s"
+        print(f"{name:<20}{figures}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""`distft quickstart`: data, recipes, and the base model, really trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distft import launching, quickstart, train_part
+from distft.cluster import visible_gpus
+from distft.errors import RecipeError, RunError
+from distft.progress import say
+from distft.run_dir import read_metrics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FALLBACK_RANKS = 2  # CPU processes, where there are as many cores
+
+
+def build(folder: Path, nodes: int | None, gpus_per_node: int | None, console: Console) -> None:
+    """Fill `folder`; a build that was interrupted is begun anew.
+
+    Raises:
+        RecipeError: the folder holds something else, or a finished quickstart.
+        RunError: the base model could not be trained.
+    """
+    if (folder / "base").exists():
+        raise RecipeError(f"{folder}: holds a quickstart already; train it with: distft launch {folder}/recipe.yaml")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "base.yaml").exists())):
+        raise RecipeError(f"{folder}: exists and is no quickstart; name a new folder")
+    train_part.require()
+    folder.mkdir(parents=True, exist_ok=True)
+    quickstart.write_recipes(folder)
+    counts = quickstart.write_data(folder)
+    say(
+        console,
+        [
+            f"quickstart in {folder}: the standard library's text, {counts.train_rows:,} rows to train on from "
+            f"{counts.files - counts.heldout_files} files, {counts.heldout_rows:,} held out from "
+            f"{counts.heldout_files} others",
+            "1. train the base model on the text",
+        ],
+    )
+    made = subprocess.run(
+        [sys.executable, "-m", "distft.quickstart.model", str(folder)], capture_output=True, text=True
+    )
+    if made.returncode:
+        raise RunError(f"the tokenizer and the untrained model could not be made:\n{made.stderr.strip()}")
+    if gpus_per_node is None and not visible_gpus():
+        gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
+    sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
+    recipe, plan = launching.plan_recipe(str(folder / "base.yaml"), sets, nodes, gpus_per_node)
+    run = launching.run_job(recipe, plan, console=console)
+    losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
+    shutil.copytree(run.final, folder / "base")
+    say(
+        console,
+        [
+            f"base model: loss {losses[0]:.2f} -> {losses[-1]:.2f} in {len(losses)} steps, in {folder / 'base'}",
+            f"next: distft launch {folder / 'recipe.yaml'} --gpus-per-node {plan.topology.nproc_per_node}",
+        ],
+    )

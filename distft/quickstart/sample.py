@@ -19,9 +19,7 @@ def main(folder: Path, adapter: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
     turns = rows[len(rows) // 2]["messages"]
-    prompt = tokenizer.apply_chat_template(
-        turns[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
     def answer(model: PreTrainedModel | PeftModel) -> str:
         output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)

@@ -68,7 +68,7 @@ def test_nothing_of_a_heldout_file_is_trained_on(made: tuple[Path, quickstart.Co
     # The other way round, from the files: a whole file is on one side, with all that it says.
     held_texts = {
         text
-        for module, path in quickstart.library_files()
+        for module, path in quickstart.stdlib_files()
         if quickstart.is_heldout(module) and (source := quickstart.read_source(path))
         for text in quickstart.read_file(*source)[0]
     }
@@ -105,7 +105,7 @@ def test_a_small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_bytes(text.encode("latin-1"))
     monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda name: str(library))
-    found = dict(quickstart.library_files())
+    found = dict(quickstart.stdlib_files())
     assert list(found) == ["broken", "good", "latin"]
     assert quickstart.read_source(found["broken"]) is None
     assert quickstart.read_file(*quickstart.read_source(found["latin"]))[1] == {"def g():": "Gr\xfc\xdfe an alle."}

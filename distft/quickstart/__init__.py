@@ -56,7 +56,7 @@ def is_heldout(module: str) -> bool:
     return hashlib.sha256(module.encode()).digest()[0] * 100 // 256 < HELDOUT_PERCENT
 
 
-def library_files() -> Iterator[tuple[str, Path]]:
+def stdlib_files() -> Iterator[tuple[str, Path]]:
     """(module name, file) of the standard library's documented part, in the order of the names."""
     root = sysconfig.get_path("stdlib")
     found = {}
@@ -139,7 +139,7 @@ def write_data(folder: Path) -> Counts:
     train: dict[str, str] = {}
     candidates: dict[str, str] = {}
     files = heldout_files = 0
-    for module, path in library_files():
+    for module, path in stdlib_files():
         source = read_source(path)
         if source is None:
             continue

@@ -131,6 +131,43 @@ def test_bf16_is_near(runs: Callable[..., Result], tuning: str, strategy: str) -
     assert reference.column("loss") != runs(1, **(FULL if tuning == "full" else {})).column("loss")  # really bf16
 
 
+ADAPTERS = {
+    "dora": {"lora": {"r": 4, "use_dora": True}},
+    "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    "int8": {"model__quantization": "int8"},
+}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "strategy"),
+    [("dora", "ddp"), ("dora", "fsdp"), ("rslora", "zero3"), ("int8", "ddp"), ("int8", "zero2")],
+)
+def test_other_adapters(runs: Callable[..., Result], adapter: str, strategy: str) -> None:
+    result = runs(2, parallelism__strategy=strategy, **ADAPTERS[adapter])
+    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
+    reference = runs(1, **ADAPTERS[adapter])
+    assert_same(result, reference)
+    assert reference.column("loss") != runs(1).column("loss")  # not plain LoRA
+
+
+@pytest.mark.parametrize(
+    ("optim", "ran", "strategy"),
+    [
+        ("adamw_torch", "torch AdamW", "fsdp"),
+        ("adafactor", "transformers Adafactor", "ddp"),
+        ("adamw_bnb_8bit", "bitsandbytes AdamW 8-bit", "ddp"),
+        ("paged_adamw_8bit", "bitsandbytes AdamW 8-bit", "zero2"),
+        ("paged_adamw_32bit", "bitsandbytes AdamW 32-bit", "zero3"),
+    ],
+)
+def test_other_optimizers(runs: Callable[..., Result], optim: str, ran: str, strategy: str) -> None:
+    result = runs(2, parallelism__strategy=strategy, training__optim=optim)
+    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
+    assert result.status["ran"]["optimizer"] == ran
+    # 8-bit states are rounded in blocks, and sharding moves the blocks' borders.
+    assert_same(result, runs(1, training__optim=optim), 1e-3 if "8bit" in optim else FP32)
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_independent_reference(runs: Callable[..., Result], tiny: Tiny, tuning: str, packing: bool) -> None:

@@ -370,6 +370,18 @@ LAUNCHER_ONLY = {
 OURS = re.compile("ACCELERATE_|FSDP_|PARALLELISM_CONFIG_")
 
 
+def launch_config(strategy, topology, offload="none", device_type="cuda", **more) -> dict:
+    """accelerate.yaml of a bf16 run; hsdp shards within a machine."""
+    return accelerate_config(
+        strategy=strategy,
+        offload=offload,
+        topology=topology,
+        mixed_precision="bf16",
+        device_type=device_type,
+        **{"shard_size": topology.nproc_per_node} | more,
+    )
+
+
 def launcher_environment(config: dict, folder: Path, monkeypatch, *options: str) -> dict[str, str]:
     """The variables that `accelerate launch --config_file FILE` gives its ranks: its parser, its dispatch, its code."""
     file = folder / "accelerate.yaml"
@@ -401,15 +413,7 @@ def cases():
 
 @pytest.mark.parametrize("strategy, topology, device_type, offload", list(cases()))
 def test_environment_is_what_accelerate_launch_sets(strategy, topology, device_type, offload, tmp_path, monkeypatch):
-    config = accelerate_config(
-        strategy=strategy,
-        offload=offload,
-        topology=topology,
-        shard_size=topology.nproc_per_node,
-        mixed_precision="bf16",
-        device_type=device_type,
-        ds_config_file="/runs/x/ds_config.json",
-    )
+    config = launch_config(strategy, topology, offload, device_type, ds_config_file="/runs/x/ds_config.json")
     theirs = launcher_environment(config, tmp_path, monkeypatch)
     ours = accelerate_environment(config)
     if strategy in ("fsdp", "hsdp") and device_type == "cpu":
@@ -433,15 +437,7 @@ def test_precision_of_a_script_under_zero(strategy, tmp_path, monkeypatch):
     """Only the command line can tell it; in the YAML it ends the script."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(portable_config(strategy=strategy, offload="none")))
-    config = accelerate_config(
-        strategy=strategy,
-        offload="none",
-        topology=Topology(1, 2),
-        shard_size=1,
-        mixed_precision="bf16",
-        device_type="cuda",
-        ds_config_file=str(path),
-    )
+    config = launch_config(strategy, Topology(1, 2), ds_config_file=str(path))
     assert "mixed_precision" not in config
     theirs = launcher_environment(config, tmp_path, monkeypatch, "--mixed_precision", "bf16")
     ours = accelerate_environment(config, mixed_precision="bf16")
@@ -456,15 +452,7 @@ def test_precision_of_a_script_under_zero(strategy, tmp_path, monkeypatch):
 def test_deepspeed_plugin_takes_a_run_config_as_it_is(strategy, offload, tmp_path):
     path, config = tmp_path / "ds_config.json", run_config(strategy, offload)
     path.write_text(json.dumps(config))
-    wrapped = accelerate_config(
-        strategy=strategy,
-        offload=offload,
-        topology=Topology(1, 8),
-        shard_size=1,
-        mixed_precision="bf16",
-        device_type="cuda",
-        ds_config_file=str(path),
-    )
+    wrapped = launch_config(strategy, Topology(1, 8), offload, ds_config_file=str(path))
     with patch_environment(**accelerate_environment(wrapped)):
         plugin = DeepSpeedPlugin()
     plugin.set_mixed_precision("bf16")
@@ -475,15 +463,8 @@ def test_deepspeed_plugin_takes_a_run_config_as_it_is(strategy, offload, tmp_pat
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 def test_fsdp_plugin_is_the_launchers(strategy, tmp_path, monkeypatch):
     """What we leave out of the environment changes nothing: both make the same plugin."""
-    config = accelerate_config(
-        strategy=strategy,
-        offload="none",
-        topology=Topology(2, 2),
-        shard_size=2,
-        mixed_precision="bf16",
-        device_type="cuda",
-        overrides={"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "reshard_after_forward": False},
-    )
+    overrides = {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "reshard_after_forward": False}
+    config = launch_config(strategy, Topology(2, 2), overrides=overrides)
     assert config["fsdp_config"]["fsdp_version"] == 2
     plugins = []
     for env in (accelerate_environment(config), launcher_environment(config, tmp_path, monkeypatch)):
@@ -513,9 +494,8 @@ def test_fsdp_config_on_purpose():
     [({"strategy": "zero2"}, "needs ds_config_file"), ({"strategy": "hsdp", "shard_size": 3}, "do not divide 8 ranks")],
 )
 def test_what_cannot_be_written(change, message):
-    asked = {"strategy": "fsdp", "offload": "none", "topology": Topology(1, 8), "shard_size": 8}
     with pytest.raises(ValueError, match=message):
-        accelerate_config(**asked | change, mixed_precision="bf16", device_type="cuda")
+        launch_config(**change, topology=Topology(1, 8))
 
 
 # --- files for people ------------------------------------------------------------------------------------------------

@@ -113,10 +113,17 @@ def offload_needs_adamw(case: Case) -> str | None:
 
 
 @rule("axolotl validation.py: FSDP2 + adamw_bnb_8bit is refused; bitsandbytes' states are no DTensors")
-def fsdp_needs_a_torch_optimizer(case: Case) -> str | None:
+def fsdp_needs_adamw(case: Case) -> str | None:
     optim = case.recipe.training.optim
     if case.fsdp and ("8bit" in optim or "paged" in optim):
-        return f"training.optim: {optim} does not work under {case.strategy}; use adamw_torch_fused or adafactor"
+        return f"training.optim: {optim} does not work under {case.strategy}; use adamw_torch_fused"
+    return None
+
+
+@rule("transformers Adafactor.step: row and column means need whole matrices; ZeRO flattens them, FSDP2 cuts them")
+def adafactor_needs_whole_matrices(case: Case) -> str | None:
+    if case.recipe.training.optim == "adafactor" and case.strategy != "ddp":
+        return f"training.optim: adafactor does not work under {case.strategy}; use ddp, or adamw_torch_fused"
     return None
 
 

@@ -24,6 +24,8 @@ def save_trained(model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtyp
     Raises:
         RunError: what lies on disk is not what was in memory.
     """
+    from peft import get_peft_model_state_dict
+
     base = unwrapped(model)
     adapter = hasattr(base, "peft_config")
     trained = dict(_gather(base, model, only_trained=adapter, keep=writes))
@@ -34,7 +36,9 @@ def save_trained(model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtyp
     work.mkdir(parents=True)
     if adapter:
         base.save_pretrained(work, state_dict=trained, safe_serialization=True)
-        expected = {_adapter_name(name): tensor for name, tensor in trained.items()}
+        expected = get_peft_model_state_dict(base, state_dict=dict(trained))  # the same tensors under peft's names
+        if len(expected) != len(trained):
+            raise RunError(f"{folder}: peft saves {len(expected)} tensors of the {len(trained)} that were trained")
     else:
         trained = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.items()}
         base.config.dtype = dtype
@@ -53,11 +57,6 @@ def unwrapped(model: Any) -> Any:
     while isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         model = model.module
     return model
-
-
-def _adapter_name(name: str) -> str:
-    """peft leaves the adapter's own name out of the file: ...lora_A.default.weight is ...lora_A.weight there."""
-    return name.replace(".default", "")
 
 
 def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:

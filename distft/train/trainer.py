@@ -155,7 +155,7 @@ class Recorder(TrainerCallback):
         self.file = run.metrics.open("a", buffering=1) if self.writes else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ran = wrapping.describe(self.trainer.model_wrapped)
+        ran = wrapping.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         self._status(ran=ran)
         wrapping.check(self.plan, ran)
         if self.trainer.eval_dataset is not None:

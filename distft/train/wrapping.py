@@ -12,16 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from distft.errors import RunError
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """The wrapped model in words: class, kind, what it shards over, backend and world size."""
+def describe(model: Any, optimizer: Any) -> dict[str, Any]:
+    """The wrapped model in words: class, kind, what it shards over, optimizer, backend and world size."""
     if isinstance(model, DistributedDataParallel):
         kind, detail = "ddp", {}
     elif type(model).__name__ == "DeepSpeedEngine":
         stage = model.zero_optimization_stage()
-        optimizer = model.optimizer
-        basic = getattr(optimizer, "optimizer", optimizer)
-        kind = f"zero{stage}"
-        detail = {"zero_optimizer": type(optimizer).__name__, "optimizer": type(basic).__name__}
+        kind, detail = f"zero{stage}", {"zero_optimizer": type(model.optimizer).__name__}
     elif isinstance(model, FSDPModule):
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         mesh = next(model.parameters()).device_mesh
@@ -34,10 +31,20 @@ def describe(model: Any) -> dict[str, Any]:
         "wrapped": type(model).__name__,
         "kind": kind,
         **detail,
+        "optimizer": _optimizer_name(optimizer),
         "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "world_size": dist.get_world_size() if initialized else 1,
         "backend": dist.get_backend() if initialized else None,
     }
+
+
+def _optimizer_name(optimizer: Any) -> str:
+    """`torch AdamW`, `bitsandbytes AdamW 8-bit`: whose, class, width of its states."""
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    kind = type(optimizer)
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
+    return " ".join([kind.__module__.split(".")[0], kind.__name__, *([f"{bits}-bit"] if bits else [])])
 
 
 def check(planned: dict[str, Any], found: dict[str, Any]) -> None:

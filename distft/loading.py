@@ -98,6 +98,7 @@ class Document(Generic[M]):
         self.places: dict[Steps, int | str] = {(): origin or name}
         self.problems: list[tuple[float, str]] = []  # line (infinite for an override), text
         self.wrong: set[Steps] = set()
+        self.blank: set[Steps] = set()  # a key with nothing after it, which YAML reads as null
         self._values = 0
 
     def get(self, steps: Steps, default: Any = None) -> Any:
@@ -271,6 +272,8 @@ class Document(Generic[M]):
             self.problem(steps, f"cannot read {show(node.value)} as {_tag(node)}", _line(node))
             return node.value
         value = convert(node.value)
+        if not node.value and node.style is None:
+            self.blank.add(steps)
         if isinstance(value, float) and not math.isfinite(value):
             self.problem(steps, f"got {clip(node.value)}, need a finite number", _line(node))
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # an escape, "\ud800": no file can hold it
@@ -435,6 +438,9 @@ def _check_together(document: Document) -> None:
     steps, epochs = document.get(("training", "max_steps")), document.get(("training", "num_train_epochs"))
     if steps is not None and epochs is not None:
         document.problem(("training", "num_train_epochs"), "cannot be given with max_steps; keep one of them")
+    if ("lora",) in document.blank and document.get(("lora",)) is None:
+        # All lines below it commented out would quietly train all weights.
+        document.problem(("lora",), "nothing is below it; write null to train all weights, or leave the key out")
     kind = document.get(("data", "format"))
     if document.get(("data", "long_rows")) == "split" and kind in ("messages", "prompt_completion"):
         document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")

@@ -14,7 +14,11 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # A name becomes a folder, a job name and a word of a shell command: no separators, no leading dash or dot.
-RunName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
+RunName = Annotated[
+    str,
+    StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100),
+    Field(json_schema_extra={"x-pattern": "of letters, digits, `.`, `_` and `-`, not starting with `.` or `-`"}),
+]
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
 Optim = Literal[

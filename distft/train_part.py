@@ -24,7 +24,9 @@ def require() -> None:
             missing.append(name)
             continue
         if not _within(version, bounds):
-            wrong.append(f"{name} {version} (works: {', '.join(op + bound for op, bound in bounds)})")
+            wrong.append(
+                f"{name} {version} (works: {', '.join(op + bound for op, bound in sorted(bounds, reverse=True))})"
+            )
     if missing:
         raise MissingPartError(f"training needs {', '.join(missing)}: {INSTALL}")
     if wrong:

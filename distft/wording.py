@@ -96,7 +96,7 @@ def _describe_type(option: dict[str, Any], literal: Callable[[str], str]) -> str
         option = {**option, "minimum": option["exclusiveMinimum"] + 1, "exclusiveMinimum": None}
     limits = [f"{sign} {option[key]:g}" for key, sign in _SIGNS.items() if option.get(key) is not None]
     if "pattern" in option:
-        limits.append(f"matching {literal(option['pattern'])}")
+        limits.append(option.get("x-pattern") or f"matching {literal(option['pattern'])}")
     if "maxLength" in option:
         limits.append(f"at most {option['maxLength']} characters")
     noun = NOUNS.get(kind, f"a {kind}") if kind else "any value"

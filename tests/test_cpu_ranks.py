@@ -30,7 +30,7 @@ def found(tmp_path: Path, environment: dict[str, str], remedy: str) -> str:
     script.write_text(REPORT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(script), remedy], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [*command, str(script), remedy], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
     return next((line for line in done.stdout.splitlines() if line.startswith("found")), done.stderr)
 

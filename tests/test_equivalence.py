@@ -5,7 +5,10 @@ Real processes over gloo. Each job asserts what really wrapped the model.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +169,45 @@ def test_other_optimizers(runs: Callable[..., Result], optim: str, ran: str, str
     assert result.status["ran"]["optimizer"] == ran
     # 8-bit states are rounded in blocks, and sharding moves the blocks' borders.
     assert_same(result, runs(1, training__optim=optim), 1e-3 if "8bit" in optim else FP32)
+
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, use_cache=None,
+                inputs_embeds=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+        return super().forward(input_ids, attention_mask, position_ids, labels=labels, use_cache=use_cache)
+"""
+
+
+def test_a_model_of_its_own_code(runs: Callable[..., Result], tiny: Tiny, tmp_path: Path) -> None:
+    """Its loss is the mean of a micro-batch, and it takes no token count: accumulation must not change the maths."""
+    folder = tmp_path / "own"
+    shutil.copytree(tiny.path / "model", folder)
+    (folder / "modeling_own.py").write_text(OWN_MODEL)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    trusted = {"model__name_or_path": str(folder), "model__trust_remote_code": True}
+    assert_same(runs(2, training__micro_batch_size=1, **trusted), runs(1))
+    refused = launch(tiny.recipe(**trusted | {"model__trust_remote_code": False}), tmp_path, expect=2)
+    assert "model.trust_remote_code" in refused.stderr
+
+
+def test_tracker(tiny: Tiny, tmp_path: Path) -> None:
+    result = launch(tiny.recipe(training__report_to=["tensorboard"]), tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = result.run_dir.rglob("events.out.tfevents.*")
+    scalars = EventAccumulator(str(events)).Reload().Scalars("train/loss")
+    assert [scalar.value for scalar in scalars] == pytest.approx(result.column("loss"))
+    assert "logs" in events.relative_to(result.run_dir).parts
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -15,7 +15,7 @@ CHECK = Path(__file__).parent.parent / "benchmarks" / "gpu" / "check.py"
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(CHECK), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_every_part_on_a_toy_model(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def test_they_are_short_and_clean() -> None:
 
 
 def test_the_same_losses_on_every_step(folder: Path) -> None:
-    subprocess.run([LADDER / "1gpu.sh", "recipe.yaml"], cwd=folder, env=environment(), check=True, timeout=120)
+    subprocess.run([LADDER / "1gpu.sh", "recipe.yaml"], cwd=folder, env=environment(), check=True, timeout=300)
     one_node = [LADDER / "1node.sh", "recipe.yaml", "--set", "parallelism.strategy=zero2"]
-    subprocess.run(one_node, cwd=folder, env=environment(GPUS="2"), check=True, timeout=120)
+    subprocess.run(one_node, cwd=folder, env=environment(GPUS="2"), check=True, timeout=300)
     run_dir = folder / "runs" / "two-nodes"
     with socket.create_server(("localhost", 0)) as probe:
         head = f"localhost:{probe.getsockname()[1]}"

@@ -185,7 +185,7 @@ def test_render_leaves_a_folder_that_bash_runs(two_at_once: list[Result], tmp_pa
     target = tmp_path / "it's rendered"
     assert distft("render", str(recipe), "-o", str(target), cwd=tmp_path).returncode == 0
     assert distft("render", str(recipe), "-o", str(target), cwd=tmp_path).returncode == 2
-    subprocess.run(["bash", str(target / "job.sh")], check=True, cwd=tmp_path, capture_output=True, timeout=120)
+    subprocess.run(["bash", str(target / "job.sh")], check=True, cwd=tmp_path, capture_output=True, timeout=300)
     assert status_of(target)["state"] == "completed"
     losses = [json.loads(line)["loss"] for line in (target / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx(two_at_once[0].column("loss"), abs=1e-5)

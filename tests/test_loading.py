@@ -23,6 +23,8 @@ model: {name_or_path: base}
 data: {train: data/train.jsonl}
 """
 
+NAME = "need a string of letters, digits, `.`, `_` and `-`, not starting with `.` or `-` and at most 100 characters"
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -132,8 +134,8 @@ def test_an_integer_is_a_number_but_not_the_other_way_round():
         ("model.quantization", "nf8", 'got "nf8", need nf4 or int8; did you mean nf4?'),
         ("trainer.overrides", "[]", "got [] (a list), need a mapping"),
         ("output_dir", '""', 'got "" (empty), need a string'),
-        ("name", "../x", r'got "../x", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
-        ("name", "x" * 101, rf'got "{"x" * 55}...", need a string matching ^\w[\w.-]*$ and at most 100 characters'),
+        ("name", "../x", f'got "../x", {NAME}'),
+        ("name", "x" * 101, f'got "{"x" * 55}...", {NAME}'),
         ("output_dir", r'["a\n\e[31m\u202e\x7f"]', r'got ["a\n\u001b[31m\u202e\x7f"] (a list), need a string'),
         ("output_dir", r'"a\ud800"', r'got "a\ud800", which has half a character'),
     ],
@@ -177,7 +179,7 @@ def test_unknown_keys(key, expected):
 
 def test_missing_keys_are_where_their_parent_is():
     assert problems("# a comment\n\nlora: null\nmodel:\n  revision: main\ndata: {}\n") == [
-        "name: missing, need a string matching ^\\w[\\w.-]*$ and at most 100 characters (recipe.yaml:3)",
+        f"name: missing, {NAME} (recipe.yaml:3)",
         "model.name_or_path: missing, need a string (recipe.yaml:4)",
         "data.train: missing, need a string or a list of strings (recipe.yaml:6)",
     ]
@@ -454,7 +456,7 @@ def test_an_override_below_a_null_starts_a_fresh_group():
         ("name=a: b: c", "not valid YAML: mapping values are not allowed here (--set name=a: b: c)"),
         ("name=*a", "not valid YAML: found undefined alias 'a' (--set name=*a)"),
         ("name=\x00", r"not valid YAML: character U+0000 is not allowed (--set name=\x00)"),
-        ("name=", "name: got null, need a string matching ^\\w[\\w.-]*$ and at most 100 characters (--set name=)"),
+        ("name=", f"name: got null, {NAME} (--set name=)"),
         ("lora={r: 1, r: 2}", "lora.r: given twice, first in line 1 (--set lora={r: 1, r: 2})"),
         ("lora={1: 2}", "lora: got 1 for a key, need a string (in quotes) (--set lora={1: 2})"),
         ("lora.r.x=1", 'lora.r: got {"x": 1} (a mapping), need an integer >= 1 (--set lora.r.x=1)'),
@@ -578,6 +580,15 @@ def test_steps_or_epochs():
         "training.num_train_epochs: cannot be given with max_steps; keep one of them "
         "(--set training.num_train_epochs=1.5)"
     )
+
+
+@pytest.mark.parametrize("below", ["", "  # r: 8\n"])
+def test_a_blank_lora_is_not_full_fine_tuning(below):
+    expected = "lora: nothing is below it; write null to train all weights, or leave the key out (recipe.yaml:4)"
+    assert problem(f"{GOOD}lora:\n{below}") == expected
+    assert load(f"{GOOD}lora:\n{below}", "lora.r=8").lora.r == 8
+    assert load(f"{GOOD}lora: null\n").lora is None
+    assert load(f"{GOOD}lora: {{}}\n").lora.r == 16
 
 
 @pytest.mark.parametrize("kind", ["auto", "text", "messages", "prompt_completion"])
@@ -747,6 +758,7 @@ def test_json_schema():
             "minLength",
             "minimum",
             "pattern",
+            "x-pattern",
         ),
         *("properties", "required", "type"),
     }

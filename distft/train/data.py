@@ -102,6 +102,7 @@ def load_prepared(recipe: Recipe) -> Prepared:
 def _prepare(recipe: Recipe, folder: Path) -> None:
     """Write train/, heldout/ and counts.json into `folder`, all or nothing."""
     tokenizer = load_tokenizer(recipe)
+    _check_model_code(recipe)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
         counts = {"train": _prepare_split(recipe, tokenizer, recipe.data.train, work, "train")}
@@ -116,6 +117,24 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_model_code(recipe: Recipe) -> None:
+    """Raises DataError where transformers cannot make the model: code of its own that is not trusted, unknown type."""
+    from transformers import AutoConfig
+
+    model = recipe.model
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(model.name_or_path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"model.trust_remote_code: got false, and {model.name_or_path} brings code of its own; "
+                "set it to true if you trust where it comes from"
+            ) from None
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"model.name_or_path: {model.name_or_path} cannot be used ({reason})") from None
 
 
 def _prepare_split(

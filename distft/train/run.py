@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from typing import Any
@@ -37,6 +38,7 @@ def train(run: RunDir, plan: dict[str, Any]) -> None:
     steps = optimizer_steps(
         len(prepared.train), batch_size, recipe.training.max_steps, recipe.training.num_train_epochs
     )
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
     arguments = training_arguments(recipe, plan, run, steps)
     if plan["strategy"].startswith("zero"):
         import deepspeed

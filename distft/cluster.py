@@ -1,14 +1,146 @@
-"""WHERE and HOW WIDE: the topology, and the devices that a rank gets."""
+"""WHERE and HOW WIDE: a site's profile (it never names a model), and the topology of a job."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
 
-from distft.errors import ClusterError
+from pydantic import Field, StringConstraints
+
+from distft.errors import ClusterError, RecipeError
+from distft.recipe import Group, NonEmpty, PositiveInt
+
+# A word of a #SBATCH line: no quotes, spaces, `#` or control characters.
+Word = Annotated[
+    str,
+    StringConstraints(pattern=r"^[\w.,:@+=/&|*()\[\]%-]+$"),
+    Field(json_schema_extra={"x-pattern": "without spaces or quotes"}),
+]
+Time = Annotated[
+    str,
+    StringConstraints(pattern=r"^\d+(:\d\d(:\d\d)?)?$|^\d+-\d\d?(:\d\d){0,2}$"),
+    Field(json_schema_extra={"x-pattern": "such as 30 (minutes), 12:00:00 or 2-00:00:00 (days-hours)"}),
+]
+Variable = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"),
+    Field(json_schema_extra={"x-pattern": "of letters, digits and `_`"}),
+]
+
+
+class Slurm(Group):
+    """What sbatch is asked for, in its own words."""
+
+    partition: Word | None = None
+    """Partition, or several with commas."""
+
+    account: Word | None = None
+    """Account that is charged."""
+
+    qos: Word | None = None
+    """Quality of service."""
+
+    reservation: Word | None = None
+    """Reservation to run in."""
+
+    constraint: Word | None = None
+    """Node features: `h100`, `a100|h100`."""
+
+    time: Time | None = None
+    """Time limit. Default: the partition's."""
+
+    mem: Word | None = None
+    """Memory a node: `200G`; `0` is all of it."""
+
+    cpus_per_task: PositiveInt | None = None
+    """Cores a node for the job (one task runs on each node)."""
+
+    exclusive: bool = False
+    """Whole nodes."""
+
+    gpus_as: Literal["gpus_per_node", "gres"] = "gpus_per_node"
+    """How GPUs are asked for: `--gpus-per-node=8`, or `--gres=gpu:8` where the site wants that."""
+
+    sbatch: list[NonEmpty] = []
+    """Further flags as on sbatch's command line: `["--mail-type=END"]`."""
+
+
+class Node(Group):
+    """What a node has."""
+
+    gpus_per_node: Annotated[int, Field(ge=0)]
+    """GPUs on each node, and the default of --gpus-per-node. 0: ranks are CPU processes."""
+
+    gpu: NonEmpty | None = None
+    """Their model: `H100`, `A100-40GB`, ... (distft/devices.py, GPUS)."""
+
+    gpu_memory: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one in GiB, for a model that is not in the list."""
+
+    gpu_type: Word | None = None
+    """Their name in SLURM's gres, where a job must ask for it: `--gpus-per-node=h100:8`."""
+
+    memory: Annotated[float, Field(gt=0)] | None = None
+    """The host's memory in GiB."""
+
+
+class Network(Group):
+    """Between nodes."""
+
+    interface: Word | None = None
+    """Network interface for NCCL and gloo (`ib0`, `eth1`). Default: their own choice."""
+
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Of one node, in GB/s (400 Gb/s InfiniBand: 50)."""
+
+
+class Container(Group):
+    """Where the training runs inside one."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    """`pyxis`: srun --container-image (enroot); `apptainer`: apptainer exec."""
+
+    image: NonEmpty
+    """Image, as the runtime names it: a .sqsh or .sif file, or a registry's address."""
+
+    mounts: list[NonEmpty] = []
+    """`HOST:CONTAINER` pairs. runs_dir is always mounted, at its own path."""
+
+
+class Cluster(Group):
+    """A site's profile. Everything in it is true for all recipes."""
+
+    runs_dir: NonEmpty
+    """Where run directories are made: a folder on the file system that all nodes share. `~` and `$VARIABLES` of the
+    submitting host are expanded."""
+
+    node: Node
+    slurm: Slurm = Slurm()
+    network: Network = Network()
+    container: Container | None = None
+
+    python: NonEmpty | None = None
+    """Python on the nodes. Default: the one that runs distft; `python` with `setup` lines or a container."""
+
+    setup: list[str] = []
+    """Shell lines before the training, as they are: `module load cuda`, `source .../bin/activate`."""
+
+    env: dict[Variable, str] = {}
+    """Environment variables of the job. Not for secrets: they stand in the job script."""
+
+    preflight: bool = True
+    """Check all nodes for a few seconds before the training step."""
+
+    requeue: Annotated[int, Field(ge=0)] = 0
+    """How often a job may submit itself again, without the nodes that failed the preflight."""
+
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    """For the plan's price."""
+
+    template: NonEmpty | None = None
+    """A job template of one's own (`distft slurm template`), relative to the profile's folder."""
 
 
 @dataclass(frozen=True)
@@ -28,69 +160,54 @@ class Topology:
         return self.nnodes * self.nproc_per_node
 
 
-@dataclass(frozen=True)
-class Device:
-    """What one rank computes on. `memory` in bytes; for `cpu` it is the rank's share of the host's memory."""
-
-    type: str  # "cuda" or "cpu"
-    name: str
-    memory: int
-    compute_capability: float | None = None  # 8.0 is Ampere; None for a CPU
+def profiles_dir() -> Path:
+    """Where profiles are found by name."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "distft" / "clusters"
 
 
-@lru_cache
-def visible_gpus() -> tuple[Device, ...]:
-    """The NVIDIA GPUs of this machine as nvidia-smi tells them, without torch; () where there are none.
-
-    CUDA_VISIBLE_DEVICES narrows them, as it will for the ranks.
-    """
-    if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return ()
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # a driver that does not answer: no usable GPU
-        return ()
-    gpus = []
-    for line in answer.splitlines():
-        uuid, name, mib, capability = (field.strip() for field in line.split(","))
-        gpus.append((uuid, Device("cuda", name, int(mib) * 2**20, float(capability))))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return tuple(gpu for _, gpu in gpus)
-    wanted = [word.strip() for word in chosen.split(",")]
-    by_name = {str(index): gpu for index, (_, gpu) in enumerate(gpus)} | dict(gpus)
-    return tuple(by_name[word] for word in wanted if word in by_name)
-
-
-def local_device(nproc_per_node: int) -> Device:
-    """The device of one rank when `nproc_per_node` ranks run on this machine.
+def find_cluster(word: str) -> Path:
+    """The file of a profile given by path or by name.
 
     Raises:
-        ClusterError: more ranks than GPUs, on a machine with GPUs.
+        ClusterError: there is none.
     """
-    gpus = visible_gpus()
-    if not gpus:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", "cpu", memory // nproc_per_node)
-    if nproc_per_node > len(gpus):
-        raise ClusterError(
-            f"--gpus-per-node: got {nproc_per_node}, this machine has {len(gpus)} ({gpus[0].name}); "
-            f"ask for at most {len(gpus)}, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
-        )
-    return min(gpus[:nproc_per_node], key=lambda gpu: gpu.memory)
+    from distft.wording import closest, did_you_mean
+
+    path = Path(word).expanduser()
+    if path.is_file():
+        return path
+    named = profiles_dir() / f"{word}.yaml"
+    if "/" not in word and named.is_file():
+        return named
+    known = sorted(p.stem for p in profiles_dir().glob("*.yaml"))
+    have = f"; {profiles_dir()} has {', '.join(known)}" if known else f"; {profiles_dir()} has none"
+    raise ClusterError(f"--cluster: no such profile: {word}{did_you_mean(closest(word, known))}{have}")
 
 
-def topology_here(nodes: int | None, gpus_per_node: int | None) -> Topology:
-    """Nodes like this machine: one, with every GPU, unless told otherwise (one process on a machine without GPUs)."""
-    ranks = gpus_per_node if gpus_per_node is not None else len(visible_gpus()) or 1
-    return Topology(nodes if nodes is not None else 1, ranks)
+def load_cluster(word: str, sets: tuple[str, ...] = ()) -> Cluster:
+    """The profile given by path or by name, with overrides such as `slurm.time=1:00:00` laid over it.
 
+    Raises:
+        ClusterError: there is none, or all its problems at once.
+    """
+    from distft.loading import load_yaml, validate
 
-def only_this_machine(topology: Topology) -> None:
-    """Raises ClusterError for more than one node: from here only this machine can be started."""
-    if topology.nnodes != 1:
-        raise ClusterError(
-            f"--nodes: got {topology.nnodes}, and only this machine can be started from here; "
-            "render for several nodes and start each (launch/multinode.sh)"
-        )
+    path = find_cluster(word)
+    try:
+        document = load_yaml(path, Cluster, sets)
+        template, runs_dir = document.get(("template",)), document.get(("runs_dir",))
+        if isinstance(template, str) and template:
+            file = (path.parent / Path(template).expanduser()).absolute()
+            document.data["template"] = str(file)
+            if not file.is_file():
+                document.problem(("template",), f"no such file: {file}")
+        if isinstance(runs_dir, str) and runs_dir:
+            expanded = os.path.expandvars(os.path.expanduser(runs_dir))  # noqa: PTH111
+            document.data["runs_dir"] = expanded
+            if "$" in expanded:
+                document.problem(("runs_dir",), f"got {runs_dir}, a variable of it is not set here")
+            elif not expanded.startswith("/"):
+                document.problem(("runs_dir",), f"got {runs_dir}, need an absolute path that all nodes share")
+        return validate(document)
+    except RecipeError as error:
+        raise ClusterError(str(error)) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import data_files, report, train_part
-from distft.cluster import local_device, only_this_machine, topology_here
+from distft.devices import local_device, only_this_machine, topology_here
 from distft.errors import DataError, RecipeError, RunError
 from distft.job import Job, recipe_job, script_job
 from distft.loading import Document, dump_recipe, load_recipe, validate

@@ -13,6 +13,9 @@ import os, sys
 if sys.argv[1] == "remedy":
     from distft.train import cpu_ranks
     cpu_ranks.apply()
+elif "ACCELERATE_USE_DEEPSPEED" in os.environ:  # else it is compiled first, for minutes on a busy machine
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 from accelerate import Accelerator
 state = Accelerator().state
 if state.process_index == 0:

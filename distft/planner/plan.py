@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from distft.cluster import Device, Topology
+from distft.cluster import Topology
+from distft.devices import Device
 from distft.errors import PlanError
 from distft.planner import batch as batches
 from distft.planner import memory, rules

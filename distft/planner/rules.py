@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distft.cluster import Device, Topology
+from distft.cluster import Topology
+from distft.devices import Device
 from distft.errors import PlanError
 from distft.recipe import Recipe
 

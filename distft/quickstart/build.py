@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft import launching, quickstart, train_part
-from distft.cluster import visible_gpus
+from distft.devices import visible_gpus
 from distft.errors import RecipeError, RunError
 from distft.progress import say
 from distft.run_dir import read_metrics

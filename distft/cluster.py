@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,13 @@ Variable = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"),
     Field(json_schema_extra={"x-pattern": "of letters, digits and `_`"}),
+]
+
+
+Flag = Annotated[
+    str,
+    StringConstraints(pattern=r"^-[^\n\r#]+$"),
+    Field(json_schema_extra={"x-pattern": "that is a flag (--...) on one line"}),
 ]
 
 
@@ -63,7 +71,7 @@ class Slurm(Group):
     gpus_as: Literal["gpus_per_node", "gres"] = "gpus_per_node"
     """How GPUs are asked for: `--gpus-per-node=8`, or `--gres=gpu:8` where the site wants that."""
 
-    sbatch: list[NonEmpty] = []
+    sbatch: list[Flag] = []
     """Further flags as on sbatch's command line: `["--mail-type=END"]`."""
 
 
@@ -184,7 +192,16 @@ def find_cluster(word: str) -> Path:
     raise ClusterError(f"--cluster: no such profile: {word}{did_you_mean(closest(word, known))}{have}")
 
 
-def load_cluster(word: str, sets: tuple[str, ...] = ()) -> Cluster:
+def allocated_cluster() -> Cluster:
+    """What an allocation without a profile is known to be: `salloc` and `sbatch` have set its variables."""
+    return Cluster(
+        runs_dir=str(Path("runs").absolute()),
+        node=Node(gpus_per_node=int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)),
+        preflight=False,
+    )
+
+
+def load_cluster(word: str, sets: Sequence[str] = ()) -> Cluster:
     """The profile given by path or by name, with overrides such as `slurm.time=1:00:00` laid over it.
 
     Raises:

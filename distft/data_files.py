@@ -234,8 +234,11 @@ def first_format(sources: list[str]) -> str:
     return detect_format(row) if row else "text"
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where the prepared data of a recipe lies: a name made of the content of all that goes into it."""
+def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
+    """Where the prepared data of a recipe lies: a name made of the content of all that goes into it.
+
+    Under `root`, else DISTFT_CACHE, else the user's cache.
+    """
     digest = hashlib.sha256()
 
     def add(*words: object) -> None:
@@ -259,7 +262,9 @@ def cache_folder(recipe: Recipe) -> Path:
     if data.chat_template:
         add(Path(data.chat_template).read_bytes())
     root = (
-        os.environ.get("DISTFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+        root
+        or os.environ.get("DISTFT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
     )
     return Path(root) / "data" / digest.hexdigest()[:32]
 

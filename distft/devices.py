@@ -20,6 +20,7 @@ class Device:
     name: str
     memory: int
     compute_capability: float | None = None  # 8.0 is Ampere; None for a CPU
+    cores: int | None = None  # of the whole node, where known
 
 
 GIB = 2**30
@@ -52,7 +53,7 @@ def cluster_device(cluster: Cluster, nproc_per_node: int) -> Device:
     node = cluster.node
     if node.gpus_per_node == 0:
         memory = node.memory * GIB if node.memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", "cpu", int(memory // nproc_per_node))
+        return Device("cpu", "cpu", int(memory // nproc_per_node), cores=cluster.slurm.cpus_per_task)
     if nproc_per_node > node.gpus_per_node:
         raise ClusterError(
             f"--gpus-per-node: got {nproc_per_node}, the profile's node.gpus_per_node is {node.gpus_per_node}"
@@ -99,7 +100,7 @@ def local_device(nproc_per_node: int) -> Device:
     gpus = visible_gpus()
     if not gpus:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", "cpu", memory // nproc_per_node)
+        return Device("cpu", "cpu", memory // nproc_per_node, cores=len(os.sched_getaffinity(0)))
     if nproc_per_node > len(gpus):
         raise ClusterError(
             f"--gpus-per-node: got {nproc_per_node}, this machine has {len(gpus)} ({gpus[0].name}); "
@@ -119,5 +120,5 @@ def only_this_machine(topology: Topology) -> None:
     if topology.nnodes != 1:
         raise ClusterError(
             f"--nodes: got {topology.nnodes}, and only this machine can be started from here; "
-            "render for several nodes and start each (launch/multinode.sh)"
+            "--cluster has SLURM start them, or render and start each by hand (launch/multinode.sh)"
         )

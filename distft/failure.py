@@ -36,7 +36,8 @@ class Failure:
 def first_failure(run: RunDir, returncode: int) -> Failure:
     """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last words."""
     errors = run.rank_errors()
-    log = run.torchrun_log.read_text(errors="replace") if run.torchrun_log.exists() else ""
+    logs = [path for path in run.job_logs() if path.stat().st_size]
+    log = "\n".join(path.read_text(errors="replace") for path in logs)
     killed = _killed_rank(log)
     # A rank that was killed could write nothing; those that lost it wrote of a network error.
     own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
@@ -54,7 +55,7 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
         return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)))
     reason = f"ended with status {returncode} before it was done"
-    return Failure(reason, _text(reason, _tail(log), log, run.torchrun_log))
+    return Failure(reason, _text(reason, _tail(log), log, logs[-1] if logs else run.logs))
 
 
 def _killed_rank(torchrun_log: str) -> tuple[int, int] | None:

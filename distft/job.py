@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distft import run_dir as names
+from distft.cluster import Cluster, Topology
 from distft.loading import dump_recipe
 from distft.planner.plan import Plan, plan_json
 from distft.recipe import Recipe, ScriptSettings
@@ -17,33 +20,69 @@ from distft.run_dir import RunDir
 from distft.strategies import merge
 from distft.strategies.accelerate import accelerate_config
 from distft.strategies.deepspeed import deepspeed_config, portable_config
-from distft.torchrun import rank_environment, torchrun_argv
+from distft.torchrun import RANK_ENVIRONMENT, threads_here, torchrun_argv
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that has not started: `files` by name in the run directory, the command, and its extra environment."""
+    """A run that has not started: `files` by name in the run directory, the command, and its extra environment.
+
+    With a `cluster` it is SLURM's; `after` is the job that must have ended well before.
+    """
 
     name: str
     run: RunDir
-    nnodes: int
+    topology: Topology
     argv: tuple[str, ...]
     env: Mapping[str, str]
     files: Mapping[str, str]
+    cluster: Cluster | None = None
+    after: str | None = None
 
 
-def recipe_job(recipe: Recipe, plan: Plan, run: RunDir) -> Job:
+def recipe_job(
+    recipe: Recipe, plan: Plan, run: RunDir, cluster: Cluster | None = None, after: str | None = None
+) -> Job:
     """The job that trains a recipe."""
     files = {names.RECIPE: dump_recipe(recipe)} | _config_files(plan, recipe, run)
-    argv = torchrun_argv(plan.topology, run.path.name, "distft.train", [str(run.path)])
-    return Job(recipe.name, run, plan.topology.nnodes, tuple(argv), rank_environment(plan.topology), files)
+    return _job(recipe.name, plan, run, "distft.train", [str(run.path)], files, cluster, after)
 
 
-def script_job(settings: ScriptSettings, script: Sequence[str], plan: Plan, run: RunDir) -> Job:
+def script_job(
+    settings: ScriptSettings,
+    script: Sequence[str],
+    plan: Plan,
+    run: RunDir,
+    cluster: Cluster | None = None,
+    after: str | None = None,
+) -> Job:
     """The job that runs a script of one's own, unmodified, under the plan's strategy."""
     files = _config_files(plan, settings, run)
-    argv = torchrun_argv(plan.topology, run.path.name, "distft.train.script", [str(run.path), *script])
-    return Job(settings.name, run, plan.topology.nnodes, tuple(argv), rank_environment(plan.topology), files)
+    return _job(settings.name, plan, run, "distft.train.script", [str(run.path), *script], files, cluster, after)
+
+
+def _job(
+    name: str,
+    plan: Plan,
+    run: RunDir,
+    module: str,
+    arguments: Sequence[str],
+    files: Mapping[str, str],
+    cluster: Cluster | None,
+    after: str | None,
+) -> Job:
+    if cluster is None:
+        python, env = sys.executable, {"OMP_NUM_THREADS": threads_here(plan.topology)}
+    else:
+        # Prepared data lies where all nodes see it.
+        python, env = cluster_python(cluster), {"DISTFT_CACHE": str(Path(cluster.runs_dir) / ".cache")}
+    argv = torchrun_argv(python, plan.topology, module, arguments)
+    return Job(name, run, plan.topology, tuple(argv), RANK_ENVIRONMENT | env, files, cluster, after)
+
+
+def cluster_python(cluster: Cluster) -> str:
+    """The Python of the nodes."""
+    return cluster.python or ("python" if cluster.setup or cluster.container else sys.executable)
 
 
 def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) -> dict[str, str]:

@@ -6,39 +6,68 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import data_files, report, train_part
-from distft.devices import local_device, only_this_machine, topology_here
-from distft.errors import DataError, RecipeError, RunError
-from distft.job import Job, recipe_job, script_job
+from distft import data_files, report, schedulers, train_part
+from distft.cluster import Cluster, Topology
+from distft.devices import Device, cluster_device, local_device, only_this_machine, topology_here
+from distft.errors import DataError, MissingPartError, RecipeError, RunError
+from distft.job import Job, cluster_python, recipe_job, script_job
 from distft.loading import Document, dump_recipe, load_recipe, validate
 from distft.planner.plan import Plan, make_plan, script_plan
 from distft.recipe import Recipe, ScriptSettings
-from distft.run_dir import RunDir
-from distft.schedulers import local
+from distft.run_dir import FINISHED, SBATCH, SCRIPT, RunDir
+from distft.schedulers import local, slurm
 from distft.shell import quote
+
+FOLLOW_SECONDS = 0.3
+SLURM_SECONDS = 15.0  # the longest between two questions to SLURM: controllers suffer from those who ask often
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def plan_recipe(
-    path: str, sets: Sequence[str] = (), nodes: int | None = None, gpus_per_node: int | None = None
-) -> tuple[Recipe, Plan]:
+@dataclass(frozen=True)
+class Place:
+    """Where a job is to run: nodes and ranks as asked for (None: the place's own), on a cluster or here."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cluster: Cluster | None = None
+
+    def devices(self) -> tuple[Topology, Device]:
+        """The topology, and what one of its ranks computes on.
+
+        Raises:
+            ClusterError: it cannot be had there.
+        """
+        if self.cluster is None:
+            topology = topology_here(self.nodes, self.gpus_per_node)
+            return topology, local_device(topology.nproc_per_node)
+        ranks = self.gpus_per_node if self.gpus_per_node is not None else self.cluster.node.gpus_per_node or 1
+        topology = Topology(self.nodes if self.nodes is not None else 1, ranks)
+        return topology, cluster_device(self.cluster, ranks)
+
+    def runs_dir(self, settings: Recipe | ScriptSettings) -> str:
+        return self.cluster.runs_dir if self.cluster else settings.output_dir
+
+
+HERE = Place()
+
+
+def plan_recipe(path: str, sets: Sequence[str] = (), place: Place = HERE) -> tuple[Recipe, Plan]:
     """Load, plan, and check every row of the data that lies here. Starts and writes nothing."""
     recipe = load_recipe(path, sets)
-    topology = topology_here(nodes, gpus_per_node)
-    plan = make_plan(recipe, topology, local_device(topology.nproc_per_node))
+    plan = make_plan(recipe, *place.devices())
     data_files.check_files(recipe)
     return recipe, plan
 
 
-def plan_script(
-    script: Sequence[str], sets: Sequence[str] = (), nodes: int | None = None, gpus_per_node: int | None = None
-) -> tuple[ScriptSettings, Plan]:
+def plan_script(script: Sequence[str], sets: Sequence[str] = (), place: Place = HERE) -> tuple[ScriptSettings, Plan]:
     """The same for a script of one's own."""
     if not Path(script[0]).is_file():
         raise RecipeError(f"script: no such file: {script[0]}")
@@ -46,12 +75,10 @@ def plan_script(
     for text in (f"name={Path(script[0]).stem}", *sets):
         document.override(text)
     settings = validate(document)
-    topology = topology_here(nodes, gpus_per_node)
-    device = local_device(topology.nproc_per_node)
-    return settings, script_plan(settings.parallelism, settings.training.mixed_precision, topology, device)
+    return settings, script_plan(settings.parallelism, settings.training.mixed_precision, *place.devices())
 
 
-def prepare_data(recipe: Recipe) -> dict[str, Any]:
+def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
     """Tokenize the data into the cache before anything starts, where it is not there yet. Returns the counts.
 
     In a process of its own: the command line never imports torch.
@@ -61,13 +88,14 @@ def prepare_data(recipe: Recipe) -> dict[str, Any]:
         DataError: data or tokenizer cannot be used.
     """
     train_part.require()
-    folder = data_files.cache_folder(recipe)
+    folder = data_files.cache_folder(recipe, cache)
     if not data_files.is_prepared(folder):
         with tempfile.TemporaryDirectory() as temporary:
             file, problem = Path(temporary) / "recipe.yaml", Path(temporary) / "problem"
             file.write_text(dump_recipe(recipe))
             command = [sys.executable, "-m", "distft.train.data", str(file), str(problem)]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+            env = {**os.environ, "TQDM_DISABLE": "1", **({"DISTFT_CACHE": cache} if cache else {})}
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode == DataError.exit_status and problem.exists():
                 raise DataError(problem.read_text())
         if done.returncode:
@@ -75,48 +103,176 @@ def prepare_data(recipe: Recipe) -> dict[str, Any]:
     return data_files.read_counts(folder)
 
 
-def job_of(settings: Recipe | ScriptSettings, plan: Plan, script: Sequence[str] | None, run: RunDir) -> Job:
-    """The job of a recipe, or of a script."""
-    return recipe_job(settings, plan, run) if script is None else script_job(settings, script, plan, run)
-
-
-def run_job(
+def job_of(
     settings: Recipe | ScriptSettings,
     plan: Plan,
-    script: Sequence[str] | None = None,
-    *,
-    detach: bool = False,
-    console: Console,
-    started: Callable[[RunDir], None] = lambda run: None,
-) -> RunDir:
-    """Start what was planned and follow it to its end unless `detach`; says on `console` what it does.
+    script: Sequence[str] | None,
+    run: RunDir,
+    cluster: Cluster | None = None,
+    after: str | None = None,
+) -> Job:
+    """The job of a recipe, or of a script."""
+    if script is None:
+        return recipe_job(settings, plan, run, cluster, after)
+    return script_job(settings, script, plan, run, cluster, after)
+
+
+def render(job: Job) -> dict[str, str]:
+    """Every file of a job that is to run: by name, its text."""
+    if job.cluster:
+        return {**job.files, SBATCH: slurm.render(job)}
+    return {**job.files, SCRIPT: local.render(job)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was planned: what runs, where, and how it is followed."""
+
+    settings: Recipe | ScriptSettings
+    plan: Plan
+    place: Place = HERE
+    script: Sequence[str] | None = None
+    after: str | None = None
+    detach: bool = False
+
+    def job(self, run: RunDir) -> Job:
+        return job_of(self.settings, self.plan, self.script, run, self.place.cluster, self.after)
+
+    def next_job(self) -> Job:
+        """The job under the name that it would have if it started now."""
+        return self.job(RunDir.next_free(self.place.runs_dir(self.settings), self.settings.name))
+
+    def create(self) -> RunDir:
+        return RunDir.create(self.place.runs_dir(self.settings), self.settings.name)
+
+    def start(self, console: Console, started: Callable[[RunDir], None] = lambda run: None) -> RunDir:
+        """Start it and follow it to its end unless `detach`; says on `console` what it does.
+
+        Raises:
+            DistftError: nothing was started.
+            RunError: the run failed.
+        """
+        from distft.progress import say
+
+        if self.place.cluster is None:
+            only_this_machine(self.plan.topology)
+        say(console, report.plan_lines(self.plan))
+        if self.place.cluster is None or slurm.allocation():
+            return self._start_here(console, started)
+        return self._start_on_slurm(console, started)
+
+    def _start_here(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
+        """On this machine, or with srun on the nodes of the allocation that this process is in."""
+        from distft.progress import Follower, say
+
+        self._prepare(console)
+        run = self.create()
+        started(run)
+        job = self.job(run)
+        run.write(render(job))
+        run.update_status(state="queued", name=job.name)
+        say(console, [f"run: {run.path}"])
+        if self.detach:
+            local.detach(run)
+            say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
+            return run
+        with Follower(run, console) as follower:
+            local.supervise(run, watch=follower.poll)
+        say(console, report.result_lines(run))
+        return run
+
+    def _start_on_slurm(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
+        from distft.progress import say
+
+        said = slurm.test_only(slurm.render(self.next_job()))
+        say(console, [f"  SLURM: {said}"])
+        self._prepare(console)
+        run = self.create()
+        started(run)
+        job_id = slurm.submit(self.job(run))
+        name = quote(str(run.path))
+        say(console, [f"run: {run.path}", f"job {job_id} is queued"])
+        if self.detach:
+            say(console, [f"look after it with: distft status {name} · distft logs -f {name} · distft cancel {name}"])
+            return run
+        follow(run, console)
+        return run
+
+    def _prepare(self, console: Console) -> None:
+        """Prepare the data where that can be done here; else the job does it, on its first node."""
+        from distft.progress import say
+
+        cluster = self.place.cluster
+        if cluster is None:
+            if self.script is None:
+                say(console, report.data_lines(prepare_data(self.settings)))
+            else:
+                train_part.require()
+        elif self.script is None and cluster_python(cluster) == sys.executable:
+            try:
+                train_part.require()
+            except MissingPartError:  # a login node with the light part
+                return
+            cache = Path(cluster.runs_dir) / ".cache"
+            say(console, report.data_lines(prepare_data(self.settings, str(cache))))
+
+
+def job_id_of(word: str, runs_dir: str) -> str:
+    """SLURM's id of a job given as such or by its run.
 
     Raises:
-        DistftError: nothing was started.
-        RunError: the run failed.
+        RecipeError: no such run, or it is not SLURM's.
     """
-    only_this_machine(plan.topology)
+    if word.replace("_", "").isdigit():
+        return word
+    jobs = RunDir.find(word, runs_dir).jobs()
+    if not jobs:
+        raise RecipeError(f"--after: {word} is no job of SLURM's")
+    return jobs[-1]
+
+
+def follow(run: RunDir, console: Console) -> None:
+    """Show a run of SLURM's to its end. Ctrl-C leaves the job alone.
+
+    Raises:
+        RunError: the run failed or was cancelled.
+    """
+    from distft.failure import first_failure
     from distft.progress import Follower, say
 
-    say(console, report.plan_lines(plan))
-    if script is None:
-        say(console, report.data_lines(prepare_data(settings)))
+    try:
+        with Follower(run, console) as follower:
+            asked, wait = 0.0, 1.0
+            while True:
+                if time.monotonic() - asked >= wait or run.read_status().get("state") in FINISHED:
+                    status = slurm.state_now(run)
+                    asked, wait = time.monotonic(), min(wait * 1.3, SLURM_SECONDS)
+                    follower.waiting(status)
+                    if status.get("state") in FINISHED:
+                        break
+                follower.poll()
+                time.sleep(FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        name = quote(str(run.path))
+        say(
+            console,
+            [f"job {run.jobs()[-1]} goes on; come back with: distft logs -f {name}; end it with: distft cancel {name}"],
+        )
+        raise SystemExit(130) from None
+    if status["state"] == "completed":
+        say(console, report.result_lines(run))
+    elif status["state"] == "failed" and any(run.logs.iterdir()):
+        raise RunError(f"{status['reason']}\n{first_failure(run, 1).text}")
     else:
-        train_part.require()
-    run = RunDir.create(settings.output_dir, settings.name)
-    started(run)
-    local.submit(job_of(settings, plan, script, run))
-    say(console, [f"run: {run.path}"])
-    if detach:
-        local.detach(run)
-        say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
-        return run
-    with Follower(run, console) as follower:
-        local.supervise(run, watch=follower.poll)
-    say(console, report.result_lines(run))
-    return run
+        raise RunError(f"{status['state']}: {status.get('reason') or 'no reason is known'}")
+
+
+def describe_runs(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
+    """Runs as `--json` prints them: folder and status."""
+    states = schedulers.states_now(runs)
+    return [{"run": run.path.name, "run_dir": str(run.path), **state} for run, state in zip(runs, states, strict=True)]
 
 
 def describe_run(run: RunDir) -> dict[str, Any]:
-    """A run as `--json` prints it: its folder and its status."""
-    return {"run": run.path.name, "run_dir": str(run.path), **local.state_now(run)}
+    """The same for one run."""
+    return describe_runs([run])[0]

@@ -65,7 +65,7 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """PyYAML's pure Python: libyaml has other words for its errors, and deep nesting can end the process there."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -27,6 +27,7 @@ class Follower:
         self.first: dict[str, Any] | None = None
         self.max_steps: int | None = None
         self.said: set[str] = set()
+        self.description = "starting"
         self.display: Progress | None = None
 
     def __enter__(self) -> Follower:
@@ -62,7 +63,7 @@ class Follower:
             self._print_step(last)
             self._milestone("heldout_loss_after", status, "held-out loss after training: {:.4f}")
             return
-        description = "loading" if status.get("state") == "running" else "starting"
+        description = "loading" if status.get("state") == "running" else self.description
         self.display.update(
             self.task,
             description="training" if self.latest else description,
@@ -70,6 +71,20 @@ class Follower:
             completed=self.latest.get("step", 0),
             numbers=self._numbers() if self.latest else "",
         )
+
+    def waiting(self, status: dict[str, Any]) -> None:
+        """Show a run that has not begun to train: queued and why, or its nodes being checked."""
+        if self.latest or status.get("state") not in ("queued", "running"):
+            return
+        text = "queued" if status["state"] == "queued" else f"started on {status.get('nodes') or 'its nodes'}"
+        if status.get("reason"):
+            text += f": {status['reason']}"
+        if status.get("expected_start"):
+            text += f", expected to start {status['expected_start']}"
+        self.description = text
+        if self.display is None and text not in self.said:
+            self.said.add(text)
+            say(self.console, [text])
 
     def _milestone(self, key: str, status: dict[str, Any], text: str) -> None:
         if key in status and key not in self.said:

@@ -13,7 +13,8 @@ from typing import Any
 
 from distft.errors import RecipeError
 
-RECIPE, PLAN, DS_CONFIG, ACCELERATE, SCRIPT = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml", "job.sh"
+RECIPE, PLAN, DS_CONFIG, ACCELERATE = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml"
+SCRIPT, SBATCH = "job.sh", "job.sbatch"
 FINISHED = ("completed", "failed", "cancelled", "preempted")
 
 
@@ -84,7 +85,9 @@ class RunDir:
 
     @property
     def script(self) -> Path:
-        return self.path / SCRIPT
+        """The job script: job.sbatch of a SLURM job, job.sh of a local one."""
+        sbatch = self.path / SBATCH
+        return sbatch if sbatch.exists() else self.path / SCRIPT
 
     @property
     def metrics(self) -> Path:
@@ -126,7 +129,24 @@ class RunDir:
 
     @property
     def torchrun_log(self) -> Path:
+        """What torchrun and the job script say; under SLURM each node's torchrun has torchrun-N.log of its own."""
         return self.logs / "torchrun.log"
+
+    def job_logs(self) -> list[Path]:
+        """Every log that is no rank's: torchrun's, node by node, then those of SLURM's jobs, the last job's last."""
+        slurm = sorted(self.logs.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
+        return sorted(self.logs.glob("torchrun*.log")) + slurm
+
+    def jobs(self) -> list[str]:
+        """SLURM's ids of this run's jobs, the current one last: a job may submit itself again."""
+        try:
+            return (self.logs / "jobs").read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def add_job(self, job_id: str) -> None:
+        with (self.logs / "jobs").open("a") as file:
+            file.write(f"{job_id}\n")
 
     def write(self, files: Mapping[str, str]) -> None:
         """Write files by name."""

@@ -10,6 +10,7 @@ from distft.cli import options
 
 if TYPE_CHECKING:
     from distft.job import Job
+    from distft.launching import Place
     from distft.planner.plan import Plan
 
 
@@ -30,25 +31,27 @@ class _LaunchCommand(click.Command):
 
 @click.command(cls=_LaunchCommand)
 @click.argument("recipe", required=False)
-@options.width
+@options.place
 @options.SETS
+@click.option("--after", metavar="JOB", help="Start when this job of SLURM's, or this run, has ended well.")
 @click.option("--dry-run", is_flag=True, help="Print every file and the command; write and start nothing.")
-@click.option("--detach", is_flag=True, help="Start in the background; see `distft status` and `distft logs`.")
+@click.option("--detach", is_flag=True, help="Do not follow it; see `distft status` and `distft logs`.")
 @options.JSON
 @click.pass_context
 def launch(
     context: click.Context,
     recipe: str | None,
-    nodes: int | None,
-    gpus_per_node: int | None,
+    place: Place,
     sets: tuple[str, ...],
+    after: str | None,
     dry_run: bool,
     detach: bool,
     as_json: bool,
 ) -> None:
-    """Train RECIPE here, or run an unmodified accelerate or transformers SCRIPT under a strategy.
+    """Train RECIPE here or on a cluster, or run an unmodified accelerate or transformers SCRIPT under a strategy.
 
-    Ctrl-C ends every process of the run. Exit status: 0 done, 1 the run failed, 2 what was asked is wrong.
+    Here, Ctrl-C ends every process of the run; a cluster's job goes on. Exit status: 0 done, 1 the run failed, 2 what
+    was asked is wrong.
     """
     from distft import launching
     from distft.run_dir import RunDir
@@ -58,53 +61,59 @@ def launch(
         raise click.UsageError(
             "give a RECIPE, or a script after --" if not recipe else "give a RECIPE or a script, not both"
         )
+    if after and not place.cluster:
+        raise click.UsageError("--after needs --cluster PROFILE")
     if script:
-        settings, plan = launching.plan_script(script, sets, nodes, gpus_per_node)
+        settings, plan = launching.plan_script(script, sets, place)
     else:
-        settings, plan = launching.plan_recipe(recipe, sets, nodes, gpus_per_node)
+        settings, plan = launching.plan_recipe(recipe, sets, place)
+    after = after and launching.job_id_of(after, place.runs_dir(settings))
+    planned = launching.Launch(settings, plan, place, script, after, detach)
     if dry_run:
-        run = RunDir.next_free(settings.output_dir, settings.name)
-        _show(launching.job_of(settings, plan, script, run), plan, as_json)
+        _show(planned.next_job(), plan, as_json)
         return
     from rich.console import Console
 
     runs: list[RunDir] = []
     try:
-        launching.run_job(settings, plan, script, detach=detach, console=Console(stderr=as_json), started=runs.append)
+        planned.start(Console(stderr=as_json), runs.append)
     finally:
-        if as_json and runs:
+        if as_json and runs and runs[0].path.exists():
             options.print_json(launching.describe_run(runs[0]))
 
 
 @click.command()
 @click.argument("recipe")
-@options.width
+@options.place
 @options.SETS
 @click.option("-o", "--output", required=True, metavar="DIR", help="A new folder for the files.")
-def render(recipe: str, nodes: int | None, gpus_per_node: int | None, sets: tuple[str, ...], output: str) -> None:
-    """Write all that launch would write into DIR; `bash DIR/job.sh` starts it."""
+def render(recipe: str, place: Place, sets: tuple[str, ...], output: str) -> None:
+    """Write all that launch would write into DIR; `bash DIR/job.sh` or `sbatch DIR/job.sbatch` starts it."""
     from pathlib import Path
 
     from distft import launching
     from distft.run_dir import RunDir
-    from distft.schedulers import local
     from distft.shell import quote
 
-    loaded, plan = launching.plan_recipe(recipe, sets, nodes, gpus_per_node)
+    loaded, plan = launching.plan_recipe(recipe, sets, place)
     target = Path(output).absolute()
+    planned = launching.Launch(loaded, plan, place)
+    launching.render(planned.job(RunDir(target)))  # before anything is written: the template may be wrong
     run = RunDir.create(str(target.parent), target.name, exact=True)
-    local.submit(launching.job_of(loaded, plan, None, run))
-    click.echo(f"wrote {run.path}; start it with: bash {quote(str(run.script))}")
+    job = planned.job(run)
+    run.write(launching.render(job))
+    run.update_status(state="queued", name=job.name)
+    how = "sbatch" if place.cluster else "bash"
+    click.echo(f"wrote {run.path}; start it with: {how} {quote(str(run.script))}")
 
 
 def _show(job: Job, plan: Plan, as_json: bool) -> None:
     """The dry run: the very object that would be submitted."""
-    from distft import report
-    from distft.run_dir import SCRIPT
-    from distft.schedulers import local
+    from distft import launching, report
+    from distft.run_dir import SBATCH, SCRIPT
     from distft.shell import quote
 
-    files = {**job.files, SCRIPT: local.render(job)}
+    files = launching.render(job)
     if as_json:
         options.print_json({"run_dir": str(job.run.path), "argv": list(job.argv), "env": dict(job.env), "files": files})
         return
@@ -113,5 +122,6 @@ def _show(job: Job, plan: Plan, as_json: bool) -> None:
         click.secho(f"\n# {job.run.path / name}", bold=True)
         click.echo(text.rstrip("\n"))
     click.secho("\n# command", bold=True)
-    click.echo(f"bash {quote(str(job.run.script))}")
+    command, script = ("sbatch", SBATCH) if job.cluster else ("bash", SCRIPT)
+    click.echo(f"{command} {quote(str(job.run.path / script))}")
     click.echo("\nnothing was written or started")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from distft.launching import Place
 
 SETS = click.option(
     "--set",
@@ -21,16 +27,64 @@ OUTPUT_DIR = click.option(
 )
 
 
-def width(command: Callable) -> Callable:
-    """--nodes and --gpus-per-node."""
-    command = click.option(
+# Options that lie over slurm.* of the profile.
+SLURM = ("time", "partition", "account", "qos", "constraint", "reservation")
+
+
+def place(command: Callable) -> Callable:
+    """--nodes, --gpus-per-node, --cluster and what overrides the profile; the command gets one `place`."""
+
+    @functools.wraps(command)
+    def with_place(
+        *args: Any,
+        nodes: int | None,
+        gpus_per_node: int | None,
+        cluster: str | None,
+        template: str | None,
+        **kwargs: Any,
+    ) -> Any:
+        overrides = {f"slurm.{name}": kwargs.pop(name) for name in SLURM}
+        given = {key: value for key, value in overrides.items() if value is not None}
+        if template:
+            given["template"] = str(Path(template).absolute())
+        return command(*args, place=_place(nodes, gpus_per_node, cluster, given), **kwargs)
+
+    for name in reversed(SLURM):
+        with_place = click.option(f"--{name}", metavar=name.upper(), help=f"Instead of slurm.{name} of the profile.")(
+            with_place
+        )
+    with_place = click.option("--template", metavar="FILE", help="Instead of the profile's job template.")(with_place)
+    with_place = click.option(
+        "--cluster",
+        envvar="DISTFT_CLUSTER",
+        show_envvar=True,
+        metavar="PROFILE",
+        help="A site profile, by path or by its name in ~/.config/distft/clusters: SLURM runs the job.",
+    )(with_place)
+    with_place = click.option(
         "--gpus-per-node",
         "--nproc-per-node",
         "gpus_per_node",
         type=int,
         help="Ranks on each node. Default: all its GPUs; without GPUs, one CPU process.",
-    )(command)
-    return click.option("--nodes", type=int, help="Nodes. Default: this machine alone.")(command)
+    )(with_place)
+    return click.option("--nodes", type=int, help="Nodes. Default: 1, or all of the allocation.")(with_place)
+
+
+def _place(nodes: int | None, gpus_per_node: int | None, cluster: str | None, given: dict[str, str]) -> Place:
+    from distft.cluster import allocated_cluster, load_cluster
+    from distft.launching import Place
+    from distft.schedulers import slurm
+
+    allocated = slurm.allocation()
+    if allocated and nodes is None:
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    if cluster:
+        return Place(nodes, gpus_per_node, load_cluster(cluster, [f"{key}={value}" for key, value in given.items()]))
+    if given and not allocated:
+        option = next(iter(given)).removeprefix("slurm.")
+        raise click.UsageError(f"--{option} needs --cluster PROFILE")
+    return Place(nodes, gpus_per_node, allocated_cluster() if allocated else None)
 
 
 def print_json(value: dict[str, Any]) -> None:

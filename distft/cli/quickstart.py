@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import click
 
-from distft.cli import options
-
 
 @click.command()
 @click.argument("folder", default="quickstart", metavar="[DIR]")
-@options.width
+@click.option("--nodes", type=int, hidden=True)
+@click.option("--gpus-per-node", "--nproc-per-node", "gpus_per_node", type=int, help="Ranks that train the base model.")
 def quickstart(folder: str, nodes: int | None, gpus_per_node: int | None) -> None:
     """Write a small base model, data and recipes into DIR, with no network.
 

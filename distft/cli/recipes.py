@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from distft.cli import options
 
+if TYPE_CHECKING:
+    from distft.launching import Place
+
 
 @click.command()
 @click.argument("recipe")
 @options.SETS
-@options.width
+@options.place
 @options.JSON
-def validate(recipe: str, sets: tuple[str, ...], nodes: int | None, gpus_per_node: int | None, as_json: bool) -> None:
+def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) -> None:
     """Check RECIPE, its model, its data and the width, without torch; all problems at once."""
     from distft import launching
 
-    loaded, plan = launching.plan_recipe(recipe, sets, nodes, gpus_per_node)
+    loaded, plan = launching.plan_recipe(recipe, sets, place)
     if as_json:
         options.print_json({"recipe": recipe, "name": loaded.name, "valid": True, "warnings": list(plan.warnings)})
         return

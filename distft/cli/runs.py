@@ -19,13 +19,13 @@ FOLLOW_SECONDS = 0.3
 @options.JSON
 def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
     """Say how RUN, or every run of the output folder, is doing."""
-    from distft.launching import describe_run
+    from distft.launching import describe_runs
     from distft.run_dir import RunDir
 
     found = [RunDir.find(word, output_dir) for word in runs]
     if not runs:
         found = [RunDir(path.parent.absolute()) for path in sorted(Path(output_dir).glob("*/status.json"))]
-    described = [describe_run(run) for run in found]
+    described = describe_runs(found)
     if as_json:
         options.print_json({"runs": described})
         return
@@ -55,11 +55,11 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
     from distft.errors import RecipeError
     from distft.failure import first_failure
     from distft.run_dir import FINISHED, RunDir
-    from distft.schedulers import local
+    from distft.schedulers import state_now
 
     found = RunDir.find(run, output_dir)
     if failed:
-        if local.state_now(found).get("state") != "failed":
+        if state_now(found).get("state") != "failed":
             raise RecipeError(f"--failed: {found.path.name} has not failed")
         click.echo(first_failure(found, 1).text)
         return
@@ -71,7 +71,7 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
         )
     offset = 0
     while True:
-        ended = local.state_now(found).get("state") in FINISHED
+        ended = state_now(found).get("state") in FINISHED
         if path.exists():
             with path.open("rb") as file:
                 file.seek(offset)
@@ -89,12 +89,12 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
 @options.JSON
 def cancel(run: str, output_dir: str, as_json: bool) -> None:
     """End RUN and all its processes."""
+    from distft import schedulers
     from distft.launching import describe_run
     from distft.run_dir import RunDir
-    from distft.schedulers import local
 
     found = RunDir.find(run, output_dir)
-    local.cancel(found)
+    schedulers.cancel(found)
     described = describe_run(found)
     if as_json:
         options.print_json(described)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +119,8 @@ def script_plan(parallelism: Parallelism, mixed_precision: str, topology: Topolo
 
 
 def _warnings(topology: Topology, device: Device) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
-    if device.type == "cpu" and topology.nproc_per_node > cores:
-        return [f"{topology.nproc_per_node} processes on {cores} cores: they will take turns"]
+    if device.type == "cpu" and topology.nproc_per_node > (device.cores or topology.nproc_per_node):
+        return [f"{topology.nproc_per_node} processes on {device.cores} cores: they will take turns"]
     return []
 
 

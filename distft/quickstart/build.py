@@ -54,8 +54,8 @@ def build(folder: Path, nodes: int | None, gpus_per_node: int | None, console: C
     if gpus_per_node is None and not visible_gpus():
         gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-    recipe, plan = launching.plan_recipe(str(folder / "base.yaml"), sets, nodes, gpus_per_node)
-    run = launching.run_job(recipe, plan, console=console)
+    recipe, plan = launching.plan_recipe(str(folder / "base.yaml"), sets, launching.Place(nodes, gpus_per_node))
+    run = launching.Launch(recipe, plan).start(console)
     losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
     shutil.copytree(run.final, folder / "base")
     say(

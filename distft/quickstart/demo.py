@@ -33,8 +33,8 @@ def demo(folder: Path, nodes: int | None, gpus_per_node: int | None) -> None:
             build(folder, nodes, gpus_per_node, console)
         say(console, ["", "2. fine-tune it with LoRA to describe a signature in one line"])
         sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-        recipe, plan = launching.plan_recipe(str(folder / "recipe.yaml"), sets, nodes, gpus_per_node)
-        run = launching.run_job(recipe, plan, console=console)
+        recipe, plan = launching.plan_recipe(str(folder / "recipe.yaml"), sets, launching.Place(nodes, gpus_per_node))
+        run = launching.Launch(recipe, plan).start(console)
         say(console, ["", "3. one held-out row, before and after"])
         command = [sys.executable, "-m", "distft.quickstart.sample", str(folder), str(run.final)]
         shown = subprocess.run(command, capture_output=True, text=True)

@@ -17,17 +17,21 @@ from typing import Any
 
 from distft import processes
 from distft.errors import RunError
-from distft.failure import first_failure
 from distft.job import Job
-from distft.run_dir import FINISHED, SCRIPT, RunDir
+from distft.run_dir import FINISHED, RunDir
+from distft.schedulers.conclude import conclude
 from distft.shell import command_line, quote
 
 
 def render(job: Job) -> str:
     """The job script. Pure: the same job gives the same text."""
     exports = [f"export {name}={quote(value)}" for name, value in sorted(job.env.items())]
-    if job.nnodes > 1:  # what differs from node to node; torchrun takes its options from PET_ variables too
-        exports += ['export PET_NODE_RANK="${NODE_RANK:?}"', 'export PET_RDZV_ENDPOINT="${HEAD:?HOST:PORT of node 0}"']
+    if job.topology.nnodes > 1:  # what differs from node to node
+        exports += [
+            'export PET_NODE_RANK="${NODE_RANK:?}"',
+            'export PET_RDZV_ENDPOINT="${HEAD:?HOST:PORT of node 0}"',
+            f"export PET_RDZV_ID={quote(job.run.path.name)}",
+        ]
     return "\n".join(
         [
             "#!/usr/bin/env bash",
@@ -38,12 +42,6 @@ def render(job: Job) -> str:
             "",
         ]
     )
-
-
-def submit(job: Job) -> None:
-    """Write the files of a run that is to start. The run directory exists, empty."""
-    job.run.write({**job.files, SCRIPT: render(job)})
-    job.run.update_status(state="queued", name=job.name)
 
 
 def detach(run: RunDir) -> None:
@@ -91,18 +89,11 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
 
 
 def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:
-    status = run.read_status()
-    if status.get("state") == "completed":
-        return status
-    if received:
+    if received and run.read_status().get("state") != "completed":
         reason = signal.Signals(received[0]).name
         run.update_status(state="cancelled", ended=time.time(), reason=reason)
         raise RunError(f"cancelled by {reason}")
-    if returncode == 0 and not run.recipe.exists():  # a script of one's own says nothing of itself
-        return run.update_status(state="completed", ended=time.time(), reason=None)
-    failure = first_failure(run, returncode)
-    run.update_status(state="failed", ended=time.time(), reason=failure.reason)
-    raise RunError(failure.text)
+    return conclude(run, returncode)
 
 
 def state_now(run: RunDir) -> dict[str, Any]:

@@ -309,13 +309,18 @@ def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def main() -> int:
-    """`python -m distft.train.data RECIPE PROBLEM`: prepare; what is wrong with the data goes into the file PROBLEM."""
+    """`python -m distft.train.data RECIPE [PROBLEM]`: prepare. What is wrong with the data goes to the file PROBLEM."""
     from distft.loading import load_recipe
 
     try:
-        load_prepared(load_recipe(sys.argv[1]))
+        recipe = load_recipe(sys.argv[1])
+        if not data_files.is_prepared(data_files.cache_folder(recipe)):
+            load_prepared(recipe)
     except DistftError as error:
-        Path(sys.argv[2]).write_text(str(error))
+        if len(sys.argv) > 2:
+            Path(sys.argv[2]).write_text(str(error))
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def load_cluster(word: str, sets: Sequence[str] = ()) -> Cluster:
         if isinstance(runs_dir, str) and runs_dir:
             expanded = os.path.expandvars(os.path.expanduser(runs_dir))  # noqa: PTH111
             document.data["runs_dir"] = expanded
-            if "$" in expanded:
+            if re.search(r"\$[\w{]", expanded):
                 document.problem(("runs_dir",), f"got {runs_dir}, a variable of it is not set here")
             elif not expanded.startswith("/"):
                 document.problem(("runs_dir",), f"got {runs_dir}, need an absolute path that all nodes share")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from dataclasses import dataclass
@@ -54,8 +55,19 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         hint = " (the host ran out of memory, or someone killed it)" if number == signal.SIGKILL else ""
         tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
         return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)))
+    if bad := _bad_nodes(run):
+        lines = [f"preflight: bad node {name}: {why}" for name, why in bad.items()]
+        return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight))
     reason = f"ended with status {returncode} before it was done"
     return Failure(reason, _text(reason, _tail(log), log, logs[-1] if logs else run.logs))
+
+
+def _bad_nodes(run: RunDir) -> dict[str, str]:
+    """Nodes that the preflight found bad, with the reason."""
+    try:
+        return json.loads(run.preflight.read_text())["bad"]
+    except (OSError, ValueError):
+        return {}
 
 
 def _killed_rank(torchrun_log: str) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from distft import data_files, report, schedulers, train_part
 from distft.cluster import Cluster, Topology
 from distft.devices import Device, cluster_device, local_device, only_this_machine, topology_here
-from distft.errors import DataError, MissingPartError, RecipeError, RunError
+from distft.errors import DataError, MissingPartError, RecipeError, RunError, SubmitError
 from distft.job import Job, cluster_python, recipe_job, script_job
 from distft.loading import Document, dump_recipe, load_recipe, validate
 from distft.planner.plan import Plan, make_plan, script_plan
@@ -217,18 +217,23 @@ class Launch:
             say(console, report.data_lines(prepare_data(self.settings, str(cache))))
 
 
-def job_id_of(word: str, runs_dir: str) -> str:
-    """SLURM's id of a job given as such or by its run.
+def dependency(word: str, runs_dir: str) -> str | None:
+    """SLURM's id of the job to wait for, given as such or by its run; None for a run that has ended well.
 
     Raises:
-        RecipeError: no such run, or it is not SLURM's.
+        SubmitError: nothing could start after it: no such run or job, or it has failed.
     """
     if word.replace("_", "").isdigit():
+        if word not in slurm.look([word]):  # SLURM itself would take an unknown job for one that ended well
+            raise SubmitError(f"--after: SLURM does not know job {word}")
         return word
-    jobs = RunDir.find(word, runs_dir).jobs()
-    if not jobs:
-        raise RecipeError(f"--after: {word} is no job of SLURM's")
-    return jobs[-1]
+    run = RunDir.find(word, runs_dir)
+    state = schedulers.state_now(run).get("state")
+    if state in ("failed", "cancelled"):
+        raise SubmitError(f"--after: {run.path.name} is {state}, so nothing would start after it")
+    if state != "completed" and not run.jobs():
+        raise SubmitError(f"--after: {run.path.name} is no job of SLURM's")
+    return None if state == "completed" else run.jobs()[-1]
 
 
 def follow(run: RunDir, console: Console) -> None:

@@ -137,6 +137,11 @@ class RunDir:
         slurm = sorted(self.logs.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
         return sorted(self.logs.glob("torchrun*.log")) + slurm
 
+    @property
+    def preflight(self) -> Path:
+        """What the preflight found: nodes, bad ones with the reason, warnings, reports."""
+        return self.logs / "preflight.json"
+
     def jobs(self) -> list[str]:
         """SLURM's ids of this run's jobs, the current one last: a job may submit itself again."""
         try:
@@ -164,6 +169,8 @@ class RunDir:
         """Lay `fields` over status.json. Readers see the old or the new file, never half of one."""
         empty = dict.fromkeys(("state", "job_id", "step", "started", "ended", "reason"))
         status = empty | self.read_status() | fields
+        if status["job_id"] is None and (jobs := self.jobs()):  # a rendered folder that was submitted by hand
+            status["job_id"] = jobs[-1]
         write_atomically(self.status, json.dumps(status, indent=1) + "\n")
         return status
 

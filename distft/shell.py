@@ -15,16 +15,16 @@ def quote(value: str) -> str:
 
 
 def sbatch_quote(value: str) -> str:
-    """One value of an #SBATCH line, which sbatch reads with rules of its own: no `$`, and a backslash escapes.
+    """One value of an #SBATCH line, which sbatch reads with rules of its own: nothing is expanded, `\\"` is a quote.
 
     Raises:
-        ClusterError: control characters, which no such line can hold.
+        ClusterError: control characters, which no such line can hold, or a backslash, which SLURM's file names cannot.
     """
     if re.fullmatch(r"[\w.,:@+=/&|*()\[\]%~^-]+", value, re.ASCII):
         return value
-    if not value.isprintable():
-        raise ClusterError(f"{value!r}: a line of a job script cannot hold control characters")
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    if not value.isprintable() or "\\" in value:
+        raise ClusterError(f"{value!r}: an #SBATCH line cannot hold control characters or a backslash")
+    escaped = value.replace('"', '\\"')
     return f'"{escaped}"'
 
 

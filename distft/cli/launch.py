@@ -67,7 +67,7 @@ def launch(
         settings, plan = launching.plan_script(script, sets, place)
     else:
         settings, plan = launching.plan_recipe(recipe, sets, place)
-    after = after and launching.job_id_of(after, place.runs_dir(settings))
+    after = after and launching.dependency(after, place.runs_dir(settings))
     planned = launching.Launch(settings, plan, place, script, after, detach)
     if dry_run:
         _show(planned.next_job(), plan, as_json)

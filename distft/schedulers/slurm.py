@@ -68,8 +68,8 @@ MENDS = (
     ("reservation", "see `scontrol show reservation`; set slurm.reservation"),
     ("feature", "see `sinfo -o '%N %f'` for the features; set slurm.constraint"),
     ("generic resource", "set node.gpu_type or slurm.gpus_as as `sinfo -o '%N %G'` shows"),
+    ("insane message length", "what answers is no SLURM controller: is SLURM_CONF right?"),
     ("unable to contact", "the controller does not answer: try again, or ask the site's admins"),
-    ("dependency", "--after takes the id of a job that SLURM still knows"),
 )
 
 
@@ -155,7 +155,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         **({"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
         **cluster.env,
     }
-    python = job.argv[0]
+    python, gpus = job.argv[0], job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
     recipe = str(run.recipe) if run.recipe.name in job.files else None
     return {
         "name": job.name,
@@ -164,10 +164,13 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         "run_dir": str(run.path),
         "directives": [raw(line) for line in directives(job)],
         "env": sorted(env.items()),
+        "variables": sorted(env),
         "setup": cluster.setup,
         "step_flags": step_flags,
         "requeue": cluster.requeue,
-        "preflight": [*inside, python, "-m", "distft.train.preflight", str(run.path)] if cluster.preflight else None,
+        "preflight": [*inside, python, "-m", "distft.train.preflight", str(run.path), str(gpus)]
+        if cluster.preflight
+        else None,
         "prepare": [*inside, python, "-m", "distft.train.data", recipe] if recipe else None,
         "train": [*inside, *job.argv],
         "conclude": [*inside, python, "-m", "distft.schedulers.conclude", str(run.path)],

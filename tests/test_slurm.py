@@ -1,0 +1,415 @@
+"""Jobs on a real four-node SLURM cluster: submitted, followed, cancelled, refused; the same losses as here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_cluster
+import yaml
+from conftest import Result, Tiny, distft
+from slurm_cluster import Cluster
+
+pytestmark = pytest.mark.slurm
+LONG = {"training__max_steps": 100_000}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if why := slurm_cluster.missing():
+        if os.environ.get("DISTFT_REQUIRE_SLURM"):
+            pytest.fail(why)
+        pytest.skip(why)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+@pytest.fixture
+def namespaces(cluster: Cluster) -> Cluster:
+    if cluster.mode != "namespaces":
+        pytest.skip("nodes have no mounts and names of their own here: root and namespaces are needed")
+    return cluster
+
+
+class Site:
+    """A folder with a profile and a recipe, and distft in it as on the login node of the cluster."""
+
+    def __init__(self, cluster: Cluster, folder: Path, tiny: Tiny, **profile: Any):
+        self.cluster, self.folder, self.tiny = cluster, folder, tiny
+        self.runs = folder / "runs"
+        folder.mkdir(exist_ok=True)
+        self.profile(**profile)
+        self.recipe()
+
+    def profile(self, **changes: Any) -> None:
+        base = {"runs_dir": str(self.runs), "node": {"gpus_per_node": 0}, "slurm": {"cpus_per_task": 2}}
+        # Where all nodes share one network, gloo must not take the name of the machine.
+        interface = {"network": {"interface": "lo"}} if self.cluster.mode == "loopback" else {}
+        (self.folder / "site.yaml").write_text(yaml.safe_dump({**base, **interface, "preflight": False, **changes}))
+
+    def recipe(self, **changes: Any) -> None:
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.tiny.recipe(**changes)))
+
+    def run(self, *arguments: str, expect: int | None = 0) -> subprocess.CompletedProcess:
+        done = distft(*arguments, cwd=self.folder, env=self.cluster.env())
+        assert expect is None or done.returncode == expect, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr or expect == 1, done.stderr
+        return done
+
+    def launch(self, *arguments: str, nodes: int = 2, expect: int = 0) -> Result:
+        """`distft launch`, to its end unless `--detach`."""
+        options = ["--cluster", "site.yaml", "--nodes", str(nodes), "--json", *arguments]
+        done = self.run("launch", "recipe.yaml", *options, expect=None)
+        run_dir = Path(json.loads(done.stdout)["run_dir"]) if done.stdout.startswith("{") else None
+        result = Result(done.returncode, done.stdout, done.stderr, run_dir)
+        assert done.returncode == expect, result.log()
+        return result
+
+    def status(self, run_dir: Path) -> dict[str, Any]:
+        return json.loads(self.run("status", str(run_dir), "--json").stdout)["runs"][0]
+
+    def wait(self, run_dir: Path, what: Callable[[dict[str, Any]], bool], seconds: float = 120) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while not what(status := self.status(run_dir)):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.5)
+        return status
+
+
+def is_training(status: dict[str, Any]) -> bool:
+    return (status["step"] or 0) > 0
+
+
+@pytest.fixture
+def site(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> Iterator[Site]:
+    yield Site(cluster, tmp_path, tiny)
+    cluster.run("scancel", "-u", str(os.getuid()), check=False)
+
+
+# ---- the same maths
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's LoRA recipe on its untrained model, cut to some steps."""
+    from distft import quickstart
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    quickstart.write_data(folder)
+    quickstart.write_recipes(folder)
+    subprocess.run([sys.executable, "-m", "distft.quickstart.model", str(folder)], check=True, capture_output=True)
+    (folder / "base").symlink_to(folder / "base-untrained")
+    return folder
+
+
+STEPS = ("--set", "training.num_train_epochs=null", "--set", "training.max_steps=4", "--set", "data.eval=null")
+
+
+@pytest.fixture(scope="module")
+def one_process(quickstart: Path) -> Result:
+    done = distft("launch", "recipe.yaml", *STEPS, "--gpus-per-node", "1", "--json", cwd=quickstart)
+    assert done.returncode == 0, done.stderr
+    return Result(0, done.stdout, done.stderr, Path(json.loads(done.stdout)["run_dir"]))
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp", "hsdp"])
+def test_the_losses_of_one_process(
+    cluster: Cluster,
+    tiny: Tiny,
+    tmp_path: Path,
+    quickstart: Path,
+    one_process: Result,
+    strategy: str,
+    nodes: int,
+    ranks: int,
+) -> None:
+    site = Site(cluster, tmp_path, tiny)
+    if cluster.mode == "loopback":
+        pytest.skip("nodes have no names of their own here")
+    shard = ["--set", "parallelism.hsdp_shard_size=2"] if strategy == "hsdp" else []
+    sets = [*STEPS, *shard, "--set", f"parallelism.strategy={strategy}"]
+    options = ["--cluster", "site.yaml", "--nodes", str(nodes), "--gpus-per-node", str(ranks), "--json", *sets]
+    done = site.run("launch", str(quickstart / "recipe.yaml"), *options, expect=None)
+    assert done.returncode == 0, done.stderr
+    result = Result(0, done.stdout, done.stderr, Path(json.loads(done.stdout)["run_dir"]))
+    ran = result.status["ran"]
+    assert (ran["kind"], ran["world_size"], ran["backend"]) == (strategy, 4, "gloo")
+    for column in ("loss", "grad_norm"):
+        assert result.column(column) == pytest.approx(one_process.column(column), abs=1e-5)
+    logs = sorted(path.name for path in (result.run_dir / "logs").glob("torchrun-*.log"))
+    assert logs == [f"torchrun-{node}.log" for node in range(nodes)]  # one torchrun a node
+
+
+# ---- looking after a run
+
+
+def test_detach_status_logs_cancel(site: Site) -> None:
+    site.recipe(**LONG)
+    result = site.launch("--detach", nodes=2)
+    job_id = json.loads(result.stdout)["job_id"]
+    assert job_id.isdigit()
+    waiting = site.launch("--detach", "--after", "tiny", nodes=1)
+    status = site.wait(result.run_dir, is_training)
+    assert (status["state"], status["job_id"], status["nodes"]) == ("running", job_id, "node[1-2]")
+    queued = site.status(waiting.run_dir)
+    assert (queued["state"], queued["reason"]) == ("queued", "Dependency")
+    text = site.run("status", "--output-dir", str(site.runs)).stdout
+    assert "running" in text and "queued" in text and "Dependency" in text
+    assert "attention" in site.run("logs", str(result.run_dir), "--rank", "1").stdout
+    site.run("cancel", str(result.run_dir))
+    status = site.status(result.run_dir)
+    assert (status["state"], status["reason"]) == ("cancelled", "cancelled by distft cancel")
+    assert site.cluster.run("squeue", "-h", "-j", job_id, "-t", "running,pending", check=False).stdout == ""
+    # What waited for it never starts, and says so.
+    ended = site.wait(waiting.run_dir, lambda status: status["state"] != "queued")
+    assert ended["state"] == "cancelled"
+
+
+def test_ctrl_c_leaves_the_job(site: Site) -> None:
+    site.recipe(**LONG)
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--cluster", "site.yaml"]
+    env = {**site.cluster.env(), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=site.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    run_dir = site.runs / "tiny"
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "goes on; come back with: distft logs -f" in said
+    assert "Traceback" not in said
+    assert site.status(run_dir)["state"] == "running"
+    site.run("cancel", str(run_dir))
+
+
+def test_a_rank_that_fails_is_named(site: Site) -> None:
+    """The launcher's output has the first failing rank's own words, and so has `logs --failed`, out of all files."""
+    (site.folder / "own.py").write_text(
+        "import os, time\nif os.environ['RANK'] == '1':\n    raise ValueError('the disk said no')\ntime.sleep(60)\n"
+    )
+    done = site.run("launch", "--cluster", "site.yaml", "--nodes", "2", "--json", "--", "own.py", expect=1)
+    run_dir = Path(json.loads(done.stdout)["run_dir"])
+    failed = site.run("logs", str(run_dir), "--failed").stdout
+    for text in (done.stderr, failed):
+        assert "rank 1 on node2 failed first" in text
+        assert "ValueError: the disk said no" in text
+    assert site.status(run_dir)["reason"] == "rank 1: ValueError: the disk said no"
+
+
+def test_a_node_that_fails(site: Site) -> None:
+    site.recipe(**LONG)
+    run_dir = site.launch("--detach", nodes=2).run_dir
+    site.wait(run_dir, is_training)
+    site.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    try:
+        status = site.wait(run_dir, lambda status: status["state"] != "running")
+        assert status["state"] == "failed"
+        assert "node" in status["reason"]
+        assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"  # kept when SLURM forgets
+    finally:
+        site.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+        site.cluster.wait_idle(60)
+
+
+def test_two_jobs_on_the_same_nodes_at_once(site: Site) -> None:
+    runs = [site.launch("--detach", nodes=2).run_dir for _ in range(2)]
+    ended = [site.wait(run, lambda status: status["state"] not in ("queued", "running")) for run in runs]
+    assert [status["state"] for status in ended] == ["completed", "completed"]
+    first, second = (Result(0, "", "", run) for run in runs)
+    assert first.column("loss") == pytest.approx(second.column("loss"), abs=1e-6)
+    assert (runs[0].name, runs[1].name) == ("tiny", "tiny-2")
+
+
+# ---- what is asked is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--partition", "nowhere"], ["invalid partition", "set slurm.partition, or --partition"]),
+        (["--nodes", "8"], ["ask for fewer --nodes"]),
+        (["--partition", "short", "--time", "30"], ["time limit", "ask for less with --time"]),
+        (["--constraint", "h100"], ["slurm.constraint"]),
+        (["--reservation", "mine"], ["set slurm.reservation"]),
+        (
+            ["--time", "tomorrow"],
+            ['slurm.time: got "tomorrow", need a string such as 30 (minutes)', "--set slurm.time"],
+        ),
+        (["--partition", "a b'; id"], ["slurm.partition: got", "without spaces or quotes"]),
+        (["--after", "999999"], ["--after: SLURM does not know job 999999"]),
+        (["--after", "nothing"], ["no run directory of that name"]),
+    ],
+)
+def test_refused_before_anything_is_queued(site: Site, arguments: list[str], said: list[str]) -> None:
+    done = site.run("launch", "recipe.yaml", "--cluster", "site.yaml", *arguments, expect=2)
+    for words in said:
+        assert words in done.stderr.replace("Invalid", "invalid")
+    assert not site.runs.exists()
+    assert site.cluster.run("squeue", "-h").stdout == ""
+
+
+def test_a_controller_that_cannot_be_reached(site: Site, tmp_path: Path) -> None:
+    run_dir = site.launch("--detach", nodes=1).run_dir
+    conf = tmp_path / "slurm.conf"
+    lines = site.cluster.conf.read_text().splitlines()
+    port = "SlurmctldPort=9\nSlurmctldTimeout=2\nMessageTimeout=3\nTCPTimeout=1"
+    conf.write_text(
+        "\n".join([*(line for line in lines if not line.startswith(("SlurmctldPort", "MessageT", "TCPT"))), port])
+    )
+    env = {**site.cluster.env(), "SLURM_CONF": str(conf), "PATH": os.environ["PATH"]}
+    done = distft("launch", "recipe.yaml", "--cluster", "site.yaml", cwd=site.folder, env=env)
+    assert done.returncode == 2
+    assert "the controller does not answer" in done.stderr
+    assert not (site.runs / "tiny-2").exists()
+    done = distft("status", str(run_dir), cwd=site.folder, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "tiny" in done.stdout
+
+
+def test_no_slurm_here(site: Site) -> None:
+    env = {**site.cluster.env(), "PATH": str(Path(sys.executable).parent)}
+    done = distft("launch", "recipe.yaml", "--cluster", "site.yaml", cwd=site.folder, env=env)
+    assert done.returncode == 2
+    assert "sbatch: no such command here; run distft on a host with SLURM's client commands" in done.stderr
+
+
+def test_profiles_by_name(site: Site) -> None:
+    home = site.folder / "config"
+    (home / "distft" / "clusters").mkdir(parents=True)
+    (site.folder / "site.yaml").rename(home / "distft" / "clusters" / "mine.yaml")
+    env = site.cluster.env() | {"XDG_CONFIG_HOME": str(home)}
+    done = distft("launch", "recipe.yaml", "--cluster", "mein", cwd=site.folder, env=env)
+    assert (done.returncode, "no such profile: mein; did you mean mine?" in done.stderr) == (2, True)
+    done = distft("launch", "recipe.yaml", "--dry-run", cwd=site.folder, env=env | {"DISTFT_CLUSTER": "mine"})
+    assert "#SBATCH --nodes=1" in done.stdout
+
+
+def test_all_problems_of_a_profile(site: Site) -> None:
+    site.profile(
+        node={"gpus": 8}, slurm={"time": "soon", "sbatch": ["mail"]}, env={"A B": "x"}, runs_dir="runs", template="x.j2"
+    )
+    done = site.run("validate", "recipe.yaml", "--cluster", "site.yaml", expect=2)
+    for words in (
+        "node.gpus: unknown key; did you mean",
+        "node.gpus_per_node: missing",
+        'slurm.time: got "soon"',
+        "slurm.sbatch[0]: got",
+        "need an absolute path that all nodes share",
+        "template: no such file",
+        "env",
+    ):
+        assert words in done.stderr, words
+
+
+# ---- preflight
+
+
+def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, site: Site) -> None:
+    site.runs.mkdir()
+    site.profile(preflight=True, requeue=1)
+    namespaces.mount_over("node2", site.runs)
+    try:
+        result = site.launch(nodes=3)
+    finally:
+        namespaces.unmount("node2", site.runs)
+    assert result.status["state"] == "completed"
+    jobs = (result.run_dir / "logs" / "jobs").read_text().split()
+    first, second = ((result.run_dir / "logs" / f"slurm-{job}.log").read_text() for job in dict.fromkeys(jobs))
+    assert "preflight: bad node node2: " in first and "is its file system mounted?" in first
+    assert f"bad nodes node2; submitted again without them as job {jobs[-1]}" in first
+    assert "preflight: 3 nodes are well" in second
+    report = json.loads((result.run_dir / "logs" / "preflight.json").read_text())
+    assert report["nodes"] == ["node1", "node3", "node4"]
+
+
+def test_preflight_without_budget_fails_saying_which_node(namespaces: Cluster, site: Site) -> None:
+    import torch
+
+    site.profile(preflight=True)
+    began = time.monotonic()
+    namespaces.mount_over("node1", Path(torch.__file__).parent)
+    try:
+        result = site.launch(nodes=2, expect=1)
+    finally:
+        namespaces.unmount("node1", Path(torch.__file__).parent)
+    assert "preflight: bad node node1: versions: " in result.stderr
+    assert result.status["reason"].startswith("preflight: bad node node1")
+    assert not (result.run_dir / "metrics.jsonl").exists()
+    assert time.monotonic() - began < 60
+
+
+# ---- files that stand on their own
+
+
+HOSTILE = 'it\'s $(touch pwned) "q" `id` %j #x \\ ünï'
+
+
+def test_hostile_paths_and_values(site: Site) -> None:
+    hostile = site.folder / HOSTILE
+    site.runs = hostile / "runs"
+    site.profile(
+        env={"HOSTILE": HOSTILE + "\nnewline"}, setup=['test "$HOSTILE" = ' + "$'" + "x'" + ' || export SETUP="done"']
+    )
+    (site.folder / "own.py").write_text(
+        "import json, os, sys\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    open(sys.argv[1], 'w').write(json.dumps([os.environ['HOSTILE'], os.environ['SETUP'], sys.argv[2:]]))\n"
+    )
+    arguments = [str(site.folder / "said.json"), HOSTILE, "", "a\nb"]
+    site.run("launch", "--cluster", "site.yaml", "--nodes", "2", "--", "own.py", *arguments)
+    said = json.loads((site.folder / "said.json").read_text())
+    assert said == [HOSTILE + "\nnewline", "done", arguments[1:]]
+    assert not list(site.folder.rglob("pwned"))
+    assert (site.runs / "own" / "logs" / "torchrun-0.log").is_file()
+
+
+def test_render_needs_no_distft_where_it_is_submitted(site: Site) -> None:
+    site.run("render", "recipe.yaml", "--cluster", "site.yaml", "--nodes", "2", "-o", "out")
+    done = site.run("render", "recipe.yaml", "--cluster", "site.yaml", "-o", "out", expect=2)
+    assert "exists already" in done.stderr
+    site.cluster.run("sbatch", str(site.folder / "out" / "job.sbatch"), cwd="/")
+    status = site.wait(site.folder / "out", lambda status: status["state"] == "completed")
+    assert status["job_id"]
+
+
+def test_inside_an_allocation(site: Site) -> None:
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--cluster", "site.yaml", "--json"]
+    done = site.cluster.run("salloc", "-N2", "--cpus-per-task=2", *command, cwd=site.folder, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert result["state"] == "completed"
+    assert result["ran"]["world_size"] == 2
+    assert "step 4/4" in done.stderr
+
+
+def test_a_template_of_ones_own(site: Site) -> None:
+    (site.folder / "own.jinja").write_text(
+        '{% extends "job.sbatch" %}\n'
+        '{% block setup %}{{ super() }}export GREETING={{ name ~ "\'s $(id)" }}\n{% endblock %}\n'
+    )
+    (site.folder / "own.py").write_text(
+        f"import os\nopen({str(site.folder / 'said')!r}, 'w').write(os.environ['GREETING'])\n"
+    )
+    site.run("launch", "--cluster", "site.yaml", "--template", "own.jinja", "--", "own.py")
+    assert (site.folder / "said").read_text() == "own's $(id)"
+    for text, said in (
+        ('{% extends "job.sbatch" %}{% block setup %}{{ nmae }}{% endblock %}', "'nmae' is undefined"),
+        ('{% extends "job.sbatch" %}\n{% block setup %}', "own.jinja:2: "),
+        ('{% extends "other" %}', 'can extend "job.sbatch" only'),
+    ):
+        (site.folder / "own.jinja").write_text(text)
+        done = site.run("launch", "recipe.yaml", "--cluster", "site.yaml", "--template", "own.jinja", expect=2)
+        assert said in done.stderr

@@ -37,7 +37,7 @@ class Failure:
 def first_failure(run: RunDir, returncode: int) -> Failure:
     """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last words."""
     errors = run.rank_errors()
-    logs = [path for path in run.job_logs() if path.stat().st_size]
+    logs = run.job_logs()
     log = "\n".join(path.read_text(errors="replace") for path in logs)
     killed = _killed_rank(log)
     # A rank that was killed could write nothing; those that lost it wrote of a network error.

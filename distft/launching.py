@@ -266,8 +266,8 @@ def follow(run: RunDir, console: Console) -> None:
         raise SystemExit(130) from None
     if status["state"] == "completed":
         say(console, report.result_lines(run))
-    elif status["state"] == "failed" and any(run.logs.iterdir()):
-        raise RunError(f"{status['reason']}\n{first_failure(run, 1).text}")
+    elif status.get("exit_status"):  # it said itself how it ended
+        raise RunError(first_failure(run, status["exit_status"]).text)
     else:
         raise RunError(f"{status['state']}: {status.get('reason') or 'no reason is known'}")
 

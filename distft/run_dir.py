@@ -133,9 +133,9 @@ class RunDir:
         return self.logs / "torchrun.log"
 
     def job_logs(self) -> list[Path]:
-        """Every log that is no rank's: torchrun's, node by node, then those of SLURM's jobs, the last job's last."""
-        slurm = sorted(self.logs.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
-        return sorted(self.logs.glob("torchrun*.log")) + slurm
+        """What torchrun said, node by node; until it has said anything, those of SLURM's jobs, the last one last."""
+        torchrun = [path for path in sorted(self.logs.glob("torchrun*.log")) if path.stat().st_size]
+        return torchrun or sorted(self.logs.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
 
     @property
     def preflight(self) -> Path:

@@ -220,7 +220,7 @@ def test_a_node_that_fails(site: Site) -> None:
         assert "node" in status["reason"]
         assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"  # kept when SLURM forgets
     finally:
-        site.cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+        site.cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)
         site.cluster.wait_idle(60)
 
 
@@ -258,17 +258,27 @@ def test_refused_before_anything_is_queued(site: Site, arguments: list[str], sai
     for words in said:
         assert words in done.stderr.replace("Invalid", "invalid")
     assert not site.runs.exists()
-    assert site.cluster.run("squeue", "-h").stdout == ""
+    assert site.cluster.run("squeue", "-h", "-t", "pending,running").stdout == ""
 
 
 def test_a_controller_that_cannot_be_reached(site: Site, tmp_path: Path) -> None:
     run_dir = site.launch("--detach", nodes=1).run_dir
     conf = tmp_path / "slurm.conf"
     lines = site.cluster.conf.read_text().splitlines()
-    port = "SlurmctldPort=9\nSlurmctldTimeout=2\nMessageTimeout=3\nTCPTimeout=1"
+    nobody = "SlurmctldHost=nobody(127.0.0.1)\nSlurmctldPort=9\nMessageTimeout=3\nTCPTimeout=1"
     conf.write_text(
-        "\n".join([*(line for line in lines if not line.startswith(("SlurmctldPort", "MessageT", "TCPT"))), port])
+        "\n".join(
+            [
+                *(
+                    line
+                    for line in lines
+                    if not line.startswith(("SlurmctldPort", "SlurmctldHost", "MessageT", "TCPT"))
+                ),
+                nobody,
+            ]
+        )
     )
+    # not the cluster's wrappers, which enter its network
     env = {**site.cluster.env(), "SLURM_CONF": str(conf), "PATH": os.environ["PATH"]}
     done = distft("launch", "recipe.yaml", "--cluster", "site.yaml", cwd=site.folder, env=env)
     assert done.returncode == 2
@@ -320,6 +330,7 @@ def test_all_problems_of_a_profile(site: Site) -> None:
 def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, site: Site) -> None:
     site.runs.mkdir()
     site.profile(preflight=True, requeue=1)
+    site.recipe(training__global_batch_size=12)
     namespaces.mount_over("node2", site.runs)
     try:
         result = site.launch(nodes=3)
@@ -354,15 +365,14 @@ def test_preflight_without_budget_fails_saying_which_node(namespaces: Cluster, s
 # ---- files that stand on their own
 
 
-HOSTILE = 'it\'s $(touch pwned) "q" `id` %j #x \\ ünï'
+HOSTILE = 'it\'s $(touch pwned) "q" `id` %j #x ünï'
 
 
 def test_hostile_paths_and_values(site: Site) -> None:
     hostile = site.folder / HOSTILE
     site.runs = hostile / "runs"
-    site.profile(
-        env={"HOSTILE": HOSTILE + "\nnewline"}, setup=['test "$HOSTILE" = ' + "$'" + "x'" + ' || export SETUP="done"']
-    )
+    setup = """test "$HOSTILE" = 'x' || export SETUP="done\""""
+    site.profile(python=sys.executable, env={"HOSTILE": HOSTILE + "\nnewline"}, setup=[setup])
     (site.folder / "own.py").write_text(
         "import json, os, sys\n"
         "if os.environ['RANK'] == '0':\n"
@@ -374,6 +384,9 @@ def test_hostile_paths_and_values(site: Site) -> None:
     assert said == [HOSTILE + "\nnewline", "done", arguments[1:]]
     assert not list(site.folder.rglob("pwned"))
     assert (site.runs / "own" / "logs" / "torchrun-0.log").is_file()
+    site.profile(runs_dir=str(site.folder / "back\\slash"))
+    done = site.run("launch", "recipe.yaml", "--cluster", "site.yaml", expect=2)
+    assert "cannot hold control characters or a backslash" in done.stderr
 
 
 def test_render_needs_no_distft_where_it_is_submitted(site: Site) -> None:

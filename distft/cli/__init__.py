@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _add_commands() -> None:
-    from distft.cli import launch, quickstart, recipes, runs
+    from distft.cli import clusters, launch, quickstart, recipes, runs
 
     for command in (
         quickstart.quickstart,
@@ -57,6 +57,8 @@ def _add_commands() -> None:
         runs.status,
         runs.logs,
         runs.cancel,
+        clusters.cluster,
+        clusters.slurm,
     ):
         main.add_command(command)
 

@@ -59,9 +59,13 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
 
     found = RunDir.find(run, output_dir)
     if failed:
-        if state_now(found).get("state") != "failed":
+        status = state_now(found)
+        if status.get("state") != "failed":
             raise RecipeError(f"--failed: {found.path.name} has not failed")
-        click.echo(first_failure(found, 1).text)
+        if "exit_status" in status:
+            click.echo(first_failure(found, status["exit_status"]).text)
+        else:
+            click.echo(status["reason"])
         return
     path = found.rank_log(rank)
     if not path.exists() and not follow:

@@ -24,7 +24,7 @@ def conclude(run: RunDir, returncode: int) -> dict[str, Any]:
     if returncode == 0 and not run.recipe.exists():  # a script of one's own says nothing of itself
         return run.update_status(state="completed", ended=time.time(), reason=None)
     failure = first_failure(run, returncode)
-    run.update_status(state="failed", ended=time.time(), reason=failure.reason)
+    run.update_status(state="failed", ended=time.time(), reason=failure.reason, exit_status=returncode)
     raise RunError(failure.text)
 
 
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     try:
         conclude(RunDir(Path(sys.argv[1])), int(sys.argv[2]))
     except RunError as error:
-        sys.exit(str(error))
+        sys.exit(f"failed: {next(iter(str(error).splitlines()))}")

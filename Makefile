@@ -23,7 +23,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 goldens: $(VENV)/.dev
-	$(BIN)/python -m distft.strategies.goldens .
+	$(BIN)/python -m distft.goldens .
 	$(BIN)/python -m distft.recipe_docs > docs/recipe.md
 
 bench: $(VENV)/.dev

@@ -165,7 +165,7 @@ class Launch:
         """On this machine, or with srun on the nodes of the allocation that this process is in."""
         from distft.progress import Follower, say
 
-        self._prepare(console)
+        self.prepare(console)
         run = self.create()
         started(run)
         job = self.job(run)
@@ -186,7 +186,7 @@ class Launch:
 
         said = slurm.test_only(slurm.render(self.next_job()))
         say(console, [f"  SLURM: {said}"])
-        self._prepare(console)
+        self.prepare(console)
         run = self.create()
         started(run)
         job_id = slurm.submit(self.job(run))
@@ -198,7 +198,7 @@ class Launch:
         follow(run, console)
         return run
 
-    def _prepare(self, console: Console) -> None:
+    def prepare(self, console: Console) -> None:
         """Prepare the data where that can be done here; else the job does it, on its first node."""
         from distft.progress import say
 
@@ -275,7 +275,7 @@ def follow(run: RunDir, console: Console) -> None:
 def describe_runs(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
     """Runs as `--json` prints them: folder and status."""
     states = schedulers.states_now(runs)
-    return [{"run": run.path.name, "run_dir": str(run.path), **state} for run, state in zip(runs, states, strict=True)]
+    return [{"run": run.name, "run_dir": str(run.path), **state} for run, state in zip(runs, states, strict=True)]
 
 
 def describe_run(run: RunDir) -> dict[str, Any]:

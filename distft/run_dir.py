@@ -14,7 +14,7 @@ from typing import Any
 from distft.errors import RecipeError
 
 RECIPE, PLAN, DS_CONFIG, ACCELERATE = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml"
-SCRIPT, SBATCH = "job.sh", "job.sbatch"
+SCRIPT, SBATCH, SWEEP = "job.sh", "job.sbatch", "sweep.json"
 FINISHED = ("completed", "failed", "cancelled", "preempted")
 
 
@@ -68,6 +68,12 @@ class RunDir:
         raise RecipeError(f"RUN: got {word!r}, no run directory of that name or path{hint}")
 
     @property
+    def name(self) -> str:
+        """What `distft status` and its like call it: its folder's name, `SWEEP/NUMBER` in a sweep."""
+        parent = self.path.parent
+        return f"{parent.name}/{self.path.name}" if (parent / SWEEP).is_file() else self.path.name
+
+    @property
     def recipe(self) -> Path:
         return self.path / RECIPE
 
@@ -92,6 +98,16 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The newest line of metrics.jsonl, {} before the first; reads its end only."""
+        try:
+            with self.metrics.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return {}
+        return json.loads(lines[-1]) if lines else {}
 
     @property
     def status(self) -> Path:

@@ -19,6 +19,7 @@ from conftest import Result, Tiny, distft
 from slurm_cluster import Cluster
 
 pytestmark = pytest.mark.slurm
+CLUSTER = ("--cluster", "site.yaml")
 LONG = {"training__max_steps": 100_000}
 
 
@@ -426,3 +427,66 @@ def test_a_template_of_ones_own(site: Site) -> None:
         (site.folder / "own.jinja").write_text(text)
         done = site.run("launch", "recipe.yaml", "--cluster", "site.yaml", "--template", "own.jinja", expect=2)
         assert said in done.stderr
+
+
+# ---- the site
+
+
+def test_cluster_init_and_check(site: Site) -> None:
+    done = site.run("cluster", "init", "first.yaml")
+    assert "look it over" in done.stdout
+    written = yaml.safe_load((site.folder / "first.yaml").read_text())
+    assert written["slurm"]["partition"] == "debug"
+    assert (written["node"]["gpus_per_node"], written["slurm"]["cpus_per_task"]) == (2, 8)
+    assert "exists already" in site.run("cluster", "init", "first.yaml", expect=2).stderr
+    right = site.run("cluster", "check", "first.yaml", "--nodes", "4").stdout
+    assert "right: partition debug" in right
+    assert "wrong" not in right
+    written["slurm"] |= {"partition": "short", "time": "1:00:00", "cpus_per_task": 9}
+    written["node"] |= {"gpus_per_node": 3, "gpu_type": "h100"}
+    (site.folder / "first.yaml").write_text(yaml.safe_dump(written))
+    wrong = site.run("cluster", "check", "first.yaml", "--nodes", "5", expect=2).stdout
+    for words in (
+        "wrong: node.gpus_per_node 3, the partition has 2 GPUs a node",
+        "wrong: node.gpu_type h100: the cluster lists none",
+        "wrong: slurm.cpus_per_task 9, the partition has 8 cores a node",
+        "wrong: slurm.time 1:00:00, the partition allows 5:00",
+        "wrong: nodes 5, the partition has 4 nodes",
+        "wrong: sbatch --test-only: SLURM refuses the job",
+    ):
+        assert words in wrong
+    answer = json.loads(site.run("cluster", "check", "first.yaml", "--json", expect=2).stdout)
+    assert answer["right"] is False
+
+
+def test_the_starter_template_runs(site: Site) -> None:
+    site.run("slurm", "template", "-o", "own.jinja")
+    assert site.run("slurm", "template").stdout == (site.folder / "own.jinja").read_text()
+    (site.folder / "own.py").write_text("")
+    site.run("launch", *CLUSTER, "--template", "own.jinja", "--", "own.py")
+    assert "run own starts on node1" in next((site.runs / "own" / "logs").glob("slurm-*.log")).read_text()
+    assert "--mail-type=FAIL" in (site.runs / "own" / "job.sbatch").read_text()
+
+
+def test_sweep(site: Site) -> None:
+    arguments = ["--sweep", "training.learning_rate=0.01,0.0001", *CLUSTER]
+    shown = site.run("launch", "recipe.yaml", *arguments, "--dry-run").stdout
+    assert "#SBATCH --array=0-1" in shown
+    assert not site.runs.exists()
+    assert "lora.r: got 0" in site.run("launch", "recipe.yaml", *CLUSTER, "--sweep", "lora.r=8,0", expect=2).stderr
+    done = site.run("launch", "recipe.yaml", *arguments, "--json")
+    answer = json.loads(done.stdout)
+    assert [run["state"] for run in answer["runs"]] == ["completed", "completed"]
+    results = [Result(0, "", "", Path(run["run_dir"])) for run in answer["runs"]]
+    assert max(results[0].column("learning_rate")) == pytest.approx(0.01)
+    assert max(results[1].column("learning_rate")) == pytest.approx(0.0001)
+    table = site.run("status", answer["sweep"]).stdout.splitlines()
+    assert len(table) == 3
+    assert table[1].split() == [
+        "0",
+        "completed",
+        "4",
+        f"{results[0].column('loss')[-1]:.4f}",
+        "training.learning_rate=0.01",
+    ]
+    assert "tiny-sweep/1 " in site.run("status", *CLUSTER).stdout

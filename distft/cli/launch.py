@@ -34,6 +34,13 @@ class _LaunchCommand(click.Command):
 @options.place
 @options.SETS
 @click.option("--after", metavar="JOB", help="Start when this job of SLURM's, or this run, has ended well.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="KEY=V,V...",
+    help="A run for each value (and each combination, when repeated), as one array job.",
+)
 @click.option("--dry-run", is_flag=True, help="Print every file and the command; write and start nothing.")
 @click.option("--detach", is_flag=True, help="Do not follow it; see `distft status` and `distft logs`.")
 @options.JSON
@@ -44,6 +51,7 @@ def launch(
     place: Place,
     sets: tuple[str, ...],
     after: str | None,
+    sweeps: tuple[str, ...],
     dry_run: bool,
     detach: bool,
     as_json: bool,
@@ -61,8 +69,14 @@ def launch(
         raise click.UsageError(
             "give a RECIPE, or a script after --" if not recipe else "give a RECIPE or a script, not both"
         )
-    if after and not place.cluster:
-        raise click.UsageError("--after needs --cluster PROFILE")
+    for option, given in (("--after", after), ("--sweep", sweeps)):
+        if given and not place.cluster:
+            raise click.UsageError(f"{option} needs --cluster PROFILE")
+    if sweeps:
+        if script:
+            raise click.UsageError("--sweep is for a RECIPE, not for a script")
+        _sweep(recipe, place, sets, sweeps, after, dry_run, detach, as_json)
+        return
     if script:
         settings, plan = launching.plan_script(script, sets, place)
     else:
@@ -80,6 +94,37 @@ def launch(
     finally:
         if as_json and runs and runs[0].path.exists():
             options.print_json(launching.describe_run(runs[0]))
+
+
+def _sweep(
+    recipe: str,
+    place: Place,
+    sets: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    after: str | None,
+    dry_run: bool,
+    detach: bool,
+    as_json: bool,
+) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from distft import launching, sweep
+
+    after = after and launching.dependency(after, place.cluster.runs_dir)
+    planned = sweep.plan(recipe, sets, sweeps, place, after)
+    if dry_run:
+        folder = Path(place.cluster.runs_dir) / f"{planned.name}-sweep"
+        if as_json:
+            options.print_json({"sweep": str(folder), "sets": planned.sets, "script": planned.script(folder)})
+        else:
+            click.echo(planned.script(folder) + "\n" + "\n".join("  ".join(texts) for texts in planned.sets))
+            click.echo("\nnothing was written or started")
+        return
+    folder = planned.start(Console(stderr=as_json), detach)
+    if as_json:
+        options.print_json({"sweep": str(folder), "runs": launching.describe_runs(sweep.runs_of(folder))})
 
 
 @click.command()

@@ -22,9 +22,29 @@ SETS = click.option(
     help="Override a value of the recipe, e.g. --set training.max_steps=50. May be repeated.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
-OUTPUT_DIR = click.option(
-    "--output-dir", default="runs", show_default=True, help="Where a RUN is looked for by its name."
-)
+
+
+def runs_dir(command: Callable) -> Callable:
+    """--output-dir and --cluster: where a RUN is looked for by its name; the command gets `output_dir`."""
+
+    @functools.wraps(command)
+    def with_folder(*args: Any, output_dir: str | None, cluster: str | None, **kwargs: Any) -> Any:
+        if output_dir is None and cluster:
+            from distft.cluster import load_cluster
+
+            output_dir = load_cluster(cluster).runs_dir
+        return command(*args, output_dir=output_dir or "runs", **kwargs)
+
+    with_folder = click.option(
+        "--cluster",
+        envvar="DISTFT_CLUSTER",
+        show_envvar=True,
+        metavar="PROFILE",
+        help="Look in the profile's runs_dir.",
+    )(with_folder)
+    return click.option(
+        "--output-dir", metavar="DIR", help="Where a RUN is looked for by its name. Default: the profile's, or runs."
+    )(with_folder)
 
 
 # Options that lie over slurm.* of the profile.

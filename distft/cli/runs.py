@@ -15,21 +15,31 @@ FOLLOW_SECONDS = 0.3
 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@options.OUTPUT_DIR
+@options.runs_dir
 @options.JSON
 def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
-    """Say how RUN, or every run of the output folder, is doing."""
+    """Say how RUN, a sweep, or every run of the output folder is doing."""
+    from distft import sweep
     from distft.launching import describe_runs
-    from distft.run_dir import RunDir
+    from distft.run_dir import SWEEP, RunDir
 
-    found = [RunDir.find(word, output_dir) for word in runs]
+    folder = Path(output_dir)
+    sweeps = [path for word in runs for path in (Path(word), folder / word) if sweep.runs_of(path)]
+    if sweeps and not as_json:
+        for path in sweeps:
+            click.echo("\n".join(sweep.table(path)))
+    words = [word for word in runs if not {Path(word), folder / word} & {*sweeps}]
+    found = [RunDir.find(word, output_dir) for word in words]
     if not runs:
-        found = [RunDir(path.parent.absolute()) for path in sorted(Path(output_dir).glob("*/status.json"))]
+        found = [RunDir(path.parent.absolute()) for path in sorted(folder.glob("*/status.json"))]
+        sweeps = [path.parent for path in sorted(folder.glob(f"*/{SWEEP}"))]
+    if not runs or as_json:
+        found += [run for path in sweeps for run in sweep.runs_of(path)]
     described = describe_runs(found)
     if as_json:
         options.print_json({"runs": described})
         return
-    if not described:
+    if not described and not sweeps:
         click.echo(f"no runs in {output_dir}/")
     for run in described:
         click.echo(_line(run))
@@ -49,7 +59,7 @@ def _line(run: dict[str, Any]) -> str:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose log.")
 @click.option("--failed", is_flag=True, help="The first failing rank's error instead.")
-@options.OUTPUT_DIR
+@options.runs_dir
 def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
     """Print the log of a rank of RUN."""
     from distft.errors import RecipeError
@@ -89,7 +99,7 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
 
 @click.command()
 @click.argument("run")
-@options.OUTPUT_DIR
+@options.runs_dir
 @options.JSON
 def cancel(run: str, output_dir: str, as_json: bool) -> None:
     """End RUN and all its processes."""

@@ -141,6 +141,24 @@ def render(job: Job) -> str:
         raise ClusterError(f"template: {own or TEMPLATE}{line}: {error}") from None
 
 
+def array_script(job: Job, folder: Path, count: int) -> str:
+    """The script of an array of `count` jobs such as `job`, whose run directories are folder/0, 1, ... Pure.
+
+    Each element runs the script of its own run directory.
+    """
+    output = f"--output={sbatch_quote(str(folder).replace('%', '%%') + '/%a/logs/slurm-%A_%a.log')}"
+    lines = [output if line.startswith("--output=") else line for line in directives(job)]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH {line}" for line in (*lines, f"--array=0-{count - 1}")),
+            f"# distft: {count} runs of {job.name}; each element runs the job script of its own run directory.",
+            f'exec bash {quote(str(folder))}/"$SLURM_ARRAY_TASK_ID"/{SBATCH}',
+            "",
+        ]
+    )
+
+
 def packaged_template() -> str:
     """The built-in job script."""
     return resources.files(__package__).joinpath("templates", f"{TEMPLATE}.jinja").read_text()
@@ -278,12 +296,21 @@ def look(job_ids: Iterable[str]) -> dict[str, Seen]:
     if not wanted:
         return {}
     # All of the user's jobs: squeue fails for a single id that it has forgotten, and a long list of ids is no quicker.
-    done = client("squeue", "-h", "-a", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r|%S|%N")
+    # -r: each element of an array for itself; it is known by two ids, ARRAY_ELEMENT and one of its own.
+    done = client("squeue", "-h", "-a", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%A|%T|%r|%S|%N")
     found = _parse(done.stdout, wanted)
     left = sorted(wanted - found.keys())
     if left and shutil.which("sacct"):
         done = client(
-            "sacct", "-n", "-P", "-X", "-j", ",".join(left), "-o", "JobID,State,Reason,Start,NodeList", check=None
+            "sacct",
+            "-n",
+            "-P",
+            "-X",
+            "-j",
+            ",".join(left),
+            "-o",
+            "JobID,JobIDRaw,State,Reason,Start,NodeList",
+            check=None,
         )
         if done.returncode == 0:  # fails where accounting is off
             found |= _parse(done.stdout, wanted)
@@ -293,8 +320,8 @@ def look(job_ids: Iterable[str]) -> dict[str, Seen]:
 def _parse(text: str, wanted: set[str]) -> dict[str, Seen]:
     found = {}
     for line in text.splitlines():
-        job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
-        if job_id in wanted:
+        name, number, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", "", ""]
+        for job_id in {name, number} & wanted:
             word = state.split()[0] if state else ""  # sacct: "CANCELLED by 1000"
             empty = ("None", "N/A", "Unknown", "(null)", "None assigned")
             found[job_id] = Seen(word, *("" if value in empty else value for value in (reason, start, nodes)))

@@ -1,7 +1,7 @@
-"""The files for people in ds_configs/ and launch/accelerate/: made here, never read by distft.
+"""The files for people in ds_configs/, launch/accelerate/ and slurm/reference/: made here, never read by distft.
 
-python -m distft.strategies.goldens ROOT           write them
-python -m distft.strategies.goldens ROOT --check   say which differ; exit status 1 if any does
+python -m distft.goldens ROOT           write them
+python -m distft.goldens ROOT --check   say which differ; exit status 1 if any does
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from pathlib import Path
 
 import yaml
 
-from distft.cluster import Topology
+from distft.cluster import Cluster, Topology, load_cluster
+from distft.job import Job
+from distft.run_dir import RECIPE, RunDir
+from distft.schedulers import slurm
 from distft.strategies.accelerate import accelerate_config
 from distft.strategies.deepspeed import portable_config
+from distft.torchrun import RANK_ENVIRONMENT, torchrun_argv
 
 # ZeRO-1 with offload is left out: ZeRO-2 moves as much and keeps less on the GPU.
 DEEPSPEED = {
@@ -28,13 +32,34 @@ ONE_NODE, TWO_NODES = Topology(1, 8), Topology(2, 8)
 ACCELERATE = dict.fromkeys(("ddp", "zero1", "zero2", "zero3", "fsdp"), ONE_NODE) | {"hsdp": TWO_NODES}
 
 
-def files() -> dict[str, str]:
-    """Path under the repository's root → contents."""
+def files(root: Path) -> dict[str, str]:
+    """Path under the repository's root → contents. The job scripts come from the profiles in slurm/clusters/."""
     made = {
         f"ds_configs/{name}.json": json.dumps(portable_config(strategy=strategy, offload=offload), indent=2) + "\n"
         for name, (strategy, offload) in DEEPSPEED.items()
     }
-    return made | {f"launch/accelerate/{name}.yaml": _yaml(name, topology) for name, topology in ACCELERATE.items()}
+    made |= {f"launch/accelerate/{name}.yaml": _yaml(name, topology) for name, topology in ACCELERATE.items()}
+    return made | _job_scripts(root)
+
+
+def _job_scripts(root: Path) -> dict[str, str]:
+    made = {}
+    for path in sorted((root / "slurm" / "clusters").glob("*.yaml")):
+        cluster = load_cluster(str(path))
+        folder = Path(cluster.runs_dir) / "example"
+        job = _example_job(cluster, RunDir(folder))
+        made[f"slurm/reference/{path.stem}.sbatch"] = slurm.render(job)
+        if path.stem == "bare_metal":
+            made["slurm/reference/array.sbatch"] = slurm.array_script(job, folder.with_name("example-sweep"), 4)
+    return made
+
+
+def _example_job(cluster: Cluster, run: RunDir) -> Job:
+    """Four full nodes that train a recipe."""
+    topology = Topology(4, cluster.node.gpus_per_node or 2)
+    argv = torchrun_argv(cluster.python or "python", topology, "distft.train", [str(run.path)])
+    env = RANK_ENVIRONMENT | {"DISTFT_CACHE": str(Path(cluster.runs_dir) / ".cache")}
+    return Job("example", run, topology, tuple(argv), env, {RECIPE: ""}, cluster)
 
 
 def _yaml(strategy: str, topology: Topology) -> str:
@@ -70,18 +95,18 @@ def _yaml(strategy: str, topology: Topology) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m distft.strategies.goldens", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m distft.goldens", description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="the repository's root")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     status = 0
-    for name, text in files().items():
+    for name, text in files(options.root).items():
         path = options.root / name
         if not options.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         elif not path.is_file() or path.read_text() != text:
-            print(f"{name}: differs from its generator; run python -m distft.strategies.goldens {options.root}")
+            print(f"{name}: differs from its generator; run python -m distft.goldens {options.root}")
             status = 1
     return status
 

@@ -1,0 +1,346 @@
+"""How distft bears a thousand nodes, a thousand runs, a million steps and 8,192 ranks, on one machine.
+
+    python benchmarks/scale.py [--rounds 5] [--json]
+
+Times are the whole process's wall time, the best of the rounds (the median beside it). Exit status 1: a bound is
+missed. Launches are measured where a SLURM controller can be started (tests/slurm_cluster.py): it has 1,024 nodes and
+none of them is real, so jobs are held, and sbatch's own time is taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import yaml
+
+from distft.run_dir import RunDir
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import slurm_cluster
+from slurm_cluster import Cluster
+
+NODES = (1, 16, 128, 1024)
+GPUS = 8
+RANKS = NODES[-1] * GPUS
+RUNS, OPEN_RUNS = 1000, 50
+STEPS = 1_000_000
+DISTFT = (sys.executable, "-m", "distft")
+
+COMMAND_SECONDS, STATUS_SECONDS, FAILED_SECONDS = 0.5, 1.0, 2.0
+NOISE = 1.25  # two timings of the same work may differ by as much
+FOLLOW_MIB = 8  # a few blocks of a file; the files themselves have some hundred MiB
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; without a bound it is shown only."""
+
+    what: str
+    value: float
+    unit: str
+    bound: float | None = None
+    median: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.bound is None or self.value < self.bound
+
+
+def seconds(what: str, times: list[float], bound: float | None) -> Figure:
+    return Figure(what, min(times), "s", bound, statistics.median(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    os.environ.pop("DISTFT_CLUSTER", None)
+    skipped = slurm_cluster.missing()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        big = {"nodes": 1, "gpus": GPUS, "big": NODES[-1]}
+        cluster = None if skipped else stack.enter_context(Cluster(folder / "slurm", **big))
+        figures = [
+            *commands(folder / "launch", cluster, options.rounds),
+            *status(folder / "status", cluster, options.rounds),
+            *following(folder / "follow"),
+            *failed(folder / "failed", options.rounds),
+        ]
+    if options.json:
+        rows = [{**asdict(figure), "ok": figure.ok} for figure in figures]
+        print(json.dumps({"rounds": options.rounds, "launch_skipped": skipped, "figures": rows}))
+    else:
+        print(f"{'best of ' + str(options.rounds):>56}{'median':>10}{'bound':>10}")
+        for figure in figures:
+            print(_line(figure))
+        if skipped:
+            print(f"launch: not measured: {skipped}")
+    sys.exit(not all(figure.ok for figure in figures))
+
+
+def _line(figure: Figure) -> str:
+    numbers = (figure.value, figure.median, figure.bound)
+    columns = "".join(f"{'' if number is None else f'{number:.2f} {figure.unit}':>10}" for number in numbers)
+    return f"{figure.what:<46}{columns}{'' if figure.bound is None else '   ok' if figure.ok else '   OVER'}"
+
+
+def run(command: tuple[str, ...], folder: Path, env: dict[str, str] | None = None) -> tuple[float, str]:
+    """Seconds of the whole process, and what it printed."""
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    took = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+    return took, done.stdout
+
+
+# ---- plan, render and launch for up to 1,024 nodes
+
+
+def commands(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figure]:
+    """render, launch --dry-run, and launch --detach (plan, sbatch --test-only, write, sbatch) less sbatch's time."""
+    write_inputs(folder)
+    env, spent = dict(os.environ), folder / "spent"
+    if cluster:  # a clock around sbatch
+        sbatch = (
+            f'began=$EPOCHREALTIME\n{cluster.bin}/sbatch "$@"\nrc=$?\necho "$began $EPOCHREALTIME" >>{spent}\nexit $rc'
+        )
+        env = with_command(cluster.env(), folder / "bin", "sbatch", sbatch)
+    times: dict[tuple[str, int], list[float]] = {}
+    sizes, sbatch_times = {}, []
+    for number in range(rounds + 1):
+        for nodes in NODES:
+            where = ("--cluster", "site.yaml", "--nodes", str(nodes))
+            rendered = folder / f"rendered-{number}-{nodes}"
+            took = {"render": run((*DISTFT, "render", "recipe.yaml", *where, "-o", str(rendered)), folder, env)[0]}
+            sizes[nodes] = sum(path.stat().st_size for path in rendered.rglob("*") if path.is_file())
+            dry_run = (*DISTFT, "launch", "recipe.yaml", *where, "--dry-run", "--json")
+            took["launch --dry-run"], shown = run(dry_run, folder, env)
+            assert json.loads(json.loads(shown)["files"]["plan.json"])["topology"]["world_size"] == nodes * GPUS
+            if cluster:
+                took["launch"], _ = run((*DISTFT, "launch", "recipe.yaml", *where, "--detach"), folder, env)
+                calls = [[float(clock) for clock in line.split()] for line in spent.read_text().splitlines()]
+                assert len(calls) == 2, "--test-only, and the submission"
+                own = [after - before for before, after in calls]
+                took["launch"] -= sum(own)
+                sbatch_times += own
+                spent.unlink()
+            for what, value in took.items() if number else ():  # the first round fills the disk cache
+                times.setdefault((what, nodes), []).append(value)
+    for (what, nodes), values in sorted(times.items(), key=lambda item: item[0][0]):
+        less = ", without sbatch's time" if what == "launch" else ""
+        yield seconds(f"{what}, {nodes:,} nodes{less}", values, COMMAND_SECONDS)
+    if sbatch_times:
+        yield seconds("  sbatch itself, a call", sbatch_times, None)
+    written = sizes[NODES[-1]] / sizes[1]
+    yield Figure("what is written, 1,024 nodes to 1", written, "x")
+    for what in dict.fromkeys(what for what, _ in times):
+        growth = min(times[what, NODES[-1]]) / min(times[what, 1])
+        yield Figure(f"time of {what}, 1,024 nodes to 1", growth, "x", max(1.0, written) * NOISE)
+
+
+def write_inputs(folder: Path) -> None:
+    """A recipe that shards 8 billion parameters, and a profile of nodes with eight H100s; jobs are held."""
+    (folder / "model").mkdir(parents=True)
+    write_model(folder / "model")
+    (folder / "data.jsonl").write_text('{"text": "a row"}\n' * 100)
+    recipe = {
+        "name": "scale",
+        "model": {"name_or_path": "model"},
+        "lora": None,
+        "data": {"train": "data.jsonl"},
+        "training": {"global_batch_size": 4 * RANKS, "max_steps": 10},
+        "parallelism": {"strategy": "zero3"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    site = {
+        "runs_dir": str(folder / "runs"),
+        "node": {"gpus_per_node": GPUS, "gpu": "H100"},
+        "slurm": {"partition": "big", "sbatch": ["--hold"]},
+        "python": "python3",  # that of the nodes: the job prepares the data, not the login node
+    }
+    (folder / "site.yaml").write_text(yaml.safe_dump(site))
+
+
+def write_model(folder: Path) -> None:
+    """Llama-3-8B's shapes. The weights are a hole in the file: only its header is read."""
+    hidden, mlp, vocabulary, kv, layers = 4096, 14336, 128_256, 1024, 32
+    config = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "num_attention_heads": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shapes = {f"model.layers.{k}.{name}.weight": shape for k in range(layers) for name, shape in block.items()}
+    shapes |= {f"{name}.weight": (vocabulary, hidden) for name in ("model.embed_tokens", "lm_head")}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
+
+
+def with_command(env: dict[str, str], folder: Path, name: str, script: str) -> dict[str, str]:
+    """The environment with a command of ours before all others."""
+    folder.mkdir(parents=True)
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+    return {**env, "PATH": f"{folder}:{env['PATH']}"}
+
+
+# ---- status of 1,000 runs
+
+
+def status(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figure]:
+    """Local and SLURM runs that have ended, and 50 that are queued. Where there is no SLURM, a stub answers for it."""
+    folder.mkdir()
+    sbatch = ("sbatch", "--parsable", "--hold", "--partition=big", "--output=/dev/null", "--wrap=true")
+    queued = [cluster.run(*sbatch).stdout.strip() if cluster else str(k) for k in range(1, OPEN_RUNS + 1)]
+    answer = folder / "answer"
+    answer.write_text("".join(f"{job_id}|PENDING|JobHeldUser|N/A|\n" for job_id in queued))
+    squeue = f'{cluster.bin}/squeue "$@"' if cluster else f"cat {answer}"
+    asked = folder / "asked"
+    environment = cluster.env() if cluster else dict(os.environ)
+    env = with_command(environment, folder / "bin", "squeue", f"echo >>{asked}\n{squeue}")
+    kinds = [("completed", "local"), ("completed", "slurm"), ("failed", "slurm")]
+    for k in range(RUNS):
+        made = RunDir.create(str(folder / "runs"), f"run-{k}")
+        state, where = ("queued", "slurm") if k < OPEN_RUNS else kinds[k % len(kinds)]
+        job_id = queued[k] if k < OPEN_RUNS else f"{900_000 + k}" if where == "slurm" else f"local:{k}:{k}"
+        if where == "slurm":
+            made.add_job(job_id)
+        reason = "rank 3: OutOfMemoryError: CUDA out of memory" if state == "failed" else None
+        made.update_status(state=state, job_id=job_id, name=made.path.name, step=100, max_steps=1000, reason=reason)
+    found = json.loads(run((*DISTFT, "status", "--json"), folder, env)[1])["runs"]
+    states = Counter(one["state"] for one in found)
+    assert (len(found), states["queued"]) == (RUNS, OPEN_RUNS), states
+    times = [run((*DISTFT, "status"), folder, env)[0] for _ in range(rounds)]
+    yield seconds(f"status, {RUNS:,} runs, {OPEN_RUNS} of them open", times, STATUS_SECONDS)
+    calls = asked.read_text().count("\n") / (rounds + 1)
+    yield Figure("  squeue is asked", calls, "times", 1.01)
+
+
+# ---- following a run of a million steps
+
+FOLLOW = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from distft.progress import Follower
+from distft.run_dir import RunDir
+with Follower(RunDir(Path(sys.argv[1])), Console()) as follower:
+    follower.poll()
+    assert follower.latest["step"] == int(sys.argv[2]), follower.latest
+print(Path("/proc/self/status").read_text())
+"""
+
+
+def following(folder: Path) -> Iterator[Figure]:
+    """The peak memory over a million lines less that over a thousand."""
+    few, many = (run_of(folder, steps) for steps in (1000, STEPS))
+    peaks = [follow_metrics(made, steps) for made, steps in ((few, 1000), (many, STEPS))]
+    size = many.metrics.stat().st_size >> 20
+    yield Figure(f"memory to follow metrics.jsonl of {size} MiB", peaks[1] - peaks[0], "MiB", FOLLOW_MIB)
+    peaks = [follow_log(few), follow_log(many)]
+    size = many.rank_log(0).stat().st_size >> 20
+    yield Figure(f"memory of logs -f, a log of {size} MiB", peaks[1] - peaks[0], "MiB", FOLLOW_MIB)
+
+
+def run_of(folder: Path, steps: int) -> RunDir:
+    """A run that goes on, with a line a step in metrics.jsonl and in the log of rank 0. The last one is not whole."""
+    made = RunDir.create(str(folder), f"steps-{steps}")
+    # No job id: nothing is asked about the process, and the run stays open.
+    made.update_status(state="running", step=steps, max_steps=2 * steps)
+    with made.metrics.open("w") as metrics, made.rank_log(0).open("w") as log:
+        for step in range(1, steps + 1):
+            metrics.write(
+                f'{{"step": {step}, "loss": {3 + 1 / step}, "grad_norm": {1 + 1 / step}, "learning_rate": 0.0002, '
+                f'"tokens": {step * 65536}, "tokens_per_second": 51234.56789, "peak_memory_bytes": 71234567890, '
+                f'"time": {1.7e9 + step}}}\n'
+            )
+            log.write(f"step {step}: a line such as libraries print, with accents: é, ü, 步\n")
+        metrics.write('{"step": ')
+    return made
+
+
+def follow_metrics(made: RunDir, steps: int) -> float:
+    return peak_mib(run((sys.executable, "-c", FOLLOW, str(made.path), str(steps)), made.path)[1])
+
+
+def follow_log(made: RunDir) -> float:
+    """`distft logs -f` of rank 0 until all of it has come; then the run ends, and with it the command."""
+    wanted = made.rank_log(0).stat().st_size
+    with subprocess.Popen((*DISTFT, "logs", "-f", str(made.path)), stdout=subprocess.PIPE) as process:
+        while wanted > 0 and (block := process.stdout.read1(2**20)):
+            wanted -= len(block)
+        peak = peak_mib(Path(f"/proc/{process.pid}/status").read_text())
+        made.update_status(state="completed")
+        rest = process.stdout.read()
+    assert (process.returncode, wanted, rest) == (0, 0, b""), (process.returncode, wanted)
+    return peak
+
+
+def peak_mib(proc_status: str) -> float:
+    """VmHWM. Not wait4's ru_maxrss: that counts what the parent had before exec."""
+    line = next(line for line in proc_status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+# ---- logs --failed of 8,192 ranks
+
+
+def failed(folder: Path, rounds: int) -> Iterator[Figure]:
+    """One rank runs out of memory; the others, later, lose it. torchrun on each node says who ended."""
+    made, guilty = RunDir.create(str(folder), "wide"), RANKS // 2 + 1
+    for rank in range(RANKS):
+        kind, message = "DistBackendError", "NCCL error: remote process exited or there was a network error"
+        if rank == guilty:
+            kind, message = "OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"
+        trace = "Traceback (most recent call last):\n" + '  File "trainer.py", line 7, in step\n    loss()\n' * 30
+        trace += f"{kind}: {message}\n"
+        record = {"rank": rank, "host": f"big{rank // GPUS + 1}", "time": 1.7e9 + (rank != guilty) + rank / RANKS}
+        record |= {"type": kind, "message": message, "mendable": False, "traceback": trace}
+        made.rank_log(rank).write_text(f"rank {rank} starts\n" * 20 + trace)
+        made.rank_error(rank).write_text(json.dumps(record))
+    for node in range(NODES[-1]):
+        ended = [f"  rank      : {rank} (local_rank: {rank % GPUS})" for rank in range(node * GPUS, (node + 1) * GPUS)]
+        log = "".join(f"[{k}]:\n{rank}\n  exitcode  : 1 (pid: 7)\n" for k, rank in enumerate(ended))
+        (made.logs / f"torchrun-{node}.log").write_text("W1001 torchrun says a line\n" * 20 + log)
+    made.add_job("4711")
+    made.update_status(state="failed", job_id="4711", exit_status=1, reason=f"rank {guilty}: OutOfMemoryError")
+    times = []
+    for _ in range(rounds):
+        took, shown = run((*DISTFT, "logs", "--failed", str(made.path)), folder)
+        assert f"rank {guilty} on big{guilty // GPUS + 1} failed first" in shown, shown
+        assert "hint: out of memory" in shown, shown
+        times.append(took)
+    yield seconds(f"logs --failed, {RANKS:,} ranks", times, FAILED_SECONDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ check: $(VENV)/.dev
 
 goldens: $(VENV)/.dev
 	$(BIN)/python -m distft.goldens .
-	$(BIN)/python -m distft.recipe_docs > docs/recipe.md
+	$(BIN)/python -m distft.reference_docs docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cli_latency.py

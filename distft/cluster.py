@@ -57,11 +57,11 @@ class Slurm(Group):
     constraint: Word | None = None
     """Node features: `h100`, `a100|h100`."""
 
-    time: Time | None = None
-    """Time limit. Default: the partition's."""
+    time: Time | PositiveInt | None = None
+    """Time limit; a number is in minutes. Default: the partition's."""
 
-    mem: Word | None = None
-    """Memory a node: `200G`; `0` is all of it."""
+    mem: Word | Annotated[int, Field(ge=0)] | None = None
+    """Memory a node: `200G`; a number is in MB, and 0 is all of it."""
 
     cpus_per_task: PositiveInt | None = None
     """Cores a node for the job (one task runs on each node)."""
@@ -194,12 +194,24 @@ def find_cluster(word: str) -> Path:
 
 
 def allocated_cluster() -> Cluster:
-    """What an allocation without a profile is known to be: `salloc` and `sbatch` have set its variables."""
-    return Cluster(
-        runs_dir=str(Path("runs").absolute()),
-        node=Node(gpus_per_node=int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)),
-        preflight=False,
+    """What an allocation without a profile is known to be, as `salloc` or `sbatch` and this machine show it.
+
+    Raises:
+        ClusterError: it has GPUs that cannot be seen from here (salloc's shell on a login node).
+    """
+    from distft.devices import GIB, visible_gpus
+
+    gpus = visible_gpus()
+    if not gpus and int(os.environ.get("SLURM_GPUS_ON_NODE") or 0):
+        raise ClusterError(
+            "the GPUs of this allocation cannot be seen from here; say what they are with --cluster PROFILE"
+        )
+    node = (
+        Node(gpus_per_node=len(gpus), gpu=gpus[0].name, gpu_memory=gpus[0].memory / GIB)
+        if gpus
+        else Node(gpus_per_node=0)
     )
+    return Cluster(runs_dir=str(Path("runs").absolute()), node=node, preflight=False)
 
 
 def load_cluster(word: str, sets: Sequence[str] = ()) -> Cluster:

@@ -409,6 +409,26 @@ def test_inside_an_allocation(site: Site) -> None:
     assert "step 4/4" in done.stderr
 
 
+def test_launch_slurm_sh(site: Site) -> None:
+    """The ladder's last step: a plain sbatch script, no profile."""
+    script = Path(__file__).parent.parent / "launch" / "slurm.sh"
+    bin_folder = site.folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "distft").write_text(f'#!/bin/sh\nexec {sys.executable} -m distft "$@"\n')
+    (bin_folder / "distft").chmod(0o755)
+    env = {**os.environ, "PATH": f"{bin_folder}:{site.cluster.bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    env["SLURM_CONF"] = str(site.cluster.conf)
+    options = ["--nodes=2", "--cpus-per-task=2", "--parsable"]
+    subprocess.run(
+        ["sbatch", *options, script, "recipe.yaml"], cwd=site.folder, env=env, check=True, capture_output=True
+    )
+    deadline = time.monotonic() + 120
+    while not (done := (site.runs / "tiny" / "final")).is_dir():
+        assert time.monotonic() < deadline, [path.read_text() for path in site.folder.glob("distft-*.log")]
+        time.sleep(0.5)
+    assert json.loads((done.parent / "status.json").read_text())["ran"]["world_size"] == 2
+
+
 def test_a_template_of_ones_own(site: Site) -> None:
     (site.folder / "own.jinja").write_text(
         '{% extends "job.sbatch" %}\n'

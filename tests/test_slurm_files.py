@@ -150,7 +150,11 @@ def test_gres(text: str, expected: tuple[int, str | None]) -> None:
     assert site.parse_gres(text) == expected
 
 
-SACCT = "12|12|CANCELLED by 1000|None|2026-11-01T10:00:00|node[1-2]\n13_1|14|TIMEOUT|None|Unknown|node3\n15|15|NEW_STATE|x|y|z\n"
+SACCT = """\
+12|12|CANCELLED by 1000|None|2026-11-01T10:00:00|node[1-2]
+13_1|14|TIMEOUT|None|Unknown|node3
+15|15|NEW_STATE|x|y|z
+"""
 
 
 def test_what_sacct_says_is_read() -> None:

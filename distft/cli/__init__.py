@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _add_commands() -> None:
-    from distft.cli import clusters, launch, quickstart, recipes, runs
+    from distft.cli import clusters, doctor, launch, quickstart, recipes, runs
 
     for command in (
         quickstart.quickstart,
@@ -59,6 +59,7 @@ def _add_commands() -> None:
         runs.cancel,
         clusters.cluster,
         clusters.slurm,
+        doctor.doctor,
     ):
         main.add_command(command)
 

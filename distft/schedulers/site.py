@@ -169,7 +169,7 @@ def check(cluster: Cluster, nodes: int = 1) -> list[tuple[bool | None, str]]:
             said.append(_within("slurm.cpus_per_task", s.cpus_per_task, max(n.cpus for n in mine), "cores a node"))
         if s.time:
             longest = max(mine, key=lambda n: minutes(n.time)).time
-            right = minutes(s.time) <= minutes(longest)
+            right = minutes(str(s.time)) <= minutes(longest)
             said.append((right, f"slurm.time {s.time}, the partition allows {longest}"))
         said.append(_within("nodes", nodes, sum(n.count for n in mine if n.up), "nodes"))
     said += _accounts(cluster)

@@ -19,7 +19,7 @@ from typing import Any
 
 from distft.cluster import Cluster
 from distft.errors import ClusterError, RunError, SubmitError
-from distft.job import Job
+from distft.job import Job, cluster_python
 from distft.run_dir import FINISHED, SBATCH, RunDir
 from distft.shell import quote, sbatch_quote
 
@@ -173,7 +173,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         **({"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
         **cluster.env,
     }
-    python, gpus = job.argv[0], job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
+    python, gpus = cluster_python(cluster), job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
     recipe = str(run.recipe) if run.recipe.name in job.files else None
     return {
         "name": job.name,
@@ -190,7 +190,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         if cluster.preflight
         else None,
         "prepare": [*inside, python, "-m", "distft.train.data", recipe] if recipe else None,
-        "train": [*inside, *job.argv],
+        "train": [*inside, *job.argv] if job.argv else [],
         "conclude": [*inside, python, "-m", "distft.schedulers.conclude", str(run.path)],
         "torchrun_log": str(run.logs).replace("%", "%%") + "/torchrun-%n.log",
     }

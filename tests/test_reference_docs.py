@@ -1,34 +1,37 @@
-"""docs/recipe.md is the generator's, and its example is a recipe."""
+"""docs/recipe.md and docs/profile.md are the generator's, and the recipe's example is a recipe."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from distft.cluster import Cluster
 from distft.loading import load_recipe
 from distft.recipe import Recipe
-from distft.recipe_docs import EXAMPLE, recipe_markdown
+from distft.reference_docs import EXAMPLE, files
 from distft.wording import schema_of
 
-DOCS = Path(__file__).parent.parent / "docs" / "recipe.md"
+DOCS = Path(__file__).parent.parent / "docs"
+RECIPE = files()["recipe.md"]
 
 
 def test_docs_are_the_generators():
-    assert DOCS.read_text() == recipe_markdown(), "python -m distft.recipe_docs > docs/recipe.md"
+    for name, text in files().items():
+        assert (DOCS / name).read_text() == text, "make goldens"
 
 
 def test_the_example_loads(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train", "heldout"):
         (tmp_path / f"data/{name}.jsonl").touch()
-    (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", recipe_markdown(), re.DOTALL)[1])
+    (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", RECIPE, re.DOTALL)[1])
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.data.train == f"{tmp_path}/data/train.jsonl"
     assert recipe.training.num_train_epochs == 3
 
 
 def test_example_and_tables_have_every_field():
-    text = recipe_markdown()
+    text = RECIPE
     groups = 0
     for name, schema in schema_of(Recipe)["properties"].items():
         members = [member for member in [schema, *schema.get("anyOf", ())] if "properties" in member]
@@ -38,9 +41,15 @@ def test_example_and_tables_have_every_field():
         groups += bool(members)
         assert not members or f"\n## {name}\n" in text
     assert groups == 9
+    for group in [schema_of(Cluster), *(schema_of(Cluster)["properties"][name] for name in ("node", "slurm"))]:
+        assert all(
+            f"| `{field}` | " in files()["profile.md"] or "properties" in schema
+            for field, schema in group["properties"].items()
+            if field not in ("network", "container")
+        )
 
 
 def test_tables_are_whole():
-    for line in recipe_markdown().partition("## Example")[0].splitlines():
+    for line in [line for text in files().values() for line in text.partition("## Example")[0].splitlines()]:
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == 5, line

@@ -1,9 +1,14 @@
-"""docs/recipe.md from the recipe's docstrings: `python -m distft.recipe_docs > docs/recipe.md`."""
+"""docs/recipe.md and docs/profile.md from the docstrings of their fields: `python -m distft.reference_docs docs`."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from distft.cluster import Cluster
 from distft.recipe import Recipe
 from distft.wording import describe, options, schema_of, show
 
@@ -72,7 +77,7 @@ output_dir: runs              # relative to where distft is run
 """
 
 INTRO = """\
-<!-- Made by python -m distft.recipe_docs from distft/recipe.py. -->
+<!-- Made by python -m distft.reference_docs from distft/recipe.py. -->
 # The recipe
 
 A recipe says what is trained, and never names a machine. `name`, `model.name_or_path` and `data.train` are required,
@@ -85,17 +90,34 @@ dots, the value in YAML.
 """
 
 
-def recipe_markdown() -> str:
-    """The reference of all fields, and an example."""
-    schema = schema_of(Recipe)
+PROFILE_INTRO = """\
+<!-- Made by python -m distft.reference_docs from distft/cluster.py. -->
+# The site profile
+
+A profile says what a cluster is, once, for all recipes; it never names a model. `distft cluster init` writes a first
+one, `distft cluster check` holds it against the cluster, [slurm/clusters/](../slurm/clusters) has examples. It is given
+by its path (`--cluster site.yaml`), or by its name when it lies in `~/.config/distft/clusters/`; the variable
+`DISTFT_CLUSTER` stands for the option. `runs_dir` and `node.gpus_per_node` are required. Errors are reported like a
+recipe's, all at once.
+"""
+
+
+def files() -> dict[str, str]:
+    """File under docs/ → contents."""
+    example = ["## Example", "Every field, most at its default.", f"```yaml\n{EXAMPLE}```\n"]
+    return {"recipe.md": _markdown(Recipe, INTRO, example), "profile.md": _markdown(Cluster, PROFILE_INTRO, [])}
+
+
+def _markdown(model: type[BaseModel], intro: str, more: list[str]) -> str:
+    """The reference of all fields."""
+    schema = schema_of(model)
     groups = {name: _group(below) for name, below in schema["properties"].items() if _group(below)}
     plain = {name: below for name, below in schema["properties"].items() if name not in groups}
-    parts = [INTRO, "## Top level", _table({**schema, "properties": plain})]
+    parts = [intro, "## Top level", _table({**schema, "properties": plain})]
     for name, group in groups.items():
         about = schema["properties"][name].get("description") or group["description"]
         parts += [f"## {name}", about, _table(group)]
-    parts += ["## Example", "Every field, most at its default.", f"```yaml\n{EXAMPLE}```\n"]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in [*parts, *more]) + "\n"
 
 
 def _group(schema: dict[str, Any]) -> dict[str, Any] | None:
@@ -116,4 +138,5 @@ def _plain(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(recipe_markdown(), end="")
+    for name, text in files().items():
+        (Path(sys.argv[1]) / name).write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -281,3 +282,35 @@ def describe_runs(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
 def describe_run(run: RunDir) -> dict[str, Any]:
     """The same for one run."""
     return describe_runs([run])[0]
+
+
+def preflight(place: Place, console: Console) -> dict[str, Any]:
+    """Check the nodes of a cluster in a job that does nothing else, and follow it. Returns logs/preflight.json of the
+    job: nodes, bad (name: why), warnings, reports.
+
+    Raises:
+        DistftError: nothing was started.
+        RunError: the job ended without saying which nodes are bad.
+    """
+    from distft.progress import say
+
+    cluster = place.cluster.model_copy(update={"preflight": True, "requeue": 0})
+    ranks = place.gpus_per_node if place.gpus_per_node is not None else cluster.node.gpus_per_node or 1
+    topology = Topology(place.nodes if place.nodes is not None else 1, ranks)
+    run = RunDir.create(cluster.runs_dir, "doctor")
+    job = Job("doctor", run, topology, argv=(), env={}, files={}, cluster=cluster)
+    ended = None
+    try:
+        if slurm.allocation():
+            run.write({SBATCH: slurm.render(job)})
+            run.update_status(state="queued", name=job.name)
+            local.supervise(run)
+        else:
+            say(console, [f"job {slurm.submit(job)} is queued: {run.path}"])
+            follow(run, console)
+    except RunError as error:
+        ended = error
+    found = json.loads(run.preflight.read_text()) if run.preflight.exists() else {}
+    if not found or (ended and not found["bad"]):
+        raise ended or RunError(f"{run.script}: no preflight was in it")
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from distft.run_dir import RunDir, read_metrics
+from distft.run_dir import BLOCK, RunDir, read_metrics
 
 GIB = 2**30
 PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds, and always the last one
@@ -55,9 +55,10 @@ class Follower:
         """Read what is new and show it."""
         status = self.run.read_status()
         self.max_steps = status.get("max_steps")
-        lines, self.offset = read_metrics(self.run.metrics, self.offset)
-        if lines:
+        lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
+        while lines:
             self.first, self.latest = self.first or lines[0], lines[-1]
+            lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
         if self.display is None:
             self._milestone("heldout_loss_before", status, "held-out loss before training: {:.4f}")
             self._print_step(last)

@@ -16,6 +16,7 @@ from distft.errors import RecipeError
 RECIPE, PLAN, DS_CONFIG, ACCELERATE = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml"
 SCRIPT, SBATCH, SWEEP = "job.sh", "job.sbatch", "sweep.json"
 FINISHED = ("completed", "failed", "cancelled", "preempted")
+BLOCK = 2**16  # bytes of a file that grows, at a time
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,24 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def read_metrics(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a metrics.jsonl from byte `start` on, and the byte after the last of them."""
+def read_metrics(path: Path, start: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a metrics.jsonl from byte `start` on, and the byte after the last of them.
+
+    `limit` is in bytes, and more than a line has; without it, the lines of a long run take memory by the gigabyte.
+    """
     try:
         with path.open("rb") as file:
             file.seek(start)
-            data = file.read()
+            data = file.read(limit)
     except FileNotFoundError:
         return [], start
     end = data.rfind(b"\n") + 1
     return [json.loads(line) for line in data[:end].splitlines()], start + end
+
+
+def read_blocks(path: Path, start: int = 0) -> Iterator[bytes]:
+    """A file from byte `start` on, a block at a time: a log may be larger than memory."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(BLOCK):
+            yield block

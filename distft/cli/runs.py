@@ -64,7 +64,7 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
     """Print the log of a rank of RUN."""
     from distft.errors import RecipeError
     from distft.failure import first_failure
-    from distft.run_dir import FINISHED, RunDir
+    from distft.run_dir import FINISHED, RunDir, read_blocks
     from distft.schedulers import state_now
 
     found = RunDir.find(run, output_dir)
@@ -87,11 +87,9 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
     while True:
         ended = state_now(found).get("state") in FINISHED
         if path.exists():
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-            offset += len(data)
-            click.echo(data.decode(errors="replace"), nl=False)
+            for block in read_blocks(path, offset):
+                offset += len(block)
+                click.echo(block, nl=False)  # as it is: a character may go on in the next block
         if not follow or ended:
             return
         time.sleep(FOLLOW_SECONDS)

@@ -173,7 +173,8 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         **({"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
         **cluster.env,
     }
-    python, gpus = cluster_python(cluster), job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
+    python = job.argv[0] if job.argv else cluster_python(cluster)
+    gpus = job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
     recipe = str(run.recipe) if run.recipe.name in job.files else None
     return {
         "name": job.name,

@@ -2,9 +2,10 @@
 
     python benchmarks/scale.py [--rounds 5] [--json]
 
-Times are the whole process's wall time, the best of the rounds (the median beside it). Exit status 1: a bound is
-missed. Launches are measured where a SLURM controller can be started (tests/slurm_cluster.py): it has 1,024 nodes and
-none of them is real, so jobs are held, and sbatch's own time is taken off.
+Times are the whole process's wall time, the best of the rounds; the median and the least CPU time stand beside it, and
+tell on a busy machine what is distft's. Exit status 1: a bound is missed. Launches are measured where a SLURM
+controller can be started (tests/slurm_cluster.py). Its 1,024 nodes are not real, so jobs are held; sbatch's own time is
+taken off.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
 import struct
 import subprocess
@@ -22,8 +24,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -39,11 +43,6 @@ RANKS = NODES[-1] * GPUS
 RUNS, OPEN_RUNS = 1000, 50
 STEPS = 1_000_000
 DISTFT = (sys.executable, "-m", "distft")
-COMMANDS = {
-    "render": "render",
-    "launch --dry-run": "launch --dry-run",
-    "launch": "launch, less sbatch's time,",
-}
 
 COMMAND_SECONDS, STATUS_SECONDS, FAILED_SECONDS = 0.5, 1.0, 2.0
 NOISE = 1.5  # two timings of the same work may differ by as much
@@ -59,14 +58,23 @@ class Figure:
     unit: str
     bound: float | None = None
     median: float | None = None
+    cpu: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.bound is None or self.value <= self.bound
 
 
-def seconds(what: str, times: list[float], bound: float | None = None) -> Figure:
-    return Figure(what, min(times), "s", bound, statistics.median(times))
+class Took(NamedTuple):
+    """Seconds of a process, start to end."""
+
+    wall: float
+    cpu: float  # user and system
+
+
+def seconds(what: str, times: list[Took], bound: float) -> Figure:
+    walls = [took.wall for took in times]
+    return Figure(what, min(walls), "s", bound, statistics.median(walls), min(took.cpu for took in times))
 
 
 def main() -> None:
@@ -90,7 +98,7 @@ def main() -> None:
         rows = [{**asdict(figure), "ok": figure.ok} for figure in figures]
         print(json.dumps({"rounds": options.rounds, "launch_skipped": skipped, "figures": rows}))
     else:
-        print(f"{'best of ' + str(options.rounds):>58}{'median':>12}{'bound':>12}")
+        print(f"{'best of ' + str(options.rounds):>58}{'median':>12}{'CPU':>12}{'bound':>12}")
         for figure in figures:
             print(_line(figure))
         if skipped:
@@ -99,62 +107,65 @@ def main() -> None:
 
 
 def _line(figure: Figure) -> str:
-    numbers = (figure.value, figure.median, figure.bound)
+    numbers = (figure.value, figure.median, figure.cpu, figure.bound)
     columns = "".join(f"{'' if number is None else f'{number:.2f} {figure.unit}':>12}" for number in numbers)
     return f"{figure.what:<46}{columns}{'' if figure.bound is None else '   ok' if figure.ok else '   OVER'}"
 
 
-def run(command: tuple[str, ...], folder: Path, env: dict[str, str] | None = None) -> tuple[float, str]:
-    """Seconds of the whole process, and what it printed."""
-    began = time.perf_counter()
+def run(command: tuple[str, ...], folder: Path, env: dict[str, str] | None = None) -> tuple[Took, str]:
+    """How long it took, and what it printed."""
+    began, used = time.perf_counter(), _cpu_of_children()
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    took = time.perf_counter() - began
+    took = Took(time.perf_counter() - began, _cpu_of_children() - used)
     if done.returncode:
         sys.exit(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
     return took, done.stdout
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 # ---- plan, render and launch for up to 1,024 nodes
 
 
 def commands(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figure]:
-    """render, launch --dry-run, and launch --detach (plan, sbatch --test-only, write, sbatch) less sbatch's time."""
+    """render, launch --dry-run, and a real launch: plan, sbatch --test-only, write, sbatch."""
     write_inputs(folder)
-    env, spent = dict(os.environ), folder / "spent"
-    if cluster:  # a clock around sbatch
+    env, clock = dict(os.environ), folder / "clock"
+    clock.touch()
+    argv = {"render": ["-o"], "launch --dry-run": ["--json"]}
+    if cluster:
         sbatch = f'began=$EPOCHREALTIME\n{cluster.bin}/sbatch "$@"\nrc=$?'
-        sbatch += f'\necho "$began $EPOCHREALTIME" >>{spent}\nexit $rc'
+        sbatch += f'\necho "$began $EPOCHREALTIME" >>{clock}\nexit $rc'
         env = with_command(cluster.env(), folder / "bin", "sbatch", sbatch)
-    times: dict[tuple[str, int], list[float]] = {}
-    sizes, sbatch_times = {}, []
-    for number in range(rounds + 1):
-        for nodes in NODES:
-            where = ("--cluster", "site.yaml", "--nodes", str(nodes))
-            rendered = folder / f"rendered-{number}-{nodes}"
-            took = {"render": run((*DISTFT, "render", "recipe.yaml", *where, "-o", str(rendered)), folder, env)[0]}
-            sizes[nodes] = sum(path.stat().st_size for path in rendered.rglob("*") if path.is_file())
-            dry_run = (*DISTFT, "launch", "recipe.yaml", *where, "--dry-run", "--json")
-            took["launch --dry-run"], shown = run(dry_run, folder, env)
-            assert json.loads(json.loads(shown)["files"]["plan.json"])["topology"]["world_size"] == nodes * GPUS
-            if cluster:
-                took["launch"], _ = run((*DISTFT, "launch", "recipe.yaml", *where, "--detach"), folder, env)
-                calls = [[float(clock) for clock in line.split()] for line in spent.read_text().splitlines()]
-                assert len(calls) == 2, "--test-only, and the submission"
-                own = [after - before for before, after in calls]
-                took["launch"] -= sum(own)
-                sbatch_times += own
-                spent.unlink()
-            for what, value in took.items() if number else ():  # the first round fills the disk cache
-                times.setdefault((what, nodes), []).append(value)
-    for what, nodes in sorted(times, key=lambda key: list(COMMANDS).index(key[0])):
-        yield seconds(f"{COMMANDS[what]} --nodes {nodes}", times[what, nodes], COMMAND_SECONDS)
-    if sbatch_times:
-        yield seconds("  sbatch itself, a call", sbatch_times)
-    written = sizes[NODES[-1]] / sizes[1]
-    yield Figure("what is written, 1,024 nodes to 1", written, "x")
-    for what in dict.fromkeys(what for what, _ in times):
-        growth = min(times[what, NODES[-1]]) / min(times[what, 1])
-        yield Figure(f"time of {what}, 1,024 nodes to 1", growth, "x", max(1.0, written) * NOISE)
+        argv["launch --detach"] = []
+    times: dict[tuple[str, int], list[Took]] = {(what, nodes): [] for what in argv for nodes in NODES}
+    written, of_sbatch = {}, []
+    for number, nodes, what in product(range(rounds + 1), NODES, argv):
+        last = [f"rendered-{number}-{nodes}"] if what == "render" else []
+        where = ("recipe.yaml", "--cluster", "site.yaml", "--nodes", str(nodes))
+        took, shown = run((*DISTFT, *what.split(), *where, *argv[what], *last), folder, env)
+        if what == "launch --dry-run":
+            files = json.loads(shown)["files"]
+            assert json.loads(files["plan.json"])["topology"]["world_size"] == nodes * GPUS
+            written[nodes] = sum(map(len, files.values()))
+        own = [float(after) - float(before) for before, after in map(str.split, clock.read_text().splitlines())]
+        assert len(own) == (2 if what == "launch --detach" else 0), "--test-only, and the submission"
+        clock.write_text("")
+        if number:  # the first round fills the disk cache
+            times[what, nodes].append(took._replace(wall=took.wall - sum(own)))
+            of_sbatch += own
+    for (what, nodes), values in times.items():
+        yield seconds(f"{what} --nodes {nodes}", values, COMMAND_SECONDS)
+    if of_sbatch:
+        yield Figure("  sbatch itself, taken off, a call", min(of_sbatch), "s", None, statistics.median(of_sbatch))
+    more = written[NODES[-1]] / written[1]
+    yield Figure("what is written, 1,024 nodes to 1", more, "x")
+    for what in argv:
+        most, least = (min(took.cpu for took in times[what, nodes]) for nodes in (NODES[-1], 1))
+        yield Figure(f"CPU of {what}, 1,024 nodes to 1", most / least, "x", max(1.0, more) * NOISE)
 
 
 def write_inputs(folder: Path) -> None:

@@ -170,8 +170,7 @@ class Launch:
         run = self.create()
         started(run)
         job = self.job(run)
-        run.write(render(job))
-        run.update_status(state="queued", name=job.name)
+        run.fill(render(job), job.name)
         say(console, [f"run: {run.path}"])
         if self.detach:
             local.detach(run)
@@ -302,8 +301,7 @@ def preflight(place: Place, console: Console) -> dict[str, Any]:
     ended = None
     try:
         if slurm.allocation():
-            run.write({SBATCH: slurm.render(job)})
-            run.update_status(state="queued", name=job.name)
+            run.fill({SBATCH: slurm.render(job)}, job.name)
             local.supervise(run)
         else:
             say(console, [f"job {slurm.submit(job)} is queued: {run.path}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -170,10 +171,19 @@ class RunDir:
         with (self.logs / "jobs").open("a") as file:
             file.write(f"{job_id}\n")
 
-    def write(self, files: Mapping[str, str]) -> None:
-        """Write files by name."""
-        for name, text in files.items():
-            (self.path / name).write_text(text)
+    def fill(self, files: Mapping[str, str], name: str) -> None:
+        """Write the files of a run that is to start, by name, and its first status.
+
+        Raises:
+            RecipeError: they cannot be written; the run directory is removed.
+        """
+        try:
+            for file, text in files.items():
+                (self.path / file).write_text(text)
+            self.update_status(state="queued", name=name)
+        except OSError as error:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise RecipeError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
 
     def read_status(self) -> dict[str, Any]:
         """status.json; {} before the first write."""

@@ -92,8 +92,7 @@ class Sweep:
         (folder / "logs").rmdir()
         for k, (job, _) in enumerate(zip(self.jobs(folder), files, strict=True)):
             RunDir.create(str(folder), str(k), exact=True)
-            job.run.write(launching.render(job))
-            job.run.update_status(state="queued", name=job.name)
+            job.run.fill(launching.render(job), job.name)
         (folder / SWEEP).write_text(json.dumps({"sets": self.sets}, indent=1) + "\n")
         (folder / SBATCH).write_text(self.script(folder))
         job_id = slurm.client("sbatch", "--parsable", str(folder / SBATCH)).stdout.strip().split(";")[0]

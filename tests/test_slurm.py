@@ -297,6 +297,49 @@ def test_no_slurm_here(site: Site) -> None:
     assert "sbatch: no such command here; run distft on a host with SLURM's client commands" in done.stderr
 
 
+def test_a_full_runs_dir(namespaces: Cluster, site: Site) -> None:
+    """For the launcher alone: what the nodes lack, the preflight finds."""
+    site.runs.mkdir()
+    launch = f"{sys.executable} -m distft launch recipe.yaml --cluster site.yaml"
+    full = f"mount -t tmpfs -o size=8k tmpfs {site.runs} && {launch}; status=$?; ls -A {site.runs}; exit $status"
+    command = ["unshare", "--mount", "bash", "-c", full]
+    env = {**site.cluster.env(), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=site.folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "tiny" not in done.stdout.splitlines()
+    assert namespaces.run("squeue", "-h", "-t", "pending,running").stdout == ""
+
+
+def test_accounting(tiny: Tiny, tmp_path: Path) -> None:
+    """With slurmdbd: sacct knows what squeue has forgotten, and accounts are checked before anything is queued."""
+    if why := slurm_cluster.missing(accounting=True):
+        (pytest.fail if os.environ.get("DISTFT_REQUIRE_SLURM") else pytest.skip)(why)
+    extra = "MinJobAge=2\nAccountingStorageEnforce=associations"
+    with Cluster(tmp_path / "slurm", nodes=2, accounting=True, extra_conf=extra) as cluster:
+        cluster.run("sacctmgr", "-i", "add", "account", "mine")
+        cluster.run("sacctmgr", "-i", "add", "user", "root", "account=mine")
+        site = Site(cluster, tmp_path / "site", tiny, slurm={"account": "mine", "cpus_per_task": 2})
+        site.recipe(**LONG)
+        run_dir = site.launch("--detach", nodes=1).run_dir
+        job = (run_dir / "logs" / "jobs").read_text().split()[0]
+        cluster.run("scancel", job)
+        deadline = time.monotonic() + 60
+        while job in cluster.run("squeue", "-h", "-t", "all", "-o", "%i").stdout.split():
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        status = site.wait(run_dir, lambda status: status["state"] != "queued", 60)
+        assert (status["state"], status["slurm_state"]) == ("cancelled", "CANCELLED")
+        said = site.run("launch", "recipe.yaml", *CLUSTER, "--account", "theirs", expect=2).stderr
+        assert "mend: set slurm.account" in said
+        assert "right: slurm.account mine" in site.run("cluster", "check", "site.yaml").stdout
+        site.profile(slurm={"account": "theirs"})
+        assert (
+            "wrong: slurm.account theirs: not one of mine" in site.run("cluster", "check", "site.yaml", expect=2).stdout
+        )
+
+
 def test_profiles_by_name(site: Site) -> None:
     home = site.folder / "config"
     (home / "distft" / "clusters").mkdir(parents=True)

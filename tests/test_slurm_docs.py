@@ -24,7 +24,7 @@ def test_every_command(tiny: Tiny, tmp_path: Path) -> None:
         (pytest.fail if os.environ.get("DISTFT_REQUIRE_SLURM") else pytest.skip)(why)
     folder = tmp_path / "home"
     (folder / "demo").mkdir(parents=True)
-    recipe = tiny.recipe(name="quickstart", training__max_steps=20)
+    recipe = tiny.recipe(name="quickstart", training__max_steps=8)
     (folder / "demo" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     commands_here = tmp_path / "bin"
     commands_here.mkdir()

@@ -5,14 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-import tempfile
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +60,8 @@ def _check(name: str, state: str, said: str) -> Check:
 
 def _shown(checks: Iterable[Check]) -> Iterator[Check]:
     """Print each as it comes, to the width of the terminal."""
+    import textwrap
+
     width = shutil.get_terminal_size().columns
     fill = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False).fill
     for check in checks:
@@ -97,6 +94,8 @@ def _local() -> Iterator[Check]:
 
 
 def _python() -> Iterator[Check]:
+    import platform
+
     import distft
 
     yield _check("python", "right", f"python {platform.python_version()} in {sys.prefix}")
@@ -105,6 +104,8 @@ def _python() -> Iterator[Check]:
 
 def _packages() -> Iterator[Check]:
     """distft[train] by its metadata: nothing is imported."""
+    from importlib import metadata
+
     from distft import train_part
 
     missing = []
@@ -124,6 +125,8 @@ def _packages() -> Iterator[Check]:
 
 
 def _gpus() -> Iterator[Check]:
+    import subprocess
+
     from distft.devices import GIB, visible_gpus
 
     gpus = visible_gpus()
@@ -164,6 +167,8 @@ def _slurm() -> Iterator[Check]:
 
 def _cache() -> Iterator[Check]:
     """The folder of prepared data, or the one that it will be made in, is really written to."""
+    import tempfile
+
     from distft.train.checks import GIB, MIN_FREE
 
     own = os.environ.get("DISTFT_CACHE")
@@ -173,7 +178,8 @@ def _cache() -> Iterator[Check]:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"distft")
     except OSError as error:
-        yield _check("cache", "wrong", f"cache {cache}: {folder} cannot be written ({error.strerror}); set DISTFT_CACHE")
+        why = f"{folder} cannot be written ({error.strerror})"
+        yield _check("cache", "wrong", f"cache {cache}: {why}; set DISTFT_CACHE")
         return
     free = shutil.disk_usage(folder).free
     yield _check("cache", "right" if free >= MIN_FREE else "wrong", f"cache {cache}: {free / GIB:.1f} GiB free")
@@ -195,6 +201,8 @@ def _hub() -> Iterator[Check]:
 
 def _training() -> Iterator[Check]:
     """What takes torch, in a process of its own: the command line never imports it."""
+    import subprocess
+
     if importlib.util.find_spec("torch") is None:
         return  # missing, as was said
     done = subprocess.run([sys.executable, "-m", "distft.train.doctor"], capture_output=True, text=True)
@@ -227,9 +235,10 @@ def _nodes(place: Place, as_json: bool) -> Iterator[Check]:
     well = [report for report in found["reports"] if found["nodes"][report["rank"]] not in found["bad"]]
     if well:
         facts = [report["facts"] for report in well]
-        versions = f"python {facts[0]['python']}, torch {facts[0]['torch']}"
-        slowest = min(fact["tflops"] for fact in facts)
-        yield _check("nodes", "right", f"nodes that are well: {len(well)} ({versions}, {slowest:.2f} TFLOP/s at least)")
+        what = f"python {facts[0]['python']}, torch {facts[0]['torch']}"
+        if facts[0]["device"] == "cuda":
+            what += f", {min(fact['tflops'] for fact in facts):.0f} TFLOP/s at least"
+        yield _check("nodes", "right", f"nodes that are well: {len(well)} ({what})")
     speeds = [pair["gb_per_s"] for report in well for pair in report.get("pairs", ()) if "gb_per_s" in pair]
     if speeds:
         yield _check("network", "right", f"all-reduce between neighbours: {min(speeds):.2f} GB/s at least")

@@ -145,9 +145,7 @@ def render(recipe: str, place: Place, sets: tuple[str, ...], output: str) -> Non
     planned = launching.Launch(loaded, plan, place)
     launching.render(planned.job(RunDir(target)))  # before anything is written: the template may be wrong
     run = RunDir.create(str(target.parent), target.name, exact=True)
-    job = planned.job(run)
-    run.write(launching.render(job))
-    run.update_status(state="queued", name=job.name)
+    run.fill(launching.render(planned.job(run)), loaded.name)
     how = "sbatch" if place.cluster else "bash"
     click.echo(f"wrote {run.path}; start it with: {how} {quote(str(run.script))}")
 

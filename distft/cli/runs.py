@@ -24,7 +24,8 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
     from distft.run_dir import SWEEP, RunDir
 
     folder = Path(output_dir)
-    sweeps = [path for word in runs for path in (Path(word), folder / word) if sweep.runs_of(path)]
+    places = dict.fromkeys(path for word in runs for path in (Path(word), folder / word))
+    sweeps = [path for path in places if sweep.runs_of(path)]
     if sweeps and not as_json:
         for path in sweeps:
             click.echo("\n".join(sweep.table(path)))

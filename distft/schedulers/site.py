@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import shutil
@@ -80,7 +81,7 @@ def accounts() -> list[tuple[str, str]] | None:
     """The user's (account, qos list) pairs; None where the cluster keeps no accounts."""
     if not shutil.which("sacctmgr"):
         return None
-    user = f"user={os.environ.get('USER') or os.getuid()}"
+    user = f"user={getpass.getuser()}"
     done = slurm.client("sacctmgr", "-n", "-P", "show", "associations", user, "format=account,qos", check=None)
     if done.returncode:
         return None

@@ -265,8 +265,7 @@ def submit(job: Job) -> str:
     Raises:
         SubmitError: SLURM refused it; the run directory is removed.
     """
-    job.run.write({**job.files, SBATCH: render(job)})
-    job.run.update_status(state="queued", name=job.name)
+    job.run.fill({**job.files, SBATCH: render(job)}, job.name)
     try:
         job_id = client("sbatch", "--parsable", str(job.run.path / SBATCH)).stdout.strip().split(";")[0]
     except SubmitError:

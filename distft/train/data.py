@@ -88,7 +88,10 @@ def load_prepared(recipe: Recipe) -> Prepared:
 
     folder = data_files.cache_folder(recipe)
     if not data_files.is_prepared(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"DISTFT_CACHE: {folder.parent} cannot be written ({error.strerror})") from None
         with (folder.parent / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not data_files.is_prepared(folder):
@@ -115,6 +118,8 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
         except OSError:  # another node was quicker on a shared file system: the same content by its name
             if not data_files.is_prepared(folder):
                 raise
+    except OSError as error:
+        raise DataError(f"DISTFT_CACHE: {folder.parent} cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -36,7 +35,8 @@ def main() -> None:
     else:
         verdicts = {name: apart(check) for name, check in CHECKS.items()}
         found = [{"name": name, "state": v[0], "said": v[1]} for name, v in verdicts.items() if v]
-    json.dump(found, out)
+    out.write(json.dumps(found))
+    out.close()
 
 
 def first_line(error: Exception) -> str:
@@ -111,13 +111,14 @@ def products() -> Verdict:
 
     from distft.train import checks
 
-    found = checks.Findings()
-    checks.products(found, torch.cuda.device_count())
-    gpus = torch.cuda.device_count()
-    where = f"each of {gpus} GPUs, {{:.0f}} TFLOP/s in bf16 at least" if gpus else "the CPU, {:.2f} TFLOP/s in float32"
+    found, gpus = checks.Findings(), torch.cuda.device_count()
+    checks.products(found, gpus)
     if found.problems:
         return "wrong", "; ".join(found.problems)
-    return "right", f"matrix products on {where.format(found.facts['tflops'])}"
+    speed = found.facts["tflops"]
+    if gpus:
+        return "right", f"matrix products on {gpus} GPU{'s' * (gpus > 1)}: {speed:.0f} TFLOP/s at least (bf16)"
+    return "right", f"matrix products on the CPU: {1000 * speed:.0f} GFLOP/s (float32)"
 
 
 def flash_attention() -> Verdict:

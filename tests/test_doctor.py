@@ -1,0 +1,176 @@
+"""doctor: what it says of this machine, of a broken one, of a light install, and of the nodes of a real cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import test_light_part
+import test_slurm
+from conftest import distft
+from slurm_cluster import Cluster
+from test_light_part import light
+from test_slurm import CLUSTER, Site
+
+from distft import train_part
+
+light_site = test_light_part.site
+cluster, namespaces, site = test_slurm.cluster, test_slurm.namespaces, test_slurm.site
+
+RAISES = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa\\nmore')"
+FUNCTION = "__version__ = '2.8.0'\ndef flash_attn_func(q, k, v, causal):\n    "
+SDPA = """import torch.nn.functional as F
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)"""
+
+
+def fake(folder: Path, text: str) -> dict[str, str]:
+    """An environment with a flash_attn of this text."""
+    (folder / "flash_attn.py").write_text(text + "\n")
+    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    done = distft("doctor", "--json", cwd=tmp_path, env={"HF_TOKEN": "hf_never-shown"})
+    assert done.returncode == 0, done.stdout
+    answer = json.loads(done.stdout)
+    assert answer["right"] is True
+    states = {check["name"]: check["state"] for check in answer["checks"]}
+    said = [check["said"] for check in answer["checks"]]
+    packages = [name for name, _ in train_part.requirements()]
+    assert len(packages) == 10
+    assert {f"{name} {metadata.version(name)}" for name in packages} <= {*said}
+    for name in ("imports", "products", "bitsandbytes", "all-reduce", "cache", "hub", "hub token"):
+        assert states[name] == "right", answer
+    assert "hub token: in HF_TOKEN" in " ".join(said)
+    assert "hf_never-shown" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_hides_nothing(tmp_path: Path) -> None:
+    env = {"COLUMNS": "80", "DISTFT_CACHE": "/tmp/distft-doctor"}
+    done = distft("doctor", cwd=tmp_path, env=fake(tmp_path, RAISES) | env)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = done.stdout.replace("\n  ", " ")
+    assert "wrong: flash-attn: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c104" in text
+    assert f"right: torch {metadata.version('torch')}\n" in text
+    assert "right: all-reduce over " in text
+    assert "flash-attn" in lines[-1] and lines[-1].startswith("to mend: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "said"),
+    [
+        (FUNCTION + SDPA, "right", "flash-attn 2.8.0: as SDPA"),
+        (FUNCTION + "raise RuntimeError('no kernel image is available')", "wrong", "RuntimeError: no kernel image is"),
+        (FUNCTION + "return v", "wrong", "flash-attn 2.8.0: off from SDPA by "),
+        (FUNCTION + "import os; os.kill(os.getpid(), 11)", "wrong", "killed by SIGSEGV"),
+        (RAISES, "wrong", "ImportError: flash_attn_2_cuda.so: undefined symbol"),
+        ("raise ImportError('libcuda.so.1: cannot open shared object file')", "absent", "it needs a GPU to be tried"),
+    ],
+    ids=["works", "raises", "wrong numbers", "crashes", "not imported", "needs a GPU"],
+)
+def test_flash_attention_is_run(tmp_path: Path, text: str, state: str, said: str) -> None:
+    import torch
+
+    if state == "absent" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    program = "import torch; from distft.train import doctor; print(*doctor.apart(doctor.flash_attention))"
+    env = {**os.environ, **fake(tmp_path, text)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.startswith(f"{state} flash-att"), done.stderr
+    assert said in done.stdout
+
+
+def test_a_light_install(light_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTFT_CACHE", "/proc/cache")
+    monkeypatch.setenv("COLUMNS", "80")
+    done = light(light_site, "doctor", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    text = done.stdout.replace("\n  ", " ")
+    assert "\nmissing: torch, transformers, " in text
+    assert ': pip install "distft[train]"\n' in text
+    assert "wrong: cache /proc/cache: /proc cannot be written" in text
+    assert text.endswith("to mend: distft[train], cache\n")
+    answer = json.loads(light(light_site, "doctor", "--json", cwd=tmp_path).stdout)
+    assert answer["right"] is False
+    assert answer["checks"][0]["name"] == "python"
+
+
+def test_what_needs_a_cluster(tmp_path: Path) -> None:
+    done = distft("doctor", "--nodes", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--nodes needs --cluster PROFILE" in done.stderr
+
+
+# ---- on a cluster
+
+
+@pytest.mark.slurm
+def test_the_login_node(cluster: Cluster, light_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.env()[name])
+    monkeypatch.setenv("DISTFT_CLUSTER", str(tmp_path / "site.yaml"))  # no reason to start a job
+    (tmp_path / "site.yaml").write_text(f"runs_dir: {tmp_path}/runs\nnode: {{gpus_per_node: 0}}\n")
+    checks = json.loads(light(light_site, "doctor", "--json", cwd=tmp_path).stdout)["checks"]
+    found = next(check for check in checks if check["name"] == "slurm")
+    assert found["state"] == "right", found
+    assert found["said"].startswith("slurm") and "partitions debug, " in found["said"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slurm
+def test_the_nodes_of_a_cluster(site: Site) -> None:
+    done = site.run("doctor", *CLUSTER, "--nodes", "3")
+    assert "right: nodes that are well: 3 (python 3" in done.stdout
+    assert "right: all-reduce between neighbours: " in done.stdout
+    assert done.stdout.endswith("all is well\n")
+    status = site.status(site.runs / "doctor")
+    assert status["state"] == "completed"
+    script = (site.runs / "doctor" / "job.sbatch").read_text()
+    assert "distft.train.preflight" in script
+    assert "torch.distributed.run" not in script
+
+
+@pytest.mark.slurm
+def test_a_bad_node_is_named(namespaces: Cluster, site: Site) -> None:
+    site.runs.mkdir()
+    site.profile(requeue=1)
+    namespaces.mount_over("node2", site.runs)
+    try:
+        done = site.run("doctor", *CLUSTER, "--nodes", "3", "--json", expect=1)
+    finally:
+        namespaces.unmount("node2", site.runs)
+    answer = json.loads(done.stdout)
+    assert answer["right"] is False
+    bad = [check for check in answer["checks"] if check["state"] == "wrong"]
+    assert [check["name"] for check in bad] == ["node2"]
+    assert "is its file system mounted?" in bad[0]["said"]
+    assert any(check["said"].startswith("nodes that are well: 2 ") for check in answer["checks"])
+    assert len({*(site.runs / "doctor" / "logs" / "jobs").read_text().split()}) == 1  # not submitted again
+
+
+@pytest.mark.slurm
+def test_a_job_that_ends_without_a_word(site: Site) -> None:
+    site.profile(setup=["echo the module is not there; exit 7"], python=sys.executable)
+    done = site.run("doctor", *CLUSTER, "--json", expect=1)
+    assert [check["name"] for check in json.loads(done.stdout)["checks"]] == ["job"]
+    done = site.run("doctor", *CLUSTER, "--partition", "nowhere", expect=2)
+    assert "set slurm.partition, or --partition" in done.stderr
+    assert not (site.runs / "doctor-2").exists()
+
+
+@pytest.mark.slurm
+def test_inside_an_allocation(site: Site) -> None:
+    command = [sys.executable, "-m", "distft", "doctor", "--nodes", "2"]
+    done = site.cluster.run("salloc", "-N2", "--cpus-per-task=2", *command, cwd=site.folder, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "right: nodes that are well: 2 " in done.stdout

@@ -229,15 +229,23 @@ def with_command(env: dict[str, str], folder: Path, name: str, script: str) -> d
 
 # ---- status of 1,000 runs
 
+# squeue where there is no SLURM: its last argument is the format of a line.
+STUB = (
+    """
+for id in {1..%d}; do
+  line=${!#} line=${line//\\%%[iA]/$id} line=${line//\\%%T/PENDING}
+  echo "${line//\\%%[a-zA-Z]/N/A}"
+done"""
+    % OPEN_RUNS
+)
+
 
 def status(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figure]:
     """Local and SLURM runs that have ended, and 50 that are queued. Where there is no SLURM, a stub answers for it."""
     folder.mkdir()
     sbatch = ("sbatch", "--parsable", "--hold", "--partition=big", "--output=/dev/null", "--wrap=true")
     queued = [cluster.run(*sbatch).stdout.strip() if cluster else str(k) for k in range(1, OPEN_RUNS + 1)]
-    answer = folder / "answer"
-    answer.write_text("".join(f"{job_id}|PENDING|JobHeldUser|N/A|\n" for job_id in queued))
-    squeue = f'{cluster.bin}/squeue "$@"' if cluster else f"cat {answer}"
+    squeue = f'{cluster.bin}/squeue "$@"' if cluster else STUB
     asked = folder / "asked"
     environment = cluster.env() if cluster else dict(os.environ)
     env = with_command(environment, folder / "bin", "squeue", f"echo >>{asked}\n{squeue}")

@@ -1,11 +1,10 @@
-"""WHERE and HOW WIDE: a site's profile (it never names a model), and the topology of a job."""
+"""WHERE: a site's profile. It never names a model."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,23 +149,6 @@ class Cluster(Group):
 
     template: NonEmpty | None = None
     """A job template of one's own (`distft slurm template`), relative to the profile's folder."""
-
-
-@dataclass(frozen=True)
-class Topology:
-    """`nnodes` machines with `nproc_per_node` ranks each."""
-
-    nnodes: int
-    nproc_per_node: int
-
-    def __post_init__(self) -> None:
-        for option, value in (("--nodes", self.nnodes), ("--gpus-per-node", self.nproc_per_node)):
-            if value < 1:
-                raise ClusterError(f"{option}: got {value}, need >= 1")
-
-    @property
-    def world_size(self) -> int:
-        return self.nnodes * self.nproc_per_node
 
 
 def profiles_dir() -> Path:

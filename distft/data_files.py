@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -234,10 +233,16 @@ def first_format(sources: list[str]) -> str:
     return detect_format(row) if row else "text"
 
 
+def cache_root() -> Path:
+    """distft's cache: DISTFT_CACHE, else the user's."""
+    own = os.environ.get("DISTFT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+
+
 def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
     """Where the prepared data of a recipe lies: a name made of the content of all that goes into it.
 
-    Under `root`, else DISTFT_CACHE, else the user's cache.
+    Under `root`, else `cache_root()`.
     """
     digest = hashlib.sha256()
 
@@ -261,12 +266,7 @@ def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
         add(model.name_or_path, model.revision)
     if data.chat_template:
         add(Path(data.chat_template).read_bytes())
-    root = (
-        root
-        or os.environ.get("DISTFT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
-    )
-    return Path(root) / "data" / digest.hexdigest()[:32]
+    return (Path(root) if root else cache_root()) / "data" / digest.hexdigest()[:32]
 
 
 def _file_digest(path: Path) -> bytes:
@@ -278,6 +278,8 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -7,9 +7,13 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from distft.cluster import Cluster, Topology
 from distft.errors import ClusterError
+from distft.topology import Topology
+
+if TYPE_CHECKING:
+    from distft.cluster import Cluster
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import yaml
 
-from distft.cluster import Cluster, Topology, load_cluster
+from distft.cluster import Cluster, load_cluster
 from distft.job import Job
 from distft.run_dir import RECIPE, RunDir
 from distft.schedulers import slurm
 from distft.strategies.accelerate import accelerate_config
 from distft.strategies.deepspeed import portable_config
+from distft.topology import Topology
 from distft.torchrun import RANK_ENVIRONMENT, torchrun_argv
 
 # ZeRO-1 with offload is left out: ZeRO-2 moves as much and keeps less on the GPU.

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from distft import run_dir as names
-from distft.cluster import Cluster, Topology
 from distft.loading import dump_recipe
 from distft.planner.plan import Plan, plan_json
 from distft.recipe import Recipe, ScriptSettings
@@ -20,7 +19,11 @@ from distft.run_dir import RunDir
 from distft.strategies import merge
 from distft.strategies.accelerate import accelerate_config
 from distft.strategies.deepspeed import deepspeed_config, portable_config
+from distft.topology import Topology
 from distft.torchrun import RANK_ENVIRONMENT, threads_here, torchrun_argv
+
+if TYPE_CHECKING:
+    from distft.cluster import Cluster
 
 
 @dataclass(frozen=True)

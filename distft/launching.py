@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import data_files, report, schedulers, train_part
-from distft.cluster import Cluster, Topology
 from distft.devices import Device, cluster_device, local_device, only_this_machine, topology_here
 from distft.errors import DataError, MissingPartError, RecipeError, RunError, SubmitError
 from distft.job import Job, cluster_python, recipe_job, script_job
@@ -24,12 +23,15 @@ from distft.recipe import Recipe, ScriptSettings
 from distft.run_dir import FINISHED, SBATCH, SCRIPT, RunDir
 from distft.schedulers import local, slurm
 from distft.shell import quote
+from distft.topology import Topology
 
 FOLLOW_SECONDS = 0.3
 SLURM_SECONDS = 15.0  # the longest between two questions to SLURM: controllers suffer from those who ask often
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from distft.cluster import Cluster
 
 
 @dataclass(frozen=True)

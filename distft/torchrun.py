@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from distft.cluster import Topology
+from distft.topology import Topology
 
 # Variables that every rank needs whatever it trains.
 RANK_ENVIRONMENT = {

@@ -23,7 +23,7 @@ def require() -> None:
         except metadata.PackageNotFoundError:
             missing.append(name)
             continue
-        if not _within(version, bounds):
+        if not within(version, bounds):
             wrong.append(
                 f"{name} {version} (works: {', '.join(op + bound for op, bound in sorted(bounds, reverse=True))})"
             )
@@ -44,7 +44,8 @@ def requirements() -> list[tuple[str, list[tuple[str, str]]]]:
     return found
 
 
-def _within(version: str, bounds: list[tuple[str, str]]) -> bool:
+def within(version: str, bounds: list[tuple[str, str]]) -> bool:
+    """Whether a version lies in all the bounds, as `requirements` gives them."""
     have = _release(version)
     return all(
         {">=": have >= bound, "<=": have <= bound, "<": have < bound, ">": have > bound, "==": have == bound}[op]

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from distft import goldens
-from distft.cluster import Topology
 from distft.planner.batch import Batch
 from distft.planner.model_shapes import ModelShape
 from distft.recipe import Recipe
 from distft.strategies import merge
 from distft.strategies.accelerate import accelerate_config, accelerate_environment, fsdp_config
 from distft.strategies.deepspeed import LARGEST_BUCKET, SMALLEST_BUCKET, bucket_size, deepspeed_config, portable_config
+from distft.topology import Topology
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("accelerate")

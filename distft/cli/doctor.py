@@ -115,7 +115,7 @@ def _packages() -> Iterator[Check]:
         except metadata.PackageNotFoundError:
             missing.append(name)
             continue
-        if train_part._within(version, bounds):
+        if train_part.within(version, bounds):
             yield _check(name, "right", f"{name} {version}")
         else:
             works = ", ".join(op + bound for op, bound in sorted(bounds, reverse=True))
@@ -169,10 +169,10 @@ def _cache() -> Iterator[Check]:
     """The folder of prepared data, or the one that it will be made in, is really written to."""
     import tempfile
 
+    from distft import data_files
     from distft.train.checks import GIB, MIN_FREE
 
-    own = os.environ.get("DISTFT_CACHE")
-    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+    cache = data_files.cache_root()
     folder = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

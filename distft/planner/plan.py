@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distft.cluster import Topology
 from distft.devices import Device
 from distft.errors import PlanError
 from distft.planner import batch as batches
@@ -14,6 +13,7 @@ from distft.planner.batch import Batch
 from distft.planner.memory import Memory
 from distft.planner.model_shapes import ModelShape, read_model_shape
 from distft.recipe import Parallelism, Recipe
+from distft.topology import Topology
 
 GIB = 2**30
 

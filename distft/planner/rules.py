@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distft.cluster import Topology
 from distft.devices import Device
 from distft.errors import PlanError
 from distft.recipe import Recipe
+from distft.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from distft.cluster import Cluster, Topology
+from distft.cluster import Cluster
 from distft.devices import GPUS
 from distft.errors import DistftError, SubmitError
 from distft.job import Job
 from distft.run_dir import RunDir
 from distft.schedulers import slurm
+from distft.topology import Topology
 
 SINFO = "%P|%a|%l|%D|%c|%m|%G|%f"
 

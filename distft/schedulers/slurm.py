@@ -15,13 +15,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distft.cluster import Cluster
 from distft.errors import ClusterError, RunError, SubmitError
 from distft.job import Job, cluster_python
 from distft.run_dir import FINISHED, SBATCH, RunDir
 from distft.shell import quote, sbatch_quote
+
+if TYPE_CHECKING:
+    from distft.cluster import Cluster
 
 CLIENT_SECONDS = 30
 TEMPLATE = "job.sbatch"

@@ -406,6 +406,17 @@ def test_preflight_without_budget_fails_saying_which_node(namespaces: Cluster, s
     assert time.monotonic() - began < 60
 
 
+def test_preflight_counts_the_gpus(site: Site) -> None:
+    """The cluster's GPUs are no GPUs for torch: SLURM hands them out, and the preflight finds none."""
+    site.profile(preflight=True, node={"gpus_per_node": 2, "gpu": "H100"})
+    result = site.launch(nodes=2, expect=1)
+    assert "#SBATCH --gpus-per-node=2\n" in (result.run_dir / "job.sbatch").read_text()
+    for node in ("node1", "node2") if site.cluster.mode == "namespaces" else ("",):
+        assert f"bad node {node}" in result.stderr
+    assert "2 GPUs were asked for, 0 are visible here" in result.stderr
+    assert "preflight: bad node" in site.run("logs", str(result.run_dir)).stdout
+
+
 # ---- files that stand on their own
 
 

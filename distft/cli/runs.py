@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ def _line(run: dict[str, Any]) -> str:
 @click.option("--failed", is_flag=True, help="The first failing rank's error instead.")
 @options.runs_dir
 def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
-    """Print the log of a rank of RUN."""
+    """Print the log of a rank of RUN; of its job, while there are no ranks yet."""
     from distft.errors import RecipeError
     from distft.failure import first_failure
+    from distft.launching import SLURM_SECONDS
     from distft.run_dir import FINISHED, RunDir, read_blocks
     from distft.schedulers import state_now
 
@@ -80,13 +82,20 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
         return
     path = found.rank_log(rank)
     if not path.exists() and not follow:
+        before_ranks = found.job_logs()
+        if before_ranks and not any(found.logs.glob("rank-*.log")):  # still in its setup or preflight, or failed there
+            path = before_ranks[-1]
+    if not path.exists() and not follow:
         ranks = sorted(int(p.stem.removeprefix("rank-")) for p in found.logs.glob("rank-*.log"))
         raise RecipeError(
             f"--rank: got {rank}; {found.path.name} has logs of {', '.join(map(str, ranks)) or 'no rank yet'}"
         )
-    offset = 0
+    offset, asked, wait = 0, -math.inf, SLURM_SECONDS if found.jobs() else 1.0
     while True:
-        ended = state_now(found).get("state") in FINISHED
+        status = found.read_status()
+        if status.get("state") not in FINISHED and time.monotonic() - asked > wait:
+            status, asked = state_now(found), time.monotonic()
+        ended = status.get("state") in FINISHED
         if path.exists():
             for block in read_blocks(path, offset):
                 offset += len(block)

@@ -229,15 +229,12 @@ def with_command(env: dict[str, str], folder: Path, name: str, script: str) -> d
 
 # ---- status of 1,000 runs
 
-# squeue where there is no SLURM: its last argument is the format of a line.
-STUB = (
-    """
-for id in {1..%d}; do
-  line=${!#} line=${line//\\%%[iA]/$id} line=${line//\\%%T/PENDING}
-  echo "${line//\\%%[a-zA-Z]/N/A}"
+# squeue where there is no SLURM. Its last argument says what is in a line.
+STUB = r"""
+for ((id = 1; id <= runs; id++)); do
+  line=${!#} line=${line//\%[iA]/$id} line=${line//\%T/PENDING}
+  echo "${line//\%[a-zA-Z]/N/A}"
 done"""
-    % OPEN_RUNS
-)
 
 
 def status(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figure]:
@@ -245,7 +242,7 @@ def status(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figur
     folder.mkdir()
     sbatch = ("sbatch", "--parsable", "--hold", "--partition=big", "--output=/dev/null", "--wrap=true")
     queued = [cluster.run(*sbatch).stdout.strip() if cluster else str(k) for k in range(1, OPEN_RUNS + 1)]
-    squeue = f'{cluster.bin}/squeue "$@"' if cluster else STUB
+    squeue = f'{cluster.bin}/squeue "$@"' if cluster else f"runs={OPEN_RUNS}{STUB}"
     asked = folder / "asked"
     environment = cluster.env() if cluster else dict(os.environ)
     env = with_command(environment, folder / "bin", "squeue", f"echo >>{asked}\n{squeue}")
@@ -287,10 +284,10 @@ def following(folder: Path) -> Iterator[Figure]:
     few, many = (run_of(folder, steps) for steps in (1000, STEPS))
     peaks = [follow_metrics(made, steps) for made, steps in ((few, 1000), (many, STEPS))]
     size = many.metrics.stat().st_size >> 20
-    yield Figure(f"memory to follow metrics.jsonl of {size} MiB", peaks[1] - peaks[0], "MiB", FOLLOW_MIB)
+    yield Figure(f"more memory for a metrics.jsonl of {size} MiB", peaks[1] - peaks[0], "MiB", FOLLOW_MIB)
     peaks = [follow_log(few), follow_log(many)]
     size = many.rank_log(0).stat().st_size >> 20
-    yield Figure(f"memory of logs -f, a log of {size} MiB", peaks[1] - peaks[0], "MiB", FOLLOW_MIB)
+    yield Figure(f"more memory for logs -f of {size} MiB", peaks[1] - peaks[0], "MiB", FOLLOW_MIB)
 
 
 def run_of(folder: Path, steps: int) -> RunDir:

@@ -116,7 +116,10 @@ def deepspeed_reads(config: dict, world_size: int, monkeypatch) -> tuple[ds_conf
     monkeypatch.setattr(ds_config_module.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(ds_config_module.dist, "get_world_size", lambda *_: world_size)
     recorder = Recorder(config)
-    return ds_config_module.DeepSpeedConfig(recorder), recorder.unread()
+    parsed = ds_config_module.DeepSpeedConfig(recorder)
+    # 0.19.4 and 0.19.5 always average, and have no key to say it
+    silent = set() if hasattr(ds_config_module, "get_gradient_allreduce_op") else {"gradient_allreduce_op"}
+    return parsed, recorder.unread() - silent
 
 
 def test_checker_finds_made_up_keys(monkeypatch):
@@ -181,6 +184,7 @@ def dump(zero: DeepSpeedZeroConfig) -> dict:
 
 # What a run's config leaves to its default, and why. Everything else that DeepSpeedZeroConfig knows is written out.
 NEWER = "deepspeed 0.19.4, the oldest allowed, ends at an unknown key"
+REMOVED = "gone from 0.19.8: it ends at an unknown key"
 OTHER_STAGES = "this stage does not read it"
 LEFT_OUT = {
     "cpu_offload": "deprecated",
@@ -195,6 +199,9 @@ LEFT_OUT = {
     "log_trace_cache_warnings": "diagnostics",
     "enable_sanity_checks": "diagnostics",
     "save_muon_momentum_buffer_in_memory": "Muon",
+    "mics_shard_size": REMOVED,
+    "mics_hierarchical_params_gather": REMOVED,
+    "zeropp_loco_param": REMOVED,
     "compute_grad_norm": NEWER,
     "parameter_alignment": NEWER,
 }
@@ -253,7 +260,8 @@ def test_every_field_is_written_out_or_left_out_on_purpose(strategy, offload):
     for config in (run_config(strategy, offload), portable_config(strategy=strategy, offload=offload)):
         zero = config["zero_optimization"]
         left_out = LEFT_OUT | (LEFT_OUT_OF_STAGE_3 if strategy == "zero3" else LEFT_OUT_OF_STAGES_1_2)
-        assert names(DeepSpeedZeroConfig) - set(zero) == set(left_out)
+        assert names(DeepSpeedZeroConfig) - set(zero) <= set(left_out)
+        assert not set(zero) - names(DeepSpeedZeroConfig)
         assert config["zero_force_ds_cpu_optimizer"] is False and config["zero_allow_untested_optimizer"] is True
         assert set(config["bf16"]) == names(DeepSpeedBF16Config)
         assert set(config["fp16"]) == names(DeepSpeedFP16Config)

@@ -42,18 +42,23 @@ class Place:
     gpus_per_node: int | None = None
     cluster: Cluster | None = None
 
+    def topology(self) -> Topology:
+        """Nodes and ranks, with what was not asked for filled in."""
+        if self.cluster is None:
+            return topology_here(self.nodes, self.gpus_per_node)
+        ranks = self.gpus_per_node if self.gpus_per_node is not None else self.cluster.node.gpus_per_node or 1
+        return Topology(self.nodes if self.nodes is not None else 1, ranks)
+
     def devices(self) -> tuple[Topology, Device]:
         """The topology, and what one of its ranks computes on.
 
         Raises:
             ClusterError: it cannot be had there.
         """
+        topology = self.topology()
         if self.cluster is None:
-            topology = topology_here(self.nodes, self.gpus_per_node)
             return topology, local_device(topology.nproc_per_node)
-        ranks = self.gpus_per_node if self.gpus_per_node is not None else self.cluster.node.gpus_per_node or 1
-        topology = Topology(self.nodes if self.nodes is not None else 1, ranks)
-        return topology, cluster_device(self.cluster, ranks)
+        return topology, cluster_device(self.cluster, topology.nproc_per_node)
 
     def runs_dir(self, settings: Recipe | ScriptSettings) -> str:
         return self.cluster.runs_dir if self.cluster else settings.output_dir
@@ -106,20 +111,6 @@ def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
     return data_files.read_counts(folder)
 
 
-def job_of(
-    settings: Recipe | ScriptSettings,
-    plan: Plan,
-    script: Sequence[str] | None,
-    run: RunDir,
-    cluster: Cluster | None = None,
-    after: str | None = None,
-) -> Job:
-    """The job of a recipe, or of a script."""
-    if script is None:
-        return recipe_job(settings, plan, run, cluster, after)
-    return script_job(settings, script, plan, run, cluster, after)
-
-
 def render(job: Job) -> dict[str, str]:
     """Every file of a job that is to run: by name, its text."""
     if job.cluster:
@@ -139,7 +130,11 @@ class Launch:
     detach: bool = False
 
     def job(self, run: RunDir) -> Job:
-        return job_of(self.settings, self.plan, self.script, run, self.place.cluster, self.after)
+        """The job with its files in `run`."""
+        where = (self.place.cluster, self.after)
+        if self.script is None:
+            return recipe_job(self.settings, self.plan, run, *where)
+        return script_job(self.settings, self.script, self.plan, run, *where)
 
     def next_job(self) -> Job:
         """The job under the name that it would have if it started now."""
@@ -296,10 +291,8 @@ def preflight(place: Place, console: Console) -> dict[str, Any]:
     from distft.progress import say
 
     cluster = place.cluster.model_copy(update={"preflight": True, "requeue": 0})
-    ranks = place.gpus_per_node if place.gpus_per_node is not None else cluster.node.gpus_per_node or 1
-    topology = Topology(place.nodes if place.nodes is not None else 1, ranks)
     run = RunDir.create(cluster.runs_dir, "doctor")
-    job = Job("doctor", run, topology, argv=(), env={}, files={}, cluster=cluster)
+    job = Job("doctor", run, place.topology(), argv=(), env={}, files={}, cluster=cluster)
     ended = None
     try:
         if slurm.allocation():

@@ -349,6 +349,9 @@ def test_profiles_by_name(site: Site) -> None:
     assert (done.returncode, "no such profile: mein; did you mean mine?" in done.stderr) == (2, True)
     done = distft("launch", "recipe.yaml", "--dry-run", cwd=site.folder, env=env | {"DISTFT_CLUSTER": "mine"})
     assert "#SBATCH --nodes=1" in done.stdout
+    done = distft("cluster", "init", cwd=site.folder, env=env)
+    assert f"wrote {home}/distft/clusters/test.yaml" in done.stdout
+    assert distft("cluster", "check", "test", cwd=site.folder, env=env).returncode == 0
 
 
 def test_all_problems_of_a_profile(site: Site) -> None:
@@ -428,17 +431,17 @@ def test_hostile_paths_and_values(site: Site) -> None:
     site.runs = hostile / "runs"
     setup = """test "$HOSTILE" = 'x' || export SETUP="done\""""
     site.profile(python=sys.executable, env={"HOSTILE": HOSTILE + "\nnewline"}, setup=[setup])
-    (site.folder / "own.py").write_text(
+    (site.folder / "ünï.py").write_text(
         "import json, os, sys\n"
         "if os.environ['RANK'] == '0':\n"
         "    open(sys.argv[1], 'w').write(json.dumps([os.environ['HOSTILE'], os.environ['SETUP'], sys.argv[2:]]))\n"
     )
     arguments = [str(site.folder / "said.json"), HOSTILE, "", "a\nb"]
-    site.run("launch", "--cluster", "site.yaml", "--nodes", "2", "--", "own.py", *arguments)
+    site.run("launch", "--cluster", "site.yaml", "--nodes", "2", "--", "ünï.py", *arguments)
     said = json.loads((site.folder / "said.json").read_text())
     assert said == [HOSTILE + "\nnewline", "done", arguments[1:]]
     assert not list(site.folder.rglob("pwned"))
-    assert (site.runs / "own" / "logs" / "torchrun-0.log").is_file()
+    assert (site.runs / "ünï" / "logs" / "torchrun-0.log").is_file()
     site.profile(runs_dir=str(site.folder / "back\\slash"))
     done = site.run("launch", "recipe.yaml", "--cluster", "site.yaml", expect=2)
     assert "cannot hold control characters or a backslash" in done.stderr

@@ -215,7 +215,9 @@ def _container(cluster: Cluster, run: RunDir) -> tuple[list[str], list[str]]:
 # ---- SLURM's commands
 
 
-def client(*argv: str, check: type[SubmitError] | type[RunError] | None = SubmitError) -> subprocess.CompletedProcess:
+def client(
+    *argv: str, stdin: str | None = None, check: type[SubmitError] | type[RunError] | None = SubmitError
+) -> subprocess.CompletedProcess:
     """Run one of SLURM's commands.
 
     Raises:
@@ -223,8 +225,9 @@ def client(*argv: str, check: type[SubmitError] | type[RunError] | None = Submit
     """
     if not shutil.which(argv[0]):
         raise SubmitError(f"{argv[0]}: no such command here; run distft on a host with SLURM's client commands")
+    pipe = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=CLIENT_SECONDS, errors="replace")
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=CLIENT_SECONDS, errors="replace", **pipe)
     except subprocess.TimeoutExpired:
         raise SubmitError(f"{argv[0]}: SLURM did not answer in {CLIENT_SECONDS} s") from None
     if check and done.returncode:
@@ -242,7 +245,8 @@ def refusal(said: str, command: str) -> str:
         lines.append(line)
     text = "; ".join(dict.fromkeys(lines)) or "no reason was given"
     mend = next((mend for words, mend in MENDS if words in text.lower()), None)
-    return f"SLURM refuses the job: {text}" + (f"\n  mend: {mend}" if mend else "")
+    who = "SLURM refuses the job" if command == "sbatch" else command
+    return f"{who}: {text}" + (f"\n  mend: {mend}" if mend else "")
 
 
 def test_only(script: str) -> str:
@@ -251,14 +255,7 @@ def test_only(script: str) -> str:
     Raises:
         SubmitError: it would not; in its own words, with the mend.
     """
-    if not shutil.which("sbatch"):
-        client("sbatch")
-    done = subprocess.run(
-        ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=CLIENT_SECONDS
-    )
-    if done.returncode:
-        raise SubmitError(refusal(done.stderr, "sbatch"))
-    return done.stderr.strip().removeprefix("sbatch: ")
+    return client("sbatch", "--test-only", stdin=script).stderr.strip().removeprefix("sbatch: ")
 
 
 def submit(job: Job) -> str:

@@ -25,9 +25,10 @@ from typing import Any
 from distft.run_dir import RunDir
 from distft.train import checks
 
-REPORT_SECONDS = 40.0  # for all nodes to import torch and report; a cold shared file system takes half of it
-PAIR_SECONDS = 12.0
-SEEN_SECONDS = 8.0  # NFS shows a new file after its attribute cache's 3 s
+# Together under a minute, whatever goes wrong.
+REPORT_SECONDS = 35.0  # for all nodes to import torch and report; a cold shared file system takes half of it
+SEEN_SECONDS = 6.0  # NFS shows a new file after its attribute cache's 3 s
+PAIR_SECONDS = 8.0  # each of two rounds
 CLOCK_SECONDS = 5.0
 BAD_NODES = 3
 

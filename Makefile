@@ -29,6 +29,7 @@ goldens: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cli_latency.py
 	$(BIN)/python benchmarks/train_overhead.py
+	$(BIN)/python benchmarks/scale.py
 
 # torch first: without it, pip would take the newest build with gigabytes of CUDA packages, GPU or not.
 $(VENV)/.torch:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,14 @@ def launch(
     result = Result(done.returncode, done.stdout, done.stderr, run_dir)
     assert done.returncode == expect, result.log()
     return result
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """In CI a test of SLURM that is skipped has failed: the cluster must be there."""
+    report = (yield).get_result()
+    if report.skipped and item.get_closest_marker("slurm") and os.environ.get("DISTFT_REQUIRE_SLURM"):
+        report.outcome = "failed"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ def test_every_command(tiny: Tiny, tmp_path: Path) -> None:
     commands = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
     assert len(commands) > 15
     if why := slurm_cluster.missing():
-        (pytest.fail if os.environ.get("DISTFT_REQUIRE_SLURM") else pytest.skip)(why)
+        pytest.skip(why)
     folder = tmp_path / "home"
     (folder / "demo").mkdir(parents=True)
     recipe = tiny.recipe(name="quickstart", training__max_steps=8)
@@ -31,8 +30,6 @@ def test_every_command(tiny: Tiny, tmp_path: Path) -> None:
     (commands_here / "distft").write_text(f'#!/bin/sh\nexec {sys.executable} -m distft "$@"\n')
     (commands_here / "distft").chmod(0o755)
     with slurm_cluster.Cluster(tmp_path / "slurm", gpus=0, cpus=2) as cluster:
-        if cluster.mode == "loopback":
-            pytest.skip("nodes have no names of their own here")
         env = {**cluster.env(), "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
         env["PATH"] = f"{commands_here}:{env['PATH']}"
         for command in commands:

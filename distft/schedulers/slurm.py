@@ -6,6 +6,7 @@ Everything that differs from job to job and node to node is expanded by bash the
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import os
 import shutil
@@ -112,7 +113,22 @@ def render(job: Job) -> str:
     Raises:
         ClusterError: the profile's own template is wrong.
     """
-    from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateError, TemplateNotFound
+    from jinja2 import TemplateError
+    from markupsafe import Markup
+
+    own = job.cluster.template
+    try:
+        text = Path(own).read_text() if own else packaged_template()
+        return _compiled(text).render(**_context(job, Markup))
+    except (TemplateError, OSError, UnicodeDecodeError, TypeError) as error:
+        line = f":{error.lineno}" if getattr(error, "lineno", None) else ""
+        raise ClusterError(f"template: {own or TEMPLATE}{line}: {error}") from None
+
+
+@functools.cache
+def _compiled(text: str) -> Any:
+    """A Jinja template whose printed values are quoted for bash, and which knows no undefined name."""
+    from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound
     from markupsafe import Markup
 
     def shell(value: Any) -> Markup:
@@ -134,13 +150,7 @@ def render(job: Job) -> str:
     environment = Environment(
         loader=Packaged(), undefined=StrictUndefined, autoescape=True, finalize=shell, keep_trailing_newline=True
     )
-    own = job.cluster.template
-    try:
-        text = Path(own).read_text() if own else packaged_template()
-        return environment.from_string(text).render(**_context(job, Markup))
-    except (TemplateError, OSError, UnicodeDecodeError, TypeError) as error:
-        line = f":{error.lineno}" if getattr(error, "lineno", None) else ""
-        raise ClusterError(f"template: {own or TEMPLATE}{line}: {error}") from None
+    return environment.from_string(text)
 
 
 def array_script(job: Job, folder: Path, count: int) -> str:

@@ -57,7 +57,7 @@ def _record_first_error(run: RunDir, rank: int) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             record = {
                 "rank": rank,
-                "host": socket.gethostname(),
+                "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
                 "time": time.time(),
                 "type": kind.__name__,
                 "message": str(error),

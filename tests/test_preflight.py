@@ -1,0 +1,87 @@
+"""How the preflight judges: what is bad, which node it is, and what is only worth a warning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distft.train.preflight import judge, judge_second, rounds, uses_sockets
+
+NAMES = ["a1", "a2", "a3", "a4"]
+FACTS = {"distft": "1", "python": "3.11", "torch": "2.13", "cuda": "13.0", "driver": "580", "transformers": "5.23"}
+
+
+def first(rank: int, **changes: Any) -> dict[str, Any]:
+    facts = FACTS | {"device": "cuda", "tflops": 700.0} | changes
+    return {"rank": rank, "facts": facts, "problems": [], "warnings": []}
+
+
+def test_all_well() -> None:
+    assert judge({rank: first(rank) for rank in range(4)}, NAMES, {}) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"torch": "2.12"}, "has torch 2.12, the others 2.13"),
+        ({"driver": None}, "has driver None, the others 580"),
+        ({"tflops": 300.0}, "computes at 300 TFLOP/s, the others at 700"),
+    ],
+)
+def test_the_odd_one_out(changes: dict[str, Any], said: str) -> None:
+    reports = {rank: first(rank, **(changes if rank == 2 else {})) for rank in range(4)}
+    assert judge(reports, NAMES, {}) == ({"a3": said}, [])
+
+
+def test_one_that_says_nothing_and_one_that_says_what_is_wrong() -> None:
+    reports = {rank: first(rank) for rank in (0, 1, 3)}
+    reports[3]["problems"] = ["versions: ModuleNotFoundError: No module named 'torch'", "runs is not there"]
+    reports[1]["warnings"] = ["runs has only 3.0 GiB free"]
+    bad, warnings = judge(reports, NAMES, {1: 61.0})
+    assert list(bad) == ["a3", "a4"]
+    assert bad["a3"].startswith("said nothing in 35 s")
+    assert bad["a4"] == "versions: ModuleNotFoundError: No module named 'torch'; runs is not there"
+    assert warnings == ["a2: runs has only 3.0 GiB free", "a2: its clock is off by 61 s"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 5, 8, 9])
+def test_every_node_meets_its_neighbours(nodes: int) -> None:
+    pairs = [pair for ring in rounds(nodes) for pair in ring]
+    for ring in rounds(nodes):
+        members = [rank for pair in ring for rank in pair]
+        assert len(members) == len(set(members))  # disjoint: all pairs of a round work at once
+    wanted = {(rank, rank + 1) for rank in range(nodes - 1)} | (
+        {(nodes - 1, 0)} if nodes > 2 and nodes % 2 == 0 else set()
+    )
+    assert set(pairs) == wanted
+    assert len(pairs) == len(wanted)
+
+
+def second(rank: int, errors: tuple[int, ...] = (), speed: float = 40.0, **changes: Any) -> dict[str, Any]:
+    neighbours = [(rank - 1) % 4, (rank + 1) % 4]
+    pairs = [{"peer": p, "error": "timed out"} if p in errors else {"peer": p, "gb_per_s": speed} for p in neighbours]
+    return {"rank": rank, "seen": True, "sockets": False, "pairs": pairs} | changes
+
+
+def test_a_node_that_reaches_nobody_is_bad_and_its_neighbours_are_not() -> None:
+    reports = {0: second(0, (1,)), 1: second(1, (0, 2)), 2: second(2, (1,)), 3: second(3)}
+    assert judge_second(reports, NAMES, True) == ({"a2": "all-reduce with a1: timed out"}, [])
+
+
+def test_the_rest_of_the_second_part() -> None:
+    reports = {0: second(0), 1: second(1), 2: second(2, seen=False), 3: second(3, sockets=True)}
+    reports[0]["pairs"][1]["gb_per_s"] = reports[1]["pairs"][0]["gb_per_s"] = 4.0
+    bad, warnings = judge_second(reports, NAMES, True)
+    assert bad == {"a3": "does not see what the head node writes into runs_dir"}
+    assert warnings[0] == "a1 and a2: 4.00 GB/s, the others 40.00"
+    assert warnings[1].startswith("NCCL goes over plain sockets")
+    del reports[3]
+    assert judge_second(reports, NAMES, True)[0]["a4"] == "said nothing more after its first report"
+
+
+def test_nccl_log() -> None:
+    """Lines of NCCL 2.2x with NCCL_DEBUG=INFO."""
+    assert uses_sockets("gpu3:31:45 [0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.3<0>\n")
+    assert uses_sockets("gpu3:31:45 [0] NCCL INFO Using network Socket\n")
+    assert not uses_sockets("gpu3:31:45 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [RO]\nUsing network IB\n")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
@@ -196,8 +197,8 @@ def allocated_cluster() -> Cluster:
     return Cluster(runs_dir=str(Path("runs").absolute()), node=node, preflight=False)
 
 
-def load_cluster(word: str, sets: Sequence[str] = ()) -> Cluster:
-    """The profile given by path or by name, with overrides such as `slurm.time=1:00:00` laid over it.
+def load_cluster(word: str, given: Mapping[str, str] = MappingProxyType({})) -> Cluster:
+    """The profile given by path or by name; `given` by dotted key lies over it, as options of the command line do.
 
     Raises:
         ClusterError: there is none, or all its problems at once.
@@ -206,7 +207,9 @@ def load_cluster(word: str, sets: Sequence[str] = ()) -> Cluster:
 
     path = find_cluster(word)
     try:
-        document = load_yaml(path, Cluster, sets)
+        document = load_yaml(path, Cluster)
+        for key, value in given.items():
+            document.override(f"{key}={value}", origin=f"--{key.removeprefix('slurm.')} {value}")
         template, runs_dir = document.get(("template",)), document.get(("runs_dir",))
         if isinstance(template, str) and template:
             file = (path.parent / Path(template).expanduser()).absolute()

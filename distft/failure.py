@@ -44,10 +44,14 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
     own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
     if own:
         first = own[0]
+        rank_log = run.rank_log(first["rank"])
         reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
         where = f"rank {first['rank']} on {first['host']} failed first"
-        # What a person can mend needs no traceback.
+        # What a person can mend needs no traceback, and a script that exits by itself has printed why.
         body = first["message"] if first["mendable"] else first["traceback"].rstrip()
+        if first["type"] == "SystemExit":
+            reason = f"rank {first['rank']} exited by itself with status {first['message']}"
+            where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
         return Failure(reason, _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"])))
     if killed:
         rank, number = killed

@@ -168,7 +168,7 @@ class Launch:
         started(run)
         job = self.job(run)
         run.fill(render(job), job.name)
-        say(console, [f"run: {run.path}"])
+        say(console, [_named(run, self.settings.name)])
         if self.detach:
             local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
@@ -181,14 +181,13 @@ class Launch:
     def _start_on_slurm(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
         from distft.progress import say
 
-        said = slurm.test_only(slurm.render(self.next_job()))
-        say(console, [f"  SLURM: {said}"])
+        say(console, [f"  SLURM {slurm.test_only(slurm.render(self.next_job()))}"])
         self.prepare(console)
         run = self.create()
         started(run)
         job_id = slurm.submit(self.job(run))
         name = quote(str(run.path))
-        say(console, [f"run: {run.path}", f"job {job_id} is queued"])
+        say(console, [_named(run, self.settings.name), f"job {job_id} is queued"])
         if self.detach:
             say(console, [f"look after it with: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
@@ -212,6 +211,10 @@ class Launch:
                 return
             cache = Path(cluster.runs_dir) / ".cache"
             say(console, report.data_lines(prepare_data(self.settings, str(cache))))
+
+
+def _named(run: RunDir, name: str) -> str:
+    return f"run: {run.path}" + ("" if run.path.name == name else f" ({name} is taken)")
 
 
 def dependency(word: str, runs_dir: str) -> str | None:

@@ -148,9 +148,9 @@ class Document(Generic[M]):
             raise self._fatal(f"got {got}, need a mapping of keys to values", line)
         self.data = self._build(node, ())
 
-    def override(self, text: str) -> None:
+    def override(self, text: str, origin: str | None = None) -> None:
         """Lay `dotted.key=value` over the data. The value is YAML; a string field takes a scalar as it is written."""
-        origin = f"--set {clip(clean(text))}"
+        origin = clip(clean(origin)) if origin else f"--set {clip(clean(text))}"
         given = Document(self.name, self.model, origin)
         key, equals, raw = text.partition("=")
         steps = tuple(step.strip() for step in key.split("."))
@@ -437,7 +437,7 @@ def _check_together(document: Document) -> None:
     """What two fields say together. On the data, so that these problems come with all others."""
     steps, epochs = document.get(("training", "max_steps")), document.get(("training", "num_train_epochs"))
     if steps is not None and epochs is not None:
-        document.problem(("training", "num_train_epochs"), "cannot be given with max_steps; keep one of them")
+        document.problem(("training", "num_train_epochs"), "cannot be given with max_steps; set one of them to null")
     if ("lora",) in document.blank and document.get(("lora",)) is None:
         # All lines below it commented out would quietly train all weights.
         document.problem(("lora",), "nothing is below it; write null to train all weights, or leave the key out")

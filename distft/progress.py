@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from distft.run_dir import BLOCK, RunDir, read_metrics
 
@@ -36,13 +36,13 @@ class Follower:
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[steps]}"),
                 TextColumn("{task.fields[numbers]}"),
                 TimeElapsedColumn(),
                 console=self.console,
                 expand=True,
             )
-            self.task = self.display.add_task("starting", total=None, numbers="")
+            self.task = self.display.add_task("starting", total=None, steps="", numbers="")
             self.display.start()
         return self
 
@@ -64,12 +64,18 @@ class Follower:
             self._print_step(last)
             self._milestone("heldout_loss_after", status, "held-out loss after training: {:.4f}")
             return
-        description = "loading" if status.get("state") == "running" else self.description
+        description, step = self.description, self.latest.get("step", 0)
+        if step:
+            description = "saving" if step == self.max_steps else "training"
+        elif status.get("state") == "running" and status.get("max_steps"):
+            description = "loading"
         self.display.update(
             self.task,
-            description="training" if self.latest else description,
+            description=description,
             total=self.max_steps,
-            completed=self.latest.get("step", 0),
+            # Never quite full: rich stops the clock and the spinner at the end, and evaluation and saving come then.
+            completed=step * 0.999,
+            steps=f"{step}/{self.max_steps}" if step else "",
             numbers=self._numbers() if self.latest else "",
         )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from distft.planner.plan import Plan
 from distft.run_dir import RunDir
+from distft.shell import quote
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -47,4 +48,6 @@ def result_lines(run: RunDir) -> list[str]:
     lines = []
     if "heldout_loss_after" in status:
         lines.append(f"held-out loss: {status['heldout_loss_before']:.4f} -> {status['heldout_loss_after']:.4f}")
-    return [*lines, f"done: {run.final if run.final.is_dir() else run.path}"]
+    if run.final.is_dir():
+        return [*lines, f"done: {run.final}"]
+    return [*lines, f"done; what it printed: distft logs {quote(str(run.path))}"]  # a script of one's own

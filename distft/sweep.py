@@ -84,8 +84,7 @@ class Sweep:
         say(console, report.plan_lines(self.launches[0].plan))
         runs_dir, name = self.place.runs_dir(self.launches[0].settings), f"{self.name}-sweep"
         free = RunDir.next_free(runs_dir, name)
-        said = slurm.test_only(self.script(free.path))
-        say(console, [f"  SLURM: {said}"])
+        say(console, [f"  SLURM {slurm.test_only(self.script(free.path))}"])
         files = [launching.render(job) for job in self.jobs(free.path)]  # all of them are right before one is written
         self.launches[0].prepare(console)
         folder = RunDir.create(runs_dir, name).path

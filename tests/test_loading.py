@@ -236,7 +236,7 @@ training:
         "data.long_rows: split needs format text, got messages; use error, truncate or drop (recipe.yaml:7)",
         "lora.target_modules[1]: got 3 (an integer), need a string (recipe.yaml:11)",
         "training.learning_rte: unknown key; did you mean learning_rate? (recipe.yaml:14)",
-        "training.num_train_epochs: cannot be given with max_steps; keep one of them (recipe.yaml:16)",
+        "training.num_train_epochs: cannot be given with max_steps; set one of them to null (recipe.yaml:16)",
         "training.seed: given twice, first in line 17 (recipe.yaml:18)",
         "no = in it, need dotted.key=value (--set foo)",
         "lora.r: got -1, need >= 1 (--set lora.r=-1)",
@@ -577,7 +577,7 @@ def test_a_link_keeps_its_name(folder):
 def test_steps_or_epochs():
     assert load(f"{GOOD}training: {{max_steps: 5, num_train_epochs: null}}").training.max_steps == 5
     assert problem(f"{GOOD}training: {{max_steps: 5}}", "training.num_train_epochs=1.5") == (
-        "training.num_train_epochs: cannot be given with max_steps; keep one of them "
+        "training.num_train_epochs: cannot be given with max_steps; set one of them to null "
         "(--set training.num_train_epochs=1.5)"
     )
 

@@ -45,3 +45,16 @@ def test_arguments_reach_the_script_as_they_are(tmp_path: Path) -> None:
     assert json.loads(distft("logs", "hostile", cwd=tmp_path).stdout.splitlines()[-1]) == hostile
     assert not (tmp_path / "pwned").exists()
     assert not list((tmp_path / "runs" / "hostile").glob("pwned"))
+
+
+def test_a_script_that_exits_by_itself(tmp_path: Path) -> None:
+    """argparse's refusal is in the rank's log alone: it is shown, and not torchrun's summary."""
+    (tmp_path / "own.py").write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--output', required=True)\n"
+        "parser.parse_args()\n"
+    )
+    done = distft("launch", "--gpus-per-node", "2", "--", "own.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "own.py: error: the following arguments are required: --output" in done.stderr
+    assert "exited by itself with status 2" in done.stderr
+    assert "To enable traceback" not in done.stderr

@@ -243,7 +243,7 @@ def test_two_jobs_on_the_same_nodes_at_once(site: Site) -> None:
         (["--reservation", "mine"], ["set slurm.reservation"]),
         (
             ["--time", "tomorrow"],
-            ['slurm.time: got "tomorrow", need a string such as 30 (minutes)', "--set slurm.time"],
+            ['slurm.time: got "tomorrow", need a string such as 30 (minutes)', "(--time tomorrow)"],
         ),
         (["--partition", "a b'; id"], ["slurm.partition: got", "without spaces or quotes"]),
         (["--after", "999999"], ["--after: SLURM does not know job 999999"]),

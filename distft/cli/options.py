@@ -21,6 +21,13 @@ SETS = click.option(
     metavar="KEY=VALUE",
     help="Override a value of the recipe, e.g. --set training.max_steps=50. May be repeated.",
 )
+RANKS = click.option(
+    "--gpus-per-node",
+    "--nproc-per-node",
+    "gpus_per_node",
+    type=int,
+    help="Ranks on each node. Default: all its GPUs; without GPUs, one CPU process.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
 
 
@@ -81,13 +88,7 @@ def place(command: Callable) -> Callable:
         metavar="PROFILE",
         help="A site profile, by path or by its name in ~/.config/distft/clusters: SLURM runs the job.",
     )(with_place)
-    with_place = click.option(
-        "--gpus-per-node",
-        "--nproc-per-node",
-        "gpus_per_node",
-        type=int,
-        help="Ranks on each node. Default: all its GPUs; without GPUs, one CPU process.",
-    )(with_place)
+    with_place = RANKS(with_place)
     return click.option("--nodes", type=int, help="Nodes. Default: 1, or all of the allocation.")(with_place)
 
 
@@ -100,7 +101,7 @@ def _place(nodes: int | None, gpus_per_node: int | None, cluster: str | None, gi
     if allocated and nodes is None:
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if cluster:
-        return Place(nodes, gpus_per_node, load_cluster(cluster, [f"{key}={value}" for key, value in given.items()]))
+        return Place(nodes, gpus_per_node, load_cluster(cluster, given))
     if given and not allocated:
         option = next(iter(given)).removeprefix("slurm.")
         raise click.UsageError(f"--{option} needs --cluster PROFILE")

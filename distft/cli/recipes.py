@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @options.place
 @options.JSON
 def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) -> None:
-    """Check RECIPE, its model, its data and the width, without torch; all problems at once."""
+    """Check RECIPE, its model, data and width, without torch.
+
+    All problems of the recipe come at once. Tokens are counted by `launch` alone: rows that are too long show there.
+    """
     from distft import launching
 
     loaded, plan = launching.plan_recipe(recipe, sets, place)
@@ -28,7 +31,8 @@ def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) ->
         return
     for warning in plan.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(f"{recipe}: valid")
+    width = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
+    click.echo(f"{recipe}: valid on {width}")
 
 
 @click.command()

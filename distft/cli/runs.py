@@ -52,7 +52,8 @@ def _line(run: dict[str, Any]) -> str:
     heldout = f"held-out loss {run['heldout_loss_before']:.4f}" if "heldout_loss_before" in run else ""
     if "heldout_loss_after" in run:
         heldout += f" -> {run['heldout_loss_after']:.4f}"
-    parts = [f"{run['run']:<24} {run['state'] or 'unknown':<10}", step, heldout, run.get("reason") or ""]
+    expected = f"expected to start {run['expected_start']}" if run.get("expected_start") else ""
+    parts = [f"{run['run']:<24} {run['state'] or 'unknown':<10}", step, heldout, run.get("reason") or "", expected]
     return "  ".join(part for part in parts if part).rstrip()
 
 

@@ -134,7 +134,7 @@ def _strategy(recipe: Recipe, model: ModelShape, topology: Topology, device: Dev
         reasons.append(f"ddp: {wanted} on one rank has nothing to shard")
         return "ddp"
     if wanted != "auto":
-        reasons.append(f"{wanted}: the recipe says so")
+        reasons.append(f"{wanted}: as asked")
         return wanted
     usable = memory.USABLE * device.memory
     offload = recipe.parallelism.offload

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FALLBACK_RANKS = 2  # CPU processes, where there are as many cores
 
 
-def build(folder: Path, nodes: int | None, gpus_per_node: int | None, console: Console) -> None:
+def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     """Fill `folder`; a build that was interrupted is begun anew.
 
     Raises:
@@ -54,7 +54,7 @@ def build(folder: Path, nodes: int | None, gpus_per_node: int | None, console: C
     if gpus_per_node is None and not visible_gpus():
         gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-    recipe, plan = launching.plan_recipe(str(folder / "base.yaml"), sets, launching.Place(nodes, gpus_per_node))
+    recipe, plan = launching.plan_recipe(str(folder / "base.yaml"), sets, launching.Place(gpus_per_node=gpus_per_node))
     run = launching.Launch(recipe, plan).start(console)
     losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
     shutil.copytree(run.final, folder / "base")

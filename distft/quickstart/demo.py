@@ -12,14 +12,15 @@ from pathlib import Path
 
 import click
 
-from distft.cli import options, reporting_errors
+from distft.cli import reporting_errors
+from distft.cli.options import RANKS
 from distft.errors import RunError
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@options.width
-def demo(folder: Path, nodes: int | None, gpus_per_node: int | None) -> None:
+@RANKS
+def demo(folder: Path, gpus_per_node: int | None) -> None:
     """Build the quickstart in FOLDER unless it is there, fine-tune it, show one sample before and after."""
     from rich.console import Console
 
@@ -30,10 +31,12 @@ def demo(folder: Path, nodes: int | None, gpus_per_node: int | None) -> None:
     console = Console()
     with reporting_errors():
         if not (folder / "base").exists():
-            build(folder, nodes, gpus_per_node, console)
+            build(folder, gpus_per_node, console)
         say(console, ["", "2. fine-tune it with LoRA to describe a signature in one line"])
         sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-        recipe, plan = launching.plan_recipe(str(folder / "recipe.yaml"), sets, launching.Place(nodes, gpus_per_node))
+        recipe, plan = launching.plan_recipe(
+            str(folder / "recipe.yaml"), sets, launching.Place(gpus_per_node=gpus_per_node)
+        )
         run = launching.Launch(recipe, plan).start(console)
         say(console, ["", "3. one held-out row, before and after"])
         command = [sys.executable, "-m", "distft.quickstart.sample", str(folder), str(run.final)]

@@ -178,9 +178,7 @@ def check(cluster: Cluster, nodes: int = 1) -> list[tuple[bool | None, str]]:
     runs = Path(cluster.runs_dir)
     above = next(folder for folder in (runs, *runs.parents) if folder.exists())
     writable = os.access(above, os.W_OK)
-    said.append(
-        (writable, f"runs_dir {runs} {'can be written from here' if writable else f': {above} is not writable'}")
-    )
+    said.append((writable, f"runs_dir {runs} {_where(runs, above, writable)}"))
     try:
         topology = Topology(nodes, cluster.node.gpus_per_node or 1)
         job = Job("check", RunDir(runs / "check"), topology, ("true",), {}, {}, cluster)
@@ -188,6 +186,12 @@ def check(cluster: Cluster, nodes: int = 1) -> list[tuple[bool | None, str]]:
     except DistftError as error:
         said.append((False, f"sbatch --test-only: {error}"))
     return said
+
+
+def _where(runs: Path, above: Path, writable: bool) -> str:
+    if not writable:
+        return f"cannot be written: {above} is not yours"
+    return "can be written from here" if above == runs else f"is not there yet, and can be made in {above}"
 
 
 def _within(what: str, got: int, most: int, of: str) -> tuple[bool, str]:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import getpass
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -265,7 +266,10 @@ def test_only(script: str) -> str:
     Raises:
         SubmitError: it would not; in its own words, with the mend.
     """
-    return client("sbatch", "--test-only", stdin=script).stderr.strip().removeprefix("sbatch: ")
+    said = client("sbatch", "--test-only", stdin=script).stderr.strip().removeprefix("sbatch: ")
+    # Its job number is never used again: the job gets another.
+    start = re.fullmatch(r"Job \d+ to start at (\S+) using \d+ processors on nodes (\S+) in partition (\S+)", said)
+    return f"would start it at {start[1]} on {start[2]}, partition {start[3]}" if start else f"says: {said}"
 
 
 def submit(job: Job) -> str:

@@ -25,7 +25,12 @@ def main() -> None:
         cpu_ranks.apply()
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as python sets it for a script
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:  # argparse's way to refuse; no exception hook sees it
+        if error.code not in (0, None):
+            worker.record_error(run, int(os.environ.get("RANK", "0")), error)
+        raise
 
 
 if __name__ == "__main__":

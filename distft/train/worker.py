@@ -55,16 +55,21 @@ def _record_first_error(run: RunDir, rank: int) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
-            record = {
-                "rank": rank,
-                "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-                "time": time.time(),
-                "type": kind.__name__,
-                "message": str(error),
-                "mendable": isinstance(error, DistftError),
-                "traceback": "".join(traceback.format_exception(kind, error, trace)),
-            }
-            write_atomically(run.rank_error(rank), json.dumps(record))
+            record_error(run, rank, error)
         default(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def record_error(run: RunDir, rank: int, error: BaseException) -> None:
+    """Write logs/rank-N.error.json."""
+    record = {
+        "rank": rank,
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "mendable": isinstance(error, DistftError),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    write_atomically(run.rank_error(rank), json.dumps(record))

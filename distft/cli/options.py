@@ -93,19 +93,20 @@ def place(command: Callable) -> Callable:
 
 
 def _place(nodes: int | None, gpus_per_node: int | None, cluster: str | None, given: dict[str, str]) -> Place:
-    from distft.cluster import allocated_cluster, load_cluster
     from distft.launching import Place
     from distft.schedulers import slurm
 
     allocated = slurm.allocation()
-    if allocated and nodes is None:
-        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    if cluster:
-        return Place(nodes, gpus_per_node, load_cluster(cluster, given))
-    if given and not allocated:
+    if given and not cluster and not allocated:
         option = next(iter(given)).removeprefix("slurm.")
         raise click.UsageError(f"--{option} needs --cluster PROFILE")
-    return Place(nodes, gpus_per_node, allocated_cluster() if allocated else None)
+    if not cluster and not allocated:
+        return Place(nodes, gpus_per_node)
+    from distft.cluster import allocated_cluster, load_cluster  # only here: its models take a moment to build
+
+    if allocated and nodes is None:
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    return Place(nodes, gpus_per_node, load_cluster(cluster, given) if cluster else allocated_cluster())
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -18,22 +18,250 @@ sum of dq) are not seen; bitsandbytes' outlier columns are taken as none.
 from __future__ import annotations
 
 import contextlib
-import gc
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+from distft.errors import PlanError
+from distft.planner import sharding
+from distft.planner.sharding import Share, Sizes, Unit
 
 if TYPE_CHECKING:
     import torch
 
     from distft.recipe import Recipe
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 # (moment, block or None); blocks 0 and 1 count from the bottom, -2 and -1 from the top.
 Segment = tuple[str, "int | None"]
+
+
+DEPTHS = (4, 5)
+# Outside the allocator: the CUDA context (0.47 GiB, A100, lazy module loading) and NCCL's buffers and streams (the first
+# collective of 2 ranks: 0.5 to 1.5 GiB); rounding and gaps of the caching allocator, in parts of the peak
+# (fitcheck-llm, 69 rows of measurements: 5%).
+CONTEXT, NCCL, GAPS = int(0.47 * 2**30), 2**30, 0.05
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Bytes per rank; `host_per_node` per machine.
+
+    `parameters`, `gradients` and `optimizer` are the states in full; `activations`, `logits` (all that has an entry per
+    token and word) and `buffers` (gathered parameters, buckets) what is live at the peak. Where not all gradients
+    are there yet at the peak, it is less than their sum. `peaks` has the peak of every moment.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buffers: int
+    peak: int
+    overhead: int
+    host_per_node: int
+    moment: str  # of the peak: forward | loss | backward | optimizer
+    peaks: dict[str, int]
+    model_parameters: int
+    trainable_parameters: int
+
+    @property
+    def process(self) -> int:
+        return self.peak + self.overhead
+
+
+def simulate(
+    recipe: Recipe,
+    *,
+    strategy: str,
+    micro_batch_size: int,
+    offload: str = "none",
+    shard_size: int = 1,
+    world_size: int = 1,
+    nproc_per_node: int = 1,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str = "sdpa",
+) -> Simulated:
+    """Memory of a rank; `shard_size` ranks share one copy of what the strategy shards.
+
+    Raises:
+        PlanError: the model's config cannot be read, or transformers cannot build it.
+    """
+    layout = "autocast" if strategy == "ddp" else "zero" if strategy.startswith("zero") else "fsdp"
+    whole = build(
+        recipe.model_copy(update={"lora": None, "model": recipe.model.model_copy(update={"quantization": None})}),
+        layout,
+        attn_implementation,
+    )
+    depth = len(blocks_of(whole))
+    depths = DEPTHS if depth > DEPTHS[-1] and _alike(blocks_of(whole)) else (depth,)
+    accumulating = recipe.training.global_batch_size > micro_batch_size * world_size
+    found = []
+    for some in depths:
+        model = build(recipe, layout, attn_implementation, some)
+        sizes = _sizes(recipe, model)
+        steps = trace(
+            recipe,
+            model,
+            layout=layout,
+            micro_batch_size=micro_batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            attn_implementation=attn_implementation,
+            accumulating=accumulating and layout == "autocast",
+        )
+        del model
+        found.append((sizes, steps))
+    sizes, steps = _to_depth(found, depths, depth)
+    return _put_together(recipe, sizes, steps, strategy, offload, shard_size, world_size, nproc_per_node)
+
+
+def _sizes(recipe: Recipe, model: Any) -> Sizes:
+    """What there is to divide, by units that are gathered together. `model` is on the meta device."""
+    low = compute_dtype(recipe).itemsize
+    blocks, embedding, head = blocks_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+
+    def size(p: Any) -> int:
+        return _stored_bytes(p) or low * p.numel()
+
+    def unit(parameters: list) -> Unit:
+        return Unit(sum(map(size, parameters)), sum(p.numel() for p in parameters if p.requires_grad))
+
+    everything = list(model.parameters())
+    inside = {id(p) for p in blocks.parameters()} | (set() if tied else {id(p) for p in embedding.parameters()})
+    trained = [p for p in everything if p.requires_grad]
+    return Sizes(
+        parameters=sum(p.numel() for p in everything if not p.requires_grad or not recipe.lora),
+        frozen_bytes=sum(size(p) for p in everything if not p.requires_grad),
+        trained=sum(p.numel() for p in trained),
+        largest_trained=max(p.numel() for p in trained),
+        low=low,
+        embedding=unit([] if tied else list(embedding.parameters())),
+        block=max((unit(list(block.parameters())) for block in blocks), key=lambda unit: unit.bytes),
+        tail=unit([p for p in everything if id(p) not in inside]),
+        largest_module=max(sum(size(p) for p in module.parameters(recurse=False)) for module in model.modules()),
+        small_bytes=low * sum(p.numel() for p in everything if p.numel() < 100_000),
+        bnb_bytes=sum(_bnb_state_bytes(recipe.training.optim, p, p is embedding.weight) for p in trained),
+        tied=tied,
+    )
+
+
+def _stored_bytes(parameter: Any) -> int | None:
+    """Of a quantised weight: NF4 0.5 bytes, an 8-bit scale per 64, a float32 one per 64 * 256; int8 1 and a float32
+    scale per row."""
+    kind, size = type(parameter).__name__, parameter.numel()
+    if kind == "Params4bit":
+        return size // 2 + -(-size // 64) + 4 * -(-size // (64 * 256))
+    return size + 4 * parameter.shape[0] if kind == "Int8Params" else None
+
+
+def _bnb_state_bytes(optim: str, parameter: Any, embedding: bool) -> int:
+    """Two moments: 8 bit with a float32 scale per 256; whole for small tensors (bitsandbytes optim/optimizer.py:502) and
+    the embedding (transformers trainer.py, GlobalOptimManager). 0 for other optimizers."""
+    if "bnb" not in optim and "paged" not in optim:
+        return 0
+    size = parameter.numel()
+    return 8 * size if "32bit" in optim or embedding or size < 4096 else 2 * size + 8 * -(-size // 256)
+
+
+def _to_depth(found: list[tuple[Sizes, Trace]], depths: tuple[int, ...], depth: int) -> tuple[Sizes, Trace]:
+    """Continue what two depths gave linearly to the full one."""
+    (sizes, steps), (sizes_below, below) = found[-1], found[0]
+    more = depth - depths[-1]
+    if more == 0:
+        return sizes, steps
+
+    def line(low: Any, high: Any) -> Any:
+        if isinstance(high, Counter):
+            return Counter({kind: line(low[kind], high[kind]) for kind in high | low})
+        return high + more * (high - low)
+
+    growing = ("parameters", "frozen_bytes", "trained", "small_bytes", "bnb_bytes")
+    sizes = replace(sizes, **{key: line(getattr(sizes_below, key), getattr(sizes, key)) for key in growing})
+    peaks = {key: line(below.peaks[key], steps.peaks[key]) for key in steps.peaks if key in below.peaks}
+    return sizes, Trace(peaks, line(below.states, steps.states))
+
+
+def _put_together(
+    recipe: Recipe, sizes: Sizes, steps: Trace, strategy: str, offload: str, shard_size: int, world: int, nproc: int
+) -> Simulated:
+    """States and buffers by strategy, on top of what the step itself keeps."""
+    optim, bnb = recipe.training.optim, sizes.bnb_bytes > 0
+    if strategy == "ddp":
+        optimizer = sizes.bnb_bytes if bnb else steps.states["optimizer"]
+        # DDP's buckets are a copy of all gradients: accelerate leaves gradient_as_bucket_view off (utils/dataclasses.py).
+        buckets = dict.fromkeys(sharding.MOMENTS, steps.states["gradients"] if world > 1 else 0)
+        mine = Share(steps.states["parameters"], steps.states["gradients"], optimizer, buckets)
+    else:
+        state = steps.states["optimizer"] / sizes.trained
+        if bnb:
+            state = 8.0 if "32bit" in optim else 2 + 8 / 256
+        elif optim == "adafactor" and strategy.startswith("zero"):
+            state = 4.0  # a flat partition has no rows and columns to factor
+        mine = sharding.share(
+            strategy,
+            offload,
+            shard_size,
+            sizes,
+            state,
+            _zero_section(recipe, strategy, offload, world, sizes),
+            bf16=recipe.training.mixed_precision == "bf16",
+        )
+    # Paged states are CUDA managed memory, which torch's allocator does not count (bitsandbytes get_state_buffer).
+    paged = mine.optimizer if "paged" in optim and strategy == "ddp" else 0
+    totals: dict[str, tuple[int, Counter]] = {}
+    for (moment, block), live in steps.peaks.items():
+        if moment not in ("forward", "loss", "backward", "optimizer"):
+            continue
+        if moment == "optimizer":
+            live = Counter(live, activations=live["activations"] // (shard_size if strategy != "ddp" else 1))
+        buffers = live["buffers"] + mine.buffers["head" if moment == "backward" and block is None else moment]
+        gradients = live["gradients"] if strategy == "ddp" else mine.gradients
+        total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
+        if total > totals.get(moment, (-1,))[0]:
+            totals[moment] = total, Counter(live, buffers=buffers)
+    moment = max(totals, key=lambda moment: totals[moment][0])
+    peak, live = totals[moment]
+    return Simulated(
+        parameters=mine.parameters,
+        gradients=mine.gradients,
+        optimizer=mine.optimizer,
+        activations=live["activations"],
+        logits=live["logits"],
+        buffers=live["buffers"],
+        peak=peak,
+        overhead=CONTEXT + (NCCL if world > 1 else 0) + int(GAPS * peak) + paged,
+        host_per_node=mine.host * nproc,
+        moment=moment,
+        peaks={moment: total for moment, (total, _) in totals.items()},
+        model_parameters=sizes.parameters,
+        trainable_parameters=sizes.trained,
+    )
+
+
+def _zero_section(recipe: Recipe, strategy: str, offload: str, world: int, sizes: Sizes) -> dict[str, Any] | None:
+    """ds_config.json's zero_optimization, as the run will have it; None for FSDP."""
+    if not strategy.startswith("zero"):
+        return None
+    from distft.planner.batch import Batch
+    from distft.planner.model_shapes import ModelShape
+    from distft.strategies.deepspeed import deepspeed_config
+
+    shape = ModelShape(recipe.model.name_or_path, sizes.parameters, sizes.trained, 0)
+    config = deepspeed_config(
+        strategy=strategy,
+        offload=offload,
+        world_size=world,
+        device_type="cuda",
+        recipe=recipe,
+        batch=Batch(1, 1, 1),
+        model=shape,
+    )
+    return config["zero_optimization"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +299,7 @@ def ledger(vocab_size: int, tokens: int) -> Any:
                 if isinstance(leaf, torch.Tensor):
                     logits = leaf.dim() > 1 and leaf.shape[-1] == vocab_size and leaf.numel() >= tokens * vocab_size
                     self.count(leaf, "logits" if logits else "activations")
+            self.look(_workspace(func, args))
             return result
 
         def count(self, tensor: torch.Tensor, kind: str) -> None:
@@ -100,11 +329,29 @@ def ledger(vocab_size: int, tokens: int) -> Any:
             self.segment = (moment, block)
             self.look()
 
-        def look(self) -> None:
-            if self.total > self.peaks.get(self.segment, (-1,))[0]:
-                self.peaks[self.segment] = (self.total, Counter(self.bytes))
+        def look(self, workspace: int = 0) -> None:
+            if self.total + workspace > self.peaks.get(self.segment, (-1,))[0]:
+                self.peaks[self.segment] = (self.total + workspace, Counter(self.bytes))
+                self.peaks[self.segment][1]["activations"] += workspace
 
     return Ledger()
+
+
+def _workspace(func: Any, args: tuple) -> int:
+    """Large temporaries inside one operator, which no dispatch mode sees.
+
+    bitsandbytes gemm_4bit turns the matrix into the compute dtype for more than some 1500 tokens (backends/cuda/ops.py,
+    _dequant_linear_fallback). FlashAttention-2's backward sums dq in float32 and, with fewer key than query heads,
+    makes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded).
+    """
+    name = func.name()
+    if name == "bitsandbytes::gemm_4bit":
+        return args[2][0] * args[2][1] * args[0].element_size()
+    if name == "aten::_scaled_dot_product_flash_attention_backward":
+        query, key = args[1], args[2]
+        expanded = 2 * query.numel() * query.element_size() if key.shape[1] != query.shape[1] else 0
+        return 4 * query.numel() + expanded
+    return 0
 
 
 def cuda_kernels() -> Any:
@@ -140,8 +387,10 @@ def cuda_kernels() -> Any:
         if rest.get("enable_gqa"):
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         if attn_mask is not None:
-            attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(dtype) if attn_mask.dtype is torch.bool else (
-                attn_mask.to(dtype)
+            attn_mask = (
+                torch.where(attn_mask, 0.0, float("-inf")).to(dtype)
+                if attn_mask.dtype is torch.bool
+                else (attn_mask.to(dtype))
             )
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], -1, -1)
         return aten._scaled_dot_product_efficient_attention(
@@ -168,32 +417,36 @@ def cuda_kernels() -> Any:
     return CudaKernels()
 
 
-def build(recipe: Recipe, layout: str, attn_implementation: str) -> Any:
-    """The model as distft/train/model.py makes it, on the meta device.
+def build(recipe: Recipe, layout: str, attn_implementation: str, depth: int | None = None) -> Any:
+    """The model as distft/train/model.py makes it, on the meta device; `depth` blocks of it.
 
     `layout` is what the strategy computes with. `autocast` (DDP): what is trained is float32, and autocast casts on
     the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, autocast is on too (accelerate). `zero`:
     DeepSpeed casts the module to the compute dtype, no autocast.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = compute_dtype(recipe)
-    config = AutoConfig.from_pretrained(
-        recipe.model.name_or_path,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype if recipe.lora else torch.float32,
-            attn_implementation=_register_flash() if attn_implementation == "flash_attention_2" else attn_implementation,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+    name, revision, trust = recipe.model.name_or_path, recipe.model.revision, recipe.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype if recipe.lora else torch.float32,
+                attn_implementation=_attention(attn_implementation),
+                trust_remote_code=trust,
+            )
+    except (OSError, ValueError) as error:
+        raise PlanError(f"model.name_or_path: {name} cannot be simulated ({str(error).splitlines()[0]})") from None
     model.config.use_cache = False
+    if depth is not None:
+        del blocks_of(model)[depth:]
     if recipe.model.quantization:
+        from transformers import BitsAndBytesConfig
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
         four = recipe.model.quantization == "nf4"
         settings = BitsAndBytesConfig(
             load_in_4bit=four,
@@ -212,7 +465,7 @@ def build(recipe: Recipe, layout: str, attn_implementation: str) -> Any:
             model = add_adapters(model, recipe)
     if layout != "autocast":
         for parameter in model.parameters():
-            if parameter.is_floating_point() and not _quantised(parameter):
+            if parameter.is_floating_point() and _stored_bytes(parameter) is None:
                 parameter.data = parameter.data.to(dtype)
     return model
 
@@ -223,8 +476,10 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return compute_dtype(recipe)
 
 
-def _register_flash() -> str:
-    """A name under which SDPA runs without a mask, as FlashAttention-2 does; flash-attn itself need not be there."""
+def _attention(name: str) -> str:
+    """FlashAttention-2 by a name under which SDPA runs without a mask; flash-attn itself need not be there."""
+    if name != "flash_attention_2":
+        return "sdpa" if name == "auto" else name
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -232,10 +487,6 @@ def _register_flash() -> str:
     ALL_ATTENTION_FUNCTIONS.register("distft_flash", sdpa_attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register("distft_flash", lambda *args, **kwargs: None)
     return "distft_flash"
-
-
-def _quantised(parameter: Any) -> bool:
-    return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
 def blocks_of(model: Any) -> Any:
@@ -305,8 +556,14 @@ def _quantise_nf4(linear: Any) -> None:
 
     second = QuantState(absmax=zeros(-(-scales // 256)), code=zeros(256), blocksize=256, dtype=torch.float32)
     linear.weight.quant_state = QuantState(
-        absmax=zeros(scales, torch.uint8), shape=torch.Size(shape), code=zeros(16), blocksize=64, quant_type="nf4",
-        dtype=linear.compute_dtype, offset=zeros(1)[0], state2=second,
+        absmax=zeros(scales, torch.uint8),
+        shape=torch.Size(shape),
+        code=zeros(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=linear.compute_dtype,
+        offset=zeros(1)[0],
+        state2=second,
     )
     linear.compute_type_is_set = True
 
@@ -437,6 +694,7 @@ def _optimizer_step(recipe: Recipe, trained: list, book: Any) -> Any | None:
         book.call(p.grad, "gradients")
     optimizer = make_optimizer(recipe.training.optim, trained)
     if optimizer is None:
+        book.enter("optimizer")
         return None
     book.segment = ("warm-up", None)
     optimizer.step()
@@ -462,22 +720,22 @@ def _watch_blocks(model: Any, book: Any) -> None:
 
         return hook
 
-    def after(index: int) -> Any:
+    def after(index: int, last: bool) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             if book.segment[0] != "forward":
                 return
             hidden = output if isinstance(output, torch.Tensor) else output[0]
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: book.enter("backward", index))
-            if index in (-1, len(blocks) - 1):
+            if last:
                 book.enter("loss")
 
         return hook
 
     for position, block in enumerate(blocks):
-        index = position if position < len(blocks) - 2 or len(blocks) < 4 else position - len(blocks)
+        index = position if position < 2 else position - len(blocks)
         block.register_forward_pre_hook(before(index))
-        block.register_forward_hook(after(index))
+        block.register_forward_hook(after(index, block is blocks[-1]))
 
 
 def _quantisation_states(model: Any) -> Iterator[Any]:
@@ -488,3 +746,48 @@ def _quantisation_states(model: Any) -> Iterator[Any]:
         state = getattr(module, "state", None)
         if getattr(state, "SCB", None) is not None:
             yield state.SCB
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m distft.planner.simulate RECIPE`: for trying; `distft plan --simulate` is the command."""
+    import argparse
+    import json
+
+    from distft.loading import load_recipe
+
+    parser = argparse.ArgumentParser(prog="python -m distft.planner.simulate", description=main.__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="KEY=VALUE")
+    parser.add_argument("--strategy", default="ddp", choices=("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"))
+    parser.add_argument("--nproc", type=int, default=1, help="ranks, on one node")
+    parser.add_argument("--attn", default="sdpa", choices=("sdpa", "flash_attention_2", "eager"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    recipe = load_recipe(options.recipe, options.sets)
+    micro, checkpointing = recipe.training.micro_batch_size, recipe.training.gradient_checkpointing
+    result = simulate(
+        recipe,
+        strategy=options.strategy,
+        offload=recipe.parallelism.offload,
+        shard_size=1 if options.strategy == "ddp" else options.nproc,
+        world_size=options.nproc,
+        nproc_per_node=options.nproc,
+        micro_batch_size=1 if micro == "auto" else micro,
+        gradient_checkpointing=checkpointing is True,
+        attn_implementation=options.attn,
+    )
+    found = asdict(result) | {"process": result.process}
+    if options.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        text = (
+            value
+            if not isinstance(value, int) or value < 2**20 or "parameters" in key[5:]
+            else f"{value / 2**30:.2f} GiB"
+        )
+        print(f"{key:21}{text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

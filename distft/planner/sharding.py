@@ -1,0 +1,159 @@
+"""What a strategy keeps of the states on each rank, and what it holds besides: bytes by formula, each with its source.
+
+Versions read: torch 2.13, accelerate 1.15, deepspeed 0.19.8. T is what is trained, N the ranks that share one copy,
+`low` the bytes of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# deepspeed/runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: elements of the flat copy that ZeRO-1 averages at a time.
+ZERO1_MESSAGE = 500_000_000
+
+
+# `head` is the backward pass from the loss to the last block.
+MOMENTS = ("forward", "loss", "head", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is gathered together: a block, the embedding, or the final norm with the output layer. Elements, bytes."""
+
+    bytes: int  # of all parameters in the dtype they are gathered in
+    trained: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What there is to divide."""
+
+    parameters: int  # elements, a quantised weight as one
+    frozen_bytes: int
+    trained: int  # elements
+    largest_trained: int  # elements of the largest trained tensor
+    low: int
+    largest_module: int  # bytes of the parameters of one module
+    bnb_bytes: int  # optimizer states of bitsandbytes, unsharded; 0 where it is not used
+    embedding: Unit
+    block: Unit
+    tail: Unit
+    small_bytes: int  # of tensors that ZeRO-3 leaves whole
+    tied: bool
+
+    @property
+    def gathered_bytes(self) -> int:
+        return self.frozen_bytes + self.low * self.trained
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes of a rank; `buffers` by moment."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: dict[str, int]
+    host: int = 0
+
+    @property
+    def states(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def share(
+    strategy: str,
+    offload: str,
+    shard_size: int,
+    sizes: Sizes,
+    state_bytes: float,
+    zero: dict[str, Any] | None,
+    bf16: bool,
+) -> Share:
+    """States and buffers of a rank under a strategy that shards (all but ddp).
+
+    Args:
+        state_bytes: optimizer state, bytes per trained element.
+        zero: the `zero_optimization` section as distft/strategies/deepspeed.py generates it; None for fsdp and hsdp.
+        bf16: the compute dtype is bfloat16 (ZeRO-1 has an optimizer of its own for it).
+    """
+    if zero is None:
+        return _fsdp(offload, shard_size, sizes, state_bytes)
+    return _zero(strategy, offload, shard_size, sizes, state_bytes, zero, bf16)
+
+
+def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
+    """FSDP2: everything / N; what is trained is float32 (accelerate/utils/fsdp_utils.py:813).
+
+    Units are the blocks, the embedding and [final norm, output layer], the last kept gathered from its forward to its
+    backward pass (fsdp_utils.py:857-879). Forward: a unit in use, and its all-gather's output, held until the next
+    unit's copy-out (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py:430 and :483). Backward: a unit in use and
+    the next one's all-gather (:795); its gradients in the compute dtype, and their float32 copy that is
+    reduce-scattered (distft's reduce_dtype); the unit before it is waited for first (:647).
+    """
+    parameters = -(-(sizes.frozen_bytes + 4 * sizes.trained) // ranks)
+    gradients, optimizer = -(-4 * sizes.trained // ranks), int(state_bytes * sizes.trained) // ranks
+    block, embedding, tail = sizes.block, sizes.embedding, sizes.tail
+
+    def reducing(unit: Unit) -> int:
+        return (sizes.low + 4) * unit.trained
+
+    first = tail if sizes.tied else embedding  # a tied embedding is in the tail, which is gathered from the start
+    always = tail.bytes if sizes.tied else 0
+    buffers = {
+        "forward": max(2 * block.bytes + always, 2 * first.bytes),
+        "loss": max(2 * tail.bytes, block.bytes + tail.bytes),
+        "head": tail.bytes + block.bytes + reducing(tail),
+        "backward": max(
+            2 * block.bytes + reducing(block) + (tail.bytes + sizes.low * tail.trained if sizes.tied else 0),
+            first.bytes + reducing(first),
+        ),
+        "optimizer": 0,
+    }
+    if offload == "all":
+        return Share(0, 0, 0, buffers, parameters + gradients + optimizer)
+    return Share(parameters, gradients, optimizer, buffers)
+
+
+def _zero(
+    strategy: str, offload: str, ranks: int, sizes: Sizes, state_bytes: float, zero: dict[str, Any], bf16: bool
+) -> Share:
+    """DeepSpeed. The float32 masters (4 T / N, flat) count as optimizer states: its optimizer holds and shards them.
+
+    ZeRO-1: gradients are summed into one flat float32 copy of all (bf16_optimizer.py:191; fp16: grad_accum), averaged
+        in messages of at most 5e8 elements, of which there is a copy.
+    ZeRO-2: gradients 4 T / N float32 (stage_1_and_2.py:1269); buckets of reduce_bucket_size in the compute dtype, two
+        with overlap_comm (:3266, :3275), and the message in float32. A tensor larger than the bucket travels alone.
+    ZeRO-3: parameters / N but for small ones; gradients 4 T / N (stage3.py:791); a float32 bucket (:782) and its
+        message; gathered parameters: the module in use, what is prefetched, and what the backward pass will use again
+        within stage3_max_reuse_distance, which at the turn is half of it (partitioned_param_coordinator.py,
+        __params_to_release). Optimizer step: the float32 gradients of a sub-group (stage3.py:1305).
+    Offload: the partitions of masters, states and gradients lie in host memory; `all`: the parameters' too.
+    """
+    trained, low = sizes.trained, sizes.low
+    mine = -(-trained // ranks)
+    bucket, overlap = int(zero["reduce_bucket_size"]), zero["overlap_comm"]
+    message = 4 * min(max(bucket, sizes.largest_trained), max(trained, 1))
+    parameters, gradients, optimizer = sizes.gathered_bytes, 4 * mine, int((4 + state_bytes) * mine)
+    buffers = dict.fromkeys(MOMENTS, 0)
+    if strategy == "zero1" and bf16 and offload == "none":
+        gradients, buffers["optimizer"] = 4 * trained, 4 * min(trained, ZERO1_MESSAGE)
+    elif strategy in ("zero1", "zero2"):
+        if strategy == "zero1":
+            gradients = 4 * trained
+        width = low if strategy == "zero2" else 4
+        buffers["head"] = buffers["backward"] = (2 if overlap else 1) * width * bucket + message
+    else:
+        kept = min(int(zero["stage3_max_reuse_distance"]), int(zero["stage3_max_live_parameters"])) // 2
+        ahead = low * int(zero["stage3_prefetch_bucket_size"])
+        live = min(sizes.gathered_bytes, low * kept + ahead + sizes.largest_module)
+        parameters = -(-parameters // ranks) + sizes.small_bytes
+        buffers.update(dict.fromkeys(("forward", "loss"), live + 4 * bucket))
+        buffers.update(dict.fromkeys(("head", "backward"), live + 4 * bucket + message))
+        buffers["optimizer"] = 4 * bucket + 4 * min(mine, int(zero["sub_group_size"]))
+    if offload == "none":
+        return Share(parameters, gradients, optimizer, buffers)
+    host = 4 * mine + optimizer
+    moved = parameters - sizes.small_bytes if offload == "all" else 0
+    return Share(parameters - moved, 0, 0, buffers, host + moved)

@@ -1,0 +1,204 @@
+"""The simulation against real tensors, against the full depth, and against itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+
+from distft.loading import load_recipe
+from distft.planner.simulate import Simulated, simulate
+from distft.train.fake_model import build, sizes_of
+from distft.train.trace import Trace, trace
+
+TOKENS, VOCABULARY, HIDDEN = 2 * 64, 480, 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("simulate")
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=7, **sizes).save_pretrained(folder / "llama")
+    GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_head=4, n_layer=7, n_positions=64).save_pretrained(
+        folder / "gpt2"
+    )
+    large = {"vocab_size": 128256, "num_key_value_heads": 8}
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **large
+    ).save_pretrained(folder / "8b")
+    LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **large
+    ).save_pretrained(folder / "70b")
+    (folder / "data.jsonl").write_text('{"text": "a"}\n')
+    (folder / "recipe.yaml").write_text(
+        "name: t\nmodel: {name_or_path: llama}\ndata: {train: data.jsonl, max_length: 64}\n"
+        "training: {global_batch_size: 2, micro_batch_size: 2, mixed_precision: 'no'}\n"
+    )
+    return folder
+
+
+def recipe(folder: Path, *sets: str) -> Any:
+    return load_recipe(folder / "recipe.yaml", sets)
+
+
+def run(folder: Path, *sets: str, **options: Any) -> Simulated:
+    options = {"strategy": "ddp", "micro_batch_size": 2} | options
+    return simulate(recipe(folder, *sets), **options)
+
+
+def traced(folder: Path, *sets: str, **options: Any) -> Trace:
+    wanted = recipe(folder, *sets)
+    options = {"layout": "autocast", "micro_batch_size": 2, "gradient_checkpointing": False} | options
+    # Eager attention: which kernel SDPA takes on a CPU differs between fake and real tensors.
+    model = build(wanted, options["layout"], "eager", depth=2)
+    return trace(wanted, model, attn_implementation="eager", **options)
+
+
+def real_parameters() -> int:
+    attention = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2
+    return 7 * (attention + 3 * HIDDEN * 176 + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
+
+
+def test_states_of_full_fine_tuning(folder: Path) -> None:
+    found, count = run(folder, "lora=null"), real_parameters()
+    assert found.model_parameters == found.trainable_parameters == count
+    assert (found.parameters, found.gradients) == (4 * count, 4 * count)
+    assert 8 * count <= found.optimizer <= 8 * count + 4 * 100  # and a step counter per tensor
+
+
+def test_states_of_lora(folder: Path) -> None:
+    found, count = run(folder, "lora.r=4", "training.mixed_precision=bf16"), real_parameters()
+    trained = 7 * 4 * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + HIDDEN // 2) + 3 * (HIDDEN + 176))
+    assert (found.model_parameters, found.trainable_parameters) == (count, trained)
+    assert (found.parameters, found.gradients) == (2 * count + 4 * trained, 4 * trained)
+    assert 8 * trained <= found.optimizer <= 8 * trained + 4 * 2 * 7 * 7
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["lora=null"],
+        ["lora.r=4"],
+        ["lora.r=4", "training.mixed_precision=bf16"],
+        ["lora=null", "model.name_or_path=gpt2"],
+    ],
+    ids=["full", "lora", "lora-bf16", "gpt2"],
+)
+def test_the_peak_of_fake_tensors_is_that_of_real_ones(folder: Path, sets: list[str], checkpointing: bool) -> None:
+    # One row without packing: a real run looks whether a mask is needed, a fake one must take it that it is.
+    options = {"gradient_checkpointing": checkpointing, "cuda": False, "micro_batch_size": 1}
+    sets = [*(s.replace("=gpt2", f"={folder / 'gpt2'}") for s in sets), "data.packing=false"]
+    fake, real = traced(folder, *sets, **options), traced(folder, *sets, fake=False, **options)
+    assert fake.states == real.states
+    assert fake.peaks.keys() == real.peaks.keys()
+    for segment in fake.peaks:
+        assert fake.total(segment) == pytest.approx(real.total(segment), rel=0.01), segment
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "sets"),
+    [("ddp", ["lora=null"]), ("ddp", ["training.mixed_precision=bf16"]), ("fsdp", ["training.mixed_precision=bf16"])],
+)
+def test_two_depths_continued_are_the_full_depth(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, sets: list[str], checkpointing: bool
+) -> None:
+    options = {"strategy": strategy, "gradient_checkpointing": checkpointing, "world_size": 2, "shard_size": 2}
+    continued = run(folder, *sets, **options)
+    monkeypatch.setattr("distft.planner.simulate.DEPTHS", (7, 7))
+    assert continued == run(folder, *sets, **options)
+
+
+def test_checkpointing_keeps_one_hidden_state_a_layer(folder: Path) -> None:
+    off, on = (traced(folder, gradient_checkpointing=value) for value in (False, True))
+    assert on.peaks["loss", None]["activations"] < off.peaks["loss", None]["activations"]
+    below, above = (on.peaks["forward", index]["activations"] for index in (0, 1))
+    assert above - below == 4 * TOKENS * HIDDEN
+    assert on.peaks["backward", 1]["activations"] < off.peaks["backward", 1]["activations"]
+
+
+def test_logits(folder: Path) -> None:
+    assert run(folder).peaks.keys() == {"forward", "loss", "backward", "optimizer"}
+    # float32: the output is its own upcast; log-probabilities and their gradient beside it in the backward pass.
+    assert traced(folder).peaks["backward", None]["logits"] == 3 * 4 * TOKENS * VOCABULARY
+    half = traced(folder, "training.mixed_precision=bf16")
+    assert half.peaks["loss", None]["logits"] == (2 + 4 + 4) * TOKENS * VOCABULARY
+
+
+def test_accumulated_gradients_live_through_the_forward_pass(folder: Path) -> None:
+    once, twice = run(folder, "lora=null"), run(folder, "lora=null", "training.global_batch_size=4")
+    assert twice.peaks["loss"] - once.peaks["loss"] == once.gradients
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp", "hsdp"])
+@pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
+def test_what_strategies_divide(folder: Path, strategy: str, lora: str) -> None:
+    options = {"strategy": strategy, "world_size": 4, "nproc_per_node": 4}
+    wanted = [lora, "training.mixed_precision=bf16"]
+    two, four = (run(folder, *wanted, shard_size=size, **options) for size in (2, 4))
+    assert four.optimizer == pytest.approx(two.optimizer / 2, rel=0.01)
+    assert (four.gradients < two.gradients) == (strategy != "zero1")
+    assert (four.parameters < two.parameters) == (strategy in ("zero3", "fsdp", "hsdp"))
+    if strategy in ("fsdp", "hsdp"):
+        everything = run(folder, *wanted)
+        assert four.parameters == pytest.approx(everything.parameters / 4, rel=0.01)
+
+
+def test_offload_moves_the_states_to_the_host(folder: Path) -> None:
+    here = run(folder, "lora=null", strategy="zero2", shard_size=2, world_size=2, nproc_per_node=2)
+    away = run(folder, "lora=null", strategy="zero2", offload="optimizer", shard_size=2, world_size=2, nproc_per_node=2)
+    assert (away.optimizer, away.gradients) == (0, 0)
+    assert away.host_per_node == pytest.approx(2 * (here.optimizer + here.gradients), rel=0.01)
+
+
+@pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("nf4", 0.5 + 0.0159), ("int8", 1.0)])
+def test_quantised_base(folder: Path, quantization: str, bytes_per_weight: float) -> None:
+    sets = ["training.mixed_precision=bf16", f"model.quantization={quantization}", "lora.r=4"]
+    found = run(folder, *sets, gradient_checkpointing=True)
+    linear = real_parameters() - 2 * VOCABULARY * HIDDEN - 15 * HIDDEN
+    rest = 2 * (real_parameters() - linear) + 4 * found.trainable_parameters
+    tables = 7 * 7 * 4 * (256 + 16 + 256)  # code books, and int8's scale per row
+    assert 0 <= found.parameters - rest - bytes_per_weight * linear <= tables
+    divided = sizes_of(recipe(folder, *sets), build(recipe(folder, *sets), "zero", "sdpa"))
+    assert divided.frozen_bytes == pytest.approx(found.parameters - 4 * found.trainable_parameters, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("optim", "low", "high"), [("adamw_torch", 8, 8.1), ("adafactor", 0, 4), ("adamw_bnb_8bit", 2, 8)]
+)
+def test_optimizers(folder: Path, optim: str, low: float, high: float) -> None:
+    found = run(folder, "lora=null", f"training.optim={optim}")
+    assert low <= found.optimizer / found.trainable_parameters <= high
+    if optim == "adamw_torch":  # foreach: a square root of every second moment at once
+        fused = run(folder, "lora=null")
+        assert found.peaks["optimizer"] - fused.peaks["optimizer"] >= 4 * found.trainable_parameters
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "eager"])
+def test_attention(folder: Path, attention: str) -> None:
+    sets = ["training.mixed_precision=bf16", "data.max_length=256"]
+    peak = run(folder, *sets, attn_implementation=attention).peaks["backward"]
+    flash = run(folder, *sets, attn_implementation="flash_attention_2").peaks["backward"]
+    # A mask for every layer, and scores for every head of every layer.
+    assert peak == flash if attention == "flash_attention_2" else peak - flash > 2 * 2 * 256**2 * 8
+
+
+@pytest.mark.parametrize(("model", "limit"), [("8b", 15), ("70b", 60)])
+def test_time(folder: Path, model: str, limit: float) -> None:
+    sets = ["data.max_length=2048", "training.mixed_precision=bf16", f"model.name_or_path={folder / model}"]
+    start = time.perf_counter()
+    found = run(folder, *sets, strategy="zero3", shard_size=8, world_size=8, gradient_checkpointing=True)
+    seconds = time.perf_counter() - start
+    print(f"{model}: {seconds:.1f} s, peak {found.peak / 2**30:.1f} GiB")
+    assert seconds < 4 * limit  # a loaded machine
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, distft.planner.simulate, distft.planner.sharding; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

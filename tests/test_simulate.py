@@ -23,8 +23,9 @@ TOKENS, VOCABULARY, HIDDEN = 2 * 64, 480, 64
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("simulate")
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=7, **sizes).save_pretrained(folder / "llama")
-    GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_head=4, n_layer=7, n_positions=64).save_pretrained(
+    LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes).save_pretrained(folder / "llama")
+    LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=7, **sizes).save_pretrained(folder / "deep")
+    GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_head=4, n_layer=2, n_positions=64).save_pretrained(
         folder / "gpt2"
     )
     large = {"vocab_size": 128256, "num_key_value_heads": 8}
@@ -55,13 +56,13 @@ def traced(folder: Path, *sets: str, **options: Any) -> Trace:
     wanted = recipe(folder, *sets)
     options = {"layout": "autocast", "micro_batch_size": 2, "gradient_checkpointing": False} | options
     # Eager attention: which kernel SDPA takes on a CPU differs between fake and real tensors.
-    model = build(wanted, options["layout"], "eager", depth=2)
+    model = build(wanted, options["layout"], "eager")
     return trace(wanted, model, attn_implementation="eager", **options)
 
 
 def real_parameters() -> int:
     attention = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2
-    return 7 * (attention + 3 * HIDDEN * 176 + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
+    return 2 * (attention + 3 * HIDDEN * 176 + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
 
 
 def test_states_of_full_fine_tuning(folder: Path) -> None:
@@ -73,10 +74,10 @@ def test_states_of_full_fine_tuning(folder: Path) -> None:
 
 def test_states_of_lora(folder: Path) -> None:
     found, count = run(folder, "lora.r=4", "training.mixed_precision=bf16"), real_parameters()
-    trained = 7 * 4 * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + HIDDEN // 2) + 3 * (HIDDEN + 176))
+    trained = 2 * 4 * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + HIDDEN // 2) + 3 * (HIDDEN + 176))
     assert (found.model_parameters, found.trainable_parameters) == (count, trained)
     assert (found.parameters, found.gradients) == (2 * count + 4 * trained, 4 * trained)
-    assert 8 * trained <= found.optimizer <= 8 * trained + 4 * 2 * 7 * 7
+    assert 8 * trained <= found.optimizer <= 8 * trained + 4 * 2 * 7 * 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -101,15 +102,20 @@ def test_the_peak_of_fake_tensors_is_that_of_real_ones(folder: Path, sets: list[
         assert fake.total(segment) == pytest.approx(real.total(segment), rel=0.01), segment
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("strategy", "sets"),
-    [("ddp", ["lora=null"]), ("ddp", ["training.mixed_precision=bf16"]), ("fsdp", ["training.mixed_precision=bf16"])],
+    ("strategy", "sets", "checkpointing"),
+    [
+        ("ddp", ["lora=null"], False),
+        ("ddp", ["training.mixed_precision=bf16"], True),
+        ("fsdp", ["training.mixed_precision=bf16"], False),
+        ("zero2", ["training.mixed_precision=bf16", "lora=null"], True),
+    ],
 )
 def test_two_depths_continued_are_the_full_depth(
     folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, sets: list[str], checkpointing: bool
 ) -> None:
     options = {"strategy": strategy, "gradient_checkpointing": checkpointing, "world_size": 2, "shard_size": 2}
+    sets = [*sets, f"model.name_or_path={folder / 'deep'}"]
     continued = run(folder, *sets, **options)
     monkeypatch.setattr("distft.planner.simulate.DEPTHS", (7, 7))
     assert continued == run(folder, *sets, **options)
@@ -161,9 +167,9 @@ def test_offload_moves_the_states_to_the_host(folder: Path) -> None:
 def test_quantised_base(folder: Path, quantization: str, bytes_per_weight: float) -> None:
     sets = ["training.mixed_precision=bf16", f"model.quantization={quantization}", "lora.r=4"]
     found = run(folder, *sets, gradient_checkpointing=True)
-    linear = real_parameters() - 2 * VOCABULARY * HIDDEN - 15 * HIDDEN
+    linear = real_parameters() - 2 * VOCABULARY * HIDDEN - 5 * HIDDEN
     rest = 2 * (real_parameters() - linear) + 4 * found.trainable_parameters
-    tables = 7 * 7 * 4 * (256 + 16 + 256)  # code books, and int8's scale per row
+    tables = 2 * 7 * 4 * (256 + 16 + 256)  # code books, and int8's scale per row
     assert 0 <= found.parameters - rest - bytes_per_weight * linear <= tables
     divided = sizes_of(recipe(folder, *sets), build(recipe(folder, *sets), "zero", "sdpa"))
     assert divided.frozen_bytes == pytest.approx(found.parameters - 4 * found.trainable_parameters, rel=0.3)
@@ -186,7 +192,7 @@ def test_attention(folder: Path, attention: str) -> None:
     peak = run(folder, *sets, attn_implementation=attention).peaks["backward"]
     flash = run(folder, *sets, attn_implementation="flash_attention_2").peaks["backward"]
     # A mask for every layer, and scores for every head of every layer.
-    assert peak == flash if attention == "flash_attention_2" else peak - flash > 2 * 2 * 256**2 * 8
+    assert peak == flash if attention == "flash_attention_2" else peak - flash > 2 * 2 * 256**2 * 2
 
 
 @pytest.mark.parametrize(("model", "limit"), [("8b", 15), ("70b", 60)])

@@ -18,11 +18,11 @@ left out (scalars); under ZeRO and FSDP the gradients' share is taken as there a
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from distft.errors import PlanError
 from distft.planner import sharding
 from distft.planner.sharding import Share, Sizes
 from distft.recipe import Recipe
@@ -81,7 +81,7 @@ def simulate(
     """Memory of a rank; `shard_size` ranks share one copy of what the strategy shards.
 
     Raises:
-        PlanError: the model's config cannot be read, or transformers cannot build it.
+        PlanError: the model's config cannot be read, transformers cannot build it, or it cannot be traced.
     """
     from distft.train.fake_model import alike, blocks_of, build, sizes_of
     from distft.train.trace import trace
@@ -94,15 +94,21 @@ def simulate(
     for depth in depths:
         model = build(recipe, layout, attn_implementation, depth)
         sizes = sizes_of(recipe, model)
-        steps = trace(
-            recipe,
-            model,
-            layout=layout,
-            micro_batch_size=micro_batch_size,
-            gradient_checkpointing=gradient_checkpointing,
-            attn_implementation=attn_implementation,
-            accumulating=accumulating and layout == "autocast",
-        )
+        try:
+            steps = trace(
+                recipe,
+                model,
+                layout=layout,
+                micro_batch_size=micro_batch_size,
+                gradient_checkpointing=gradient_checkpointing,
+                attn_implementation=attn_implementation,
+                accumulating=accumulating and layout == "autocast",
+            )
+        except RuntimeError as error:  # a shape that depends on values, an operator that fake tensors lack
+            name, why = recipe.model.name_or_path, str(error).splitlines()[0]
+            raise PlanError(
+                f"model.name_or_path: {name} cannot be simulated ({why}); plan without --simulate"
+            ) from error
         found.append((sizes, steps))
     sizes, steps = _to_depth(found, depths, len(blocks))
     return _put_together(recipe, sizes, steps, strategy, offload, shard_size, world_size, nproc_per_node)
@@ -237,14 +243,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json:
         print(json.dumps(found))
         return
+    plain = ("moment", "model_parameters", "trainable_parameters")
+    found |= {f"peak of {moment}": size for moment, size in found.pop("peaks").items()}
     for key, value in found.items():
-        text = (
-            value
-            if not isinstance(value, int) or value < 2**20 or "parameters" in key[5:]
-            else f"{value / 2**30:.2f} GiB"
-        )
-        print(f"{key:21}{text}")
+        print(f"{key:21}{value if key in plain else f'{value / 2**30:.3f} GiB'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -67,10 +67,15 @@ class Place:
 HERE = Place()
 
 
-def plan_recipe(path: str, sets: Sequence[str] = (), place: Place = HERE) -> tuple[Recipe, Plan]:
-    """Load, plan, and check every row of the data that lies here. Starts and writes nothing."""
+def plan_recipe(
+    path: str, sets: Sequence[str] = (), place: Place = HERE, need_weights: bool = False
+) -> tuple[Recipe, Plan]:
+    """Load, plan, and check every row of the data that lies here. Starts and writes nothing.
+
+    A plan takes the model's config.json alone; what is to be started needs its weights.
+    """
     recipe = load_recipe(path, sets)
-    plan = make_plan(recipe, *place.devices())
+    plan = make_plan(recipe, *place.devices(), need_weights)
     data_files.check_files(recipe)
     return recipe, plan
 

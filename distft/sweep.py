@@ -107,7 +107,14 @@ class Sweep:
         return folder
 
 
-def plan(recipe: str, sets: Sequence[str], sweeps: Sequence[str], place: launching.Place, after: str | None) -> Sweep:
+def plan(
+    recipe: str,
+    sets: Sequence[str],
+    sweeps: Sequence[str],
+    place: launching.Place,
+    after: str | None,
+    need_weights: bool = False,
+) -> Sweep:
     """Plan every combination; all problems of the first that has any.
 
     Raises:
@@ -115,7 +122,7 @@ def plan(recipe: str, sets: Sequence[str], sweeps: Sequence[str], place: launchi
     """
     chosen = combinations(sweeps)
     launches = [
-        launching.Launch(*launching.plan_recipe(recipe, [*sets, *combination], place), place, None, after)
+        launching.Launch(*launching.plan_recipe(recipe, [*sets, *combination], place, need_weights), place, None, after)
         for combination in chosen
     ]
     return Sweep(launches[0].settings.name, chosen, launches)

@@ -80,7 +80,7 @@ def launch(
     if script:
         settings, plan = launching.plan_script(script, sets, place)
     else:
-        settings, plan = launching.plan_recipe(recipe, sets, place)
+        settings, plan = launching.plan_recipe(recipe, sets, place, need_weights=not dry_run)
     after = after and launching.dependency(after, place.runs_dir(settings))
     planned = launching.Launch(settings, plan, place, script, after, detach)
     if dry_run:
@@ -113,7 +113,7 @@ def _sweep(
     from distft import launching, sweep
 
     after = after and launching.dependency(after, place.cluster.runs_dir)
-    planned = sweep.plan(recipe, sets, sweeps, place, after)
+    planned = sweep.plan(recipe, sets, sweeps, place, after, need_weights=not dry_run)
     if dry_run:
         folder = Path(place.cluster.runs_dir) / f"{planned.name}-sweep"
         if as_json:

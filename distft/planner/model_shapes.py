@@ -1,4 +1,4 @@
-"""What the model is, from its files alone: names and shapes in the safetensors headers, sizes in config.json.
+"""What the model of a recipe is: its parameters and sizes, from config.json and the headers of its weights.
 
 Reading a header takes no torch: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, "Format").
 """
@@ -9,15 +9,19 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distft.errors import MissingPartError, PlanError
-from distft.recipe import Lora, Recipe
+from distft.planner.architecture import Sizes, describe, guess_sizes, is_known
+from distft.planner.layout import Tensor
+from distft.planner.lora import lora_parameters
+from distft.recipe import Recipe
 
 # A header is JSON of some hundred bytes a tensor; what claims more is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
+
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 
 @dataclass(frozen=True)
@@ -27,73 +31,77 @@ class ModelShape:
     name: str
     parameters: int
     trainable_parameters: int
-    linear_parameters: int  # weights of the linear layers inside the blocks: what quantization stores in fewer bits
+    linear_parameters: int  # weights of linear layers but the output layer: what quantization stores in fewer bits
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     vocab_size: int | None = None
     head_dim: int | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    tensors: tuple[Tensor, ...] = field(default=(), repr=False)  # every parameter of the base model, tied ones once
 
 
-def read_model_shape(recipe: Recipe) -> ModelShape:
+def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     """The model of a recipe, from its local folder or the hub.
 
+    Of a known family, exactly what transformers builds from config.json: a checkpoint may hold other things (buffers,
+    a tied weight twice, experts one by one). Of any other, what the headers of the weights hold.
+
+    Args:
+        need_weights: refuse a model that could be planned but not loaded.
+
     Raises:
-        PlanError: no config.json, no safetensors weights, or a file that is neither.
+        PlanError: no config.json, a file that is not what its name says, or weights that are needed and not there.
         MissingPartError: a hub id, without huggingface_hub installed.
     """
-    folder = Path(recipe.model.name_or_path)
-    local = folder.is_dir()
-    tensors, config = _read_folder(folder) if local else _read_hub(recipe)
-    linear = {name: shape for name, shape in tensors.items() if _is_block_linear(name, shape)}
-    parameters = sum(map(prod, tensors.values()))
-    text = config.get("text_config") or config  # multimodal configs nest the language model's
-    heads, hidden = _first(text, "num_attention_heads", "n_head"), _first(text, "hidden_size", "n_embd", "d_model")
+    name = recipe.model.name_or_path
+    folder = Path(name)
+    config, header = _read_folder(folder, need_weights) if folder.is_dir() else _read_hub(recipe, need_weights)
+    tied: tuple[Tensor, ...] = ()
+    experts = None
+    if is_known(config):
+        model = describe(config)
+        sizes, tensors, tied, experts = model.sizes, model.tensors, model.tied, model.peft_experts
+        if header and "quantization_config" not in config:  # which packs weights into other shapes
+            tensors = tuple(t._replace(shape=header.get(t.name, t.shape)) for t in tensors)
+    elif header is not None:
+        sizes, tensors = guess_sizes(config), tuple(Tensor(n, s, _guess_kind(n, s)) for n, s in header.items())
+    else:
+        kind = config.get("model_type")
+        raise PlanError(
+            f"model.name_or_path: {name} has no weights (*.safetensors), and "
+            + (f"model_type {kind} is not known here" if kind else "its config.json has no model_type")
+            + "; add the weights, or plan with --simulate, which takes any transformers model"
+        )
+    parameters = sum(tensor.size for tensor in tensors)
     return ModelShape(
-        name=recipe.model.name_or_path,
+        name=name,
         parameters=parameters,
-        trainable_parameters=lora_parameters(recipe.lora, linear) if recipe.lora else parameters,
-        linear_parameters=sum(map(prod, linear.values())),
-        hidden_size=hidden,
-        num_hidden_layers=_first(text, "num_hidden_layers", "n_layer"),
-        vocab_size=_first(text, "vocab_size"),
-        head_dim=_first(text, "head_dim") or (hidden // heads if hidden and heads else None),
+        trainable_parameters=lora_parameters(recipe.lora, (*tensors, *tied), experts) if recipe.lora else parameters,
+        linear_parameters=sum(tensor.size for tensor in tensors if tensor.is_linear),
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        vocab_size=sizes.vocab_size,
+        head_dim=sizes.head_dim,
+        sizes=sizes,
+        tensors=tensors,
     )
 
 
-def lora_parameters(lora: Lora, linear: Mapping[str, tuple[int, ...]]) -> int:
-    """Trainable parameters of an adapter: r x (in + out) a matrix, and DoRA's magnitude vector of `out`.
-
-    A matrix belongs to it if its name ends with one of target_modules (peft's rule for a list of names).
-
-    Raises:
-        PlanError: nothing matches.
-    """
-    targets = lora.target_modules
-    chosen = {
-        name: shape
-        for name, shape in linear.items()
-        if targets == "all-linear" or any(f".{name}".removesuffix(".weight").endswith(f".{t}") for t in targets)
-    }
-    if not chosen:
-        known = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in linear})
-        raise PlanError(
-            f"lora.target_modules: got {', '.join(targets)}, no layer of the model is called so; "
-            f"it has {', '.join(known)}"
-        )
-    return sum(lora.r * sum(shape) + (shape[0] if lora.use_dora else 0) for shape in chosen.values())
+def _guess_kind(name: str, shape: tuple[int, ...]) -> str:
+    """The kind of a tensor of an unknown family: a matrix in a numbered block is a linear layer's."""
+    if name.endswith(".bias"):
+        return "bias"
+    if len(shape) == 3 and "expert" in name:
+        return "experts"
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return "norm" if len(shape) == 1 else "param"
+    if any(part.isdigit() for part in name.split(".")):
+        return "linear"
+    return "output" if name in ("lm_head.weight", "embed_out.weight") else "embedding"
 
 
-def _is_block_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """A matrix inside a numbered block: not the embedding, not the output layer (peft's all-linear leaves it out)."""
-    return len(shape) == 2 and any(part.isdigit() for part in name.split(".")) and name.endswith(".weight")
-
-
-def _first(config: Mapping, *names: str) -> int | None:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict]:
-    """Tensor shapes and config of a local model folder."""
+def _read_folder(folder: Path, need_weights: bool) -> tuple[dict, Shapes | None]:
+    """Config of a model folder, and the tensors of its weights; None where there are none."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -102,7 +110,11 @@ def _read_folder(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict]:
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not a JSON object")
-    files = sorted(folder.glob("*.safetensors"))
+    files, missing = _weight_files(folder)
+    if (missing or not files) and not need_weights:
+        return config, None
+    if missing and files:
+        raise PlanError(f"model.name_or_path: {folder} lacks {', '.join(missing[:3])}, which its index names")
     if not files:
         other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         found = (
@@ -112,7 +124,20 @@ def _read_folder(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict]:
     tensors: dict[str, tuple[int, ...]] = {}
     for file in files:
         tensors |= read_safetensors_header(file)
-    return tensors, config
+    return config, tensors
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files that transformers loads: model.safetensors, or those of the index; else all. And which are missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors")), []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PlanError(f"model.name_or_path: {index} is no index of weights") from None
+    return [file for file in files if file.exists()], [file.name for file in files if not file.exists()]
 
 
 def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -136,8 +161,8 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise PlanError(f"model.name_or_path: {path} is not a whole safetensors file ({error})") from None
 
 
-def _read_hub(recipe: Recipe) -> tuple[dict[str, tuple[int, ...]], dict]:
-    """The same from the hub's cache where the model lies there, else the headers alone from the hub itself."""
+def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict, Shapes | None]:
+    """The same from the hub's cache where the model lies there, else from the hub itself, without the weights."""
     try:
         import huggingface_hub as hub
     except ImportError:
@@ -148,12 +173,16 @@ def _read_hub(recipe: Recipe) -> tuple[dict[str, tuple[int, ...]], dict]:
     name, revision = recipe.model.name_or_path, recipe.model.revision
     try:
         cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
-            return _read_folder(Path(cached).parent)
+        if isinstance(cached, str):
+            config, header = _read_folder(Path(cached).parent, need_weights=False)
+            if header is not None or (is_known(config) and not need_weights):
+                return config, header
         if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE is set, and it is not in the hub's cache")
-        metadata = hub.get_safetensors_metadata(name, revision=revision)
         config = json.loads(Path(hub.hf_hub_download(name, "config.json", revision=revision)).read_text())
+        if is_known(config) and not need_weights:
+            return config, None
+        metadata = hub.get_safetensors_metadata(name, revision=revision)
     except PlanError:
         raise
     except Exception as error:
@@ -164,5 +193,4 @@ def _read_hub(recipe: Recipe) -> tuple[dict[str, tuple[int, ...]], dict]:
             f"model.name_or_path: {name} is neither a folder beside the recipe nor a hub model that can be read "
             f"({reason})"
         ) from None
-    tensors = {n: tuple(t.shape) for f in metadata.files_metadata.values() for n, t in f.tensors.items()}
-    return tensors, config
+    return config, {n: tuple(t.shape) for f in metadata.files_metadata.values() for n, t in f.tensors.items()}

@@ -40,13 +40,13 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
 
-def make_plan(recipe: Recipe, topology: Topology, device: Device) -> Plan:
-    """Derive everything that the recipe leaves open.
+def make_plan(recipe: Recipe, topology: Topology, device: Device, need_weights: bool = False) -> Plan:
+    """Derive everything that the recipe leaves open; `need_weights` refuses a model that has only a config.json.
 
     Raises:
         PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
     """
-    model = read_model_shape(recipe)
+    model = read_model_shape(recipe, need_weights)
     reasons, warnings = [], _warnings(topology, device)
     strategy = _strategy(recipe, model, topology, device, reasons)
     offload, shard_size = recipe.parallelism.offload, _shard_size(recipe.parallelism, strategy, topology)

@@ -6,7 +6,6 @@ A row that does not fit is named by file, line and field before anything starts.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -244,6 +243,8 @@ def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
 
     Under `root`, else `cache_root()`.
     """
+    import hashlib  # only here: it loads OpenSSL, which takes longer than a plan
+
     digest = hashlib.sha256()
 
     def add(*words: object) -> None:
@@ -270,6 +271,8 @@ def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
 
 
 def _file_digest(path: Path) -> bytes:
+    import hashlib
+
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

@@ -93,13 +93,17 @@ class Document(Generic[M]):
     """
 
     def __init__(self, name: str, model: type[M], origin: str | None = None):
-        self.name, self.model, self.origin, self.schema = name, model, origin, schema_of(model)
+        self.name, self.model, self.origin = name, model, origin
         self.data: dict[str, Any] = {}
         self.places: dict[Steps, int | str] = {(): origin or name}
         self.problems: list[tuple[float, str]] = []  # line (infinite for an override), text
         self.wrong: set[Steps] = set()
         self.blank: set[Steps] = set()  # a key with nothing after it, which YAML reads as null
         self._values = 0
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return schema_of(self.model)
 
     def get(self, steps: Steps, default: Any = None) -> Any:
         """The value at `steps`, where there is one."""

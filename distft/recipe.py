@@ -1,7 +1,8 @@
 """The recipe: WHAT is trained. It never names a machine.
 
 Frozen pydantic groups; the docstring under a field is its documentation: `distft schema` and docs/recipe.md are made
-from it. What a field means on its own is checked here; what cannot be combined is in planner/rules.py.
+from it (wording.documented_schema). What a field means on its own is checked here; what cannot be combined is in
+planner/rules.py.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ Optim = Literal[
 class Group(BaseModel):
     """What all groups share: no unknown keys, no change after loading, no coercion of a string into a number."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class Model(Group):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from distft.cluster import Cluster
 from distft.recipe import Recipe
-from distft.wording import describe, options, schema_of, show
+from distft.wording import describe, documented_schema_of, options, show
 
 EXAMPLE = """\
 name: my-run                  # becomes runs/my-run
@@ -110,7 +110,7 @@ def files() -> dict[str, str]:
 
 def _markdown(model: type[BaseModel], intro: str, more: list[str]) -> str:
     """The reference of all fields."""
-    schema = schema_of(model)
+    schema = documented_schema_of(model)
     groups = {name: _group(below) for name, below in schema["properties"].items() if _group(below)}
     plain = {name: below for name, below in schema["properties"].items() if name not in groups}
     parts = [intro, "## Top level", _table({**schema, "properties": plain})]

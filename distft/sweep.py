@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft import launching, report, schedulers
 from distft.errors import RecipeError, RunError
+from distft.place import Place, plan_recipe
 from distft.run_dir import FINISHED, SBATCH, SWEEP, RunDir
 from distft.schedulers import slurm
 from distft.shell import quote
@@ -63,7 +64,7 @@ class Sweep:
     launches: list[launching.Launch]
 
     @property
-    def place(self) -> launching.Place:
+    def place(self) -> Place:
         return self.launches[0].place
 
     def jobs(self, folder: Path) -> list[Any]:
@@ -111,7 +112,7 @@ def plan(
     recipe: str,
     sets: Sequence[str],
     sweeps: Sequence[str],
-    place: launching.Place,
+    place: Place,
     after: str | None,
     need_weights: bool = False,
 ) -> Sweep:
@@ -122,7 +123,7 @@ def plan(
     """
     chosen = combinations(sweeps)
     launches = [
-        launching.Launch(*launching.plan_recipe(recipe, [*sets, *combination], place, need_weights), place, None, after)
+        launching.Launch(*plan_recipe(recipe, [*sets, *combination], place, need_weights), place, None, after)
         for combination in chosen
     ]
     return Sweep(launches[0].settings.name, chosen, launches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import metadata
 
 from distft.errors import MissingPartError
 
@@ -16,6 +15,8 @@ def require() -> None:
     Raises:
         MissingPartError: packages that are missing, or outside the range that was tested.
     """
+    from importlib import metadata  # only here: what merely plans does not need its tenth of a command's time
+
     missing, wrong = [], []
     for name, bounds in requirements():
         try:
@@ -35,6 +36,8 @@ def require() -> None:
 
 def requirements() -> list[tuple[str, list[tuple[str, str]]]]:
     """Name and bounds of what distft's own metadata asks for under the extra `train`."""
+    from importlib import metadata
+
     found = []
     for line in metadata.requires("distft") or []:
         requirement, _, marker = line.partition(";")

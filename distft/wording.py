@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
+import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +24,40 @@ _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 @functools.cache
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema of a model, every $ref replaced by what it points to."""
-    schema = model.model_json_schema()
+    return _inlined(model.model_json_schema())
 
+
+def documented_schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The same with the docstring under each field as its description."""
+    return _inlined(documented_schema(model))
+
+
+def documented_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's own JSON schema with the docstring under each field as its description.
+
+    pydantic's use_attribute_docstrings does it for every command, and reads the sources each time.
+    """
+    schema = model.model_json_schema()
+    documented: dict[str, dict[str, str]] = {}
+    for group in ast.parse(inspect.getsource(inspect.getmodule(model))).body:
+        if isinstance(group, ast.ClassDef):
+            inherited = {k: v for base in group.bases for k, v in documented.get(ast.unparse(base), {}).items()}
+            documented[group.name] = inherited | _field_docstrings(group)
+    for name, group in {model.__name__: schema, **schema.get("$defs", {})}.items():
+        for key, text in documented.get(name, {}).items():
+            group["properties"][key]["description"] = text
+    return schema
+
+
+def _field_docstrings(group: ast.ClassDef) -> dict[str, str]:
+    return {
+        field.target.id: inspect.cleandoc(below.value.value)
+        for field, below in itertools.pairwise(group.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     def inline(value: Any) -> Any:
         if isinstance(value, list):
             return [inline(item) for item in value]

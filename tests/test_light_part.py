@@ -70,6 +70,18 @@ def test_a_login_node(site: Path, tiny: Tiny, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command", [("validate",), ("launch", "--dry-run")])
+def test_start_up_is_light(tiny: Tiny, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """importlib.metadata alone is a tenth of the time; pydantic would load it, and look for plugins everywhere."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe()))
+    arguments = [sys.executable, "-X", "importtime", "-m", "distft", *command, "recipe.yaml"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"pydantic", "distft.planner.plan"} <= loaded
+    assert not loaded & {"importlib.metadata", "rich", "jinja2", "torch", "transformers", "asyncio"}
+
+
 @pytest.mark.parametrize(
     ("name", "version", "accepted"),
     [

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from distft.errors import RecipeError
 from distft.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, validate
 from distft.recipe import Recipe
-from distft.wording import schema_of
+from distft.wording import documented_schema, documented_schema_of, schema_of
 
 GOOD = """\
 name: demo
@@ -734,7 +734,7 @@ def test_another_model(folder):
 
 
 def test_json_schema():
-    schema = Recipe.model_json_schema()
+    schema = documented_schema(Recipe)
     assert json.loads(json.dumps(schema)) == schema
     keywords = {
         *(
@@ -786,7 +786,7 @@ def test_every_field_has_a_description():
             for member in members:
                 yield from fields(member, (*path, name))
 
-    found = dict(fields(schema_of(Recipe)))
+    found = dict(fields(documented_schema_of(Recipe)))
     assert len(found) > 50
     assert [path for path, texts in found.items() if not texts] == []
 

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
+import sys
+import types
 from collections.abc import Iterator
 
 import click
 
 from distft import __version__
 from distft.errors import DistftError
+
+# While modules are imported there is no garbage; looking for it takes a tenth of a command's time.
+gc.set_threshold(100_000, 20, 20)
+
+# Building a model, pydantic looks for plugins in the metadata of every installed package: a fifth of a command's time.
+sys.modules["pydantic.plugin._loader"] = types.ModuleType("_loader")
+sys.modules["pydantic.plugin._loader"].get_plugins = lambda: ()
+
+# Command → module of this package that has it, under the same name.
+COMMANDS = {
+    "quickstart": "quickstart",
+    "validate": "recipes",
+    "schema": "recipes",
+    "launch": "launch",
+    "render": "launch",
+    "status": "runs",
+    "logs": "runs",
+    "cancel": "runs",
+    "cluster": "clusters",
+    "slurm": "clusters",
+    "doctor": "doctor",
+}
 
 
 class _Problem(click.ClickException):
@@ -34,6 +60,16 @@ def reporting_errors() -> Iterator[None]:
 
 
 class _Group(click.Group):
+    """Imports a command's module when the command is asked for: all of them take longer than most take to run."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"distft.cli.{COMMANDS[name]}"), name)
+
     def invoke(self, context: click.Context) -> object:
         with reporting_errors():
             return super().invoke(context)
@@ -43,25 +79,3 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="distft")
 def main() -> None:
     """One fine-tuning recipe, any number of GPUs, the same training at every width."""
-
-
-def _add_commands() -> None:
-    from distft.cli import clusters, doctor, launch, quickstart, recipes, runs
-
-    for command in (
-        quickstart.quickstart,
-        recipes.validate,
-        recipes.schema,
-        launch.render,
-        launch.launch,
-        runs.status,
-        runs.logs,
-        runs.cancel,
-        clusters.cluster,
-        clusters.slurm,
-        doctor.doctor,
-    ):
-        main.add_command(command)
-
-
-_add_commands()

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.launching import Place
+    from distft.place import Place
 
 Check = dict[str, str]  # name, state, said
 COLOURS = {"right": "green", "wrong": "red", "missing": "red", "warning": "yellow", "absent": None}

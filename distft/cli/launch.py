@@ -10,7 +10,7 @@ from distft.cli import options
 
 if TYPE_CHECKING:
     from distft.job import Job
-    from distft.launching import Place
+    from distft.place import Place
     from distft.planner.plan import Plan
 
 
@@ -62,6 +62,7 @@ def launch(
     was asked is wrong.
     """
     from distft import launching
+    from distft.place import plan_recipe, plan_script
     from distft.run_dir import RunDir
 
     script = context.meta.get("script")
@@ -78,9 +79,9 @@ def launch(
         _sweep(recipe, place, sets, sweeps, after, dry_run, detach, as_json)
         return
     if script:
-        settings, plan = launching.plan_script(script, sets, place)
+        settings, plan = plan_script(script, sets, place)
     else:
-        settings, plan = launching.plan_recipe(recipe, sets, place, need_weights=not dry_run)
+        settings, plan = plan_recipe(recipe, sets, place, need_weights=not dry_run)
     after = after and launching.dependency(after, place.runs_dir(settings))
     planned = launching.Launch(settings, plan, place, script, after, detach)
     if dry_run:
@@ -137,10 +138,11 @@ def render(recipe: str, place: Place, sets: tuple[str, ...], output: str) -> Non
     from pathlib import Path
 
     from distft import launching
+    from distft.place import plan_recipe
     from distft.run_dir import RunDir
     from distft.shell import quote
 
-    loaded, plan = launching.plan_recipe(recipe, sets, place)
+    loaded, plan = plan_recipe(recipe, sets, place)
     target = Path(output).absolute()
     planned = launching.Launch(loaded, plan, place)
     launching.render(planned.job(RunDir(target)))  # before anything is written: the template may be wrong

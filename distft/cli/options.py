@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from distft.launching import Place
+    from distft.place import Place
 
 SETS = click.option(
     "--set",
@@ -93,10 +93,9 @@ def place(command: Callable) -> Callable:
 
 
 def _place(nodes: int | None, gpus_per_node: int | None, cluster: str | None, given: dict[str, str]) -> Place:
-    from distft.launching import Place
-    from distft.schedulers import slurm
+    from distft.place import Place
 
-    allocated = slurm.allocation()
+    allocated = "SLURM_JOB_ID" in os.environ and _in_allocation()
     if given and not cluster and not allocated:
         option = next(iter(given)).removeprefix("slurm.")
         raise click.UsageError(f"--{option} needs --cluster PROFILE")
@@ -107,6 +106,12 @@ def _place(nodes: int | None, gpus_per_node: int | None, cluster: str | None, gi
     if allocated and nodes is None:
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return Place(nodes, gpus_per_node, load_cluster(cluster, given) if cluster else allocated_cluster())
+
+
+def _in_allocation() -> bool:
+    from distft.schedulers import slurm
+
+    return slurm.allocation() is not None
 
 
 def print_json(value: dict[str, Any]) -> None:

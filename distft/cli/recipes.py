@@ -10,7 +10,7 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.launching import Place
+    from distft.place import Place
 
 
 @click.command()
@@ -23,9 +23,9 @@ def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) ->
 
     All problems of the recipe come at once. Tokens are counted by `launch` alone: rows that are too long show there.
     """
-    from distft import launching
+    from distft.place import plan_recipe
 
-    loaded, plan = launching.plan_recipe(recipe, sets, place)
+    loaded, plan = plan_recipe(recipe, sets, place)
     if as_json:
         options.print_json({"recipe": recipe, "name": loaded.name, "valid": True, "warnings": list(plan.warnings)})
         return
@@ -39,5 +39,6 @@ def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) ->
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from distft.recipe import Recipe
+    from distft.wording import documented_schema
 
-    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    click.echo(json.dumps(documented_schema(Recipe), indent=2))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from distft import launching, quickstart, train_part
 from distft.devices import visible_gpus
 from distft.errors import RecipeError, RunError
+from distft.place import Place, plan_recipe
 from distft.progress import say
 from distft.run_dir import read_metrics
 
@@ -54,7 +55,7 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     if gpus_per_node is None and not visible_gpus():
         gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-    recipe, plan = launching.plan_recipe(str(folder / "base.yaml"), sets, launching.Place(gpus_per_node=gpus_per_node))
+    recipe, plan = plan_recipe(str(folder / "base.yaml"), sets, Place(gpus_per_node=gpus_per_node))
     run = launching.Launch(recipe, plan).start(console)
     losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
     shutil.copytree(run.final, folder / "base")

@@ -25,6 +25,7 @@ def demo(folder: Path, gpus_per_node: int | None) -> None:
     from rich.console import Console
 
     from distft import launching
+    from distft.place import Place, plan_recipe
     from distft.progress import say
     from distft.quickstart.build import build
 
@@ -34,9 +35,7 @@ def demo(folder: Path, gpus_per_node: int | None) -> None:
             build(folder, gpus_per_node, console)
         say(console, ["", "2. fine-tune it with LoRA to describe a signature in one line"])
         sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-        recipe, plan = launching.plan_recipe(
-            str(folder / "recipe.yaml"), sets, launching.Place(gpus_per_node=gpus_per_node)
-        )
+        recipe, plan = plan_recipe(str(folder / "recipe.yaml"), sets, Place(gpus_per_node=gpus_per_node))
         run = launching.Launch(recipe, plan).start(console)
         say(console, ["", "3. one held-out row, before and after"])
         command = [sys.executable, "-m", "distft.quickstart.sample", str(folder), str(run.final)]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from distft.errors import RecipeError
 from distft.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, validate
 from distft.recipe import Recipe
-from distft.wording import documented_schema, documented_schema_of, schema_of
+from distft.wording import documented_schema, documented_schema_of
 
 GOOD = """\
 name: demo

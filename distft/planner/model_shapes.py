@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distft.errors import MissingPartError, PlanError
 from distft.planner.architecture import Sizes, describe, guess_sizes, is_known
@@ -38,6 +39,8 @@ class ModelShape:
     head_dim: int | None = None
     sizes: Sizes = field(default_factory=Sizes)
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)  # every parameter of the base model, tied ones once
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json
+    peft_experts: str | None = None  # see families.Family
 
 
 def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
@@ -84,6 +87,8 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
         head_dim=sizes.head_dim,
         sizes=sizes,
         tensors=tensors,
+        config=config,
+        peft_experts=experts,
     )
 
 

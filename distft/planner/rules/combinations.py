@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from distft.planner.rules import known
-from distft.planner.rules.core import Case, rule
+from distft.planner.rules.core import Case, look, rule
 
 
 def is_bitsandbytes(optim: str) -> bool:
@@ -27,10 +26,10 @@ def quantization_needs_lora(case: Case) -> str | None:
     "use nf4, or parallelism.strategy ddp, zero1 or zero2",
 )
 def int8_cannot_be_sharded(case: Case) -> str | None:
-    """bitsandbytes keeps int8 weights a second time, in a state of the layer that no strategy knows of. Under ZeRO-3 every
-    rank therefore holds them whole (seen with deepspeed 0.19.8 on 2 ranks: the losses are right, nothing is saved).
-    Under FSDP2 the parameter becomes a DTensor and the first forward pass ends: 'Parameter' object has no attribute
-    'CB'.
+    """bitsandbytes keeps int8 weights a second time, in a state of the layer that no strategy knows of. Under ZeRO-3
+    every rank therefore holds them whole (seen with deepspeed 0.19.8 on 2 ranks: the losses are right, nothing is
+    saved). Under FSDP2 the parameter becomes a DTensor and the first forward pass ends: 'Parameter' object has no
+    attribute 'CB'.
     """
     if case.quantization == "int8" and case.shards_parameters:
         return f"model.quantization: int8 weights cannot be sharded by {case.strategy}"
@@ -74,19 +73,20 @@ def offload_needs_a_strategy_that_can(case: Case) -> str | None:
 )
 def fsdp_offload_needs_a_gpu(case: Case) -> str | None:
     """FSDP2's CPUOffloadPolicy copies between an accelerator and the host, and ends where there is no accelerator."""
-    if case.fsdp and case.offload != "none" and case.device.type == "cpu":
+    if case.fsdp and case.offload != "none" and case.on_cpu:
         return f"parallelism.offload: {case.strategy} offloads from a GPU, and there is none"
     return None
 
 
 @rule(
-    "seen with torch 2.13 and bitsandbytes 0.50.2: bitsandbytes.optimizer_update_32bit does not have a sharding strategy "
+    "seen with torch 2.13 and bitsandbytes 0.50.2: bitsandbytes.optimizer_update_32bit does not have a "
+    "sharding strategy "
     "registered; axolotl validation.py refuses adamw_bnb_8bit under FSDP2",
     "use adamw_torch_fused",
 )
 def fsdp_needs_adamw(case: Case) -> str | None:
-    """FSDP2's parameters are DTensors, which bitsandbytes' kernels do not take. 8-bit, 32-bit and paged optimizers all end
-    at the first step.
+    """FSDP2's parameters are DTensors, which bitsandbytes' kernels do not take. 8-bit, 32-bit and paged optimizers all
+    end at the first step.
     """
     if case.fsdp and is_bitsandbytes(case.optim):
         return f"training.optim: {case.optim} does not work under {case.strategy}"
@@ -94,17 +94,32 @@ def fsdp_needs_adamw(case: Case) -> str | None:
 
 
 @rule(
-    "transformers optimization.py, Adafactor.step: row and column means; seen with torch 2.13: aten.add_.Tensor got mixed "
-    "torch.Tensor and DTensor",
+    "transformers optimization.py, Adafactor.step: row and column means; seen with torch 2.13: "
+    "aten.add_.Tensor got mixed "
+    "torch.Tensor and DTensor; LlamaFactory refuses GaLore and APOLLO under DeepSpeed",
     "use ddp, or adamw_torch_fused",
 )
-def adafactor_needs_whole_matrices(case: Case) -> str | None:
-    """Adafactor keeps one number a row and one a column. ZeRO gives it flat pieces, of which it keeps every number and
-    takes the scale of the piece: another optimizer, whose steps depend on the width. FSDP2 gives it DTensors, at which
-    it ends.
+def matrix_optimizers_need_whole_matrices(case: Case) -> str | None:
+    """Adafactor keeps one number a row and one a column; GaLore and APOLLO project a matrix onto few directions. ZeRO
+    gives them flat pieces, of which Adafactor keeps every number and takes the scale of the piece: another optimizer,
+    whose steps depend on the width. FSDP2 gives them DTensors, at which they end.
     """
-    if case.optim == "adafactor" and case.strategy != "ddp":
-        return f"training.optim: adafactor needs whole matrices, and {case.strategy} cuts them"
+    if case.optim.startswith(("adafactor", "galore", "apollo")) and case.strategy != "ddp":
+        return f"training.optim: {case.optim} needs whole matrices, and {case.strategy} cuts them"
+    return None
+
+
+@rule(
+    "transformers 5.23 trainer_optimizer.py:117 (does not support DDP) and :166 (does not support gradient "
+    "accumulation)",
+    "use the optimizer without _layerwise, or one rank and one micro-batch a step",
+)
+def layerwise_optimizers_need_one_rank(case: Case) -> str | None:
+    """A layerwise optimizer steps inside the backward pass, weight by weight, before gradients could be averaged over
+    ranks or summed over micro-batches.
+    """
+    if case.optim.endswith("_layerwise") and (case.topology.world_size > 1 or (case.accumulation or 1) > 1):
+        return f"trainer.overrides.optim: {case.optim} takes one rank and one micro-batch a step"
     return None
 
 
@@ -113,9 +128,9 @@ def adafactor_needs_whole_matrices(case: Case) -> str | None:
     "leave zero_force_ds_cpu_optimizer out, or use adamw_torch_fused",
 )
 def forced_cpu_adam_needs_adamw(case: Case) -> str | None:
-    """With zero_force_ds_cpu_optimizer (DeepSpeed's default; distft writes false) accelerate replaces the optimizer of a
-    ZeRO-Offload run by DeepSpeedCPUAdam. What was not AdamW in 32 bit becomes Adam with coupled weight decay, without a
-    word.
+    """With zero_force_ds_cpu_optimizer (DeepSpeed's default; distft writes false) accelerate replaces the optimizer of
+    a ZeRO-Offload run by DeepSpeedCPUAdam. What was not AdamW in 32 bit becomes Adam with coupled weight decay, without
+    a word.
     """
     forced = case.zero and case.offload != "none" and case.deepspeed.get("zero_force_ds_cpu_optimizer")
     if forced and case.optim not in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"):
@@ -129,8 +144,8 @@ def forced_cpu_adam_needs_adamw(case: Case) -> str | None:
     for_scripts=True,
 )
 def hsdp_needs_whole_groups(case: Case) -> str | None:
-    """HSDP shards within groups of ranks and replicates across them. The group size must divide the ranks, and there must
-    be two groups.
+    """HSDP shards within groups of ranks and replicates across them. The group size must divide the ranks, and there
+    must be two groups.
     """
     world = case.topology.world_size
     if case.strategy != "hsdp":
@@ -164,22 +179,22 @@ def bf16_needs_ampere(case: Case) -> str | None:
     for_scripts=True,
 )
 def fp16_needs_a_gpu(case: Case) -> str | None:
-    """On CPU ranks accelerate leaves fp16's autocast and gradient scaler out without a word. Whole weights would train in
-    float32, adapters in fp16 whose small gradients become zero.
+    """On CPU ranks accelerate leaves fp16's autocast and gradient scaler out without a word. Whole weights would train
+    in float32, adapters in fp16 whose small gradients become zero.
     """
-    if case.mixed_precision == "fp16" and case.device.type == "cpu":
+    if case.mixed_precision == "fp16" and case.on_cpu:
         return "training.mixed_precision: fp16 needs a GPU, and there is none"
     return None
 
 
 @rule("flash-attn README: Ampere, Ada or Hopper GPUs", "use model.attn_implementation: auto or sdpa")
 def flash_attention_needs_ampere(case: Case) -> str | None:
-    """FlashAttention-2's kernels are written for compute capability 8.0 and later. SDPA's memory-efficient kernel serves
-    older GPUs.
+    """FlashAttention-2's kernels are written for compute capability 8.0 and later. SDPA's memory-efficient kernel
+    serves older GPUs.
     """
-    if case.attention != "flash_attention_2" or not (case.device.type == "cpu" or case.before_ampere):
+    if case.attention != "flash_attention_2" or not (case.on_cpu or case.before_ampere):
         return None
-    have = "there is none" if case.device.type == "cpu" else f"this is {case.device.name}"
+    have = "there is none" if case.on_cpu else f"this is {case.device.name}"
     return f"model.attn_implementation: flash_attention_2 needs an Ampere GPU or later, and {have}"
 
 
@@ -199,16 +214,15 @@ def flash_attention_needs_16_bit(case: Case) -> str | None:
 @rule("flash-attn README: head dimensions up to 256", "use model.attn_implementation: auto or sdpa")
 def flash_attention_needs_small_heads(case: Case) -> str | None:
     """FlashAttention-2 has kernels for heads of up to 256."""
-    head_dim = case.model.head_dim if case.model else None
-    if case.attention == "flash_attention_2" and (head_dim or 0) > 256:
-        return f"model.attn_implementation: flash_attention_2 needs head_dim <= 256, and the model's is {head_dim}"
+    if case.attention == "flash_attention_2" and (case.head_dim or 0) > 256:
+        return f"model.attn_implementation: flash_attention_2 needs head_dim <= 256, and the model's is {case.head_dim}"
     return None
 
 
 @rule("liger-kernel: Triton kernels, which run on GPUs", "use training.use_liger_kernel: false")
 def liger_needs_a_gpu(case: Case) -> str | None:
     """Liger's kernels are written in Triton."""
-    if case.recipe.training.use_liger_kernel and case.device.type == "cpu":
+    if case.recipe.training.use_liger_kernel and case.on_cpu:
         return "training.use_liger_kernel: needs a GPU, and there is none"
     return None
 
@@ -216,28 +230,17 @@ def liger_needs_a_gpu(case: Case) -> str | None:
 @rule(
     "https://github.com/deepspeedai/DeepSpeed/pull/8148 and https://github.com/huggingface/transformers/issues/47254; "
     "mended in 0.19.4 (runtime/zero/partitioned_param_coordinator.py:389)",
-    "install deepspeed>=0.19.4, or use zero2",
+    "install deepspeed>=0.19.4, use zero2, or trainer.overrides: {gradient_checkpointing_kwargs: "
+    "{use_reentrant: true}}",
     versions=["deepspeed<0.19.4"],
 )
 def zero3_recomputes_no_frozen_weights(case: Case) -> str | None:
-    """Under ZeRO-3 before 0.19.4, recomputing a block frees its frozen weights while torch's non-reentrant checkpointing
-    still compares them: CheckpointError, shape [0]. From 0.19.4 on both kinds of checkpointing give the losses of one
-    process (seen with 0.19.8 on 2 ranks, every weight partitioned), so distft does not force the reentrant one, as trl
-    does.
+    """Under ZeRO-3 before 0.19.4, recomputing a block frees its frozen weights while torch's non-reentrant
+    checkpointing still compares them: CheckpointError, shape [0]. From 0.19.4 on both kinds of checkpointing give the
+    losses of one process (seen with 0.19.8 on 2 ranks, every weight partitioned), so distft does not force the
+    reentrant one, as trl does.
     """
-    if case.strategy == "zero3" and case.recipe.lora and case.gradient_checkpointing:
+    reentrant = look(case.trainer, "gradient_checkpointing_kwargs", "use_reentrant")
+    if case.strategy == "zero3" and case.recipe.lora and case.gradient_checkpointing and not reentrant:
         return "training.gradient_checkpointing: recomputing frozen weights fails under zero3 of this deepspeed"
     return None
-
-
-@rule(
-    "transformers 5.23 integrations/integration_utils.py:2674, get_reporting_integration_callbacks",
-    "use names that it has, or report_to: []",
-)
-def trackers_must_be_known(case: Case) -> str | None:
-    """transformers' Trainer ends at a tracker that it has no callback for. Checked where transformers is installed."""
-    names, wanted = known.trackers(), case.recipe.training.report_to
-    if names is None or set(wanted) <= names or wanted in (["all"], ["none"]):
-        return None
-    unknown = ", ".join(sorted(set(wanted) - names))
-    return f"training.report_to: {unknown} is none of {', '.join(sorted(names))}"

@@ -6,10 +6,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from distft import train_part
 from distft.errors import PlanError
 
 if TYPE_CHECKING:
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from distft.planner.model_shapes import ModelShape
     from distft.recipe import Recipe, ScriptSettings
     from distft.topology import Topology
-
-Bounds = list[tuple[str, str]]  # [(">=", "5.21"), ("<", "6")]
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,13 @@ class Case:
     topology: Topology
     device: Device
     recipe: Recipe | None = None
-    script: ScriptSettings | None = None
+    head_dim: int | None = None
     model: ModelShape | None = None
+    script: ScriptSettings | None = None
     bandwidth: float | None = None  # between nodes, GB/s of one node
     gradient_checkpointing: bool | None = None
-    accumulation: int | None = None
     micro_batch_size: int | None = None
-    largest_micro_batch_size: int | None = None  # that fits and divides a rank's share
-    fits_replicated: bool | None = None  # whether it would fit with whole weights on every rank
-    fits_without_checkpointing: bool | None = None
+    accumulation: int | None = None
 
     @property
     def fsdp(self) -> bool:
@@ -84,9 +78,17 @@ class Case:
         given = settings.fsdp.overrides if settings else {}
         return {key if key.startswith("fsdp_") else f"fsdp_{key}": value for key, value in given.items()}
 
+    @property
+    def fsdp_version(self) -> Any:
+        return self.fsdp_config.get("fsdp_version", 2)
+
     def zero_option(self, *keys: str) -> Any:
         """What deepspeed.overrides says below zero_optimization; None for nothing."""
         return look(self.deepspeed, "zero_optimization", *keys)
+
+    def offloads(self, what: str) -> bool:
+        """Whether parallelism.offload moves the `optimizer`, or the `param`eters."""
+        return self.offload == "all" or (self.offload == "optimizer" and what == "optimizer")
 
     @property
     def optim(self) -> str:
@@ -97,9 +99,13 @@ class Case:
     def attention(self) -> str:
         """model.attn_implementation; `auto` is sdpa wherever FlashAttention-2 cannot be (train/model.py)."""
         wanted = self.recipe.model.attn_implementation if self.recipe else "auto"
-        if wanted == "auto" and (self.before_ampere or self.device.type == "cpu" or self.mixed_precision == "no"):
+        if wanted == "auto" and (self.before_ampere or self.on_cpu or self.mixed_precision == "no"):
             return "sdpa"
         return wanted
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
 
     @property
     def before_ampere(self) -> bool:
@@ -121,10 +127,14 @@ class Case:
         return str(self.whole_config.get("model_type") or "")
 
     @property
+    def has_code(self) -> bool:
+        """Whether Python code of its own comes with the model."""
+        return look(self.whole_config, "auto_map", "AutoModelForCausalLM") is not None
+
+    @property
     def own_code(self) -> bool:
-        """Whether Python code that comes with the model makes it, not transformers."""
-        trusted = bool(self.recipe and self.recipe.model.trust_remote_code)
-        return trusted and look(self.whole_config, "auto_map", "AutoModelForCausalLM") is not None
+        """Whether that code makes the model, not transformers."""
+        return self.has_code and bool(self.recipe and self.recipe.model.trust_remote_code)
 
     @property
     def is_moe(self) -> bool:
@@ -159,33 +169,34 @@ class Rule:
     @property
     def headline(self) -> str:
         """The explanation's first sentence."""
-        return re.split(r"(?<=[a-z0-9\")])\. (?=[A-Z])", self.explanation)[0].rstrip(".")
+        return self.explanation.partition(". ")[0].rstrip(".")
 
     def holds(self) -> bool:
         """Whether the packages installed here are of the versions that this rule is about.
 
-        One that is not here (on a login node) is taken as the newest that distft[train] accepts.
+        One that is not installed (on a login node) says nothing, and the rule is silent.
         """
+        if not self.versions:
+            return True
+        # Only here: the import takes 16 ms, and few cases come as far.
+        from importlib import metadata
+
+        from distft import train_part
+
         for requirement in self.versions:
             package, bounds = parse(requirement)
             try:
                 version = metadata.version(package)
             except metadata.PackageNotFoundError:
-                version = _newest(package)
+                return False
             if not train_part.within(version, bounds):
                 return False
         return True
 
-
-@dataclass(frozen=True)
-class Broken:
-    """A rule, and what it says of a case."""
-
-    rule: Rule
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.text}; {self.rule.mend} [{self.rule.name}]"
+    def __call__(self, case: Case) -> str | None:
+        """What is wrong with a case and the mend, or None."""
+        text = self.check(case) if case.recipe or self.for_scripts else None
+        return f"{text}; {self.mend}" if text and self.holds() else None
 
 
 RULES: list[Rule] = []
@@ -211,49 +222,43 @@ def rule(
     return register
 
 
-def broken(case: Case, kind: str | None = None) -> list[Broken]:
-    """All that a case breaks (of one kind), in the order of RULES."""
-    return [
-        Broken(rule, text)
-        for rule in RULES
-        if kind in (None, rule.kind) and (case.recipe or rule.for_scripts) and (text := rule.check(case))
-        # The versions last: asking for one opens a file.
-        if rule.holds()
-    ]
+def broken(case: Case) -> list[tuple[Rule, str]]:
+    """The errors of a case: each rule that it breaks, with what is wrong and the mend."""
+    return _applied(case, "error")
+
+
+def unwise(case: Case) -> list[tuple[Rule, str]]:
+    """The same for warnings."""
+    return _applied(case, "warning")
+
+
+def _applied(case: Case, kind: str) -> list[tuple[Rule, str]]:
+    return [(rule, text) for rule in RULES if rule.kind == kind and (text := rule(case))]
 
 
 def apply(case: Case) -> None:
     """Check a case against every rule.
 
     Raises:
-        PlanError: what it breaks, a line each, with the mend and the rule's name.
+        PlanError: all that it breaks, a line each, with the mend and the rule's name.
     """
-    if found := broken(case, "error"):
-        raise PlanError("\n".join(map(str, found)))
+    if found := broken(case):
+        raise PlanError("\n".join(sentences(found)))
 
 
 def warnings(case: Case) -> list[str]:
-    """What is unwise about a case, a sentence each."""
-    return [str(found) for found in broken(case, "warning")]
+    """What is unwise about a case, a sentence each, for plan.warnings."""
+    return sentences(unwise(case))
 
 
-def parse(requirement: str) -> tuple[str, Bounds]:
-    """`deepspeed>=0.19,<0.19.4` → name and bounds."""
+def sentences(found: Sequence[tuple[Rule, str]]) -> list[str]:
+    return [f"{text} [{rule.name}]" for rule, text in found]
+
+
+def parse(requirement: str) -> tuple[str, list[tuple[str, str]]]:
+    """`deepspeed>=0.19,<0.19.4` → its name and [(">=", "0.19"), ("<", "0.19.4")]."""
     name = re.match(r"[\w-]+", requirement)[0]
     return name, re.findall(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)", requirement)
-
-
-def _newest(package: str) -> str:
-    """The newest release of a package that distft[train] accepts: just below its upper bound."""
-    try:
-        bounds = dict(train_part.requirements()).get(package, [])
-    except metadata.PackageNotFoundError:  # a copy of the sources without metadata
-        bounds = []
-    upper = next((version for operator, version in bounds if operator == "<"), None)
-    if upper is None:
-        return "9999"
-    *before, last = (int(part) for part in upper.split("."))
-    return ".".join(map(str, [*before, last - 1, 9999]))  # 5.24 -> 5.23.9999
 
 
 def look(mapping: Any, *keys: str) -> Any:

@@ -15,67 +15,328 @@ from pathlib import Path
 # position ids start again there: tools/packing_leaks.py changes the first document and looks at the second.
 # Attention that does not make its mask from position ids:
 MIXES_BY_MASK = frozenset(
-    "afmoe bart biogpt blenderbot bloom deepseek_v4 falcon gpt_oss mpt openai-gpt opt xglm".split()
+    [
+        "afmoe",
+        "bart",
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "bigbird_pegasus",
+        "biogpt",
+        "blenderbot",
+        "blenderbot-small",
+        "bloom",
+        "camembert",
+        "cpmant",
+        "data2vec-text",
+        "deepseek_v4",
+        "electra",
+        "ernie",
+        "falcon",
+        "gpt_oss",
+        "marian",
+        "mbart",
+        "megatron-bert",
+        "mpt",
+        "mvp",
+        "openai-gpt",
+        "opt",
+        "pegasus",
+        "plbart",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "trocr",
+        "xglm",
+        "xlm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+    ]
 )
 # A recurrence or a convolution that runs on through the row:
 MIXES_BY_STATE = frozenset(
-    "bamba falcon_h1 granitemoehybrid inkling_text inkling2_text jamba kimi_linear lfm2 lfm2_moe lfm3 minimax nemotron_h "
-    "olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma zamba2 zaya".split()
+    [
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "inkling_text",
+        "inkling2_text",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "minimax",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "recurrent_gemma",
+        "zamba2",
+        "zaya",
+    ]
 )
 # The same without any attention, so that no kernel of FlashAttention's could tell documents apart:
-NO_ATTENTION = frozenset("falcon_mamba mamba mamba2 rwkv xlstm".split())
+NO_ATTENTION = frozenset(["falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"])
 
 # Model types whose class has no `_supports_sdpa` (transformers 5.17 to 5.23).
 NO_SDPA = frozenset(
-    "big_bird bigbird_pegasus bloom codegen cpmant deepseek_v4 falcon_mamba flint git got_ocr2 gpt_neo gpt_neox_japanese "
-    "gpt_oss gptj granite_swa granitemoe_swa hy_v4 inkling2_text mamba mamba2 megatron-bert mimo_v2_flash mpt mvp "
-    "openai-gpt prophetnet reformer rembert roformer rwkv trocr xglm xlm xlnet xlstm".split()
+    [
+        "big_bird",
+        "bigbird_pegasus",
+        "bloom",
+        "codegen",
+        "cpmant",
+        "deepseek_v4",
+        "falcon_mamba",
+        "flint",
+        "git",
+        "got_ocr2",
+        "gpt_neo",
+        "gpt_neox_japanese",
+        "gpt_oss",
+        "gptj",
+        "granite_swa",
+        "granitemoe_swa",
+        "hy_v4",
+        "inkling2_text",
+        "mamba",
+        "mamba2",
+        "megatron-bert",
+        "mimo_v2_flash",
+        "mpt",
+        "mvp",
+        "openai-gpt",
+        "prophetnet",
+        "reformer",
+        "rembert",
+        "roformer",
+        "rwkv",
+        "trocr",
+        "xglm",
+        "xlm",
+        "xlnet",
+        "xlstm",
+    ]
 )
 NO_SDPA_FROM_5_21 = frozenset(("gemma2", "vaultgemma"))
 # ... no `_supports_flash_attn`.
 NO_FLASH = frozenset(
-    "axk2 big_bird bigbird_pegasus bloom blt codegen cpmant deepseek_v32 deepseek_v4 doge dots3_note dots3_note_text "
-    "falcon_mamba git glm_moe_dsa got_ocr2 gpt_neox_japanese hy_v4 inkling2_text inkling_text llama4 llama4_text mamba "
-    "mamba2 megatron-bert minimax_m3_vl_text mpt mvp openai-gpt prophetnet qwen4_exp qwen4_exp_text reformer rembert "
-    "roformer rwkv trocr xglm xlm xlnet xlstm".split()
+    [
+        "axk2",
+        "big_bird",
+        "bigbird_pegasus",
+        "bloom",
+        "blt",
+        "codegen",
+        "cpmant",
+        "deepseek_v32",
+        "deepseek_v4",
+        "doge",
+        "dots3_note",
+        "dots3_note_text",
+        "falcon_mamba",
+        "git",
+        "glm_moe_dsa",
+        "got_ocr2",
+        "gpt_neox_japanese",
+        "hy_v4",
+        "inkling2_text",
+        "inkling_text",
+        "llama4",
+        "llama4_text",
+        "mamba",
+        "mamba2",
+        "megatron-bert",
+        "minimax_m3_vl_text",
+        "mpt",
+        "mvp",
+        "openai-gpt",
+        "prophetnet",
+        "qwen4_exp",
+        "qwen4_exp_text",
+        "reformer",
+        "rembert",
+        "roformer",
+        "rwkv",
+        "trocr",
+        "xglm",
+        "xlm",
+        "xlnet",
+        "xlstm",
+    ]
 )
 # ... no `supports_gradient_checkpointing`.
-NO_CHECKPOINTING = frozenset("cpmant ctrl gpt_neox_japanese jetmoe openai-gpt reformer xlm xlnet".split())
+NO_CHECKPOINTING = frozenset(
+    ["cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"]
+)
 
 # Weights quantised on disk, by transformers' quant_method (quantizers/*.py). Only adapters can be trained on top of
 # these, ...
-NEEDS_ADAPTERS = frozenset("aqlm awq bitsandbytes eetq gptq hqq".split())
+NEEDS_ADAPTERS = frozenset(["aqlm", "awq", "bitsandbytes", "eetq", "gptq", "hqq"])
 # ... and on top of these, not even adapters. (mxfp4, metal and fp8 are undone on loading where there is no kernel.)
-UNTRAINABLE = frozenset("auto-round fbgemm_fp8 gemma higgs nvfp4 quark spqr vptq".split())
+UNTRAINABLE = frozenset(["auto-round", "fbgemm_fp8", "gemma", "higgs", "nvfp4", "quark", "spqr", "vptq"])
 
 # Keys that deepspeed 0.19.4 to 0.19.8 look for at the top of a config. The second list is of features that were
 # removed on the way: where they are gone, DeepSpeed itself says so.
 DEEPSPEED_KEYS = frozenset(
-    "activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile "
-    "csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc "
-    "dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping "
-    "gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline "
-    "prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print "
-    "tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu "
-    "use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
+    [
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "bf16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "expert_parallel",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "hybrid_engine",
+        "log_level",
+        "managed_gradient_accumulation",
+        "memory_breakdown",
+        "optimizer",
+        "pipeline",
+        "prescale_gradients",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
+        "steps_per_print",
+        "tensor_parallel",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallelism",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "weight_quantization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
 )
 DEEPSPEED_REMOVED = frozenset(
-    "amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop "
-    "quantize_training sparse_attention sparse_gradients".split()
+    [
+        "amp",
+        "compression_training",
+        "curriculum_learning",
+        "eigenvalue",
+        "elasticity",
+        "graph_harvesting",
+        "nebula",
+        "progressive_layer_drop",
+        "quantize_training",
+        "sparse_attention",
+        "sparse_gradients",
+    ]
+)
+# What DeepSpeedZeroConfig takes (0.19.8), by name and by alias; any other key ends the run.
+ZERO_KEYS = frozenset(
+    [
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "allgather_sequential",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "cpu_offload",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "elastic_checkpoint",
+        "enable_sanity_checks",
+        "gather_16bit_weights_on_model_save",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "memory_efficient_linear",
+        "model_persistence_threshold",
+        "module_granularity_threshold",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "override_module_apply",
+        "param_persistence_threshold",
+        "parameter_alignment",
+        "pipeline_loading_checkpoint",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory",
+        "stage",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+        "use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce",
+        "zenflow",
+        "zero_hpz_partition_size",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    ]
 )
 # What accelerate's FSDP2 reads of the environment that its launcher makes of fsdp_config (utils/dataclasses.py,
 # FullyShardedDataParallelPlugin), ...
 FSDP_KEYS = frozenset(
-    "fsdp_version fsdp_reshard_after_forward fsdp_offload_params fsdp_auto_wrap_policy "
-    "fsdp_transformer_layer_cls_to_wrap fsdp_transformer_cls_to_wrap fsdp_min_num_params fsdp_state_dict_type "
-    "fsdp_activation_checkpointing fsdp_activation_checkpointing_offload fsdp_ignored_modules "
-    "fsdp_cpu_ram_efficient_loading".split()
+    [
+        "fsdp_version",
+        "fsdp_reshard_after_forward",
+        "fsdp_offload_params",
+        "fsdp_auto_wrap_policy",
+        "fsdp_transformer_layer_cls_to_wrap",
+        "fsdp_transformer_cls_to_wrap",
+        "fsdp_min_num_params",
+        "fsdp_state_dict_type",
+        "fsdp_activation_checkpointing",
+        "fsdp_activation_checkpointing_offload",
+        "fsdp_ignored_modules",
+        "fsdp_cpu_ram_efficient_loading",
+    ]
 )
 # ... and what only FSDP1 reads.
 FSDP1_KEYS = frozenset(
-    "fsdp_sharding_strategy fsdp_backward_prefetch fsdp_backward_prefetch_policy fsdp_forward_prefetch "
-    "fsdp_use_orig_params fsdp_sync_module_states".split()
+    [
+        "fsdp_sharding_strategy",
+        "fsdp_backward_prefetch",
+        "fsdp_backward_prefetch_policy",
+        "fsdp_forward_prefetch",
+        "fsdp_use_orig_params",
+        "fsdp_sync_module_states",
+    ]
 )
 
 
@@ -88,15 +349,15 @@ def trainer_arguments() -> frozenset[str] | None:
 def causal_lm_types() -> frozenset[str] | None:
     """Model types that the installed transformers' AutoModelForCausalLM can make."""
     text = _source("transformers", "models/auto/modeling_auto.py")
-    table = text and re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", text, re.MULTILINE | re.DOTALL)
-    return table and frozenset(re.findall(r'\("([\w-]+)", ', table[0]))
+    table = (text or "").partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)")[0]
+    return frozenset(re.findall(r'\("([\w-]+)", ', table)) or None
 
 
 def trackers() -> frozenset[str] | None:
     """Names that the installed transformers takes in report_to."""
     text = _source("transformers", "integrations/integration_utils.py")
-    table = text and re.search(r"^INTEGRATION_TO_CALLBACK = \{.*?^\}", text, re.MULTILINE | re.DOTALL)
-    return table and frozenset(re.findall(r'"(\w+)": ', table[0]))
+    table = (text or "").partition("\nINTEGRATION_TO_CALLBACK = {")[2].partition("\n}")[0]
+    return frozenset(re.findall(r'"(\w+)": ', table)) or None
 
 
 @cache

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from distft.planner.families import FAMILIES
 from distft.planner.rules import known
 from distft.planner.rules.core import Case, rule
 
 
 @rule("transformers models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "use a causal language model")
 def model_must_be_a_causal_lm(case: Case) -> str | None:
-    """Models are loaded with AutoModelForCausalLM, which ends at types that it has no class for: encoder-decoders such as
-    T5, vision models, or a type newer than the installed transformers. Checked where transformers is installed.
+    """Models are loaded with AutoModelForCausalLM, which ends at types that it has no class for: encoder-decoders such
+    as T5, vision models, or a type newer than the installed transformers. Checked where transformers is installed.
     """
-    types = known.causal_lm_types()
-    if types is None or not case.model_type or case.model_type in types or case.own_code:
-        return None
-    return f"model.name_or_path: the installed transformers has no causal language model of type {case.model_type}"
+    if _is_unknown(case) and not case.has_code:
+        return f"model.name_or_path: the installed transformers has no causal language model of type {case.model_type}"
+    return None
+
+
+@rule(
+    "transformers dynamic_module_utils.py, resolve_trust_remote_code",
+    "read that code, and set model.trust_remote_code: true if you trust its source",
+)
+def own_code_must_be_trusted(case: Case) -> str | None:
+    """A model that transformers has no class for, and that brings one of its own (config.json has an auto_map), is
+    loaded by running that code; without leave, transformers ends. Checked where transformers is installed.
+    """
+    if case.has_code and not case.own_code and _is_unknown(case):
+        return f"model.trust_remote_code: got false, and {case.model_type} models are made by code that comes with them"
+    return None
 
 
 @rule(
@@ -37,8 +50,8 @@ def sdpa_needs_a_model_that_has_it(case: Case) -> str | None:
     versions=["transformers>=5.21"],
 )
 def sdpa_has_no_softcapping(case: Case) -> str | None:
-    """Gemma 2 and VaultGemma cap their attention's logits, which SDPA cannot. transformers refuses SDPA for them from 5.21
-    on.
+    """Gemma 2 and VaultGemma cap their attention's logits, which SDPA cannot. transformers refuses SDPA for them from
+    5.21 on.
     """
     if case.attention == "sdpa" and case.model_type in known.NO_SDPA_FROM_5_21:
         return f"model.attn_implementation: {case.model_type} caps its attention's logits, which sdpa cannot"
@@ -68,7 +81,8 @@ def checkpointing_needs_a_model_that_has_it(case: Case) -> str | None:
 
 
 @rule(
-    "tools/packing_leaks.py with transformers 5.17 and 5.23: in a packed row the second document changes with the first",
+    "tools/packing_leaks.py with transformers 5.17 and 5.23: in a packed row the second document changes with "
+    "the first",
     "use data.packing: false",
 )
 def packing_needs_documents_apart(case: Case) -> str | None:
@@ -108,8 +122,8 @@ def packing_trusts_the_models_code(case: Case) -> str | None:
     kind="warning",
 )
 def zero3_experts_need_a_leaf_module(case: Case) -> str | None:
-    """ZeRO-3 gathers the weights of the modules that run. Where experts are modules of their own and only the chosen ones
-    run, ranks gather different ones and wait for each other for ever; a leaf module is gathered whole. No model of
+    """ZeRO-3 gathers the weights of the modules that run. Where experts are modules of their own and only the chosen
+    ones run, ranks gather different ones and wait for each other for ever; a leaf module is gathered whole. No model of
     transformers 5.17 to 5.23 has such experts any more (they are one 3-D parameter), but code of a model's own may.
     """
     if case.strategy == "zero3" and case.is_moe and case.own_code and not case.zero_option("leaf_module"):
@@ -118,7 +132,8 @@ def zero3_experts_need_a_leaf_module(case: Case) -> str | None:
 
 
 @rule(
-    "transformers 5.23 integrations/bitsandbytes.py:189: type(module) is nn.Linear; seen: Mixtral's experts.gate_up_proj "
+    "transformers 5.23 integrations/bitsandbytes.py:189: type(module) is nn.Linear; seen: Mixtral's "
+    "experts.gate_up_proj "
     "stays in bfloat16",
     "count on the experts' full size",
     kind="warning",
@@ -141,8 +156,8 @@ def experts_are_not_quantized(case: Case) -> str | None:
     versions=["peft<0.20"],
 )
 def all_linear_fails_on_merged_experts(case: Case) -> str | None:
-    """peft 0.19 takes the word all-linear apart into letters where it translates the names of experts that transformers 5
-    has merged.
+    """peft 0.19 takes the word all-linear apart into letters where it translates the names of experts that transformers
+    5 has merged.
     """
     lora = case.recipe.lora
     merged = case.model is not None and case.model.peft_experts is not None
@@ -169,8 +184,8 @@ def quantized_checkpoints_need_lora(case: Case) -> str | None:
     "leave model.quantization out, or take the model in full precision",
 )
 def weights_are_quantized_once(case: Case) -> str | None:
-    """Weights that are quantised on disk cannot be quantised another way on loading. transformers ends at configs of two
-    classes, and of two bitsandbytes configs it takes the one on disk, whatever the recipe says.
+    """Weights that are quantised on disk cannot be quantised another way on loading. transformers ends at configs of
+    two classes, and of two bitsandbytes configs it takes the one on disk, whatever the recipe says.
     """
     wanted = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}.get(case.quantization or "")
     if wanted and _method(case) and not case.disk_quantization.get(wanted):
@@ -194,9 +209,9 @@ def quantized_checkpoints_must_be_trainable(case: Case) -> str | None:
     "take the model in full precision with model.quantization: nf4, or use zero3",
 )
 def fsdp_shards_no_uint8(case: Case) -> str | None:
-    """FSDP2 can shard 4-bit weights that are stored as floats. distft stores them so when it quantises, but a checkpoint
-    brings its own storage, uint8 by default: accelerate leaves such weights whole on every rank, and before 1.14 broke
-    them. ZeRO-3 shards uint8 as it is (seen with deepspeed 0.19.8 on 2 ranks: the losses of one process).
+    """FSDP2 can shard 4-bit weights that are stored as floats. distft stores them so when it quantises, but a
+    checkpoint brings its own storage, uint8 by default: accelerate leaves such weights whole on every rank, and before
+    1.14 broke them. ZeRO-3 shards uint8 as it is (seen with deepspeed 0.19.8 on 2 ranks: the losses of one process).
     """
     storage = str(case.disk_quantization.get("bnb_4bit_quant_storage", "uint8"))
     if case.fsdp and case.disk_quantization.get("load_in_4bit") and storage == "uint8":
@@ -230,6 +245,14 @@ def max_length_beyond_positions(case: Case) -> str | None:
     if type(most) is int and most < longest and "factor" not in scaling:
         return f"data.max_length: got {longest}, and the model has {most} positions"
     return None
+
+
+def _is_unknown(case: Case) -> bool:
+    """Whether the installed transformers has no causal language model of the type; not asked for types known here."""
+    if not case.model_type or case.model_type in FAMILIES:
+        return False
+    types = known.causal_lm_types()
+    return types is not None and case.model_type not in types
 
 
 def _method(case: Case) -> str:

@@ -15,6 +15,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @rule(
+    "zero3, fsdp or wide hsdp groups with lora between nodes of network.bandwidth < 25",
     "https://www.deepspeed.ai/tutorials/zeropp and arXiv 2306.10209: between nodes ZeRO-3's gathers are what is slow",
     "use ddp or zero2 if the model fits, else hsdp, whose groups stay inside a node",
     kind="warning",
@@ -36,6 +37,7 @@ def adapters_over_slow_links(case: Case) -> str | None:
 
 
 @rule(
+    "parallelism.offload with model.quantization: nf4 under zero3",
     "https://github.com/huggingface/peft/blob/main/docs/source/accelerate/deepspeed.md, caveat 3",
     "use parallelism.offload: none",
     kind="warning",
@@ -48,6 +50,7 @@ def qlora_under_zero3_is_not_offloaded(case: Case) -> str | None:
 
 
 @rule(
+    "parallelism.offload: optimizer with an adapter of at most 5% of the parameters",
     "https://github.com/huggingface/peft/blob/main/docs/source/accelerate/deepspeed.md, caveat 2; "
     "distft/planner/memory.py",
     "use parallelism.offload: none, or all (zero3) for the base model",
@@ -66,6 +69,7 @@ def adapters_have_little_to_offload(case: Case) -> str | None:
 
 
 @rule(
+    "a training.micro_batch_size that makes several micro-batches a step, under zero3, fsdp or hsdp",
     "ZeRO, arXiv 1910.02054, section 7.2.2: two all-gathers of the weights a backward pass; "
     "https://github.com/pytorch/pytorch/pull/126166",
     "use training.micro_batch_size: auto (the largest that fits), or zero2",
@@ -85,6 +89,7 @@ def accumulation_repeats_gathers(case: Case) -> str | None:
 
 
 @rule(
+    "zero1, zero2 or zero3 on one rank without offload",
     "DeepSpeed partitions over the data-parallel ranks (runtime/zero/stage_1_and_2.py, partition_count)",
     "use parallelism.strategy: ddp, or auto",
     kind="warning",
@@ -98,6 +103,7 @@ def one_rank_has_nothing_to_shard(case: Case) -> str | None:
 
 
 @rule(
+    "a parallelism.hsdp_shard_size whose groups reach from node to node",
     "torch.distributed.fsdp.fully_shard docs: HSDP shards within a node and replicates across; "
     "distft/strategies/accelerate.py: groups are of neighbouring ranks",
     "use a size that divides the ranks of a node, or auto",
@@ -115,6 +121,7 @@ def hsdp_groups_stay_in_a_node(case: Case) -> str | None:
 
 
 @rule(
+    "training.mixed_precision: fp16 on Ampere or later",
     "NVIDIA A100 and H100 data sheets: equal peak rates in bf16 and fp16; "
     "https://huggingface.co/docs/transformers/perf_train_gpu_one",
     "use training.mixed_precision: bf16",
@@ -131,6 +138,7 @@ def bf16_where_it_can_be_had(case: Case) -> str | None:
 
 
 @rule(
+    "training.mixed_precision: fp16 with a model whose config says bfloat16",
     "https://github.com/huggingface/transformers/issues/39972 and https://github.com/openvla/openvla/issues/30",
     'watch grad_norm in metrics.jsonl, or use training.mixed_precision: "no"',
     kind="warning",
@@ -146,6 +154,7 @@ def bf16_models_overflow_in_fp16(case: Case) -> str | None:
 
 
 @rule(
+    'training.mixed_precision: "no" on a GPU, without TF32',
     "NVIDIA A100 data sheet: 19.5 TFLOPS in float32, 312 in bf16",
     "use training.mixed_precision: bf16 (fp16 before Ampere)",
     kind="warning",
@@ -160,6 +169,7 @@ def float32_wastes_a_gpu(case: Case) -> str | None:
 
 
 @rule(
+    "model.quantization: int8 on a V100 or older",
     "bitsandbytes 0.50 diagnostics/cuda.py:128: 7.5 is the minimum CC for int8 tensor cores",
     "use model.quantization: nf4",
     kind="warning",
@@ -174,6 +184,7 @@ def int8_is_slow_before_turing(case: Case) -> str | None:
 
 
 @rule(
+    "a paged optimizer on CPU ranks",
     "bitsandbytes 0.50 optim/optimizer.py:376: Paged optimizers are not supported on CPU",
     "use the optimizer without paged_",
     kind="warning",
@@ -186,6 +197,7 @@ def paging_needs_a_gpu(case: Case) -> str | None:
 
 
 @rule(
+    "model.attn_implementation: eager with rows of 4096 tokens or more, where sdpa can be had",
     "transformers 5.23 models/llama/modeling_llama.py:193, eager_attention_forward",
     "use model.attn_implementation: auto",
     kind="warning",
@@ -202,6 +214,7 @@ def eager_attention_keeps_all_scores(case: Case) -> str | None:
 
 
 @rule(
+    "lora.target_modules with embed_tokens or lm_head, where these are one weight",
     "https://github.com/huggingface/peft/issues/2777; peft 0.21 tuners/tuners_utils.py:671 and :1457",
     "leave it out of lora.target_modules",
     kind="warning",
@@ -218,6 +231,7 @@ def tied_embeddings_are_not_adapted(case: Case) -> str | None:
 
 
 @rule(
+    "an 8-bit optimizer for an adapter, where it saves less than 0.5 GiB",
     "https://huggingface.co/docs/bitsandbytes/optimizers: float32 states below 4096 elements; distft/planner/memory.py",
     "use adamw_torch_fused",
     kind="warning",

@@ -11,6 +11,7 @@ def is_bitsandbytes(optim: str) -> bool:
 
 
 @rule(
+    "model.quantization without lora",
     "transformers 5.23 trainer_utils.py:131, validate_quantization_for_training",
     "add `lora:`, or remove model.quantization",
 )
@@ -22,6 +23,7 @@ def quantization_needs_lora(case: Case) -> str | None:
 
 
 @rule(
+    "model.quantization: int8 under zero3, fsdp or hsdp",
     "bitsandbytes 0.50 nn/modules.py:1159, Linear8bitLt.init_8bit_state; LlamaFactory quantization.py:199",
     "use nf4, or parallelism.strategy ddp, zero1 or zero2",
 )
@@ -37,6 +39,7 @@ def int8_cannot_be_sharded(case: Case) -> str | None:
 
 
 @rule(
+    "lora.use_dora with model.quantization: int8",
     "seen with peft 0.21.2 and bitsandbytes 0.50.2; peft docs/source/accelerate/fsdp.md, caveat 5: 8-bit QDoRA has "
     "known issues and is not recommended",
     "use model.quantization: nf4, or lora.use_dora: false",
@@ -52,6 +55,7 @@ def int8_has_no_dora(case: Case) -> str | None:
 
 
 @rule(
+    "parallelism.offload: optimizer without ZeRO; all without zero3, fsdp or hsdp",
     "DeepSpeed runtime/zero/offload_config.py: offload_param is ZeRO-3's; ddp keeps everything",
     "use a strategy that can, or parallelism.offload: none",
     for_scripts=True,
@@ -67,6 +71,7 @@ def offload_needs_a_strategy_that_can(case: Case) -> str | None:
 
 
 @rule(
+    "parallelism.offload under fsdp or hsdp on CPU ranks",
     'seen with accelerate 1.15 and torch 2.13: "Cannot access accelerator device when none is available"',
     "use parallelism.offload: none, or zero3",
     for_scripts=True,
@@ -79,6 +84,7 @@ def fsdp_offload_needs_a_gpu(case: Case) -> str | None:
 
 
 @rule(
+    "an optimizer of bitsandbytes' under fsdp or hsdp",
     "seen with torch 2.13 and bitsandbytes 0.50.2: bitsandbytes.optimizer_update_32bit does not have a "
     "sharding strategy "
     "registered; axolotl validation.py refuses adamw_bnb_8bit under FSDP2",
@@ -94,6 +100,7 @@ def fsdp_needs_adamw(case: Case) -> str | None:
 
 
 @rule(
+    "adafactor, GaLore or APOLLO under any strategy but ddp",
     "transformers optimization.py, Adafactor.step: row and column means; seen with torch 2.13: "
     "aten.add_.Tensor got mixed "
     "torch.Tensor and DTensor; LlamaFactory refuses GaLore and APOLLO under DeepSpeed",
@@ -110,6 +117,7 @@ def matrix_optimizers_need_whole_matrices(case: Case) -> str | None:
 
 
 @rule(
+    "a layerwise optimizer on several ranks, or with accumulation",
     "transformers 5.23 trainer_optimizer.py:117 (does not support DDP) and :166 (does not support gradient "
     "accumulation)",
     "use the optimizer without _layerwise, or one rank and one micro-batch a step",
@@ -124,6 +132,7 @@ def layerwise_optimizers_need_one_rank(case: Case) -> str | None:
 
 
 @rule(
+    "zero_force_ds_cpu_optimizer: true with offload and another optimizer than AdamW",
     "accelerate 1.15 utils/deepspeed.py:29, map_pytorch_optim_to_deepspeed; DeepSpeed runtime/engine.py:2341",
     "leave zero_force_ds_cpu_optimizer out, or use adamw_torch_fused",
 )
@@ -139,6 +148,7 @@ def forced_cpu_adam_needs_adamw(case: Case) -> str | None:
 
 
 @rule(
+    "hsdp whose groups do not divide the ranks, or one group alone",
     "torch.distributed.device_mesh: (replicate, shard) needs both sizes over 1",
     "use fsdp, or a parallelism.hsdp_shard_size that makes two groups or more",
     for_scripts=True,
@@ -160,6 +170,7 @@ def hsdp_needs_whole_groups(case: Case) -> str | None:
 
 
 @rule(
+    "training.mixed_precision: bf16 on a V100, a T4 or older",
     "NVIDIA CUDA programming guide: bf16 arithmetic from compute capability 8.0; torch.cuda.is_bf16_supported counts "
     "emulation in",
     "use training.mixed_precision: fp16",
@@ -174,6 +185,7 @@ def bf16_needs_ampere(case: Case) -> str | None:
 
 
 @rule(
+    "training.mixed_precision: fp16 on CPU ranks",
     "accelerate 1.15 accelerator.py:565: no autocast and no gradient scaler where the device is a CPU",
     'use training.mixed_precision: bf16 or "no"',
     for_scripts=True,
@@ -187,7 +199,11 @@ def fp16_needs_a_gpu(case: Case) -> str | None:
     return None
 
 
-@rule("flash-attn README: Ampere, Ada or Hopper GPUs", "use model.attn_implementation: auto or sdpa")
+@rule(
+    "flash_attention_2 on a V100, a T4 or a CPU",
+    "flash-attn README: Ampere, Ada or Hopper GPUs",
+    "use model.attn_implementation: auto or sdpa",
+)
 def flash_attention_needs_ampere(case: Case) -> str | None:
     """FlashAttention-2's kernels are written for compute capability 8.0 and later. SDPA's memory-efficient kernel
     serves older GPUs.
@@ -199,6 +215,7 @@ def flash_attention_needs_ampere(case: Case) -> str | None:
 
 
 @rule(
+    'flash_attention_2 with training.mixed_precision: "no"',
     "flash-attn README: fp16 and bf16; transformers integrations/flash_attention.py:13, get_target_dtype",
     "use model.attn_implementation: auto or sdpa, or training.mixed_precision: bf16",
 )
@@ -211,7 +228,11 @@ def flash_attention_needs_16_bit(case: Case) -> str | None:
     return None
 
 
-@rule("flash-attn README: head dimensions up to 256", "use model.attn_implementation: auto or sdpa")
+@rule(
+    "flash_attention_2 with a head_dim over 256",
+    "flash-attn README: head dimensions up to 256",
+    "use model.attn_implementation: auto or sdpa",
+)
 def flash_attention_needs_small_heads(case: Case) -> str | None:
     """FlashAttention-2 has kernels for heads of up to 256."""
     if case.attention == "flash_attention_2" and (case.head_dim or 0) > 256:
@@ -219,7 +240,11 @@ def flash_attention_needs_small_heads(case: Case) -> str | None:
     return None
 
 
-@rule("liger-kernel: Triton kernels, which run on GPUs", "use training.use_liger_kernel: false")
+@rule(
+    "training.use_liger_kernel on CPU ranks",
+    "liger-kernel: Triton kernels, which run on GPUs",
+    "use training.use_liger_kernel: false",
+)
 def liger_needs_a_gpu(case: Case) -> str | None:
     """Liger's kernels are written in Triton."""
     if case.recipe.training.use_liger_kernel and case.on_cpu:
@@ -228,6 +253,7 @@ def liger_needs_a_gpu(case: Case) -> str | None:
 
 
 @rule(
+    "gradient checkpointing with lora under zero3, unless it is reentrant",
     "https://github.com/deepspeedai/DeepSpeed/pull/8148 and https://github.com/huggingface/transformers/issues/47254; "
     "mended in 0.19.4 (runtime/zero/partitioned_param_coordinator.py:389)",
     "install deepspeed>=0.19.4, use zero2, or trainer.overrides: {gradient_checkpointing_kwargs: "

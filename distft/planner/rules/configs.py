@@ -15,13 +15,14 @@ ZERO = "deepspeed.overrides.zero_optimization"
 
 
 @rule(
+    "a key of deepspeed.overrides that DeepSpeed does not know",
     "DeepSpeed 0.19.8 runtime/config.py reads a dict by known keys; "
     "https://huggingface.co/docs/transformers/main_classes/deepspeed: typos fall back to the default",
     "correct or remove it",
     for_scripts=True,
 )
 def deepspeed_keys_must_exist(case: Case) -> str | None:
-    """DeepSpeed looks for the keys that it knows and overlooks all others, so that a misspelt one is as good as absent."""
+    """DeepSpeed looks for the keys that it knows and overlooks all others: a misspelt one is as good as absent."""
     if not case.zero:
         return None
     unknown = case.deepspeed.keys() - known.DEEPSPEED_KEYS - known.DEEPSPEED_REMOVED
@@ -29,6 +30,7 @@ def deepspeed_keys_must_exist(case: Case) -> str | None:
 
 
 @rule(
+    "a key of deepspeed.overrides.zero_optimization that DeepSpeed does not know",
     "DeepSpeed 0.19.8 runtime/config_utils.py:110: extra='forbid'; runtime/zero/config.py, DeepSpeedZeroConfig",
     "correct or remove it",
     for_scripts=True,
@@ -44,6 +46,7 @@ def zero_keys_must_exist(case: Case) -> str | None:
 
 
 @rule(
+    "deepspeed.overrides.zero_optimization.stage of another strategy",
     "distft/train/wrapping.py, check; accelerate 1.15 utils/dataclasses.py, DeepSpeedPlugin",
     "set parallelism.strategy instead",
     for_scripts=True,
@@ -59,6 +62,7 @@ def the_strategy_is_the_stage(case: Case) -> str | None:
 
 
 @rule(
+    "an offload in deepspeed.overrides or fsdp.overrides that is not parallelism.offload",
     "DeepSpeed 0.19.8 runtime/zero/offload_config.py; distft/planner/memory.py counts by parallelism.offload",
     "set parallelism.offload (none, optimizer or all) instead",
     for_scripts=True,
@@ -78,6 +82,7 @@ def offload_is_planned(case: Case) -> str | None:
 
 
 @rule(
+    "offload to nvme without zero3, or without an nvme_path",
     "https://www.deepspeed.ai/docs/config-json/#parameter-offloading; DeepSpeed 0.19.8 "
     "runtime/zero/stage_1_and_2.py:229 "
     "(NVMe offload uses the CPU's path) and partition_parameters.py:1229 (nvme_path cannot be None)",
@@ -94,6 +99,7 @@ def nvme_needs_zero3_and_a_path(case: Case) -> str | None:
 
 
 @rule(
+    "offload_optimizer.ratio below 1 without zero3 and DeepSpeedCPUAdam",
     "DeepSpeed 0.19.8 runtime/zero/config.py:399 (Partial offloading only supported for ZeRO Stage 3) and "
     "stage3.py:316 "
     "(Hybrid Optimizer Only Supports DeepSpeedCPUAdam)",
@@ -113,6 +119,7 @@ def partial_offload_needs_zero3_and_cpu_adam(case: Case) -> str | None:
 
 
 @rule(
+    "batch, clipping or precision in deepspeed.overrides, other than the recipe's",
     "transformers 5.23 integrations/deepspeed.py:145, trainer_config_process: mismatches end the run",
     "set training.* instead, and leave it out here",
 )
@@ -140,6 +147,7 @@ def deepspeed_must_agree_with_the_recipe(case: Case) -> str | None:
 
 
 @rule(
+    "gradient_allreduce_op: sum under zero3",
     "DeepSpeed 0.19.8 runtime/config.py:696: gradient_allreduce_op='sum' is not supported with ZeRO stage 3",
     "leave it out",
     for_scripts=True,
@@ -152,6 +160,7 @@ def zero3_averages_gradients(case: Case) -> str | None:
 
 
 @rule(
+    "gradient_allreduce_op: sum under zero1 or zero2",
     "DeepSpeed 0.19.8 runtime/config.py, GRADIENT_ALLREDUCE_OP",
     "leave it out",
     kind="warning",
@@ -168,6 +177,7 @@ def sums_of_gradients_grow_with_the_width(case: Case) -> str | None:
 
 
 @rule(
+    "prescale_gradients or gradient_predivide_factor under zero2 or zero3",
     "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py:350 and stage3.py:395: not yet supported with reduce "
     "scatter enabled",
     "leave it out, or set zero_optimization.reduce_scatter: false (zero2)",
@@ -186,6 +196,7 @@ def reduce_scatter_takes_no_prescaling(case: Case) -> str | None:
 
 
 @rule(
+    "compute_grad_norm: false under zero3, with offload or clipping, or in bf16 under zero1",
     "DeepSpeed 0.19.8 runtime/zero/config.py:392, stage_1_and_2.py:213-218 and engine.py:2308",
     "leave it out",
     for_scripts=True,
@@ -212,6 +223,7 @@ def gradient_norm_is_needed(case: Case) -> str | None:
 
 
 @rule(
+    "16-bit master weights without offload and DeepSpeedCPUAdam",
     "DeepSpeed 0.19.8 runtime/base_optimizer.py:484, _configure_master_weights; stage3.py:300; stage_1_and_2.py:332",
     "leave them out, or use parallelism.offload with deepspeed.overrides.zero_force_ds_cpu_optimizer: true",
     for_scripts=True,
@@ -235,6 +247,7 @@ def low_precision_masters_need_cpu_adam(case: Case) -> str | None:
 
 
 @rule(
+    "a zero_hpz_partition_size without zero3, or that does not divide the ranks",
     "DeepSpeed 0.19.8 utils/groups.py, _create_zero_param_parallel_group; https://www.deepspeed.ai/tutorials/zeropp",
     "use zero3 and a size that divides the ranks (those of one node: --gpus-per-node)",
     for_scripts=True,
@@ -253,6 +266,7 @@ def hpz_groups_divide_the_ranks(case: Case) -> str | None:
 
 
 @rule(
+    "an optimizer or scheduler in deepspeed.overrides",
     "distft/strategies/deepspeed.py: no optimizer section; DeepSpeed's optimizers get one parameter group",
     "use training.optim, training.weight_decay and training.lr_scheduler_type",
     kind="warning",
@@ -266,6 +280,7 @@ def the_recipe_has_the_optimizer(case: Case) -> str | None:
 
 
 @rule(
+    "a script under zero3 with stage3_gather_16bit_weights_on_model_save: false",
     "transformers 5.23 trainer.py:4116: stage3_gather_16bit_weights_on_model_save=false. Saving the full "
     "checkpoint instead",
     "leave it true",
@@ -276,9 +291,9 @@ def zero3_scripts_gather_to_save(case: Case) -> str | None:
     """A script's save_model() under ZeRO-3 writes a model only if DeepSpeed gathers it first; otherwise a checkpoint of
     pieces that zero_to_fp32.py must join. (A recipe's weights are gathered by distft itself.)
     """
-    if case.script and case.strategy == "zero3":
-        if case.zero_option("stage3_gather_16bit_weights_on_model_save") is False:
-            return f"{ZERO}.stage3_gather_16bit_weights_on_model_save: without it save_model() writes no model"
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if case.script and case.strategy == "zero3" and case.zero_option(key) is False:
+        return f"{ZERO}.{key}: without it save_model() writes no model"
     return None
 
 
@@ -286,6 +301,7 @@ def zero3_scripts_gather_to_save(case: Case) -> str | None:
 
 
 @rule(
+    "a key of fsdp.overrides that accelerate does not know",
     "accelerate 1.15 utils/dataclasses.py:1828, FullyShardedDataParallelPlugin: reads FSDP_* of the environment",
     "correct or remove it",
     for_scripts=True,
@@ -299,6 +315,7 @@ def fsdp_keys_must_exist(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp.overrides.fsdp_version: 1 for a recipe",
     "distft/train/wrapping.py looks for torch's FSDPModule, which is FSDP2's",
     "leave it out",
 )
@@ -312,6 +329,7 @@ def recipes_use_fsdp2(case: Case) -> str | None:
 
 
 @rule(
+    "keys of FSDP1 in fsdp.overrides under FSDP2",
     "accelerate 1.15 utils/dataclasses.py:1845 (sharding strategy), :1904 (prefetch), :1938-1953: read for "
     "fsdp_version 1 alone",
     "leave it out, or for a script: fsdp.overrides.fsdp_version: 1",
@@ -328,6 +346,7 @@ def fsdp1_keys_are_not_fsdp2s(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp_reshard_after_forward that is no boolean under FSDP2, or one under FSDP1",
     "accelerate 1.15 utils/dataclasses.py:1876-1885: a `bool` with FSDP2, a `str` with FSDP1",
     "true or false with FSDP2; FULL_SHARD, SHARD_GRAD_OP, ... with fsdp_version: 1",
     for_scripts=True,
@@ -345,6 +364,7 @@ def reshard_after_forward_has_two_spellings(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp_state_dict_type: LOCAL_STATE_DICT under FSDP2",
     "accelerate 1.15 utils/dataclasses.py:2069: FSDP2 does not support LOCAL_STATE_DICT",
     "use FULL_STATE_DICT or SHARDED_STATE_DICT",
     for_scripts=True,
@@ -357,6 +377,7 @@ def fsdp2_has_no_local_state_dict(case: Case) -> str | None:
 
 
 @rule(
+    "a script under fsdp or hsdp with fsdp_state_dict_type: SHARDED_STATE_DICT",
     "transformers 5.23 trainer.py, save_model: writes under FSDP only with FULL_STATE_DICT; seen with accelerate 1.15",
     "leave it at FULL_STATE_DICT, or have the script save by itself",
     kind="warning",
@@ -372,6 +393,7 @@ def sharded_state_dicts_save_no_model(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp_activation_checkpointing beside training.gradient_checkpointing",
     "transformers 5.23 trainer.py:880: can't both be set to True",
     "leave fsdp_activation_checkpointing out: training.gradient_checkpointing does the same under every strategy",
 )
@@ -383,6 +405,7 @@ def checkpointing_is_set_once(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp_activation_checkpointing_offload without fsdp_activation_checkpointing",
     "accelerate 1.15 utils/dataclasses.py:1968-1971",
     "add fsdp_activation_checkpointing: true, with FSDP2",
     for_scripts=True,
@@ -400,6 +423,7 @@ def activation_offload_needs_checkpointing(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp_cpu_ram_efficient_loading: true with model.quantization",
     "seen with accelerate 1.15 and transformers 5.23 (distft/strategies/accelerate.py, fsdp_config)",
     "leave it out: distft turns it off with quantization",
 )
@@ -413,6 +437,7 @@ def quantized_weights_are_read_by_all_ranks(case: Case) -> str | None:
 
 
 @rule(
+    "fsdp_auto_wrap_policy: NO_WRAP",
     "accelerate 1.15 utils/dataclasses.py:1936: NO_WRAP is no policy at all; torch.distributed.fsdp.fully_shard docs",
     "leave it at TRANSFORMER_BASED_WRAP",
     kind="warning",
@@ -431,6 +456,7 @@ def one_unit_gathers_all_weights(case: Case) -> str | None:
 
 
 @rule(
+    "a key of trainer.overrides that TrainingArguments does not have",
     "transformers training_args.py, TrainingArguments: a dataclass takes no other arguments",
     "correct or remove it",
 )
@@ -474,6 +500,7 @@ PLANNED = {
 
 
 @rule(
+    "trainer.overrides of what the recipe has a field for, or distft does itself",
     "distft/train/trainer.py, training_arguments: what the plan, the sampler and the saving rely on",
     "say it where the recipe does, and leave it out here",
 )
@@ -489,17 +516,19 @@ def planned_arguments_are_the_recipes(case: Case) -> str | None:
 
 
 @rule(
+    "trainer.overrides.tf32: true on a CPU or before Ampere",
     "transformers 5.23 training_args.py:1682: --tf32 requires Ampere or a newer GPU arch",
     "leave it out",
 )
 def tf32_needs_ampere(case: Case) -> str | None:
-    """TF32 is a mode of the tensor cores of compute capability 8.0 and later; transformers ends where it cannot be had."""
+    """TF32 is a mode of tensor cores of compute capability 8.0 and later; transformers ends where it cannot be had."""
     if case.trainer.get("tf32") is True and (case.on_cpu or case.before_ampere):
         return f"trainer.overrides.tf32: {case.device.name} has no TF32"
     return None
 
 
 @rule(
+    "a tracker in training.report_to that transformers does not have",
     "transformers 5.23 integrations/integration_utils.py:2674, get_reporting_integration_callbacks",
     "use names that it has, or report_to: []",
 )
@@ -514,6 +543,7 @@ def trackers_must_be_known(case: Case) -> str | None:
 
 
 @rule(
+    "deepspeed.overrides without ZeRO, fsdp.overrides without fsdp or hsdp",
     "distft/strategies: each strategy has a config of its own",
     "set parallelism.strategy, or remove it",
     kind="warning",

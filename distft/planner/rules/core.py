@@ -1,4 +1,4 @@
-"""What a rule is, what it looks at, and how all of them are applied. The rules themselves are this module's siblings."""
+"""What a rule is, what it looks at, and how all of them are applied. The rules are this module's siblings."""
 
 from __future__ import annotations
 
@@ -159,17 +159,13 @@ class Rule:
     name: str
     kind: str  # error: the case cannot run, or would not do what it says; warning: it is unwise
     family: str  # the module it stands in
+    when: str  # it fires, in a line
     source: str
     mend: str
     explanation: str
     versions: tuple[str, ...]  # such as "deepspeed<0.19.4": it holds for these alone; () for all
     check: Check
     for_scripts: bool
-
-    @property
-    def headline(self) -> str:
-        """The explanation's first sentence."""
-        return self.explanation.partition(". ")[0].rstrip(".")
 
     def holds(self) -> bool:
         """Whether the packages installed here are of the versions that this rule is about.
@@ -203,11 +199,12 @@ RULES: list[Rule] = []
 
 
 def rule(
-    source: str, mend: str, *, kind: str = "error", versions: Sequence[str] = (), for_scripts: bool = False
+    when: str, source: str, mend: str, *, kind: str = "error", versions: Sequence[str] = (), for_scripts: bool = False
 ) -> Callable[[Check], Check]:
     """Register the function below under its name; its docstring is the explanation.
 
     Args:
+        when: what it fires for, in a line.
         source: where it can be read or seen that this is so.
         mend: what to do instead, in half a sentence.
         for_scripts: it needs no recipe, and holds for a script of one's own too.
@@ -216,7 +213,7 @@ def rule(
     def register(check: Check) -> Check:
         name, family = check.__name__.replace("_", "-"), check.__module__.rpartition(".")[2]
         explanation = " ".join(inspect.cleandoc(check.__doc__ or "").split())
-        RULES.append(Rule(name, kind, family, source, mend, explanation, tuple(versions), check, for_scripts))
+        RULES.append(Rule(name, kind, family, when, source, mend, explanation, tuple(versions), check, for_scripts))
         return check
 
     return register

@@ -1,6 +1,6 @@
 """What the rules know by name: model types, keys of configs, and how to look into the packages installed here.
 
-tests/test_rules.py holds each list against the installed packages. Nothing here imports them: what can be read off their
+tests/test_rules.py holds lists against the installed packages. Nothing here imports these: what can be read off their
 sources is read as text, so that it is right for the version that will run.
 """
 

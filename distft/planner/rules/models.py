@@ -1,4 +1,4 @@
-"""What particular models cannot do: attention, packing, checkpointing, mixtures of experts, weights quantised on disk."""
+"""What particular models cannot do: attention, packing, checkpointing, mixtures of experts, quantised checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from distft.planner.rules import known
 from distft.planner.rules.core import Case, rule
 
 
-@rule("transformers models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "use a causal language model")
+@rule(
+    "a model type that AutoModelForCausalLM does not have",
+    "transformers models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "use a causal language model",
+)
 def model_must_be_a_causal_lm(case: Case) -> str | None:
     """Models are loaded with AutoModelForCausalLM, which ends at types that it has no class for: encoder-decoders such
     as T5, vision models, or a type newer than the installed transformers. Checked where transformers is installed.
@@ -18,6 +22,7 @@ def model_must_be_a_causal_lm(case: Case) -> str | None:
 
 
 @rule(
+    "a model type that only code of its own can make, without model.trust_remote_code",
     "transformers dynamic_module_utils.py, resolve_trust_remote_code",
     "read that code, and set model.trust_remote_code: true if you trust its source",
 )
@@ -31,6 +36,7 @@ def own_code_must_be_trusted(case: Case) -> str | None:
 
 
 @rule(
+    "sdpa, asked for or the only one left, with a model type that has none",
     "transformers 5.23 modeling_utils.py:1667: does not support an attention implementation through "
     "torch.nn.functional.scaled_dot_product_attention yet",
     "use model.attn_implementation: eager",
@@ -45,6 +51,7 @@ def sdpa_needs_a_model_that_has_it(case: Case) -> str | None:
 
 
 @rule(
+    "sdpa, asked for or the only one left, with gemma2 or vaultgemma",
     "transformers 5.21 models/gemma2/modeling_gemma2.py: _supports_sdpa = False  # sdpa does not support softcapping",
     "use model.attn_implementation: eager",
     versions=["transformers>=5.21"],
@@ -59,6 +66,7 @@ def sdpa_has_no_softcapping(case: Case) -> str | None:
 
 
 @rule(
+    "flash_attention_2 with a model type that has none",
     "transformers 5.23 modeling_utils.py:1594: does not support Flash Attention 2 yet",
     "use model.attn_implementation: auto, sdpa or eager",
 )
@@ -70,6 +78,7 @@ def flash_attention_needs_a_model_that_has_it(case: Case) -> str | None:
 
 
 @rule(
+    "gradient checkpointing with a model type that has none",
     "transformers 5.23 modeling_utils.py:3146: does not support activation checkpointing",
     "use training.gradient_checkpointing: false",
 )
@@ -81,6 +90,7 @@ def checkpointing_needs_a_model_that_has_it(case: Case) -> str | None:
 
 
 @rule(
+    "data.packing with a model type whose documents see each other in a row",
     "tools/packing_leaks.py with transformers 5.17 and 5.23: in a packed row the second document changes with "
     "the first",
     "use data.packing: false",
@@ -103,6 +113,7 @@ def packing_needs_documents_apart(case: Case) -> str | None:
 
 
 @rule(
+    "data.packing with a model whose code comes with it",
     "transformers masking_utils.py, find_packed_sequence_indices: a model's class must ask for it",
     "use data.packing: false, or look into the model's code",
     kind="warning",
@@ -117,6 +128,7 @@ def packing_trusts_the_models_code(case: Case) -> str | None:
 
 
 @rule(
+    "zero3 with a mixture of experts whose code comes with it, and no leaf_module",
     "https://github.com/deepspeedai/DeepSpeed/pull/4966 and issues/7461; DeepSpeed runtime/zero/leaf_module_config.py",
     "name the block in deepspeed.overrides.zero_optimization.leaf_module.classes, or use zero2 or fsdp",
     kind="warning",
@@ -132,6 +144,7 @@ def zero3_experts_need_a_leaf_module(case: Case) -> str | None:
 
 
 @rule(
+    "model.quantization with a mixture of experts",
     "transformers 5.23 integrations/bitsandbytes.py:189: type(module) is nn.Linear; seen: Mixtral's "
     "experts.gate_up_proj "
     "stays in bfloat16",
@@ -151,6 +164,7 @@ def experts_are_not_quantized(case: Case) -> str | None:
 
 
 @rule(
+    "lora.target_modules: all-linear with a mixture of experts whose experts are merged",
     "seen with peft 0.19.0 and 0.19.1: Target modules {'-', 'r', 'n', ...} not found; right in 0.20.0",
     "name the layers in lora.target_modules, or install peft>=0.20",
     versions=["peft<0.20"],
@@ -167,6 +181,7 @@ def all_linear_fails_on_merged_experts(case: Case) -> str | None:
 
 
 @rule(
+    "weights that are quantised on disk, without lora",
     "transformers 5.23 trainer_utils.py:131, validate_quantization_for_training",
     "add `lora:`, or take the model in full precision",
 )
@@ -180,6 +195,7 @@ def quantized_checkpoints_need_lora(case: Case) -> str | None:
 
 
 @rule(
+    "model.quantization with weights that are quantised another way on disk",
     "transformers 5.23 quantizers/auto.py:263, merge_quantization_configs",
     "leave model.quantization out, or take the model in full precision",
 )
@@ -194,6 +210,7 @@ def weights_are_quantized_once(case: Case) -> str | None:
 
 
 @rule(
+    "weights quantised on disk by a method that cannot be trained on top of",
     "transformers 5.23 trainer_utils.py:137 and quantizers/*.py, is_trainable",
     "take the model in full precision",
 )
@@ -205,6 +222,7 @@ def quantized_checkpoints_must_be_trainable(case: Case) -> str | None:
 
 
 @rule(
+    "4-bit weights that are stored as uint8 on disk, under fsdp or hsdp",
     "accelerate 1.14 and 1.15 utils/fsdp_utils.py (Excluding from FSDP2 sharding), seen; accelerate#3983 for 1.13",
     "take the model in full precision with model.quantization: nf4, or use zero3",
 )
@@ -220,6 +238,7 @@ def fsdp_shards_no_uint8(case: Case) -> str | None:
 
 
 @rule(
+    "weights that are int8 on disk, under zero3, fsdp or hsdp",
     "bitsandbytes 0.50 nn/modules.py:1159, Linear8bitLt.init_8bit_state",
     "take the model in full precision with model.quantization: nf4, or use ddp, zero1 or zero2",
 )
@@ -231,6 +250,7 @@ def int8_checkpoints_cannot_be_sharded(case: Case) -> str | None:
 
 
 @rule(
+    "data.max_length over the model's positions, without rotary scaling",
     "transformers models/gpt2/modeling_gpt2.py: self.wpe = nn.Embedding(config.max_position_embeddings, ...)",
     "use a data.max_length within it",
     kind="warning",

@@ -60,7 +60,8 @@ def plan_recipe(
     A plan takes the model's config.json alone; what is to be started needs its weights.
     """
     recipe = load_recipe(path, sets)
-    plan = make_plan(recipe, *place.devices(), need_weights)
+    network = place.cluster.network if place.cluster else None
+    plan = make_plan(recipe, *place.devices(), need_weights, bandwidth=network and network.bandwidth)
     data_files.check_files(recipe)
     return recipe, plan
 
@@ -73,4 +74,4 @@ def plan_script(script: Sequence[str], sets: Sequence[str] = (), place: Place = 
     for text in (f"name={Path(script[0]).stem}", *sets):
         document.override(text)
     settings = validate(document)
-    return settings, script_plan(settings.parallelism, settings.training.mixed_precision, *place.devices())
+    return settings, script_plan(settings.parallelism, settings.training.mixed_precision, *place.devices(), settings)

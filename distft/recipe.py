@@ -2,7 +2,7 @@
 
 Frozen pydantic groups; the docstring under a field is its documentation: `distft schema` and docs/recipe.md are made
 from it (wording.documented_schema). What a field means on its own is checked here; what cannot be combined is in
-planner/rules.py.
+planner/rules/.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Checkpoint(Group):
 
 
 class Overrides(Group):
-    """Values laid over what distft generates, unchecked: for what it has no field for."""
+    """Values laid over what distft generates, for what it has no field for. `distft rules` lists what is refused."""
 
     overrides: dict[str, Any] = {}
     """Nested keys in the owner's spelling."""

@@ -1,4 +1,6 @@
-"""docs/recipe.md and docs/profile.md from the docstrings of their fields: `python -m distft.reference_docs docs`."""
+"""docs/recipe.md and docs/profile.md from the docstrings of their fields, docs/rules.md from the rules':
+`python -m distft.reference_docs docs`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from distft.cluster import Cluster
+from distft.planner.rules import RULES, Rule
 from distft.recipe import Recipe
 from distft.wording import describe, documented_schema_of, options, show
 
@@ -66,7 +69,7 @@ checkpoint:
   save_steps: 500
   save_total_limit: 2
 
-deepspeed:                    # laid over what distft generates, unchecked
+deepspeed:                    # laid over what distft generates
   overrides: {zero_optimization: {reduce_bucket_size: 100000000}}
 fsdp:
   overrides: {}
@@ -102,10 +105,52 @@ recipe's, all at once.
 """
 
 
+RULES_INTRO = """\
+<!-- Made by python -m distft.reference_docs from distft/planner/rules/. -->
+# The rules
+
+What cannot be combined, and what is unwise. `validate`, `render` and `launch` apply all rules to a recipe, or to a
+script of one's own, without torch. An error is refused, all of them at once; a warning is printed and stands in
+plan.json. Each ends with the rule's name in brackets: `distft rules NAME` explains it. Rules for certain versions look
+at what is installed where distft runs, and are silent where that package is not.
+"""
+FAMILY_TITLES = {
+    "combinations": "Strategy, offload, optimizer, precision, device",
+    "models": "Models",
+    "configs": "Overrides",
+    "advice": "Advice",
+}
+
+
 def files() -> dict[str, str]:
     """File under docs/ → contents."""
     example = ["## Example", "Every field, most at its default.", f"```yaml\n{EXAMPLE}```\n"]
-    return {"recipe.md": _markdown(Recipe, INTRO, example), "profile.md": _markdown(Cluster, PROFILE_INTRO, [])}
+    return {
+        "recipe.md": _markdown(Recipe, INTRO, example),
+        "profile.md": _markdown(Cluster, PROFILE_INTRO, []),
+        "rules.md": _rules(),
+    }
+
+
+def _rules() -> str:
+    """A section a family, an entry a rule."""
+    parts = [RULES_INTRO]
+    for family, title in FAMILY_TITLES.items():
+        parts.append(f"## {title}")
+        parts += [_rule(rule) for rule in RULES if rule.family == family]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _rule(rule: Rule) -> str:
+    kind = rule.kind + (", for scripts too" if rule.for_scripts else "")
+    versions = f" Holds for {', '.join(f'`{text}`' for text in rule.versions)}." if rule.versions else ""
+    lines = [
+        f"### {rule.name}",
+        f"*{kind}:* {rule.when}.",
+        f"{rule.explanation}{versions}",
+        f"- Mend: {rule.mend}.\n- Source: {rule.source}.",
+    ]
+    return "\n\n".join(lines)
 
 
 def _markdown(model: type[BaseModel], intro: str, more: list[str]) -> str:

@@ -162,13 +162,13 @@ def test_batch_that_does_not_divide(refused: Callable[..., str]) -> None:
         ({"parallelism__strategy": "fsdp", "parallelism__offload": "all"}, "fsdp-offload-needs-a-gpu"),
         (
             {"parallelism__strategy": "zero2", "parallelism__offload": "optimizer", "training__optim": "adafactor"},
-            "offload-needs-adamw",
+            "matrix-optimizers-need-whole-matrices",
         ),
         ({"parallelism__strategy": "fsdp", "training__optim": "adamw_bnb_8bit"}, "fsdp-needs-adamw"),
-        ({"parallelism__strategy": "zero2", "training__optim": "adafactor"}, "adafactor-needs-whole-matrices"),
+        ({"parallelism__strategy": "zero2", "training__optim": "adafactor"}, "matrix-optimizers-need-whole-matrices"),
         ({"parallelism__strategy": "hsdp"}, "hsdp-needs-whole-groups"),
         ({"training__mixed_precision": "fp16"}, "fp16-needs-a-gpu"),
-        ({"model__attn_implementation": "flash_attention_2"}, "flash-attention-needs"),
+        ({"model__attn_implementation": "flash_attention_2"}, "flash-attention-needs-ampere"),
         ({"training__use_liger_kernel": True}, "liger-needs-a-gpu"),
     ],
 )

@@ -26,6 +26,7 @@ COMMANDS = {
     "quickstart": "quickstart",
     "validate": "recipes",
     "schema": "recipes",
+    "rules": "rules",
     "launch": "launch",
     "render": "launch",
     "status": "runs",

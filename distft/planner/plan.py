@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distft.devices import Device
@@ -12,7 +12,7 @@ from distft.planner import memory, rules
 from distft.planner.batch import Batch
 from distft.planner.memory import Memory
 from distft.planner.model_shapes import ModelShape, read_model_shape
-from distft.recipe import Parallelism, Recipe
+from distft.recipe import Parallelism, Recipe, ScriptSettings
 from distft.topology import Topology
 
 GIB = 2**30
@@ -40,8 +40,13 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
 
-def make_plan(recipe: Recipe, topology: Topology, device: Device, need_weights: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, topology: Topology, device: Device, need_weights: bool = False, bandwidth: float | None = None
+) -> Plan:
     """Derive everything that the recipe leaves open; `need_weights` refuses a model that has only a config.json.
+
+    Args:
+        bandwidth: between nodes, GB/s of one node, where the profile says it.
 
     Raises:
         PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
@@ -50,7 +55,11 @@ def make_plan(recipe: Recipe, topology: Topology, device: Device, need_weights: 
     reasons, warnings = [], _warnings(topology, device)
     strategy = _strategy(recipe, model, topology, device, reasons)
     offload, shard_size = recipe.parallelism.offload, _shard_size(recipe.parallelism, strategy, topology)
-    rules.apply(rules.Case(strategy, offload, shard_size, topology, device, recipe, model.head_dim))
+    checkpointing = recipe.training.gradient_checkpointing
+    case = rules.Case(
+        strategy, offload, shard_size, topology, device, recipe, model.head_dim, model=model, bandwidth=bandwidth
+    )
+    rules.apply(replace(case, gradient_checkpointing=None if checkpointing == "auto" else checkpointing))
 
     def count(micro: int, checkpointing: bool = False) -> Memory:
         return memory.count(
@@ -65,12 +74,19 @@ def make_plan(recipe: Recipe, topology: Topology, device: Device, need_weights: 
             gradient_checkpointing=checkpointing,
         )
 
-    checkpointing = recipe.training.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = not count(1).fits and count(1, True).peak < count(1).peak
         if checkpointing:
             reasons.append("gradient_checkpointing on: one sequence does not fit without it")
     batch = _batch(recipe, topology, lambda micro: count(micro, checkpointing), reasons)
+    case = replace(
+        case,
+        gradient_checkpointing=checkpointing,
+        micro_batch_size=batch.micro_batch_size,
+        accumulation=batch.gradient_accumulation_steps,
+    )
+    rules.apply(case)
+    warnings += rules.warnings(case)
     planned = count(batch.micro_batch_size, checkpointing)
     if not planned.fits:
         warnings.append(
@@ -93,8 +109,14 @@ def make_plan(recipe: Recipe, topology: Topology, device: Device, need_weights: 
     )
 
 
-def script_plan(parallelism: Parallelism, mixed_precision: str, topology: Topology, device: Device) -> Plan:
-    """The plan for a script of one's own: strategy and topology alone.
+def script_plan(
+    parallelism: Parallelism,
+    mixed_precision: str,
+    topology: Topology,
+    device: Device,
+    settings: ScriptSettings | None = None,
+) -> Plan:
+    """The plan for a script of one's own: strategy and topology alone. `settings` bring its overrides to the rules.
 
     Raises:
         PlanError: a combination that cannot train.
@@ -104,8 +126,9 @@ def script_plan(parallelism: Parallelism, mixed_precision: str, topology: Topolo
         strategy = "ddp"
         reasons.append("ddp: nothing is known of a script's model; --set parallelism.strategy=... shards it")
     shard_size = _shard_size(parallelism, strategy, topology)
-    rules.apply(rules.Case(strategy, parallelism.offload, shard_size, topology, device))
-    warnings = tuple(_warnings(topology, device))
+    case = rules.Case(strategy, parallelism.offload, shard_size, topology, device, script=settings)
+    rules.apply(case)
+    warnings = (*_warnings(topology, device), *rules.warnings(case))
     return Plan(
         topology,
         device,

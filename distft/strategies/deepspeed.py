@@ -53,7 +53,7 @@ def deepspeed_config(
     groups (an optimizer of DeepSpeed's own would decay norms and biases too).
 
     Raises:
-        ValueError: this stage cannot offload that; planner/rules.py refuses it earlier.
+        ValueError: this stage cannot offload that; planner/rules/ refuses it earlier.
     """
     precision = recipe.training.mixed_precision
     config = {

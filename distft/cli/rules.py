@@ -1,0 +1,93 @@
+"""rules."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distft.cli import options
+
+if TYPE_CHECKING:
+    from distft.planner.rules import Rule
+
+
+@click.command()
+@click.argument("name", required=False)
+@options.JSON
+def rules(name: str | None, as_json: bool) -> None:
+    """List what cannot be combined and what is unwise; with NAME, explain one rule.
+
+    The names stand in brackets behind errors and warnings.
+    """
+    from distft.errors import DistftError
+    from distft.planner.rules import RULES
+
+    if name is None:
+        found = sorted(RULES, key=lambda rule: (rule.kind, rule.name))
+        if as_json:
+            options.print_json({"rules": [_as_json(rule) for rule in found]})
+        else:
+            _list(found)
+        return
+    rule = next((rule for rule in RULES if rule.name == name.strip("[]").replace("_", "-")), None)
+    if rule is None:
+        raise DistftError(f"no such rule: {name}{_near(name, [rule.name for rule in RULES])}")
+    if as_json:
+        options.print_json(_as_json(rule))
+    else:
+        _explain(rule)
+
+
+def _list(found: list[Rule]) -> None:
+    """A line each; what a terminal has no room for is cut off."""
+    room = None
+    if sys.stdout.isatty():
+        import shutil
+
+        room = shutil.get_terminal_size().columns
+    width = max(len(rule.name) for rule in found)
+    for rule in found:
+        line = f"{rule.kind:7}  {rule.name:{width}}  {rule.when}"
+        click.echo(f"{line[: room - 1]}…" if room and len(line) > room else line)
+    click.echo("\nerrors are refused, warnings are shown; distft rules NAME explains one", err=True)
+
+
+def _explain(rule: Rule) -> None:
+    import shutil
+    import textwrap
+
+    width = min(shutil.get_terminal_size().columns, 100)
+    click.secho(f"{rule.name} ({rule.kind})", bold=True)
+    rows = {
+        "why": rule.explanation,
+        "fires for": rule.when + ("; for scripts too" if rule.for_scripts else ""),
+        "mend": rule.mend,
+        "versions": ", ".join(rule.versions) or "all that distft takes",
+        "source": rule.source,
+    }
+    for label, text in rows.items():
+        click.echo(textwrap.fill(text, width, initial_indent=f"{label:10} ", subsequent_indent=" " * 11))
+
+
+def _as_json(rule: Rule) -> dict[str, Any]:
+    return {
+        "name": rule.name,
+        "kind": rule.kind,
+        "when": rule.when,
+        "explanation": rule.explanation,
+        "mend": rule.mend,
+        "source": rule.source,
+        "versions": list(rule.versions),
+        "scripts": rule.for_scripts,
+    }
+
+
+def _near(name: str, names: list[str]) -> str:
+    """The nearest names, and those that have one of its words."""
+    import difflib
+
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    near += [other for other in names if name.strip() and name.lower() in other and other not in near]
+    return f"; did you mean {', '.join(near[:5])}?" if near else "; distft rules lists them"

@@ -184,15 +184,15 @@ def int8_is_slow_before_turing(case: Case) -> str | None:
 
 
 @rule(
-    "a paged optimizer on CPU ranks",
+    "a paged optimizer on CPU ranks, or under ZeRO-Offload",
     "bitsandbytes 0.50 optim/optimizer.py:376: Paged optimizers are not supported on CPU",
     "use the optimizer without paged_",
     kind="warning",
 )
 def paging_needs_a_gpu(case: Case) -> str | None:
-    """Paging moves states between GPU and host. Where there is no GPU bitsandbytes leaves it out."""
-    if case.optim.startswith("paged") and case.on_cpu:
-        return f"training.optim: {case.optim} does not page on a CPU"
+    """Paging moves states between GPU and host. Where they lie on the host anyway bitsandbytes leaves it out."""
+    if case.optim.startswith("paged") and (case.on_cpu or (case.zero and case.offload != "none")):
+        return f"training.optim: {case.optim} does not page what lies in host memory"
     return None
 
 

@@ -1,0 +1,833 @@
+"""Every rule fires for what it is about and not for its neighbour; who applies them, and what they say."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import Tiny
+
+from distft.cli import main
+from distft.cluster import Cluster
+from distft.devices import GPUS, Device
+from distft.errors import PlanError
+from distft.launching import Place, plan_recipe, plan_script
+from distft.planner import rules
+from distft.planner.architecture import Sizes
+from distft.planner.model_shapes import ModelShape
+from distft.planner.plan import make_plan
+from distft.planner.rules import known
+from distft.planner.rules.core import Case, Rule
+from distft.recipe import Recipe, ScriptSettings
+from distft.topology import Topology
+
+ROOT = Path(__file__).parent.parent
+NAMES = {rule.name: rule for rule in rules.RULES}
+CPU = Device("cpu", "cpu", 2**33, cores=2)
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}
+OWN_CODE = {"model_type": "acme", "auto_map": {"AutoModelForCausalLM": "modeling_acme.Acme"}, "num_experts": 8}
+
+
+def gpu(name: str) -> Device:
+    memory, capability = GPUS[name]
+    return Device("cuda", name, int(memory * 2**30), capability)
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    """deepspeed.overrides with these below zero_optimization."""
+    return {"overrides": {"zero_optimization": options}}
+
+
+def over(**options: Any) -> dict[str, Any]:
+    return {"overrides": options}
+
+
+def make_case(
+    strategy: str = "ddp",
+    offload: str = "none",
+    nodes: int = 1,
+    ranks: int = 2,
+    shard: int | None = None,
+    device: Device | str = "A100-80GB",
+    config: dict[str, Any] | None = None,
+    head_dim: int = 128,
+    parameters: int = 8_000_000_000,
+    trained: int = 40_000_000,
+    merged: str | None = None,
+    tied: bool = False,
+    script: dict[str, Any] | None = None,
+    bandwidth: float | None = None,
+    checkpointing: bool | None = None,
+    micro: int | None = None,
+    accumulation: int | None = None,
+    **recipe: Any,
+) -> Case:
+    """A case; `recipe` has dotted keys with `__` for the dot. With `script`, of a script of one's own."""
+    topology = Topology(nodes, ranks)
+    if shard is None:
+        shard = {"ddp": 1, "hsdp": ranks}.get(strategy, topology.world_size)
+    where = {
+        "strategy": strategy,
+        "offload": offload,
+        "shard_size": shard,
+        "topology": topology,
+        "device": gpu(device) if isinstance(device, str) else device,
+    }
+    if script is not None:
+        return Case(**where, script=ScriptSettings.model_validate({"name": "script", **script}))
+    tree: dict[str, Any] = {"name": "test", "model": {"name_or_path": "model"}, "data": {"train": "data"}}
+    for key, value in recipe.items():
+        *groups, last = key.split("__")
+        target = tree
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[last] = value
+    model = ModelShape(
+        "model",
+        parameters,
+        trained,
+        parameters * 9 // 10,
+        head_dim=head_dim,
+        sizes=Sizes(tie_word_embeddings=tied),
+        config={"model_type": "llama"} if config is None else config,
+        peft_experts=merged,
+    )
+    return Case(
+        **where,
+        recipe=Recipe.model_validate(tree),
+        head_dim=head_dim,
+        model=model,
+        bandwidth=bandwidth,
+        gradient_checkpointing=checkpointing,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+    )
+
+
+Z1, Z2, Z3, FSDP = ({"strategy": name} for name in ("zero1", "zero2", "zero3", "fsdp"))
+QLORA = {"model__quantization": "nf4"}
+INT8 = {"model__quantization": "int8"}
+FLASH = {"model__attn_implementation": "flash_attention_2"}
+CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
+
+# Rule → cases that break it, each with what mends it laid over. `installed` are versions to pretend.
+TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "quantization-needs-lora": [({**QLORA, "lora": None}, {"lora": {}}), ({**INT8, "lora": None}, {"lora": {}})],
+    "int8-cannot-be-sharded": [
+        ({**Z3, **INT8}, QLORA),
+        ({**FSDP, **INT8}, Z2),
+        ({"strategy": "hsdp", "nodes": 2, **INT8}, {"strategy": "zero1"}),
+    ],
+    "int8-has-no-dora": [({**INT8, "lora__use_dora": True}, QLORA)],
+    "offload-needs-a-strategy-that-can": [
+        ({"offload": "optimizer"}, Z1),
+        ({**Z2, "offload": "all"}, Z3),
+        ({**FSDP, "offload": "optimizer"}, {"offload": "all"}),
+        ({"script": {}, "offload": "all"}, Z3),
+    ],
+    "fsdp-offload-needs-a-gpu": [({**FSDP, "offload": "all", "device": CPU}, {"device": "A100-80GB"})],
+    "fsdp-needs-adamw": [
+        ({**FSDP, "training__optim": "adamw_bnb_8bit"}, Z2),
+        ({**FSDP, "training__optim": "paged_adamw_32bit"}, {"training__optim": "adamw_torch"}),
+        ({**FSDP, "trainer": over(optim="lion_8bit")}, {"trainer": over(optim="adamw_torch_fused")}),
+    ],
+    "matrix-optimizers-need-whole-matrices": [
+        ({**Z2, "offload": "optimizer", "training__optim": "adafactor"}, {"training__optim": "adamw_bnb_8bit"}),
+        ({**FSDP, "trainer": over(optim="galore_adamw")}, {"strategy": "ddp"}),
+    ],
+    "layerwise-optimizers-need-one-rank": [
+        ({"trainer": over(optim="galore_adamw_layerwise")}, {"ranks": 1}),
+        ({"trainer": over(optim="galore_adamw_layerwise"), "ranks": 1, "accumulation": 2}, {"accumulation": 1}),
+    ],
+    "forced-cpu-adam-needs-adamw": [
+        (
+            {**Z2, "offload": "optimizer", "deepspeed": over(**CPU_ADAM), "training__optim": "adamw_bnb_8bit"},
+            {"training__optim": "adamw_torch_fused"},
+        ),
+    ],
+    "hsdp-needs-whole-groups": [
+        ({"strategy": "hsdp", "ranks": 6, "shard": 4}, {"shard": 3}),
+        ({"strategy": "hsdp", "ranks": 4}, {"shard": 2}),
+    ],
+    "bf16-needs-ampere": [({"device": "V100-32GB"}, {"device": "A10G"}), ({"device": "T4"}, {"device": CPU})],
+    "fp16-needs-a-gpu": [
+        ({"device": CPU, "training__mixed_precision": "fp16"}, {"device": "T4"}),
+        (
+            {"device": CPU, "script": {"training": {"mixed_precision": "fp16"}}},
+            {"script": {"training": {"mixed_precision": "bf16"}}},
+        ),
+    ],
+    "flash-attention-needs-ampere": [
+        ({**FLASH, "device": "V100-16GB", "training__mixed_precision": "fp16"}, {"device": "A10G"}),
+        ({**FLASH, "device": CPU}, {"model__attn_implementation": "auto"}),
+    ],
+    "flash-attention-needs-16-bit": [
+        ({**FLASH, "training__mixed_precision": "no"}, {"training__mixed_precision": "bf16"})
+    ],
+    "flash-attention-needs-small-heads": [({**FLASH, "head_dim": 257}, {"head_dim": 256})],
+    "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
+    "zero3-recomputes-no-frozen-weights": [
+        ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),
+        ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.18.0"}}, {"lora": None}),
+        (
+            {**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}},
+            {"trainer": over(gradient_checkpointing_kwargs={"use_reentrant": True})},
+        ),
+    ],
+    # ---- models
+    "model-must-be-a-causal-lm": [({"config": {"model_type": "t5"}}, {"config": {"model_type": "bloom"}})],
+    "own-code-must-be-trusted": [({"config": OWN_CODE}, {"model__trust_remote_code": True})],
+    "sdpa-needs-a-model-that-has-it": [
+        ({"config": {"model_type": "bloom"}, "device": CPU}, {"config": {"model_type": "llama"}}),
+        (
+            {"config": {"model_type": "gptj"}, "model__attn_implementation": "sdpa"},
+            {"model__attn_implementation": "eager"},
+        ),
+    ],
+    "sdpa-has-no-softcapping": [
+        (
+            {"config": {"model_type": "gemma2"}, "device": CPU, "installed": {"transformers": "5.21.0"}},
+            {"installed": {"transformers": "5.20.1"}},
+        ),
+    ],
+    "flash-attention-needs-a-model-that-has-it": [
+        ({**FLASH, "config": {"model_type": "llama4"}}, {"config": {"model_type": "llama"}})
+    ],
+    "checkpointing-needs-a-model-that-has-it": [
+        ({"config": {"model_type": "jetmoe"}, "checkpointing": True}, {"checkpointing": False})
+    ],
+    "packing-needs-documents-apart": [
+        ({"config": {"model_type": "gpt_oss"}}, {"data__packing": False}),
+        ({"config": {"model_type": "qwen3_next"}}, {"config": {"model_type": "qwen3"}}),
+        ({"config": {"model_type": "jamba"}}, FLASH),
+        ({"config": {"model_type": "mamba"}, **FLASH}, {"data__packing": False}),
+    ],
+    "packing-trusts-the-models-code": [
+        ({"config": OWN_CODE, "model__trust_remote_code": True}, {"data__packing": False})
+    ],
+    "zero3-experts-need-a-leaf-module": [
+        ({**Z3, "config": OWN_CODE, "model__trust_remote_code": True}, Z2),
+        (
+            {**Z3, "config": OWN_CODE, "model__trust_remote_code": True},
+            {"deepspeed": zero(leaf_module={"classes": ["AcmeMoe"]})},
+        ),
+    ],
+    "experts-are-not-quantized": [({**QLORA, "config": MIXTRAL}, {"config": {"model_type": "llama"}})],
+    "all-linear-fails-on-merged-experts": [
+        ({"merged": "names", "installed": {"peft": "0.19.1"}}, {"installed": {"peft": "0.20.0"}}),
+        ({"merged": "names", "installed": {"peft": "0.19.1"}}, {"lora__target_modules": ["q_proj"]}),
+    ],
+    "quantized-checkpoints-need-lora": [
+        ({"config": {"quantization_config": {"quant_method": "gptq"}}, "lora": None}, {"lora": {}})
+    ],
+    "weights-are-quantized-once": [
+        ({**QLORA, "config": {"quantization_config": {"quant_method": "gptq"}}}, {"model__quantization": None}),
+        (
+            {**INT8, "config": {"quantization_config": {"load_in_4bit": True}}},
+            {"config": {"quantization_config": {"load_in_8bit": True}}},
+        ),
+    ],
+    "quantized-checkpoints-must-be-trainable": [
+        (
+            {"config": {"quantization_config": {"quant_method": "higgs"}}},
+            {"config": {"quantization_config": {"quant_method": "gptq"}}},
+        )
+    ],
+    "fsdp-shards-no-uint8": [
+        ({**FSDP, "config": {"quantization_config": {"load_in_4bit": True}}}, Z3),
+        (
+            {**FSDP, "config": {"quantization_config": {"load_in_4bit": True}}},
+            {"config": {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}}},
+        ),
+    ],
+    "int8-checkpoints-cannot-be-sharded": [({**Z3, "config": {"quantization_config": {"load_in_8bit": True}}}, Z2)],
+    "max-length-beyond-positions": [
+        ({"config": {"n_positions": 1024}, "data__max_length": 1025}, {"data__max_length": 1024}),
+        (
+            {"config": {"max_position_embeddings": 1024}, "data__max_length": 2048},
+            {"config": {"max_position_embeddings": 1024, "rope_scaling": {"factor": 4.0}}},
+        ),
+    ],
+    # ---- overrides
+    "deepspeed-keys-must-exist": [
+        ({**Z2, "deepspeed": over(zero_optimisation={})}, {"deepspeed": over(zero_optimization={})}),
+        (
+            {**Z2, "script": {"deepspeed": over(gradient_cliping=1)}},
+            {"script": {"deepspeed": over(gradient_clipping=1)}},
+        ),
+    ],
+    "zero-keys-must-exist": [
+        ({**Z2, "deepspeed": zero(reduce_bucketsize=1)}, {"deepspeed": zero(reduce_bucket_size=1)})
+    ],
+    "the-strategy-is-the-stage": [({**Z2, "deepspeed": zero(stage=3)}, Z3)],
+    "offload-is-planned": [
+        ({**Z2, "deepspeed": zero(offload_optimizer={"device": "cpu"})}, {"offload": "optimizer"}),
+        ({**Z3, "offload": "all", "deepspeed": zero(offload_param={"device": "none"})}, {"offload": "optimizer"}),
+        ({**FSDP, "fsdp": over(offload_params=True)}, {"offload": "all"}),
+    ],
+    "nvme-needs-zero3-and-a-path": [
+        (
+            {"offload": "optimizer", **Z2, "deepspeed": zero(offload_optimizer={"device": "nvme", "nvme_path": "/x"})},
+            Z3,
+        ),
+        (
+            {"offload": "all", **Z3, "deepspeed": zero(offload_param={"device": "nvme"})},
+            {"deepspeed": zero(offload_param={"device": "nvme", "nvme_path": "/x"})},
+        ),
+    ],
+    "partial-offload-needs-zero3-and-cpu-adam": [
+        (
+            {**Z3, "offload": "optimizer", "deepspeed": zero(offload_optimizer={"ratio": 0.5})},
+            {"deepspeed": over(zero_optimization={"offload_optimizer": {"ratio": 0.5}}, **CPU_ADAM)},
+        ),
+        (
+            {
+                **Z2,
+                "offload": "optimizer",
+                "deepspeed": over(zero_optimization={"offload_optimizer": {"ratio": 0.5}}, **CPU_ADAM),
+            },
+            Z3,
+        ),
+    ],
+    "deepspeed-must-agree-with-the-recipe": [
+        ({**Z2, "deepspeed": over(gradient_clipping=0.5)}, {"training__max_grad_norm": 0.5}),
+        ({**Z2, "deepspeed": over(bf16={"enabled": False})}, {"training__mixed_precision": "no"}),
+        ({**Z2, "deepspeed": over(train_batch_size=16)}, {"deepspeed": over(train_batch_size="auto")}),
+        ({**Z2, "deepspeed": over(gradient_accumulation_steps=4), "accumulation": 2}, {"accumulation": 4}),
+    ],
+    "zero3-averages-gradients": [({**Z3, "deepspeed": over(gradient_allreduce_op="sum")}, Z2)],
+    "sums-of-gradients-grow-with-the-width": [
+        ({**Z2, "deepspeed": over(gradient_allreduce_op="sum")}, {"deepspeed": over(gradient_allreduce_op="mean")})
+    ],
+    "reduce-scatter-takes-no-prescaling": [
+        ({**Z2, "deepspeed": over(prescale_gradients=True)}, Z1),
+        (
+            {**Z3, "deepspeed": over(gradient_predivide_factor=2.0)},
+            {"deepspeed": over(gradient_predivide_factor=2.0, zero_optimization={"reduce_scatter": False})},
+        ),
+    ],
+    "gradient-norm-is-needed": [
+        ({**Z2, "deepspeed": zero(compute_grad_norm=False)}, {"training__max_grad_norm": 0.0}),
+        ({**Z3, "deepspeed": zero(compute_grad_norm=False), "training__max_grad_norm": 0.0}, Z2),
+        (
+            {**Z1, "deepspeed": zero(compute_grad_norm=False), "training__max_grad_norm": 0.0},
+            {"training__mixed_precision": "fp16"},
+        ),
+        (
+            {**Z2, "offload": "optimizer", "script": {"deepspeed": zero(compute_grad_norm=False)}},
+            {"offload": "none"},
+        ),
+    ],
+    "low-precision-masters-need-cpu-adam": [
+        (
+            {**Z2, "deepspeed": over(bf16={"bf16_master_weights_and_grads": True})},
+            {"deepspeed": over(bf16={"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True})},
+        ),
+        (
+            {**Z2, "offload": "optimizer", "deepspeed": over(fp16={"fp16_master_weights_and_grads": True})},
+            {"deepspeed": over(fp16={"fp16_master_weights_and_grads": True}, **CPU_ADAM)},
+        ),
+        (
+            {**Z2, "deepspeed": over(bf16={"bf16_optimizer_states": True})},
+            {"deepspeed": over(bf16={"bf16_optimizer_states": False})},
+        ),
+    ],
+    "hpz-groups-divide-the-ranks": [
+        ({**Z3, "ranks": 6, "deepspeed": zero(zero_hpz_partition_size=4)}, {"ranks": 8}),
+        ({**Z2, "ranks": 8, "deepspeed": zero(zero_hpz_partition_size=4)}, Z3),
+    ],
+    "the-recipe-has-the-optimizer": [({**Z2, "deepspeed": over(optimizer={"type": "Adam"})}, {"deepspeed": over()})],
+    "zero3-scripts-gather-to-save": [
+        ({**Z3, "script": {"deepspeed": zero(stage3_gather_16bit_weights_on_model_save=False)}}, Z2)
+    ],
+    "fsdp-keys-must-exist": [
+        ({**FSDP, "fsdp": over(fsdp_ofload_params=True)}, {"fsdp": over()}),
+        ({**FSDP, "script": {"fsdp": over(min_params=1)}}, {"script": {"fsdp": over(min_num_params=1)}}),
+    ],
+    "recipes-use-fsdp2": [({**FSDP, "fsdp": over(fsdp_version=1)}, {"fsdp": over(fsdp_version=2)})],
+    "fsdp1-keys-are-not-fsdp2s": [
+        ({**FSDP, "fsdp": over(fsdp_use_orig_params=True)}, {"fsdp": over()}),
+        (
+            {**FSDP, "script": {"fsdp": over(backward_prefetch="BACKWARD_PRE")}},
+            {"script": {"fsdp": over(backward_prefetch="BACKWARD_PRE", fsdp_version=1)}},
+        ),
+    ],
+    "reshard-after-forward-has-two-spellings": [
+        (
+            {**FSDP, "fsdp": over(reshard_after_forward="FULL_SHARD")},
+            {"fsdp": over(reshard_after_forward=False)},
+        ),
+        (
+            {**FSDP, "script": {"fsdp": over(fsdp_version=1)}},
+            {"script": {"fsdp": over(fsdp_version=1, reshard_after_forward="FULL_SHARD")}},
+        ),
+    ],
+    "fsdp2-has-no-local-state-dict": [
+        ({**FSDP, "fsdp": over(state_dict_type="LOCAL_STATE_DICT")}, {"fsdp": over(state_dict_type="FULL_STATE_DICT")})
+    ],
+    "sharded-state-dicts-save-no-model": [
+        (
+            {**FSDP, "script": {"fsdp": over(state_dict_type="SHARDED_STATE_DICT")}},
+            {"script": {"fsdp": over(state_dict_type="FULL_STATE_DICT")}},
+        )
+    ],
+    "checkpointing-is-set-once": [
+        (
+            {**FSDP, "fsdp": over(fsdp_activation_checkpointing=True), "checkpointing": True},
+            {"checkpointing": False},
+        )
+    ],
+    "activation-offload-needs-checkpointing": [
+        (
+            {**FSDP, "fsdp": over(activation_checkpointing_offload=True)},
+            {"fsdp": over(activation_checkpointing_offload=True, activation_checkpointing=True)},
+        )
+    ],
+    "quantized-weights-are-read-by-all-ranks": [
+        ({**FSDP, **QLORA, "fsdp": over(cpu_ram_efficient_loading=True)}, {"model__quantization": None})
+    ],
+    "one-unit-gathers-all-weights": [
+        ({**FSDP, "fsdp": over(auto_wrap_policy="NO_WRAP")}, {"fsdp": over(auto_wrap_policy="TRANSFORMER_BASED_WRAP")})
+    ],
+    "trainer-arguments-must-exist": [({"trainer": over(log_steps=5)}, {"trainer": over(logging_steps=5)})],
+    "planned-arguments-are-the-recipes": [
+        ({"trainer": over(per_device_train_batch_size=4)}, {"trainer": over(neftune_noise_alpha=5.0)}),
+        ({"trainer": over(load_best_model_at_end=True)}, {"trainer": over()}),
+    ],
+    "tf32-needs-ampere": [({"trainer": over(tf32=True), "device": "T4"}, {"device": "A10G"})],
+    "trackers-must-be-known": [
+        ({"training__report_to": ["tensorbord"]}, {"training__report_to": ["tensorboard"]}),
+        ({"training__report_to": ["wandb", "x"]}, {"training__report_to": []}),
+    ],
+    "overrides-of-another-strategy": [
+        ({"deepspeed": over(gradient_clipping=1.0)}, Z2),
+        ({**Z2, "fsdp": over(reshard_after_forward=False)}, FSDP),
+        ({"script": {"fsdp": over(reshard_after_forward=False)}}, FSDP),
+    ],
+    # ---- advice
+    "adapters-over-slow-links": [
+        ({**Z3, "nodes": 2, "bandwidth": 12.5}, {"bandwidth": 50.0}),
+        ({**FSDP, "nodes": 2, "bandwidth": 12.5}, {"strategy": "hsdp"}),
+        ({**FSDP, "nodes": 2, "bandwidth": 12.5}, {"lora": None}),
+    ],
+    "qlora-under-zero3-is-not-offloaded": [({**Z3, **QLORA, "offload": "all"}, {"offload": "none"})],
+    "adapters-have-little-to-offload": [
+        ({**Z2, "offload": "optimizer"}, {"offload": "none"}),
+        ({**Z2, "offload": "optimizer"}, {"lora": None}),
+        ({**Z2, "offload": "optimizer"}, {"trained": 1_000_000_000}),
+    ],
+    "accumulation-repeats-gathers": [
+        ({**Z3, "training__micro_batch_size": 1, "micro": 1, "accumulation": 16}, Z2),
+        (
+            {**FSDP, "training__micro_batch_size": 1, "micro": 1, "accumulation": 16},
+            {"training__micro_batch_size": "auto"},
+        ),
+    ],
+    "one-rank-has-nothing-to-shard": [
+        ({**Z2, "ranks": 1}, {"ranks": 2}),
+        ({**Z3, "ranks": 1, "script": {}}, {"offload": "all"}),
+    ],
+    "hsdp-groups-stay-in-a-node": [
+        ({"strategy": "hsdp", "nodes": 4, "ranks": 4, "shard": 8}, {"shard": 4}),
+        ({"strategy": "hsdp", "nodes": 2, "ranks": 6, "shard": 4, "script": {}}, {"shard": 3}),
+    ],
+    "bf16-where-it-can-be-had": [({"training__mixed_precision": "fp16"}, {"device": "T4"})],
+    "bf16-models-overflow-in-fp16": [
+        (
+            {"config": {"dtype": "bfloat16"}, "training__mixed_precision": "fp16", "device": "T4"},
+            {"config": {"dtype": "float16"}},
+        ),
+        ({"config": {"torch_dtype": "bfloat16"}, "training__mixed_precision": "fp16"}, {"config": {}}),
+    ],
+    "float32-wastes-a-gpu": [
+        ({"training__mixed_precision": "no"}, {"device": CPU}),
+        ({"training__mixed_precision": "no"}, {"trainer": over(tf32=True)}),
+    ],
+    "int8-is-slow-before-turing": [({**INT8, "device": "V100-32GB"}, {"device": "T4"})],
+    "paging-needs-a-gpu": [
+        ({"training__optim": "paged_adamw_32bit", "device": CPU}, {"device": "A10G"}),
+        ({**Z2, "training__optim": "paged_adamw_32bit", "offload": "optimizer"}, {"offload": "none"}),
+    ],
+    "eager-attention-keeps-all-scores": [
+        ({"model__attn_implementation": "eager", "data__max_length": 4096}, {"data__max_length": 4095}),
+        ({"model__attn_implementation": "eager", "data__max_length": 8192}, {"config": {"model_type": "gpt_oss"}}),
+    ],
+    "tied-embeddings-are-not-adapted": [
+        ({"tied": True, "lora__target_modules": ["q_proj", "lm_head"]}, {"tied": False}),
+        ({"tied": True, "lora__target_modules": ["model.embed_tokens"]}, {"lora__target_modules": "all-linear"}),
+    ],
+    "adapters-gain-little-from-8-bit": [
+        ({"training__optim": "adamw_bnb_8bit"}, {"training__optim": "adamw_torch"}),
+        ({"training__optim": "paged_adamw_8bit"}, {"trained": 400_000_000}),
+    ],
+}
+PAIRS = [
+    pytest.param(name, breaks, breaks | mends, id=f"{name}-{number}")
+    for name, pairs in TABLE.items()
+    for number, (breaks, mends) in enumerate(pairs)
+]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretend that packages are installed in these versions; None: not installed."""
+    installed = metadata.version
+
+    def versions(**wanted: str | None) -> None:
+        def version(package: str) -> str:
+            if package in wanted and wanted[package] is None:
+                raise metadata.PackageNotFoundError(package)
+            return wanted.get(package) or installed(package)
+
+        monkeypatch.setattr(metadata, "version", version)
+
+    return versions
+
+
+def fired(changes: dict[str, Any], pretend: Any) -> dict[str, str]:
+    """What every rule that fires says of a case."""
+    pretend(**changes.get("installed", {}))
+    case = make_case(**{key: value for key, value in changes.items() if key != "installed"})
+    errors, warnings = rules.broken(case), rules.unwise(case)
+    assert {rule.kind for rule, _ in errors} <= {"error"}
+    assert {rule.kind for rule, _ in warnings} <= {"warning"}
+    return {rule.name: text for rule, text in errors + warnings}
+
+
+@pytest.mark.parametrize(("name", "breaks", "mended"), PAIRS)
+def test_a_rule_fires_and_its_neighbour_is_let_be(
+    name: str, breaks: dict[str, Any], mended: dict[str, Any], pretend: Any
+) -> None:
+    said = fired(breaks, pretend)
+    assert name in said, said
+    assert said[name].endswith(f"; {NAMES[name].mend}")
+    assert ": " in said[name].partition(";")[0]
+    assert "\n" not in said[name]
+    assert name not in fired(mended, pretend)
+
+
+def test_every_rule_has_both_sides() -> None:
+    assert TABLE.keys() == NAMES.keys()
+    assert all(len(mends) == 1 for pairs in TABLE.values() for _, mends in pairs), "more than the neighbour changes"
+    assert len(NAMES) == len(rules.RULES) >= 30
+
+
+def test_what_is_plain_breaks_nothing(pretend: Any) -> None:
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"):
+        for model in ({}, QLORA, {"lora": None, "trained": 8_000_000_000}):
+            assert fired({"strategy": strategy, "nodes": 2, "checkpointing": True, **model}, pretend) == {}
+            assert fired({"strategy": strategy, "nodes": 2, "script": {}}, pretend) == {}
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
+def test_a_rule_says_where_it_comes_from(rule: Rule) -> None:
+    assert rule.kind in ("error", "warning")
+    assert len(rule.source) > 15 and len(rule.explanation) > 40 and rule.mend and rule.when
+    assert not {rule.source[-1], rule.mend[-1], rule.when[-1]} & {".", ";", " "}
+    assert rule.explanation.endswith((".", ".)"))
+    scripts = any("script" in breaks for breaks, _ in TABLE[rule.name])
+    assert rule.for_scripts or not scripts
+
+
+def test_all_errors_at_once() -> None:
+    case = make_case(strategy="zero3", model__quantization="int8", lora=None, device="V100-32GB")
+    with pytest.raises(PlanError) as error:
+        rules.apply(case)
+    lines = str(error.value).splitlines()
+    names = [line.rpartition("[")[2].rstrip("]") for line in lines]
+    assert {"quantization-needs-lora", "int8-cannot-be-sharded", "bf16-needs-ampere"} == {*names}
+    assert names == [rule.name for rule, _ in rules.broken(case)]
+    assert lines[0] == (
+        "model.quantization: int8 weights cannot be trained; add `lora:`, or remove model.quantization "
+        "[quantization-needs-lora]"
+    )
+    assert rules.apply(make_case()) is None
+
+
+def test_unknown_keys_get_the_nearest(pretend: Any) -> None:
+    said = fired({**Z2, "deepspeed": over(gradient_cliping=1, zzz=1)}, pretend)["deepspeed-keys-must-exist"]
+    assert said.startswith("deepspeed.overrides: unknown key gradient_cliping (did you mean gradient_clipping?), zzz;")
+
+
+def test_seconds_over_slow_links(pretend: Any) -> None:
+    said = fired({**Z3, "nodes": 2, "bandwidth": 10.0}, pretend)["adapters-over-slow-links"]
+    # 8e9 weights of 2 bytes, half of them from the other node, twice: 16 GB at 10 GB/s.
+    assert "between 2 nodes, about 1.6 s a micro-batch at network.bandwidth 10 GB/s" in said
+
+
+# ---- versions
+
+
+def test_what_is_not_installed_says_nothing(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    versioned = {rule.name for rule in rules.RULES if rule.versions}
+    assert len(versioned) == 3
+    for name in versioned:
+        breaks = dict(TABLE[name][0][0])
+        package = next(iter(breaks["installed"]))
+        assert name in fired(breaks, pretend)
+        assert name not in fired({**breaks, "installed": {package: None}}, pretend)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    known._source.cache_clear()
+    try:
+        for name in ("model-must-be-a-causal-lm", "trainer-arguments-must-exist", "trackers-must-be-known"):
+            assert name not in fired(TABLE[name][0][0], pretend)
+    finally:
+        known._source.cache_clear()
+
+
+def test_quick_and_light() -> None:
+    """No torch, no transformers, and importlib.metadata only for a rule whose other conditions hold."""
+    program = """
+import sys, types
+from distft.planner.rules import RULES, broken, unwise
+from distft.planner.rules.core import Case
+from distft.devices import Device
+from distft.topology import Topology
+group = types.SimpleNamespace
+recipe = group(
+    model=group(quantization=None, attn_implementation="auto", trust_remote_code=False),
+    lora=group(use_dora=False, target_modules="all-linear"),
+    data=group(packing=True, max_length=2048),
+    training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
+                   micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
+    deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
+def case(checkpointing):
+    return Case("zero3", "none", 2, Topology(1, 2), Device("cuda", "H100", 2**36, 9.0), recipe,
+                gradient_checkpointing=checkpointing)
+assert len(RULES) >= 30
+before = set(sys.modules)
+assert broken(case(False)) == unwise(case(False)) == []
+print(sorted({"torch", "transformers", "deepspeed", "importlib.metadata"} & set(sys.modules)))
+broken(case(True))
+print("importlib.metadata" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["[]", "True"], done.stdout + done.stderr
+
+
+def test_under_a_millisecond() -> None:
+    case = make_case(strategy="zero3", nodes=2, deepspeed=zero(stage=3), checkpointing=False, bandwidth=50.0)
+    best = 1.0
+    for _ in range(50):
+        start = time.perf_counter()
+        rules.broken(case)
+        rules.unwise(case)
+        best = min(best, time.perf_counter() - start)
+    assert best < 1e-3
+
+
+# ---- what the rules know, against the installed packages
+
+
+def fields_of(path: str, name: str) -> Iterator[tuple[str, str | None]]:
+    """Fields of a class in a source file: name, and the alias that a pydantic Field gives it."""
+    package, _, below = path.partition("/")
+    source = Path(importlib.util.find_spec(package).origin).parent / below
+    found = next(n for n in ast.walk(ast.parse(source.read_text())) if getattr(n, "name", "") == name)
+    for node in found.body:
+        if isinstance(node, ast.AnnAssign):
+            keywords = node.value.keywords if isinstance(node.value, ast.Call) else []
+            yield node.target.id, next((word.value.value for word in keywords if word.arg == "alias"), None)
+
+
+def test_keys_are_the_packages() -> None:
+    fields = list(fields_of("deepspeed/runtime/zero/config.py", "DeepSpeedZeroConfig"))
+    assert {word for pair in fields for word in pair if word} == known.ZERO_KEYS
+    arguments = {name for name, _ in fields_of("transformers/training_args.py", "TrainingArguments")}
+    assert {name for name in arguments if not name.startswith("_")} - {"framework"} == known.trainer_arguments()
+    from distft.planner.rules.configs import PLANNED
+
+    assert PLANNED.keys() <= arguments
+    folder = Path(importlib.util.find_spec("deepspeed").origin).parent
+    texts = "".join(path.read_text() for path in folder.rglob("*.py") if path.name in DEEPSPEED_FILES)
+    assert [key for key in known.DEEPSPEED_KEYS if f'"{key}"' not in texts and f"'{key}'" not in texts] == []
+    text = (Path(importlib.util.find_spec("accelerate").origin).parent / "utils/dataclasses.py").read_text()
+    plugin = text[text.index("class FullyShardedDataParallelPlugin") :]
+    missing = [
+        key
+        for key in known.FSDP_KEYS | known.FSDP1_KEYS
+        if f'"{key.removeprefix("fsdp_").upper()}"' not in plugin and key not in FSDP_ALIASES
+    ]
+    assert missing == []
+
+
+DEEPSPEED_FILES = ("constants.py", "config.py", "precision_config.py", "comm/config.py")
+# Names that accelerate's config has beside those it reads.
+FSDP_ALIASES = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_backward_prefetch_policy", "fsdp_state_dict_type")
+
+
+def test_what_distft_writes_is_known() -> None:
+    from distft.strategies.accelerate import fsdp_config
+    from distft.strategies.deepspeed import portable_config
+
+    for strategy in ("zero1", "zero2", "zero3"):
+        config = portable_config(strategy=strategy, offload="optimizer")
+        assert config.keys() <= known.DEEPSPEED_KEYS
+        assert config["zero_optimization"].keys() <= known.ZERO_KEYS
+    assert fsdp_config(offload="none", device_type="cuda").keys() <= known.FSDP_KEYS
+
+
+def test_model_types_are_transformers() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    assert set(NAMES) == known.causal_lm_types()
+    lists = ("MIXES_BY_MASK", "MIXES_BY_STATE", "NO_ATTENTION", "NO_SDPA", "NO_FLASH", "NO_CHECKPOINTING")
+    for name in lists:
+        gone = {"inkling2_text", "lfm3", "hy_v4", "qwen4_exp", "qwen4_exp_text"}  # of 5.23, not of 5.17
+        assert getattr(known, name) <= set(NAMES) | gone, name
+
+
+@pytest.mark.parametrize(("kind", "leaks"), [("llama", False), ("gpt_oss", True), ("qwen3_next", True), ("opt", True)])
+def test_packed_documents_see_each_other(kind: str, leaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import packing_leaks
+
+    assert packing_leaks.leaks(kind) is leaks
+    assert (kind in known.MIXES_BY_MASK | known.MIXES_BY_STATE) is leaks
+
+
+# ---- through the planner and the command line
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def written(tiny: Tiny, folder: Path, **changes: Any) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny.recipe(**changes)))
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_a_plan_has_the_warnings(tiny: Tiny, tmp_path: Path) -> None:
+    path = written(tiny, tmp_path, parallelism__strategy="zero2", data__max_length=512)
+    _, plan = plan_recipe(path)
+    rule_names = [text.rpartition("[")[2] for text in plan.warnings]
+    assert "max-length-beyond-positions]" in rule_names
+    assert "one-rank-has-nothing-to-shard]" in rule_names
+    _, plan = plan_recipe(path, ["data.max_length=256"], Place(1, 2))
+    assert [text for text in plan.warnings if "[" in text] == []
+
+
+def test_a_plan_checks_what_it_derived(tiny: Tiny, tmp_path: Path) -> None:
+    """Accumulation is known at the end alone, and so is bandwidth from the profile alone."""
+    changes = {"parallelism__strategy": "zero3", "training__micro_batch_size": 1, "training__mixed_precision": "bf16"}
+    path = written(tiny, tmp_path, **changes)
+    cluster = Cluster.model_validate(
+        {"runs_dir": "/runs", "node": {"gpus_per_node": 2, "gpu": "H100"}, "network": {"bandwidth": 12.5}}
+    )
+    _, plan = plan_recipe(path, (), Place(2, 2, cluster))
+    assert len(plan.warnings) == 2
+    assert "[adapters-over-slow-links]" in plan.warnings[0]
+    assert "micro_batch_size: 1 makes 2 micro-batches a step" in plan.warnings[1]
+    with pytest.raises(PlanError, match=r"gradient_accumulation_steps is 4, the recipe's 2;.*with-the-recipe\]"):
+        plan_recipe(path, ["deepspeed.overrides.gradient_accumulation_steps=4"], Place(2, 2, cluster))
+
+
+def test_make_plan_without_a_profile(tiny: Tiny, tmp_path: Path) -> None:
+    from distft.loading import load_recipe
+
+    recipe = load_recipe(written(tiny, tmp_path))
+    assert make_plan(recipe, Topology(1, 2), CPU).warnings == ()
+    with pytest.raises(PlanError, match="bf16-needs-ampere"):
+        bf16 = recipe.model_copy(update={"training": recipe.training.model_copy(update={"mixed_precision": "bf16"})})
+        make_plan(bf16, Topology(1, 2), gpu("T4"))
+
+
+def test_validate_prints_warnings(tiny: Tiny, tmp_path: Path) -> None:
+    path = written(tiny, tmp_path, parallelism__strategy="zero2")
+    done = run("validate", path)
+    assert done.exit_code == 0
+    warning = "parallelism.strategy: zero2 on one rank shards nothing; use parallelism.strategy: ddp, or auto"
+    assert f"warning: {warning} [one-rank-has-nothing-to-shard]\n" in done.stderr
+    assert json.loads(run("validate", path, "--json").stdout)["warnings"] == [
+        f"{warning} [one-rank-has-nothing-to-shard]"
+    ]
+
+
+def test_validate_and_render_refuse(tiny: Tiny, tmp_path: Path) -> None:
+    path = written(tiny, tmp_path, deepspeed={"overrides": {"gradient_cliping": 1}}, parallelism__strategy="zero2")
+    for command in (("validate", path), ("render", path, "-o", str(tmp_path / "out")), ("launch", path, "--dry-run")):
+        done = run(*command)
+        assert done.exit_code == 2
+        assert "did you mean gradient_clipping?" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_scripts_of_ones_own(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("print('hello')\n")
+    sets = ["parallelism.strategy=zero3", "deepspeed.overrides.zero_optimization.stage=2"]
+    with pytest.raises(PlanError, match=r"stage: got 2, and the strategy is zero3; .* \[the-strategy-is-the-stage\]"):
+        plan_script([str(script)], sets)
+    saves = "deepspeed.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=false"
+    _, plan = plan_script([str(script)], [sets[0], saves], Place(1, 2))
+    assert [text.rpartition("[")[2] for text in plan.warnings] == ["zero3-scripts-gather-to-save]"]
+    done = run("launch", "--set", sets[0], "--set", saves, "--dry-run", "--", str(script))
+    assert "warning: deepspeed.overrides.zero_optimization.stage3_gather" in done.output
+    done = run("launch", "--set", sets[0], "--set", sets[1], "--dry-run", "--", str(script))
+    assert done.exit_code == 2
+
+
+# ---- distft rules
+
+
+def test_the_list() -> None:
+    done = run("rules")
+    assert done.exit_code == 0
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == len(NAMES)
+    rows = [line.split(None, 2) for line in lines]
+    assert {name: (kind, when) for kind, name, when in rows} == {
+        rule.name: (rule.kind, rule.when) for rule in rules.RULES
+    }
+    assert [kind for kind, _, _ in rows] == sorted(kind for kind, _, _ in rows)
+    answer = json.loads(run("rules", "--json").stdout)
+    assert [entry["name"] for entry in answer["rules"]] == [name for _, name, _ in rows]
+
+
+@pytest.mark.parametrize("name", ["int8-cannot-be-sharded", "[int8-cannot-be-sharded]", "int8_cannot_be_sharded"])
+def test_one_rule(name: str) -> None:
+    text = " ".join(run("rules", name).stdout.split())
+    rule = NAMES["int8-cannot-be-sharded"]
+    assert text.startswith("int8-cannot-be-sharded (error) why ")
+    for part in (rule.explanation, rule.when, rule.mend, rule.source, "versions all"):
+        assert part in text
+    assert json.loads(run("rules", name, "--json").stdout)["explanation"] == rule.explanation
+
+
+def test_versions_are_shown() -> None:
+    assert "versions deepspeed<0.19.4" in " ".join(run("rules", "zero3-recomputes-no-frozen-weights").stdout.split())
+
+
+def test_an_unknown_rule() -> None:
+    done = run("rules", "int8-cannot-be-shard")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no such rule: int8-cannot-be-shard; did you mean int8-cannot-be-sharded, ")
+    assert "fsdp-needs-adamw" in run("rules", "fsdp").stderr
+    assert run("rules", "qqqqqq").stderr == "error: no such rule: qqqqqq; distft rules lists them\n"
+
+
+def test_the_reference_has_every_rule() -> None:
+    text = (ROOT / "docs" / "rules.md").read_text()
+    assert text.count("\n### ") == len(NAMES)
+    for rule in rules.RULES:
+        assert f"\n### {rule.name}\n" in text
+        assert rule.mend in text and rule.source in text

@@ -242,11 +242,11 @@ def flash_attention_needs_small_heads(case: Case) -> str | None:
 
 @rule(
     "training.use_liger_kernel on CPU ranks",
-    "liger-kernel: Triton kernels, which run on GPUs",
+    "https://github.com/linkedin/Liger-Kernel, README: Triton kernels, for CUDA and ROCm",
     "use training.use_liger_kernel: false",
 )
 def liger_needs_a_gpu(case: Case) -> str | None:
-    """Liger's kernels are written in Triton."""
+    """Liger's kernels are written in Triton, which compiles for GPUs alone."""
     if case.recipe.training.use_liger_kernel and case.on_cpu:
         return "training.use_liger_kernel: needs a GPU, and there is none"
     return None

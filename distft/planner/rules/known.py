@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 
 # Model types of transformers 5.17 to 5.23 in which a token of a packed row sees the document before it, although its
-# position ids start again there: tools/packing_leaks.py changes the first document and looks at the second.
+# position ids start again there: tiny models of every type, the first document changed, the second looked at
+# (tests/test_rules.py does so for some).
 # Attention that does not make its mask from position ids:
 MIXES_BY_MASK = frozenset(
     [

@@ -91,8 +91,8 @@ def checkpointing_needs_a_model_that_has_it(case: Case) -> str | None:
 
 @rule(
     "data.packing with a model type whose documents see each other in a row",
-    "tools/packing_leaks.py with transformers 5.17 and 5.23: in a packed row the second document changes with "
-    "the first",
+    "seen with transformers 5.17 and 5.23: the second document of a packed row changes with the first; e.g. "
+    "models/gpt_oss/modeling_gpt_oss.py:460 makes its masks without position_ids",
     "use data.packing: false",
 )
 def packing_needs_documents_apart(case: Case) -> str | None:

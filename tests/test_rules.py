@@ -718,6 +718,7 @@ def test_what_classes_say_of_themselves(kind: str, sdpa: bool, flash: bool, chec
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 STATES = {
+    "num_experts_per_tok": 2,
     "num_experts": 4,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,

@@ -192,6 +192,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "own-code-must-be-trusted": [({"config": OWN_CODE}, {"model__trust_remote_code": True})],
     "sdpa-needs-a-model-that-has-it": [
         ({"config": {"model_type": "bloom"}, "device": CPU}, {"config": {"model_type": "llama"}}),
+        ({"config": {"model_type": "bloom"}}, {"config": {"model_type": "gptj"}}),  # auto, on a GPU
         (
             {"config": {"model_type": "gptj"}, "model__attn_implementation": "sdpa"},
             {"model__attn_implementation": "eager"},
@@ -357,7 +358,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FSDP, "fsdp": over(fsdp_ofload_params=True)}, {"fsdp": over()}),
         ({**FSDP, "script": {"fsdp": over(min_params=1)}}, {"script": {"fsdp": over(min_num_params=1)}}),
     ],
-    "recipes-use-fsdp2": [({**FSDP, "fsdp": over(fsdp_version=1)}, {"fsdp": over(fsdp_version=2)})],
+    "recipes-use-fsdp2": [
+        ({**FSDP, "fsdp": over(fsdp_version=1)}, {"fsdp": over(fsdp_version=2)}),
+        ({**FSDP, "fsdp": over(version="1")}, {"fsdp": over(version="2")}),
+    ],
     "fsdp1-keys-are-not-fsdp2s": [
         ({**FSDP, "fsdp": over(fsdp_use_orig_params=True)}, {"fsdp": over()}),
         (

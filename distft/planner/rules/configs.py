@@ -323,8 +323,8 @@ def recipes_use_fsdp2(case: Case) -> str | None:
     """A recipe's trainer is written for FSDP2: dtypes, saving and the check of what wraps the model. Under FSDP1 the
     run ends at that check.
     """
-    if case.fsdp and case.fsdp_version != 2:
-        return f"fsdp.overrides.fsdp_version: got {show(case.fsdp_version)}, and recipes run under FSDP2"
+    if case.fsdp and case.fsdp_version != "2":
+        return f"fsdp.overrides.fsdp_version: got {case.fsdp_version}, and recipes run under FSDP2"
     return None
 
 
@@ -340,7 +340,7 @@ def fsdp1_keys_are_not_fsdp2s(case: Case) -> str | None:
     what was asked for would quietly not be.
     """
     given = sorted(case.fsdp_config.keys() & known.FSDP1_KEYS)
-    if case.fsdp and case.fsdp_version == 2 and given:
+    if case.fsdp and case.fsdp_version == "2" and given:
         return f"fsdp.overrides: {', '.join(given)} of FSDP1"
     return None
 
@@ -358,7 +358,7 @@ def reshard_after_forward_has_two_spellings(case: Case) -> str | None:
     if not case.fsdp:
         return None
     given = case.fsdp_config.get("fsdp_reshard_after_forward", True)
-    if isinstance(given, bool) != (case.fsdp_version == 2):
+    if (str(given).lower() in ("true", "false")) != (case.fsdp_version == "2"):
         return f"fsdp.overrides.fsdp_reshard_after_forward: got {show(given)} under FSDP{case.fsdp_version}"
     return None
 
@@ -371,7 +371,7 @@ def reshard_after_forward_has_two_spellings(case: Case) -> str | None:
 )
 def fsdp2_has_no_local_state_dict(case: Case) -> str | None:
     """LOCAL_STATE_DICT saved FSDP1's flat parameters, which FSDP2 does not have."""
-    if case.fsdp and case.fsdp_version == 2 and _text(case, "fsdp_state_dict_type") == "LOCAL_STATE_DICT":
+    if case.fsdp and case.fsdp_version == "2" and _text(case, "fsdp_state_dict_type") == "LOCAL_STATE_DICT":
         return "fsdp.overrides.fsdp_state_dict_type: got LOCAL_STATE_DICT, which FSDP2 does not have"
     return None
 
@@ -417,7 +417,7 @@ def activation_offload_needs_checkpointing(case: Case) -> str | None:
     config = case.fsdp_config
     if not case.fsdp or not config.get("fsdp_activation_checkpointing_offload"):
         return None
-    if config.get("fsdp_activation_checkpointing") and case.fsdp_version == 2:
+    if config.get("fsdp_activation_checkpointing") and case.fsdp_version == "2":
         return None
     return "fsdp.overrides.fsdp_activation_checkpointing_offload: without FSDP2's activation checkpointing"
 

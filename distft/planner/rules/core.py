@@ -79,8 +79,8 @@ class Case:
         return {key if key.startswith("fsdp_") else f"fsdp_{key}": value for key, value in given.items()}
 
     @property
-    def fsdp_version(self) -> Any:
-        return self.fsdp_config.get("fsdp_version", 2)
+    def fsdp_version(self) -> str:
+        return str(self.fsdp_config.get("fsdp_version", 2))
 
     def zero_option(self, *keys: str) -> Any:
         """What deepspeed.overrides says below zero_optimization; None for nothing."""

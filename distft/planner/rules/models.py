@@ -45,7 +45,8 @@ def sdpa_needs_a_model_that_has_it(case: Case) -> str | None:
     """Some of transformers' model classes are not written for SDPA and end when asked for it, as `auto` does where
     FlashAttention-2 cannot be.
     """
-    if case.attention == "sdpa" and case.model_type in known.NO_SDPA:
+    asked = case.attention == "sdpa" or (case.attention == "auto" and case.model_type in known.NO_FLASH)
+    if asked and case.model_type in known.NO_SDPA:
         return f"model.attn_implementation: {case.model_type} models have no sdpa"
     return None
 

@@ -23,7 +23,7 @@ from distft.cli import main
 from distft.cluster import Cluster
 from distft.devices import GPUS, Device
 from distft.errors import PlanError
-from distft.launching import Place, plan_recipe, plan_script
+from distft.place import Place, plan_recipe, plan_script
 from distft.planner import rules
 from distft.planner.architecture import Sizes
 from distft.planner.model_shapes import ModelShape

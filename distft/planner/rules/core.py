@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,10 +161,14 @@ class Rule:
     when: str  # it fires, in a line
     source: str
     mend: str
-    explanation: str
     versions: tuple[str, ...]  # such as "deepspeed<0.19.4": it holds for these alone; () for all
     check: Check
     for_scripts: bool
+
+    @property
+    def explanation(self) -> str:
+        """Why: the check's docstring."""
+        return " ".join((self.check.__doc__ or "").split())
 
     def holds(self) -> bool:
         """Whether the packages installed here are of the versions that this rule is about.
@@ -212,8 +215,7 @@ def rule(
 
     def register(check: Check) -> Check:
         name, family = check.__name__.replace("_", "-"), check.__module__.rpartition(".")[2]
-        explanation = " ".join(inspect.cleandoc(check.__doc__ or "").split())
-        RULES.append(Rule(name, kind, family, when, source, mend, explanation, tuple(versions), check, for_scripts))
+        RULES.append(Rule(name, kind, family, when, source, mend, tuple(versions), check, for_scripts))
         return check
 
     return register

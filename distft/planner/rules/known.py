@@ -6,7 +6,6 @@ sources is read as text, so that it is right for the version that will run.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -364,6 +363,8 @@ def trackers() -> frozenset[str] | None:
 @cache
 def _source(package: str, path: str) -> str | None:
     """The text of a module; finding a package does not import it."""
+    import importlib.util  # only here: most recipes ask for nothing of the kind
+
     found = importlib.util.find_spec(package)
     file = Path(found.origin).parent / path if found and found.origin else None
     return file.read_text(encoding="utf-8") if file and file.is_file() else None

@@ -12,7 +12,8 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from distft.loading import load_recipe
-from distft.planner.simulate import Simulated, simulate
+from distft.planner.memory import Memory, Setting
+from distft.planner.simulate import simulate
 from distft.train.fake_model import build, sizes_of
 from distft.train.trace import Trace, trace
 
@@ -47,9 +48,9 @@ def recipe(folder: Path, *sets: str) -> Any:
     return load_recipe(folder / "recipe.yaml", sets)
 
 
-def run(folder: Path, *sets: str, **options: Any) -> Simulated:
+def run(folder: Path, *sets: str, **options: Any) -> Memory:
     options = {"strategy": "ddp", "micro_batch_size": 2} | options
-    return simulate(recipe(folder, *sets), **options)
+    return simulate(recipe(folder, *sets), Setting(**options))
 
 
 def traced(folder: Path, *sets: str, **options: Any) -> Trace:

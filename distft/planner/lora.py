@@ -1,4 +1,4 @@
-"""How many parameters an adapter has: peft's rules (peft/tuners/tuners_utils.py, tuners/lora/layer.py) without peft."""
+"""What an adapter adds: peft's rules (peft/tuners/tuners_utils.py, tuners/lora/layer.py) without peft."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from distft.errors import PlanError
 from distft.planner.layout import Tensor
 from distft.recipe import Lora
+
+# The weight that an adapter is put on, and the elements of each of the adapter's own tensors.
+Adapter = tuple[Tensor, tuple[int, ...]]
 
 # Modules that peft can put an adapter on, by the kind of their weight.
 ADAPTABLE = ("linear", "conv1d", "conv2d", "output", "embedding")
@@ -26,7 +29,12 @@ EXPERTS = {
 
 
 def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> int:
-    """Trainable parameters of an adapter on the model with these tensors (tied ones among them).
+    """Trainable parameters of an adapter; see `adapters`."""
+    return sum(sum(sizes) for _, sizes in adapters(lora, tensors, peft_experts))
+
+
+def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> list[Adapter]:
+    """What an adapter adds to the model with these tensors (tied ones among them).
 
     r x (in + out) a layer, and DoRA's magnitude vector of `out`; r x experts x (in + out) for the parameters of a
     mixture, with twice the rank where two matrices became one. rsLoRA changes the scale alone. `all-linear` is every
@@ -39,7 +47,7 @@ def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | N
     experts = EXPERTS.get(peft_experts or "", {})
     everything = lora.target_modules == "all-linear"
     if everything and not experts and any(tensor.is_linear for tensor in tensors):
-        return sum(_size(lora, tensor) for tensor in tensors if tensor.is_linear)
+        return [(tensor, _sizes(lora, tensor)) for tensor in tensors if tensor.is_linear]
     targets = {*_names(tensors), *experts} if everything else set(lora.target_modules)
     merged: dict[str, set[str]] = {}  # a parameter of the mixture, and the old names that stand for it
     for target in sorted(targets):
@@ -50,7 +58,7 @@ def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | N
     if len(merged.get("gate_up_proj", ())) == 1:
         pair = " and ".join(old for old, new in experts.items() if new == "gate_up_proj")
         raise PlanError(f"lora.target_modules: {pair} are one parameter here and can only be named together")
-    total = _sum_of_modules(lora, tensors, targets)
+    found = _of_modules(lora, tensors, targets)
     parameters = [(t, len(old)) for new, old in merged.items() for t in tensors if f".{t.name}".endswith(f".{new}")]
     if parameters and (lora.use_dora or lora.lora_dropout):
         option = "lora.use_dora" if lora.use_dora else "lora.lora_dropout"
@@ -60,27 +68,28 @@ def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | N
         )
     for tensor, ranks in parameters:
         number = tensor.shape[0] if tensor.kind == "experts" else 1
-        total += lora.r * ranks * number * sum(tensor.features)
-    if not total:
+        found.append((tensor, tuple(lora.r * ranks * number * width for width in tensor.features)))
+    if not found:
         raise PlanError(
             "lora.target_modules: the model has no linear layer"
             if everything
             else f"lora.target_modules: got {', '.join(lora.target_modules)}, no layer of the model is called so; "
             f"it has {', '.join([*_names(tensors), *experts])}"
         )
-    return total
+    return found
 
 
-def _sum_of_modules(lora: Lora, tensors: Sequence[Tensor], targets: Iterable[str]) -> int:
+def _of_modules(lora: Lora, tensors: Sequence[Tensor], targets: Iterable[str]) -> list[Adapter]:
     """For the modules whose whole name, or its end after a dot, is a target."""
     ends = tuple(f".{target}" for target in targets)
-    total, seen = 0, set()
+    found, seen = [], set()
     for tensor in tensors:
         if tensor.kind == "bias":
             continue
         path = _path(tensor)
         if tensor.kind in ADAPTABLE:
-            total += _size(lora, tensor) if f".{path}".endswith(ends) else 0
+            if f".{path}".endswith(ends):
+                found.append((tensor, _sizes(lora, tensor)))
             path = path.rpartition(".")[0]
         while path and path not in seen:  # what holds it
             if f".{path}".endswith(ends):
@@ -89,12 +98,12 @@ def _sum_of_modules(lora: Lora, tensors: Sequence[Tensor], targets: Iterable[str
                 )
             seen.add(path)
             path = path.rpartition(".")[0]
-    return total
+    return found
 
 
-def _size(lora: Lora, tensor: Tensor) -> int:
+def _sizes(lora: Lora, tensor: Tensor) -> tuple[int, ...]:
     width_in, width_out = tensor.features
-    return lora.r * (width_in + width_out) + (width_out if lora.use_dora else 0)
+    return (lora.r * width_in, lora.r * width_out, *((width_out,) if lora.use_dora else ()))
 
 
 def _path(tensor: Tensor) -> str:

@@ -1,116 +1,309 @@
-"""A plain count of the memory of a rank, in bytes.
+"""Memory of a rank and of its host, by formula: from config.json alone, in microseconds.
 
-States are counted exactly; what the forward pass keeps is a simple upper bound for decoder-only transformers with a
-fused attention kernel. docs/design.md ("micro-batch") states it in words.
+States and buffers by strategy are in sharding.py, activations in activations.py; both serve the simulation too, which
+counts what this module takes from tables. benchmarks/plan_accuracy.py holds the two against each other.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from distft.planner import activations, sharding
+from distft.planner.layout import Tensor
+from distft.planner.lora import adapters
 from distft.planner.model_shapes import ModelShape
+from distft.planner.sharding import Share, Sizes, Unit
 from distft.recipe import Recipe
 
-# Share of a device that a plan may fill; the rest is the context, the communicator and the allocator's gaps.
-USABLE = 0.9
-# Bytes of optimizer state a trained parameter: two float32 moments (AdamW), two 8-bit ones, one factored (Adafactor;
-# "a little over 4" in https://huggingface.co/docs/transformers/model_memory_anatomy).
-OPTIMIZER_BYTES = {
-    "adamw_torch_fused": 8,
-    "adamw_torch": 8,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "paged_adamw_32bit": 8,
-    "adafactor": 4,
-}
-# Bytes a quantised weight: NF4 with double quantisation 0.5 + 0.0159 (QLoRA, arXiv 2305.14314), int8 one.
-QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.0}
-# What each strategy divides among the ranks: parameters, gradients, optimizer states.
-SHARDED = {
-    "ddp": (False, False, False),
-    "zero1": (False, False, True),
-    "zero2": (False, True, True),
-    "zero3": (True, True, True),
-    "fsdp": (True, True, True),
-    "hsdp": (True, True, True),
-}
+# Outside torch's allocator: the CUDA context (0.47 GiB, A100, lazy module loading), NCCL's buffers (the first
+# collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator in parts of the peak (fitcheck-llm, 69
+# measured rows: 5%). On a CPU: torch, transformers and peft imported (benchmarks/plan_accuracy.py measures it).
+CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * 2**30), 2**30, 0.05, int(0.75 * 2**30)
+
+# (moment, block) → bytes by kind: activations, logits, buffers, gradients.
+Peaks = Mapping[tuple[str, "int | None"], Counter]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank; `host_per_node` per machine."""
+    """Bytes per rank; `host_per_node` per machine.
+
+    `parameters`, `gradients` and `optimizer` are the states in full; `activations`, `logits` (all that has an entry per
+    token and word) and `buffers` (gathered parameters, buckets) what is live at the peak. Where not all gradients
+    are there yet at the peak, it is less than their sum. `peaks` has the peak of every moment.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
-    capacity: int
-    host_per_node: int = 0
+    buffers: int
+    peak: int  # comparable with torch.cuda.max_memory_allocated()
+    overhead: int
+    host_per_node: int
+    moment: str  # of the peak: forward | loss | backward | optimizer
+    peaks: Mapping[str, int]
+    model_parameters: int  # elements
+    trainable_parameters: int
 
     @property
     def states(self) -> int:
         return self.parameters + self.gradients + self.optimizer
 
     @property
-    def peak(self) -> int:
-        return self.states + self.activations + self.logits
+    def process(self) -> int:
+        """Comparable with nvidia-smi."""
+        return self.peak + self.overhead
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides about the memory of a rank, beside recipe and model; `shard_size` ranks share one copy of what the
+    strategy shards."""
+
+    strategy: str
+    offload: str = "none"
+    shard_size: int = 1
+    world_size: int = 1
+    nproc_per_node: int = 1
+    micro_batch_size: int = 1
+    gradient_checkpointing: bool = False
+    attn_implementation: str = "sdpa"
+    device_type: str = "cuda"
 
     @property
-    def fits(self) -> bool:
-        return self.peak <= USABLE * self.capacity
+    def layout(self) -> str:
+        """What the strategy computes with: see train/fake_model.py, build."""
+        return "autocast" if self.strategy == "ddp" else "zero" if self.strategy.startswith("zero") else "fsdp"
 
 
-def count(
-    recipe: Recipe,
-    model: ModelShape,
-    *,
-    strategy: str,
-    offload: str,
-    shard_size: int,
-    nproc_per_node: int,
-    capacity: int,
-    micro_batch_size: int = 0,
-    gradient_checkpointing: bool = False,
-) -> Memory:
-    """Memory of a rank with `micro_batch_size` sequences in flight (0: the states alone)."""
-    low = 4 if recipe.training.mixed_precision == "no" else 2
-    trained = model.trainable_parameters
-    if recipe.lora is None:
-        # float32 masters; DeepSpeed keeps a 16-bit working copy beside them, DDP and FSDP cast on the way.
-        weights = 4 * trained + (low if low < 4 and strategy.startswith("zero") else 0) * trained
+class Estimator:
+    """Memory of a recipe's ranks by formula; what does not depend on the setting is counted once."""
+
+    def __init__(self, recipe: Recipe, model: ModelShape):
+        self.recipe, self.model = recipe, model
+        self.sizes = sizes_of(recipe, model)
+        self.states = _ddp_states(recipe, model, self.sizes)
+
+    def memory(self, setting: Setting) -> Memory:
+        peaks = _peaks(self.recipe, self.model, self.sizes, setting)
+        return put_together(self.recipe, self.sizes, self.states, peaks, setting)
+
+
+def put_together(recipe: Recipe, sizes: Sizes, states: Mapping[str, int], peaks: Peaks, setting: Setting) -> Memory:
+    """States and buffers by strategy, on top of what the step itself keeps.
+
+    Args:
+        states: bytes of parameters, gradients and optimizer states where nothing is divided (DDP).
+    """
+    optim, bnb = recipe.training.optim, sizes.bnb_bytes > 0
+    ddp = setting.strategy == "ddp"
+    if ddp:
+        # DDP's buckets are a copy of all gradients: accelerate leaves gradient_as_bucket_view off
+        # (utils/dataclasses.py:188).
+        buckets = dict.fromkeys(sharding.MOMENTS, states["gradients"] if setting.world_size > 1 else 0)
+        optimizer = sizes.bnb_bytes if bnb else states["optimizer"]
+        mine = Share(states["parameters"], states["gradients"], optimizer, buckets)
     else:
-        packed = model.linear_parameters if recipe.model.quantization else 0
-        bits = QUANTIZED_BYTES.get(recipe.model.quantization or "", low)
-        # prepare_model_for_kbit_training casts what is not quantised to float32.
-        weights = int(packed * bits) + (model.parameters - packed) * (4 if packed else low) + 4 * trained
-    parts = [weights, 4 * trained, OPTIMIZER_BYTES[recipe.training.optim] * trained]
-    parts = [-(-size // shard_size) if shard else size for size, shard in zip(parts, SHARDED[strategy], strict=True)]
-    host = 0
-    if offload != "none":
-        moved = {2} | ({0} if offload == "all" else set()) | ({0, 1, 2} if strategy in ("fsdp", "hsdp") else set())
-        host = sum(parts[i] for i in moved) * nproc_per_node
-        parts = [0 if i in moved else size for i, size in enumerate(parts)]
-    tokens = micro_batch_size * recipe.data.max_length
+        state = 8.0  # on float32 shards, whatever the ranks compute in
+        if bnb and "32bit" not in optim:
+            state = 2 + 8 / 256
+        elif optim == "adafactor":
+            state = 4.0  # a shard has no rows and columns to factor
+        mine = sharding.share(
+            setting.strategy,
+            setting.offload,
+            setting.shard_size,
+            sizes,
+            state,
+            _zero_section(recipe, setting, sizes),
+            bf16=recipe.training.mixed_precision == "bf16",
+        )
+    # Paged states are CUDA managed memory, which torch's allocator does not count (bitsandbytes get_state_buffer).
+    paged = mine.optimizer if "paged" in optim and ddp else 0
+    totals: dict[str, tuple[int, Counter]] = {}
+    for (moment, block), live in peaks.items():
+        if moment not in ("forward", "loss", "backward", "optimizer"):
+            continue
+        if moment == "optimizer":
+            live = Counter(live, activations=live["activations"] // (1 if ddp else setting.shard_size))
+        buffers = live["buffers"] + mine.buffers["head" if moment == "backward" and block is None else moment]
+        gradients = live["gradients"] if ddp else mine.gradients
+        total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
+        if total > totals.get(moment, (-1,))[0]:
+            totals[moment] = total, Counter(live, buffers=buffers)
+    moment = max(totals, key=lambda moment: totals[moment][0])
+    peak, live = totals[moment]
+    overhead = CPU_PROCESS
+    if setting.device_type == "cuda":
+        overhead = CONTEXT + (NCCL if setting.world_size > 1 else 0) + int(GAPS * peak) + paged
     return Memory(
-        *parts,
-        activations=tokens * activation_bytes_per_token(model, low, gradient_checkpointing),
-        # The output layer's result in working precision, its float32 copy, and that one's gradient.
-        logits=tokens * (model.vocab_size or 0) * (low + 8),
-        capacity=capacity,
-        host_per_node=host,
+        parameters=mine.parameters,
+        gradients=mine.gradients,
+        optimizer=mine.optimizer,
+        activations=live["activations"],
+        logits=live["logits"],
+        buffers=live["buffers"],
+        peak=peak,
+        overhead=overhead,
+        host_per_node=mine.host * setting.nproc_per_node,
+        moment=moment,
+        peaks={moment: total for moment, (total, _) in totals.items()},
+        model_parameters=sizes.parameters,
+        trainable_parameters=sizes.trained,
     )
 
 
-def activation_bytes_per_token(model: ModelShape, low: int, gradient_checkpointing: bool) -> int:
-    """What the backward pass needs of the forward pass, a token, in bytes.
+def _zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:
+    """ds_config.json's zero_optimization, as the run will have it; None for FSDP."""
+    if setting.layout != "zero":
+        return None
+    from distft.planner.batch import Batch
+    from distft.strategies.deepspeed import deepspeed_config
 
-    34 h bytes a layer in 16 bit with a fused attention kernel (Korthikanti et al., arXiv 2205.05198, table 2), scaled
-    to `low` bytes an element; with checkpointing a layer keeps its input alone, and one layer is alive in full.
-    """
-    if not model.hidden_size or not model.num_hidden_layers:
+    config = deepspeed_config(
+        strategy=setting.strategy,
+        offload=setting.offload,
+        world_size=setting.world_size,
+        device_type="cuda",
+        recipe=recipe,
+        batch=Batch(1, 1, 1),
+        model=ModelShape(recipe.model.name_or_path, sizes.parameters, sizes.trained, 0),
+    )
+    return config["zero_optimization"]
+
+
+def stored_bytes(quantization: str, size: int, rows: int) -> int:
+    """Bytes of a quantised weight: NF4 with double quantisation 0.5 bytes, an 8-bit scale per 64 and a float32 one per
+    64 * 256 (QLoRA, arXiv 2305.14314); int8 one byte and a float32 scale per row."""
+    if quantization == "nf4":
+        return size // 2 + -(-size // 64) + 4 * -(-size // (64 * 256))
+    return size + 4 * rows
+
+
+def bnb_state_bytes(optim: str, size: int, embedding: bool) -> int:
+    """bitsandbytes' two moments of a tensor: 8 bit with a float32 scale per 256; float32 for small tensors
+    (optim/optimizer.py:502) and the embedding (transformers trainer.py, GlobalOptimManager). 0 for other optimizers."""
+    if "bnb" not in optim and "paged" not in optim:
         return 0
-    layer = 17 * model.hidden_size * low
-    if gradient_checkpointing:
-        return layer + model.num_hidden_layers * model.hidden_size * low
-    return layer * model.num_hidden_layers
+    return 8 * size if "32bit" in optim or embedding or size < 4096 else 2 * size + 8 * -(-size // 256)
+
+
+def compute_bytes(recipe: Recipe) -> int:
+    """Of an element of the compute dtype."""
+    return 4 if recipe.training.mixed_precision == "no" else 2
+
+
+def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
+    """What there is to divide, by units that are gathered together; train/fake_model.py counts it of a model."""
+    low, quantization, optim = compute_bytes(recipe), recipe.model.quantization, recipe.training.optim
+    added = {tensor.name: sizes for tensor, sizes in _adapters(recipe, model)}
+
+    def frozen(tensor: Tensor) -> int:
+        if recipe.lora is None:
+            return 0
+        if quantization and tensor.is_linear:
+            return stored_bytes(quantization, tensor.size, tensor.shape[0])
+        return low * tensor.size
+
+    def trained(tensor: Tensor) -> tuple[int, ...]:
+        return added.get(tensor.name, ()) if recipe.lora else (tensor.size,)
+
+    def unit(tensors: list[Tensor]) -> Unit:
+        elements = sum(sum(trained(tensor)) for tensor in tensors)
+        return Unit(sum(map(frozen, tensors)) + low * elements, elements)
+
+    embedding = next(tensor for tensor in model.tensors if tensor.kind == "embedding")
+    tied = not any(tensor.kind == "output" for tensor in model.tensors)
+    blocks = _blocks(model.tensors)
+    inside = {tensor.name for block in blocks for tensor in block} | (set() if tied else {embedding.name})
+    everything = [size for tensor in model.tensors for size in trained(tensor)]
+    small = sum(tensor.size for tensor in model.tensors if tensor.size < sharding.PERSISTENT)
+    if recipe.lora:
+        small += sum(size for size in everything if size < sharding.PERSISTENT)
+        # A tied output layer's adapter is on no tensor of the model's own.
+        everything += [size for tensor, sizes in _adapters(recipe, model) if tensor in model.tied for size in sizes]
+    return Sizes(
+        parameters=model.parameters,
+        frozen_bytes=sum(map(frozen, model.tensors)),
+        trained=sum(everything),
+        largest_trained=max(everything),
+        low=low,
+        largest_module=max(frozen(tensor) or low * tensor.size for tensor in model.tensors),
+        bnb_bytes=sum(
+            bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
+        ),
+        embedding=unit([] if tied else [embedding]),
+        block=max(map(unit, blocks), key=lambda unit: unit.bytes, default=Unit(0, 0)),
+        tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
+        small_bytes=low * small,
+        tied=tied,
+    )
+
+
+def _adapters(recipe: Recipe, model: ModelShape) -> list:
+    return adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
+
+
+def _blocks(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    """Tensors by block: those under the numbered prefix that has the most numbers."""
+    stacks: dict[str, dict[str, list[Tensor]]] = {}
+    for tensor in tensors:
+        if match := re.match(r"(.*?)\.(\d+)\.", tensor.name):
+            stacks.setdefault(match[1], {}).setdefault(match[2], []).append(tensor)
+    return list(max(stacks.values(), key=len).values()) if stacks else []
+
+
+def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, int]:
+    """What is trained is float32 under autocast, and so are its gradients and AdamW's two moments. Adafactor keeps a
+    mean per row and per column of a matrix (arXiv 1804.04235)."""
+    optimizer = 8 * sizes.trained
+    if recipe.training.optim == "adafactor":
+        shapes = [tensor.shape for tensor in model.tensors]
+        if recipe.lora:
+            shapes = [(recipe.lora.r, s // recipe.lora.r) for _, added in _adapters(recipe, model) for s in added]
+        optimizer = sum(4 * (sum(s) if len(s) == 2 else _elements(s)) for s in shapes)
+    return {
+        "parameters": sizes.frozen_bytes + 4 * sizes.trained,
+        "gradients": 4 * sizes.trained,
+        "optimizer": optimizer,
+    }
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    size = 1
+    for width in shape:
+        size *= width
+    return size
+
+
+def _peaks(recipe: Recipe, model: ModelShape, sizes: Sizes, setting: Setting) -> Peaks:
+    """What the step keeps at its moments, over the depth of the model; see simulate.py, "Depth"."""
+    trained = 4 * sizes.trained
+    accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
+    earlier = trained if accumulating else 0
+    first = max(earlier, 4 * (sizes.tail.trained + sizes.block.trained))
+    gradients = {"forward": earlier, "loss": earlier, "head": max(earlier, 4 * sizes.tail.trained), "top": first}
+    gradients["bottom"] = trained
+    segments = {"forward": ("forward", -1), "loss": ("loss", None), "head": ("backward", None)}
+    segments |= {"top": ("backward", -1), "bottom": ("backward", 0)}
+    found: dict[tuple[str, int | None], Counter] = {}
+    for moment, (rest, logits) in activations.peaks(recipe, model, setting).items():
+        found[segments[moment]] = Counter(activations=rest, logits=logits, gradients=gradients[moment])
+    found["optimizer", None] = Counter(
+        gradients=trained, activations=_optimizer_step_bytes(recipe.training.optim, sizes)
+    )
+    return found
+
+
+def _optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
+    """Temporaries of a step: torch's foreach AdamW has the square roots of all second moments at once (torch/optim/
+    adam.py, _multi_tensor_adam), the fused one nothing; Adafactor has the update of a tensor three times over."""
+    if optim == "adamw_torch":
+        return 4 * sizes.trained
+    return 12 * sizes.largest_trained if optim == "adafactor" else 0

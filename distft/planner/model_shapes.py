@@ -41,6 +41,11 @@ class ModelShape:
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)  # every parameter of the base model, tied ones once
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json
     peft_experts: str | None = None  # see families.Family
+    tied: tuple[Tensor, ...] = field(default=(), repr=False)  # weights that are another's of `tensors`
+
+    @property
+    def model_type(self) -> str | None:
+        return self.config.get("model_type")
 
 
 def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
@@ -89,6 +94,7 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
         tensors=tensors,
         config=config,
         peft_experts=experts,
+        tied=tied,
     )
 
 

@@ -13,6 +13,9 @@ from typing import Any
 ZERO1_MESSAGE = 500_000_000
 
 
+# Elements below which ZeRO-3 leaves a tensor whole (stage3_param_persistence_threshold, DeepSpeed's default).
+PERSISTENT = 100_000
+
 # `head` is the backward pass from the loss to the last block.
 MOMENTS = ("forward", "loss", "head", "backward", "optimizer")
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distft.errors import PlanError
-from distft.planner.sharding import Sizes, Unit
+from distft.planner import memory
+from distft.planner.sharding import PERSISTENT, Sizes, Unit
 from distft.recipe import Recipe
 from distft.train.model import add_adapters, compute_dtype
 
@@ -75,7 +76,10 @@ def _attention(name: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register("distft_unmasked", sdpa_attention_forward)
+    def attend(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)  # which refuses softcap; FlashAttention keeps nothing for it
+
+    ALL_ATTENTION_FUNCTIONS.register("distft_unmasked", attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register("distft_unmasked", lambda *args, **kwargs: None)
     return "distft_unmasked"
 
@@ -188,25 +192,13 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         block=max((unit(list(block.parameters())) for block in blocks), key=lambda unit: unit.bytes),
         tail=unit([p for p in everything if id(p) not in inside]),
         largest_module=max(sum(size(p) for p in module.parameters(recurse=False)) for module in model.modules()),
-        small_bytes=low * sum(p.numel() for p in everything if p.numel() < 100_000),
-        bnb_bytes=sum(_bnb_state_bytes(recipe.training.optim, p, p is embedding.weight) for p in trained),
+        small_bytes=low * sum(p.numel() for p in everything if p.numel() < PERSISTENT),
+        bnb_bytes=sum(memory.bnb_state_bytes(recipe.training.optim, p.numel(), p is embedding.weight) for p in trained),
         tied=tied,
     )
 
 
 def _stored_bytes(parameter: Any) -> int | None:
-    """Of a quantised weight: NF4 0.5 bytes, an 8-bit scale per 64, a float32 one per 64 * 256; int8 1 and a float32
-    scale per row."""
-    kind, size = type(parameter).__name__, parameter.numel()
-    if kind == "Params4bit":
-        return size // 2 + -(-size // 64) + 4 * -(-size // (64 * 256))
-    return size + 4 * parameter.shape[0] if kind == "Int8Params" else None
-
-
-def _bnb_state_bytes(optim: str, parameter: Any, embedding: bool) -> int:
-    """Two moments: 8 bit with a float32 scale per 256; float32 for small tensors (bitsandbytes optim/optimizer.py:502)
-    and the embedding (transformers trainer.py, GlobalOptimManager). 0 for other optimizers."""
-    if "bnb" not in optim and "paged" not in optim:
-        return 0
-    size = parameter.numel()
-    return 8 * size if "32bit" in optim or embedding or size < 4096 else 2 * size + 8 * -(-size // 256)
+    """Of a quantised weight."""
+    kind = {"Params4bit": "nf4", "Int8Params": "int8"}.get(type(parameter).__name__)
+    return memory.stored_bytes(kind, parameter.numel(), parameter.shape[0]) if kind else None

@@ -226,6 +226,9 @@ def trace(
             # peft asks for CUDA's autocast by default (tuners/lora/bnb.py, requires_conversion).
             enabled = torch.is_autocast_enabled
             stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)))
+        if not (recipe.data.packing or flash):
+            # Looks at the position ids, and where it cannot (they are fake) takes rows for packed ones.
+            stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
         materialise(model)
         for tensor in model.parameters():
             book.call(tensor, "parameters")

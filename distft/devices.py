@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from distft.errors import ClusterError
 from distft.topology import Topology
@@ -27,24 +28,70 @@ class Device:
 
 
 GIB = 2**30
-# A profile's name of a GPU → memory in GiB, compute capability. Data sheets' sizes less 1.1%, which the driver keeps
-# (A100-80GB: 79.15 GiB seen by torch; T4 with ECC: 14.9).
+
+
+class Gpu(NamedTuple):
+    """Data sheet of one GPU: memory in GiB, compute capability, dense TFLOP/s in 16 bit and in float32, TB/s of its
+    memory, GB/s to the other GPUs of its node in one direction, and the matmul TFLOP/s that were measured, if any."""
+
+    memory: float
+    compute_capability: float
+    tflops: float
+    float32_tflops: float
+    memory_bandwidth: float
+    link: float
+    measured_tflops: float | None = None
+
+
+# A profile's name of a GPU → its data sheet. Memory: data sheets' sizes less 1.1%, which the driver keeps (A100-80GB:
+# 79.15 GiB seen by torch; T4 with ECC: 14.9). Links: NVLink, else PCIe. Measured: the "maximum achievable matmul FLOPS"
+# of https://github.com/stas00/ml-engineering, compute/accelerator/benchmarks.
 GPUS = {
-    "V100-16GB": (15.8, 7.0),
-    "V100-32GB": (31.6, 7.0),
-    "T4": (14.9, 7.5),
-    "A100-40GB": (39.5, 8.0),
-    "A100-80GB": (79.15, 8.0),
-    "A10G": (23.7, 8.6),
-    "RTX-3090": (23.7, 8.6),
-    "L4": (23.7, 8.9),
-    "L40S": (47.4, 8.9),
-    "RTX-4090": (23.7, 8.9),
-    "H100": (79.1, 9.0),
-    "H200": (139.4, 9.0),
-    "B200": (178.0, 10.0),
-    "RTX-5090": (31.6, 12.0),
+    "V100-16GB": Gpu(15.8, 7.0, 125, 15.7, 0.90, 150),
+    "V100-32GB": Gpu(31.6, 7.0, 125, 15.7, 0.90, 150),
+    "T4": Gpu(14.9, 7.5, 65, 8.1, 0.32, 13),
+    "A100-40GB": Gpu(39.5, 8.0, 312, 19.5, 1.555, 300, 271.2),
+    "A100-80GB": Gpu(79.15, 8.0, 312, 19.5, 2.0, 300, 271.2),
+    "A10G": Gpu(23.7, 8.6, 70, 31.2, 0.60, 31),
+    "RTX-3090": Gpu(23.7, 8.6, 71, 35.6, 0.94, 31),
+    "RTX-A6000": Gpu(47.4, 8.6, 155, 38.7, 0.77, 31),
+    "L4": Gpu(23.7, 8.9, 121, 30.3, 0.30, 31),
+    "L40S": Gpu(47.4, 8.9, 362, 91.6, 0.86, 31),
+    "RTX-4090": Gpu(23.7, 8.9, 165, 82.6, 1.01, 31),
+    "H100-PCIE": Gpu(79.1, 9.0, 756, 51, 2.0, 63),
+    "H100": Gpu(79.1, 9.0, 989, 67, 3.35, 450, 794.5),
+    "H200": Gpu(139.4, 9.0, 989, 67, 4.8, 450, 794.5),
+    "B200": Gpu(178.0, 10.0, 2250, 80, 8.0, 900, 1745),
+    "RTX-5090": Gpu(31.6, 12.0, 209, 105, 1.79, 63),
 }
+
+
+def known_gpu(name: str) -> str | None:
+    """The name in GPUS of a GPU that is called `name` by a person (h100-80gb, rtx4090) or by nvidia-smi (NVIDIA A100-
+    SXM4-80GB)."""
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    whole = "".join(re.findall(r"[a-z0-9]+", name.lower()))
+    for known in sorted(GPUS, key=len, reverse=True):
+        parts = known.lower().split("-")
+        if set(parts) <= words or "".join(parts) == whole:
+            return known
+    return None
+
+
+def named_device(name: str, nproc_per_node: int) -> Device:
+    """The device that `--gpu` names: a GPU, a size such as 48GiB, or `local` for this machine's.
+
+    Raises:
+        ClusterError: it is none of these.
+    """
+    if name == "local":
+        return local_device(nproc_per_node)
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb)", name.strip().lower()):
+        memory = float(size[1]) * (GIB if size[2] == "gib" else 10**9)
+        return Device("cuda", f"{size[1]} {name.strip()[-len(size[2]) :]} GPU", int(memory))
+    if known := known_gpu(name):
+        return Device("cuda", known, int(GPUS[known].memory * GIB), GPUS[known].compute_capability)
+    raise ClusterError(f"--gpu: got {name}; give one of {', '.join(GPUS)}, a size such as 48GiB, or local")
 
 
 def cluster_device(cluster: Cluster, nproc_per_node: int) -> Device:
@@ -55,14 +102,14 @@ def cluster_device(cluster: Cluster, nproc_per_node: int) -> Device:
     """
     node = cluster.node
     if node.gpus_per_node == 0:
-        memory = node.memory * GIB if node.memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = node.memory * GIB if node.memory else physical_memory()
         return Device("cpu", "cpu", int(memory // nproc_per_node), cores=cluster.slurm.cpus_per_task)
     if nproc_per_node > node.gpus_per_node:
         raise ClusterError(
             f"--gpus-per-node: got {nproc_per_node}, the profile's node.gpus_per_node is {node.gpus_per_node}"
         )
-    known = {name.lower(): name for name in GPUS}.get((node.gpu or "").lower())
-    memory, capability = GPUS[known] if known else (node.gpu_memory, None)
+    known = known_gpu(node.gpu or "")
+    memory, capability = GPUS[known][:2] if known else (node.gpu_memory, None)
     if memory is None:
         got = f"got {node.gpu}, which is not known" if node.gpu else "missing"
         raise ClusterError(f"node.gpu: {got}; give one of {', '.join(GPUS)}, or set node.gpu_memory (GiB)")
@@ -96,6 +143,11 @@ def visible_gpus() -> tuple[Device, ...]:
     return tuple(by_name[word] for word in wanted if word in by_name)
 
 
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def local_device(nproc_per_node: int) -> Device:
     """The device of one rank when `nproc_per_node` ranks run on this machine.
 
@@ -104,8 +156,7 @@ def local_device(nproc_per_node: int) -> Device:
     """
     gpus = visible_gpus()
     if not gpus:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", "cpu", memory // nproc_per_node, cores=len(os.sched_getaffinity(0)))
+        return Device("cpu", "cpu", physical_memory() // nproc_per_node, cores=len(os.sched_getaffinity(0)))
     if nproc_per_node > len(gpus):
         raise ClusterError(
             f"--gpus-per-node: got {nproc_per_node}, this machine has {len(gpus)} ({gpus[0].name}); "

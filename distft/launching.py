@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft import data_files, report, schedulers, train_part
 from distft.devices import only_this_machine
-from distft.errors import DataError, MissingPartError, RunError, SubmitError
+from distft.errors import DataError, MissingPartError, PlanError, RunError, SubmitError
 from distft.job import Job, cluster_python, recipe_job, script_job
 from distft.loading import dump_recipe
 from distft.place import HERE, Place
@@ -55,6 +55,17 @@ def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
         if done.returncode:
             raise RunError(f"the data could not be prepared:\n{done.stderr.strip()}")
     return data_files.read_counts(folder)
+
+
+def must_fit(plan: Plan) -> None:
+    """Raises PlanError for a plan that will run out of memory, with what would fit."""
+    if plan.fits or plan.search is None:
+        return
+    from distft.planner import limits
+    from distft.planner.plan import misfit
+
+    mends = "".join(f"\n  would fit: {mend}" for mend in limits.would_fit(plan.search))
+    raise PlanError(f"{misfit(plan.chosen, plan.search.where)}{mends}\n  --force starts it all the same")
 
 
 def render(job: Job) -> dict[str, str]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft import data_files
-from distft.devices import Device, cluster_device, local_device, topology_here
+from distft.devices import GIB, cluster_device, local_device, named_device, physical_memory, topology_here
 from distft.errors import RecipeError
 from distft.loading import Document, load_recipe, validate
 from distft.planner.plan import Plan, make_plan, script_plan
+from distft.planner.search import Where
 from distft.recipe import Recipe, ScriptSettings
 from distft.topology import Topology
 
@@ -26,6 +27,7 @@ class Place:
     nodes: int | None = None
     gpus_per_node: int | None = None
     cluster: Cluster | None = None
+    gpu: str | None = None  # plan for this one, whatever is there: see devices.named_device
 
     def topology(self) -> Topology:
         """Nodes and ranks, with what was not asked for filled in."""
@@ -34,16 +36,23 @@ class Place:
         ranks = self.gpus_per_node if self.gpus_per_node is not None else self.cluster.node.gpus_per_node or 1
         return Topology(self.nodes if self.nodes is not None else 1, ranks)
 
-    def devices(self) -> tuple[Topology, Device]:
-        """The topology, and what one of its ranks computes on.
+    def where(self) -> Where:
+        """The topology, what one of its ranks computes on, and what is known of network, host and price.
 
         Raises:
             ClusterError: it cannot be had there.
         """
-        topology = self.topology()
-        if self.cluster is None:
-            return topology, local_device(topology.nproc_per_node)
-        return topology, cluster_device(self.cluster, topology.nproc_per_node)
+        topology, cluster = self.topology(), self.cluster
+        ranks = topology.nproc_per_node
+        if self.gpu:
+            device = named_device(self.gpu, ranks)
+        else:
+            device = cluster_device(cluster, ranks) if cluster else local_device(ranks)
+        if cluster:
+            host = int(cluster.node.memory * GIB) if cluster.node.memory and device.type == "cuda" else None
+            return Where(topology, device, cluster.network.bandwidth, host, cluster.price_per_gpu_hour)
+        host = None if self.gpu or device.type == "cpu" else physical_memory()
+        return Where(topology, device, host_memory=host)
 
     def runs_dir(self, settings: Recipe | ScriptSettings) -> str:
         return self.cluster.runs_dir if self.cluster else settings.output_dir
@@ -60,8 +69,7 @@ def plan_recipe(
     A plan takes the model's config.json alone; what is to be started needs its weights.
     """
     recipe = load_recipe(path, sets)
-    network = place.cluster.network if place.cluster else None
-    plan = make_plan(recipe, *place.devices(), need_weights, bandwidth=network and network.bandwidth)
+    plan = make_plan(recipe, place.where(), need_weights)
     data_files.check_files(recipe)
     return recipe, plan
 
@@ -74,4 +82,4 @@ def plan_script(script: Sequence[str], sets: Sequence[str] = (), place: Place = 
     for text in (f"name={Path(script[0]).stem}", *sets):
         document.override(text)
     settings = validate(document)
-    return settings, script_plan(settings.parallelism, settings.training.mixed_precision, *place.devices(), settings)
+    return settings, script_plan(settings, place.where())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from distft import calibration
 from distft.planner.plan import Plan
+from distft.planner.search import gib
 from distft.run_dir import RunDir
 from distft.shell import quote
 
@@ -22,7 +24,46 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.model:
         m = plan.model
         lines.append(f"  {m.parameters:,} parameters, {m.trainable_parameters:,} trained")
+    if plan.memory:
+        speed = plan.speed.step_seconds
+        lines.append(
+            f"  estimated: {gib(plan.memory.process)} of {gib(plan.device.memory)} a rank"
+            + (f", {speed:.3g} s a step" if speed else "")
+        )
     return [*lines, *(f"  {reason}" for reason in plan.reasons), *(f"warning: {text}" for text in plan.warnings)]
+
+
+def beside_plan(run: RunDir) -> dict[str, dict[str, float | None]]:
+    """What the plan of a run said and what was measured; {} before the first step. Memory is torch's peak on a GPU, the
+    process on a CPU."""
+    found, plan = calibration.measured(run), calibration.planned(run)
+    if not found or not plan:
+        return {}
+    memory = plan["memory"]["peak" if plan["topology"]["gpu"] else "process"]
+    speed = plan["time"]["tokens_per_second_per_gpu"]
+    return {
+        "predicted": {
+            "memory_bytes": memory,
+            "tokens_per_second": speed and speed * plan["topology"]["world_size"],
+        },
+        "measured": {"memory_bytes": found.peak_memory, "tokens_per_second": found.tokens_per_second},
+    }
+
+
+def beside_plan_lines(run: RunDir) -> list[str]:
+    """The same for people."""
+    found = beside_plan(run)
+    if not found:
+        return []
+    said, got = found["predicted"], found["measured"]
+    lines = []
+    if said["memory_bytes"] is not None:
+        ratio = got["memory_bytes"] / said["memory_bytes"]
+        lines.append(
+            f"  memory of a rank: {gib(got['memory_bytes'])}, predicted {gib(said['memory_bytes'])} ({ratio:.0%} of it)"
+        )
+    speed = f", predicted {said['tokens_per_second']:,.0f}" if said["tokens_per_second"] else ""
+    return [*lines, f"  tokens/s of all ranks: {got['tokens_per_second']:,.0f}{speed}"]
 
 
 def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:

@@ -31,6 +31,7 @@ from distft.planner.plan import make_plan
 from distft.planner.rules import known
 from distft.planner.rules.configs import PLANNED
 from distft.planner.rules.core import Case, Rule
+from distft.planner.search import Where
 from distft.recipe import Recipe, ScriptSettings
 from distft.topology import Topology
 
@@ -805,10 +806,10 @@ def test_make_plan_without_a_profile(tiny: Tiny, tmp_path: Path) -> None:
     from distft.loading import load_recipe
 
     recipe = load_recipe(written(tiny, tmp_path))
-    assert make_plan(recipe, Topology(1, 2), CPU).warnings == ()
+    assert make_plan(recipe, Where(Topology(1, 2), CPU)).warnings == ()
     with pytest.raises(PlanError, match="bf16-needs-ampere"):
         bf16 = recipe.model_copy(update={"training": recipe.training.model_copy(update={"mixed_precision": "bf16"})})
-        make_plan(bf16, Topology(1, 2), gpu("T4"))
+        make_plan(bf16, Where(Topology(1, 2), gpu("T4")))
 
 
 def test_validate_prints_warnings(tiny: Tiny, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "validate": "recipes",
     "schema": "recipes",
     "rules": "rules",
+    "plan": "plan",
     "launch": "launch",
     "render": "launch",
     "status": "runs",

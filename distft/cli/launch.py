@@ -41,6 +41,7 @@ class _LaunchCommand(click.Command):
     metavar="KEY=V,V...",
     help="A run for each value (and each combination, when repeated), as one array job.",
 )
+@click.option("--force", is_flag=True, help="Start what the plan says will run out of memory.")
 @click.option("--dry-run", is_flag=True, help="Print every file and the command; write and start nothing.")
 @click.option("--detach", is_flag=True, help="Do not follow it; see `distft status` and `distft logs`.")
 @options.JSON
@@ -52,6 +53,7 @@ def launch(
     sets: tuple[str, ...],
     after: str | None,
     sweeps: tuple[str, ...],
+    force: bool,
     dry_run: bool,
     detach: bool,
     as_json: bool,
@@ -76,12 +78,14 @@ def launch(
     if sweeps:
         if script:
             raise click.UsageError("--sweep is for a RECIPE, not for a script")
-        _sweep(recipe, place, sets, sweeps, after, dry_run, detach, as_json)
+        _sweep(recipe, place, sets, sweeps, after, force, dry_run, detach, as_json)
         return
     if script:
         settings, plan = plan_script(script, sets, place)
     else:
         settings, plan = plan_recipe(recipe, sets, place, need_weights=not dry_run)
+        if not (dry_run or force):
+            launching.must_fit(plan)
     after = after and launching.dependency(after, place.runs_dir(settings))
     planned = launching.Launch(settings, plan, place, script, after, detach)
     if dry_run:
@@ -103,6 +107,7 @@ def _sweep(
     sets: tuple[str, ...],
     sweeps: tuple[str, ...],
     after: str | None,
+    force: bool,
     dry_run: bool,
     detach: bool,
     as_json: bool,
@@ -115,6 +120,9 @@ def _sweep(
 
     after = after and launching.dependency(after, place.cluster.runs_dir)
     planned = sweep.plan(recipe, sets, sweeps, place, after, need_weights=not dry_run)
+    if not (dry_run or force):
+        for launch in planned.launches:
+            launching.must_fit(launch.plan)
     if dry_run:
         folder = Path(place.cluster.runs_dir) / f"{planned.name}-sweep"
         if as_json:

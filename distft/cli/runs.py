@@ -38,13 +38,22 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
     if not runs or as_json:
         found += [run for path in sweeps for run in sweep.runs_of(path)]
     described = describe_runs(found)
+    named = {str(run.path): run for run in found} if runs else {}  # of all runs it would take seconds
     if as_json:
+        from distft.report import beside_plan
+
+        described = [run | (beside_plan(named[run["run_dir"]]) if named else {}) for run in described]
         options.print_json({"runs": described})
         return
     if not described and not sweeps:
         click.echo(f"no runs in {output_dir}/")
     for run in described:
         click.echo(_line(run))
+        if named:
+            from distft.report import beside_plan_lines
+
+            for line in beside_plan_lines(named[run["run_dir"]]):
+                click.echo(line)
 
 
 def _line(run: dict[str, Any]) -> str:

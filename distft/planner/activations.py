@@ -135,14 +135,14 @@ def write(found: dict[tuple[str, Mode], dict[str, list[Polynomial]]]) -> str:
     return "".join(f"{key}|{' '.join(families)}|{text}\n" for (key, text), families in alike.items())
 
 
-def peaks(recipe: Recipe, model: ModelShape, setting: Setting) -> dict[str, tuple[int, int]]:
-    """Moment → bytes at its peak: logits apart, (the rest, logits). {} where the model's sizes are not known."""
+def peaks(recipe: Recipe, model: ModelShape, setting: Setting, row: int) -> dict[str, tuple[int, int]]:
+    """Moment → bytes at its peak, of rows of `row` tokens: (all but logits, logits). {} where the model's sizes are not
+    known."""
     sizes = model.sizes
     if not (sizes.hidden_size and sizes.num_hidden_layers and sizes.num_attention_heads and sizes.vocab_size):
         return {}
     mode = mode_of(recipe, setting)
     table = polynomials(model.model_type or "", mode)
-    row = recipe.data.max_length
     value = symbols(sizes, setting.micro_batch_size * row, row, recipe.lora.r if recipe.lora else 1)
     if mode.attention == "masked" and not needs_mask(recipe, setting):
         value["T·s"] = 0

@@ -90,8 +90,10 @@ class Estimator:
         self.sizes = sizes_of(recipe, model)
         self.states = _ddp_states(recipe, model, self.sizes)
 
-    def memory(self, setting: Setting) -> Memory:
-        peaks = _peaks(self.recipe, self.model, self.sizes, setting)
+    def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
+        """Memory of a rank; `max_length` instead of the recipe's."""
+        length = max_length or self.recipe.data.max_length
+        peaks = _peaks(self.recipe, self.model, self.sizes, setting, length)
         return put_together(self.recipe, self.sizes, self.states, peaks, setting)
 
 
@@ -282,7 +284,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _peaks(recipe: Recipe, model: ModelShape, sizes: Sizes, setting: Setting) -> Peaks:
+def _peaks(recipe: Recipe, model: ModelShape, sizes: Sizes, setting: Setting, length: int) -> Peaks:
     """What the step keeps at its moments, over the depth of the model; see simulate.py, "Depth"."""
     trained = 4 * sizes.trained
     accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
@@ -293,7 +295,7 @@ def _peaks(recipe: Recipe, model: ModelShape, sizes: Sizes, setting: Setting) ->
     segments = {"forward": ("forward", -1), "loss": ("loss", None), "head": ("backward", None)}
     segments |= {"top": ("backward", -1), "bottom": ("backward", 0)}
     found: dict[tuple[str, int | None], Counter] = {}
-    for moment, (rest, logits) in activations.peaks(recipe, model, setting).items():
+    for moment, (rest, logits) in activations.peaks(recipe, model, setting, length).items():
         found[segments[moment]] = Counter(activations=rest, logits=logits, gradients=gradients[moment])
     found["optimizer", None] = Counter(
         gradients=trained, activations=_optimizer_step_bytes(recipe.training.optim, sizes)

@@ -47,6 +47,11 @@ class ModelShape:
     def model_type(self) -> str | None:
         return self.config.get("model_type")
 
+    @property
+    def is_known(self) -> bool:
+        """Whether its family is one of families.py."""
+        return is_known(self.config)
+
 
 def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     """The model of a recipe, from its local folder or the hub.

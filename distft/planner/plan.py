@@ -5,24 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distft.devices import Device
+from distft.devices import GPUS, Device
 from distft.errors import PlanError
-from distft.planner import batch as batches
-from distft.planner import memory, rules
+from distft.planner import rules, speed
 from distft.planner.batch import Batch
 from distft.planner.memory import Memory
 from distft.planner.model_shapes import ModelShape, read_model_shape
-from distft.recipe import Parallelism, Recipe, ScriptSettings
+from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, gib, shard_size
+from distft.planner.speed import Speed
+from distft.recipe import Recipe, ScriptSettings
 from distft.topology import Topology
 
-GIB = 2**30
+PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run. `reasons` and `warnings` are sentences for people.
+    """What will run. `reasons`, `warnings` and `assumptions` are sentences for people.
 
-    `model`, `batch` and `memory` are None for a script of one's own: nothing is known of what it trains.
+    `model`, `batch`, `memory` and `speed` are None for a script of one's own: nothing is known of what it trains.
     """
 
     topology: Topology
@@ -36,108 +37,253 @@ class Plan:
     model: ModelShape | None = None
     batch: Batch | None = None
     memory: Memory | None = None
+    speed: Speed | None = None
+    excess: int = 0  # bytes that are missing, of a GPU or of the host
+    candidates: tuple[Candidate, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    chosen: Candidate | None = None
+    search: Search | None = None
+    simulated: bool = False  # memory was counted, not estimated
+    price: float | None = None  # of a GPU and hour
+
+    @property
+    def fits(self) -> bool:
+        return self.excess == 0
 
 
 def make_plan(
-    recipe: Recipe, topology: Topology, device: Device, need_weights: bool = False, bandwidth: float | None = None
+    recipe: Recipe,
+    where: Where,
+    need_weights: bool = False,
+    *,
+    compare: bool = False,
+    simulated: bool = False,
+    measured: float | None = None,
 ) -> Plan:
-    """Derive everything that the recipe leaves open; `need_weights` refuses a model that has only a config.json.
+    """Derive everything that the recipe leaves open.
 
     Args:
-        bandwidth: between nodes, GB/s of one node, where the profile says it.
+        need_weights: refuse a model that has only a config.json.
+        compare: look at other strategies too where the recipe names one.
+        simulated: count the memory of what is chosen (simulate.py); takes seconds, and torch.
+        measured: FLOP/s of a rank in an earlier run (calibration.py).
 
     Raises:
         PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
     """
-    model = read_model_shape(recipe, need_weights)
-    reasons, warnings = [], _warnings(topology, device)
-    strategy = _strategy(recipe, model, topology, device, reasons)
-    offload, shard_size = recipe.parallelism.offload, _shard_size(recipe.parallelism, strategy, topology)
-    checkpointing = recipe.training.gradient_checkpointing
-    case = rules.Case(
-        strategy, offload, shard_size, topology, device, recipe, model.head_dim, model=model, bandwidth=bandwidth
-    )
-    rules.apply(replace(case, gradient_checkpointing=None if checkpointing == "auto" else checkpointing))
-
-    def count(micro: int, checkpointing: bool = False) -> Memory:
-        return memory.count(
-            recipe,
-            model,
-            strategy=strategy,
-            offload=offload,
-            shard_size=shard_size,
-            nproc_per_node=topology.nproc_per_node,
-            capacity=device.memory,
-            micro_batch_size=micro,
-            gradient_checkpointing=checkpointing,
-        )
-
-    if checkpointing == "auto":
-        checkpointing = not count(1).fits and count(1, True).peak < count(1).peak
-        if checkpointing:
-            reasons.append("gradient_checkpointing on: one sequence does not fit without it")
-    batch = _batch(recipe, topology, lambda micro: count(micro, checkpointing), reasons)
-    case = replace(
-        case,
-        gradient_checkpointing=checkpointing,
-        micro_batch_size=batch.micro_batch_size,
-        accumulation=batch.gradient_accumulation_steps,
-    )
-    rules.apply(case)
-    warnings += rules.warnings(case)
-    planned = count(batch.micro_batch_size, checkpointing)
-    if not planned.fits:
+    model = _model(recipe, need_weights, simulated)
+    search = Search(recipe, model, where, measured)
+    reasons, warnings = [], _warnings(where.topology, where.device)
+    if model.model_type and not model.is_known and not simulated:
         warnings.append(
-            f"may run out of memory: a rank needs about {planned.peak / GIB:.1f} GiB of {planned.capacity / GIB:.1f}"
+            f"model_type {model.model_type} is not known here: activations are estimated as Llama's; --simulate counts"
         )
+    strategy = _fixed_strategy(recipe, where.topology, reasons)
+    if strategy:
+        chosen = search.best(strategy, recipe.parallelism.offload)
+        if chosen.broken:
+            raise PlanError("\n".join(chosen.broken))
+        others = [search.best(*option) for option in search.options() if option[0] != strategy] if compare else []
+        candidates = [chosen, *others]
+    else:
+        candidates = [search.best(*option) for option in search.options()]
+        chosen = choose(candidates)
+        if chosen is None:
+            raise PlanError("\n".join(candidates[0].broken))
+        reasons += _reasons(chosen, candidates)
+    if simulated:
+        chosen, candidates = _simulate(recipe, chosen, candidates, free=not strategy)
+    setting, batch = chosen.setting, chosen.batch
+    reasons += _details(recipe, chosen, search)
+    warnings += rules.warnings(
+        search.case(
+            setting.strategy,
+            setting.offload,
+            gradient_checkpointing=setting.gradient_checkpointing,
+            micro_batch_size=batch.micro_batch_size,
+            accumulation=batch.gradient_accumulation_steps,
+        )
+    )
+    if not chosen.fits:
+        warnings.append(misfit(chosen, where))
     return Plan(
-        topology,
-        device,
-        strategy,
-        offload,
-        shard_size,
+        where.topology,
+        where.device,
+        setting.strategy,
+        setting.offload,
+        setting.shard_size,
         recipe.training.mixed_precision,
-        checkpointing,
+        setting.gradient_checkpointing,
         recipe.model.attn_implementation,
         model,
         batch,
-        planned,
+        chosen.memory,
+        chosen.speed,
+        chosen.excess,
+        tuple(candidates),
         tuple(reasons),
         tuple(warnings),
+        _assumptions(recipe, search),
+        chosen,
+        search,
+        simulated,
+        where.price,
     )
 
 
-def script_plan(
-    parallelism: Parallelism,
-    mixed_precision: str,
-    topology: Topology,
-    device: Device,
-    settings: ScriptSettings | None = None,
-) -> Plan:
-    """The plan for a script of one's own: strategy and topology alone. `settings` bring its overrides to the rules.
+def misfit(chosen: Candidate, where: Where) -> str:
+    """What will not fit, and by how much."""
+    need, have = chosen.memory.process, chosen.capacity
+    if need > have:
+        return f"will run out of memory: a rank needs about {gib(need)} of {gib(have)}, {gib(need - have)} too much"
+    return (
+        f"will run out of host memory: a node needs about {gib(chosen.memory.host_per_node)} of "
+        f"{gib(where.host_memory or 0)}"
+    )
+
+
+def _model(recipe: Recipe, need_weights: bool, simulated: bool) -> ModelShape:
+    try:
+        return read_model_shape(recipe, need_weights)
+    except PlanError:
+        if not simulated:
+            raise
+        from distft.planner.simulate import model_shape
+
+        return model_shape(recipe)
+
+
+def _simulate(
+    recipe: Recipe, chosen: Candidate, candidates: list[Candidate], free: bool
+) -> tuple[Candidate, list[Candidate]]:
+    """The choice with its memory counted; where that does not fit after all, the next that does."""
+    from distft.planner.simulate import simulate
+
+    order = [chosen]
+    if free:
+        order += [
+            c for c in sorted(candidates, key=lambda c: c.seconds) if c is not chosen and c.fits and not c.rejected
+        ]
+    counted = {}
+    for candidate in order:
+        found = replace(candidate, memory=simulate(recipe, candidate.setting))
+        counted[id(candidate)] = found
+        if found.fits:
+            break
+    else:
+        found = counted[id(chosen)]
+    return found, [counted.get(id(candidate), candidate) for candidate in candidates]
+
+
+def _fixed_strategy(recipe: Recipe, topology: Topology, reasons: list[str]) -> str | None:
+    """The recipe's strategy; None where it is open."""
+    wanted = recipe.parallelism.strategy
+    if wanted in ("fsdp", "hsdp") and topology.world_size == 1:
+        if recipe.parallelism.offload != "none":
+            raise PlanError(f"parallelism.offload: {wanted} on one rank does not shard; use zero3, or offload: none")
+        reasons.append(f"ddp: {wanted} on one rank has nothing to shard")
+        return "ddp"
+    if wanted != "auto":
+        reasons.append(f"{wanted}: as asked")
+        return wanted
+    return None
+
+
+def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
+    """Why this one, and why not those that stand before it or are faster."""
+    fitting = [c for c in candidates if c.fits and not c.rejected]
+    found = []
+    if not chosen.fits:
+        found.append(f"{chosen.name}: nothing fits; it is the least too large")
+    elif len(fitting) == 1:
+        found.append(f"{chosen.name}: the only one that fits")
+    elif chosen.speed.step_seconds is None:
+        found.append(f"{chosen.name}: it fits, and those that fit too shard or offload more")
+    else:
+        found.append(f"{chosen.name}: of {len(fitting)} that fit none is estimated to be faster by 3%")
+    for candidate in candidates:
+        if candidate is chosen:
+            break
+        if candidate.rejected:
+            found.append(f"not {candidate.name}: {candidate.rejected}")
+        elif not candidate.fits:
+            found.append(f"not {candidate.name}: {gib(candidate.excess)} too much")
+        elif candidate.speed.step_seconds:
+            found.append(f"not {candidate.name}: {candidate.seconds:.3g} s a step, against {chosen.seconds:.3g}")
+    return found
+
+
+def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
+    """Why this checkpointing and this micro-batch."""
+    found, setting, batch = [], chosen.setting, chosen.batch
+    if recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
+        without = search.variant(setting.strategy, setting.offload, False)
+        if without.fits:
+            found.append(
+                f"gradient_checkpointing on: micro-batch {batch.micro_batch_size} instead of "
+                f"{without.batch.micro_batch_size}, which is faster here"
+            )
+        else:
+            found.append(f"gradient_checkpointing on: without it one sequence needs {gib(without.excess)} too much")
+    if recipe.training.micro_batch_size == "auto":
+        share = batch.micro_batch_size * batch.gradient_accumulation_steps
+        found.append(
+            f"micro_batch_size {batch.micro_batch_size}: the largest divisor of {share} sequences a rank that fits "
+            f"(about {gib(chosen.memory.process)} of {gib(chosen.capacity)})"
+        )
+    return found
+
+
+def _assumptions(recipe: Recipe, search: Search) -> tuple[str, ...]:
+    """What the estimates of time stand on."""
+    where, found = search.where, []
+    gpu = GPUS.get(where.device.name)
+    if search.measured:
+        found.append(f"a rank computes {search.measured / 1e12:.3g} TFLOP/s, as the run that was named did")
+    if gpu is None:
+        return tuple(found)
+    if not search.measured:
+        found.append(
+            f"{where.device.name}: matmuls reach {speed.achievable(gpu, recipe) / 1e12:.0f} TFLOP/s in "
+            f"{PRECISIONS[recipe.training.mixed_precision]}, training {speed.TRAINED:.0%} of that"
+        )
+    if where.topology.world_size > 1:
+        found.append(f"links: {gpu.link:g} GB/s a GPU inside a node, 80% of it reached, 70% hidden behind compute")
+    if where.topology.nnodes > 1:
+        known = "" if where.bandwidth else " (the profile's network.bandwidth does not say)"
+        found.append(f"network: {where.bandwidth or USUAL_BANDWIDTH:g} GB/s a node{known}")
+    if recipe.model.attn_implementation == "auto":
+        found.append("attention: SDPA; FlashAttention-2, where the ranks find it, needs less")
+    return tuple(found)
+
+
+def script_plan(settings: ScriptSettings, where: Where) -> Plan:
+    """The plan for a script of one's own: strategy and topology alone.
 
     Raises:
         PlanError: a combination that cannot train.
     """
+    parallelism, topology, device = settings.parallelism, where.topology, where.device
     strategy, reasons = parallelism.strategy, []
     if strategy == "auto":
         strategy = "ddp"
         reasons.append("ddp: nothing is known of a script's model; --set parallelism.strategy=... shards it")
-    shard_size = _shard_size(parallelism, strategy, topology)
-    case = rules.Case(strategy, parallelism.offload, shard_size, topology, device, script=settings)
+    shards = shard_size(parallelism, strategy, topology)
+    case = rules.Case(
+        strategy, parallelism.offload, shards, topology, device, script=settings, bandwidth=where.bandwidth
+    )
     rules.apply(case)
-    warnings = (*_warnings(topology, device), *rules.warnings(case))
     return Plan(
         topology,
         device,
         strategy,
         parallelism.offload,
-        shard_size,
-        mixed_precision,
+        shards,
+        settings.training.mixed_precision,
         reasons=tuple(reasons),
-        warnings=warnings,
+        warnings=(*_warnings(topology, device), *rules.warnings(case)),
     )
 
 
@@ -147,65 +293,9 @@ def _warnings(topology: Topology, device: Device) -> list[str]:
     return []
 
 
-def _strategy(recipe: Recipe, model: ModelShape, topology: Topology, device: Device, reasons: list[str]) -> str:
-    """The recipe's strategy; `auto` is the first of ddp, zero2, zero3 whose states fit by a plain count."""
-    world = topology.world_size
-    wanted = recipe.parallelism.strategy
-    if wanted in ("fsdp", "hsdp") and world == 1:
-        if recipe.parallelism.offload != "none":
-            raise PlanError(f"parallelism.offload: {wanted} on one rank does not shard; use zero3, or offload: none")
-        reasons.append(f"ddp: {wanted} on one rank has nothing to shard")
-        return "ddp"
-    if wanted != "auto":
-        reasons.append(f"{wanted}: as asked")
-        return wanted
-    usable = memory.USABLE * device.memory
-    offload = recipe.parallelism.offload
-    candidates = {"none": ("ddp", "zero2", "zero3"), "optimizer": ("zero2", "zero3"), "all": ("zero3",)}[offload]
-    if world == 1 and offload == "none":
-        reasons.append("ddp: one rank has nothing to shard")
-        return "ddp"
-    for strategy in candidates:
-        states = memory.count(
-            recipe,
-            model,
-            strategy=strategy,
-            offload=offload,
-            shard_size=world,
-            nproc_per_node=topology.nproc_per_node,
-            capacity=device.memory,
-        ).states
-        room = f"states of {states / GIB:.2f} GiB a rank, {usable / GIB:.1f} usable"
-        if states <= usable:
-            reasons.append(f"{strategy}: {room}")
-            return strategy
-        reasons.append(f"not {strategy}: {room}")
-    reasons.append(f"{candidates[-1]}: it shards the most")
-    return candidates[-1]
-
-
-def _shard_size(parallelism: Parallelism, strategy: str, topology: Topology) -> int:
-    if strategy == "hsdp":
-        size = parallelism.hsdp_shard_size
-        return topology.nproc_per_node if size == "auto" else size
-    return 1 if strategy == "ddp" else topology.world_size
-
-
-def _batch(recipe: Recipe, topology: Topology, count: Any, reasons: list[str]) -> Batch:
-    total, micro, world = recipe.training.global_batch_size, recipe.training.micro_batch_size, topology.world_size
-    if micro == "auto":
-        options = batches.divisors(batches.per_rank(total, world))
-        micro = max((m for m in options if count(m).fits), default=1)
-        reasons.append(
-            f"micro_batch_size {micro}: the largest divisor of {options[-1]} sequences a rank that fits "
-            f"(about {count(micro).peak / GIB:.2f} GiB of {count(micro).capacity / GIB:.1f})"
-        )
-    return batches.fixed(total, micro, world)
-
-
 def plan_json(plan: Plan, name: str) -> dict[str, Any]:
     """plan.json, schema 1. `name` stands for the model where it is not known. Bytes per rank; null: not estimated."""
-    model, batch, mem = plan.model, plan.batch, plan.memory
+    model, batch, mem, time = plan.model, plan.batch, plan.memory, plan.speed
     return {
         "schema": 1,
         "model": {
@@ -236,17 +326,39 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
             "optimizer": mem.optimizer if mem else None,
             "activations": mem.activations if mem else None,
             "logits": mem.logits if mem else None,
-            "buffers": None,
+            "buffers": mem.buffers if mem else None,
             "peak": mem.peak if mem else None,
-            "overhead": None,
-            "process": None,
+            "overhead": mem.overhead if mem else None,
+            "process": mem.process if mem else None,
             "capacity": plan.device.memory,
-            "fits": mem.fits if mem else None,
+            "fits": plan.fits if mem else None,
             "host_per_node": mem.host_per_node if mem else None,
+            "simulated": plan.simulated,
         },
-        "communication": {"bytes_per_step": None, "seconds": None},
-        "time": {"step_seconds": None, "tokens_per_second_per_gpu": None, "assumed_mfu": None},
-        "candidates": [],
+        "communication": {
+            "bytes_per_step": time.communication.bytes_per_step if time else None,
+            "seconds": time.communication.seconds if time else None,
+        },
+        "time": {
+            "step_seconds": time.step_seconds if time else None,
+            "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu if time else None,
+            "assumed_mfu": time.assumed_mfu if time else None,
+            "flops_per_token": time.flops_per_token if time else None,
+        },
+        "candidates": [
+            {
+                "strategy": candidate.setting.strategy,
+                "offload": candidate.setting.offload,
+                "gradient_checkpointing": candidate.setting.gradient_checkpointing,
+                "micro_batch_size": candidate.batch.micro_batch_size,
+                "peak": candidate.memory.peak,
+                "fits": candidate.fits,
+                "step_seconds": candidate.speed.step_seconds,
+                "rejected": candidate.rejected,
+            }
+            for candidate in plan.candidates
+        ],
         "reasons": list(plan.reasons),
         "warnings": list(plan.warnings),
+        "assumptions": list(plan.assumptions),
     }

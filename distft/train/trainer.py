@@ -79,6 +79,9 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }
+    if plan["strategy"] in ("fsdp", "hsdp"):
+        # accelerate's no_sync would keep the gradients of all parameters, whole, from one micro-batch to the next.
+        arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return TrainingArguments(**merge(arguments, recipe.trainer.overrides))
 
 

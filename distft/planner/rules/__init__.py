@@ -4,6 +4,6 @@
 """
 
 from distft.planner.rules import advice, combinations, configs, models  # noqa: F401 (each registers its rules)
-from distft.planner.rules.core import RULES, Case, Rule, apply, broken, unwise, warnings
+from distft.planner.rules.core import RULES, Case, Rule, apply, broken, sentences, unwise, warnings
 
-__all__ = ["RULES", "Case", "Rule", "apply", "broken", "unwise", "warnings"]
+__all__ = ["RULES", "Case", "Rule", "apply", "broken", "sentences", "unwise", "warnings"]

@@ -1,0 +1,131 @@
+"""What else would fit: fewer GPUs, longer rows, larger micro-batches, and what would mend a plan that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from distft.errors import PlanError
+from distft.planner import batch as batches
+from distft.planner.batch import Batch
+from distft.planner.search import Candidate, Search, choose, gib
+from distft.recipe import Lora, Recipe
+from distft.topology import Topology
+
+LONGEST, LARGEST = 2**20, 2**12  # where looking for more ends
+NODES = 128
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None: nothing that was looked at fits."""
+
+    fewest_gpus: Topology | None
+    max_length: int | None  # tokens of a row, one row at a time
+    micro_batch_size: int | None
+
+
+def limits(search: Search, chosen: Candidate) -> Limits:
+    """The limits around a choice."""
+    setting, world = chosen.setting, search.where.topology.world_size
+
+    def fits(micro: int, length: int | None = None) -> bool:
+        batch = Batch(micro * world, micro, 1)
+        return search.candidate(setting.strategy, setting.offload, setting.gradient_checkpointing, batch, length).fits
+
+    length = _largest(lambda n: fits(1, 64 * n), LONGEST // 64)
+    return Limits(fewest_gpus(search), 64 * length if length else None, _largest(fits, LARGEST) or None)
+
+
+def _largest(fits: Callable[[int], bool], end: int) -> int:
+    """The largest number up to `end` that fits; 0 for none. What is larger never needs less."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def fewest_gpus(search: Search) -> Topology | None:
+    """The smallest number of such GPUs, on nodes like these, on which the recipe fits without more offload than it asks
+    for; of those that can share the global batch."""
+    widths = list(_widths(search.where.topology.nproc_per_node, search.recipe.training.global_batch_size))
+    low, high = 0, len(widths)  # more of them never fit less
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits_on(search, widths[middle]) else (middle + 1, high)
+    return widths[low] if low < len(widths) else None
+
+
+def _widths(nproc_per_node: int, global_batch_size: int) -> Iterator[Topology]:
+    ranks = [n for n in range(1, nproc_per_node) if n & (n - 1) == 0]
+    nodes = [2**n for n in range(NODES.bit_length())]
+    for topology in [Topology(1, n) for n in ranks] + [Topology(n, nproc_per_node) for n in nodes]:
+        if global_batch_size % topology.world_size == 0:
+            yield topology
+
+
+def _fits_on(search: Search, topology: Topology) -> bool:
+    smaller = replace(search, where=replace(search.where, topology=topology))
+    wanted, training = search.recipe.parallelism, search.recipe.training
+    micro = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
+    checkpointing = training.gradient_checkpointing is not False
+    try:
+        batch = batches.fixed(training.global_batch_size, micro, topology.world_size)
+    except PlanError:
+        return False
+    options = [(strategy, moved) for strategy, moved in smaller.options() if moved == wanted.offload]
+    if wanted.strategy != "auto":
+        strategy = "ddp" if topology.world_size == 1 and wanted.strategy in ("fsdp", "hsdp") else wanted.strategy
+        if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
+            strategy = "fsdp"
+        options = [(strategy, wanted.offload)]
+    return any(smaller.candidate(*option, checkpointing, batch).fits for option in options)
+
+
+def would_fit(search: Search) -> list[str]:
+    """For a recipe that does not fit: changes of it, each alone, with which it does. Most useful ones first."""
+    recipe, found = search.recipe, []
+    changes: list[tuple[str, Recipe]] = []
+    if recipe.lora is None:
+        changes.append(("lora: {}", recipe.model_copy(update={"lora": Lora()})))
+    elif not recipe.model.quantization:
+        model = recipe.model.model_copy(update={"quantization": "nf4"})
+        changes.append(("model.quantization: nf4", recipe.model_copy(update={"model": model})))
+    if recipe.training.gradient_checkpointing is False:
+        changes.append(
+            ("training.gradient_checkpointing: true", _with(recipe, "training", gradient_checkpointing=True))
+        )
+    if recipe.training.micro_batch_size not in ("auto", 1):
+        changes.append(("training.micro_batch_size: auto", _with(recipe, "training", micro_batch_size="auto")))
+    if recipe.parallelism.strategy != "auto":
+        parallelism = type(recipe.parallelism)()
+        changes.append(("parallelism.strategy: auto", recipe.model_copy(update={"parallelism": parallelism})))
+    for name, changed in changes:
+        other = replace(search, recipe=changed)
+        try:
+            chosen = _choice(other)
+        except PlanError:
+            continue
+        if chosen and chosen.fits and not chosen.rejected:
+            found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)})")
+    if shorter := _largest(lambda n: _row_fits(search, 64 * n), recipe.data.max_length // 64):
+        found.append(f"data.max_length: {64 * shorter}")
+    if width := fewest_gpus(search):
+        found.append(f"--nodes {width.nnodes} --gpus-per-node {width.nproc_per_node}")
+    return found
+
+
+def _with(recipe: Recipe, group: str, **values: object) -> Recipe:
+    return recipe.model_copy(update={group: getattr(recipe, group).model_copy(update=values)})
+
+
+def _choice(search: Search) -> Candidate | None:
+    wanted = search.recipe.parallelism
+    if wanted.strategy != "auto":
+        return search.best(wanted.strategy, wanted.offload)
+    return choose([search.best(*option) for option in search.options()])
+
+
+def _row_fits(search: Search, length: int) -> bool:
+    return _fits_on(replace(search, recipe=_with(search.recipe, "data", max_length=length)), search.where.topology)

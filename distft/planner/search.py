@@ -1,0 +1,239 @@
+"""The choice: every strategy and offload that could be, each with its best micro-batch and checkpointing, and the
+fastest of those that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from distft.devices import GIB, GPUS, Device
+from distft.planner import batch as batches
+from distft.planner import rules, speed
+from distft.planner.batch import Batch
+from distft.planner.communication import Links
+from distft.planner.memory import Estimator, Memory, Setting
+from distft.planner.model_shapes import ModelShape
+from distft.planner.speed import Speed
+from distft.recipe import Parallelism, Recipe
+from distft.topology import Topology
+
+# Simpler ones first: of candidates about as fast, the first is taken. DDP and ZeRO-2 are the best defaults for LoRA
+# (Singh et al., arXiv 2406.02290); offload is the last resort.
+CANDIDATES = (
+    ("ddp", "none"),
+    ("zero2", "none"),
+    ("zero1", "none"),
+    ("fsdp", "none"),
+    ("zero3", "none"),
+    ("hsdp", "none"),
+    ("zero2", "optimizer"),
+    ("zero3", "optimizer"),
+    ("zero3", "all"),
+    ("fsdp", "all"),
+)
+ABOUT = 1.03  # estimates of time that differ by less are taken for equal
+# Between nodes, GB/s of a node, where the profile does not say: 200 Gb/s.
+USUAL_BANDWIDTH = 25.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a plan is for: ranks, what each computes on, and what is known of the place."""
+
+    topology: Topology
+    device: Device
+    bandwidth: float | None = None  # between nodes, GB/s of one node
+    host_memory: int | None = None  # bytes of one node
+    price: float | None = None  # of a GPU and hour
+
+    @property
+    def links(self) -> Links | None:
+        gpu = GPUS.get(self.device.name)
+        return Links(gpu.link, self.bandwidth or USUAL_BANDWIDTH) if gpu else None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the recipe."""
+
+    setting: Setting
+    batch: Batch
+    memory: Memory
+    speed: Speed
+    capacity: int  # bytes of a GPU
+    host_memory: int | None = None
+    broken: tuple[str, ...] = ()  # the rules that it breaks, a sentence each
+
+    @property
+    def name(self) -> str:
+        return (
+            self.setting.strategy + {"none": "", "optimizer": "+offload", "all": "+offload-all"}[self.setting.offload]
+        )
+
+    @property
+    def rejected(self) -> str | None:
+        return "; ".join(self.broken) or None
+
+    @property
+    def excess(self) -> int:
+        """Bytes that it needs and there are not, of a GPU or of the host; 0 where it fits."""
+        host = self.memory.host_per_node - self.host_memory if self.host_memory else 0
+        return max(0, self.memory.process - self.capacity, host)
+
+    @property
+    def fits(self) -> bool:
+        return self.excess == 0
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, for comparing; 0 where no time can be estimated."""
+        return self.speed.step_seconds or 0.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """All that a choice is made from."""
+
+    recipe: Recipe
+    model: ModelShape
+    where: Where
+    measured: float | None = None  # FLOP/s of a rank in an earlier run
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        return Estimator(self.recipe, self.model)
+
+    def attention(self) -> str:
+        """What `auto` is planned as: SDPA. FlashAttention-2, where a rank finds it, needs no more memory."""
+        wanted = self.recipe.model.attn_implementation
+        return "sdpa" if wanted == "auto" else wanted
+
+    def options(self) -> Iterator[tuple[str, str]]:
+        """Strategies and offloads to try: those that the recipe leaves open and that differ from one another here."""
+        wanted, offload = self.recipe.parallelism, self.recipe.parallelism.offload
+        # A default `none` of a recipe that leaves the strategy open is left open too.
+        any_offload = wanted.strategy == "auto" and "offload" not in wanted.model_fields_set
+        topology, world = self.where.topology, self.where.topology.world_size
+        for strategy, moved in CANDIDATES:
+            if moved != offload and not any_offload:
+                continue
+            if world == 1 and (strategy in ("fsdp", "hsdp") or (strategy != "ddp" and moved == "none")):
+                continue  # nothing to shard
+            if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
+                continue  # one node, or one rank a node: fsdp
+            yield strategy, moved
+
+    def best(self, strategy: str, offload: str) -> Candidate:
+        """A strategy with the checkpointing and micro-batch that make it fast, or else small.
+
+        Raises:
+            PlanError: the batch does not divide among the ranks.
+        """
+        asked = self.recipe.training.gradient_checkpointing
+        variants, broken = [], []
+        for checkpointing in (False, True) if asked == "auto" else (asked,):
+            found = rules.broken(self.case(strategy, offload, gradient_checkpointing=checkpointing))
+            if found and asked == "auto" and checkpointing:
+                continue
+            broken = broken or found
+            variants.append(self.variant(strategy, offload, checkpointing))
+        fitting = [candidate for candidate in variants if candidate.fits]
+        best = min(fitting, key=lambda c: c.seconds) if fitting else min(variants, key=lambda c: c.memory.process)
+        setting, batch = best.setting, best.batch
+        found = broken or rules.broken(
+            self.case(
+                strategy,
+                offload,
+                gradient_checkpointing=setting.gradient_checkpointing,
+                micro_batch_size=batch.micro_batch_size,
+                accumulation=batch.gradient_accumulation_steps,
+            )
+        )
+        return replace(best, broken=tuple(rules.sentences(found)))
+
+    def variant(self, strategy: str, offload: str, checkpointing: bool) -> Candidate:
+        """With the micro-batch of the recipe, or the largest that fits."""
+        total, world = self.recipe.training.global_batch_size, self.where.topology.world_size
+        micro = self.recipe.training.micro_batch_size
+        if micro != "auto":
+            return self.candidate(strategy, offload, checkpointing, batches.fixed(total, micro, world))
+        options = batches.divisors(batches.per_rank(total, world))
+        low, high = 0, len(options) - 1  # memory grows with the micro-batch
+        while low < high:
+            middle = (low + high + 1) // 2
+            batch = batches.fixed(total, options[middle], world)
+            low, high = (
+                (middle, high) if self.candidate(strategy, offload, checkpointing, batch).fits else (low, middle - 1)
+            )
+        return self.candidate(strategy, offload, checkpointing, batches.fixed(total, options[low], world))
+
+    def candidate(
+        self, strategy: str, offload: str, checkpointing: bool, batch: Batch, max_length: int | None = None
+    ) -> Candidate:
+        """Memory and speed of one way; `max_length` instead of the recipe's."""
+        topology = self.where.topology
+        setting = Setting(
+            strategy=strategy,
+            offload=offload,
+            shard_size=shard_size(self.recipe.parallelism, strategy, self.where.topology),
+            world_size=topology.world_size,
+            nproc_per_node=topology.nproc_per_node,
+            micro_batch_size=batch.micro_batch_size,
+            gradient_checkpointing=checkpointing,
+            attn_implementation=self.attention(),
+            device_type=self.where.device.type,
+        )
+        found = self.estimator.memory(setting, max_length)
+        time = speed.estimate(
+            self.recipe,
+            self.model,
+            self.estimator.sizes,
+            setting,
+            batch.gradient_accumulation_steps,
+            self.where.device,
+            self.where.links,
+            self.measured,
+        )
+        return Candidate(setting, batch, found, time, self.where.device.memory, self.where.host_memory)
+
+    def case(self, strategy: str, offload: str, **known: Any) -> rules.Case:
+        where = self.where
+        return rules.Case(
+            strategy,
+            offload,
+            shard_size(self.recipe.parallelism, strategy, self.where.topology),
+            where.topology,
+            where.device,
+            self.recipe,
+            self.model.head_dim,
+            model=self.model,
+            bandwidth=where.bandwidth,
+            **known,
+        )
+
+
+def shard_size(parallelism: Parallelism, strategy: str, topology: Topology) -> int:
+    """Ranks that share one copy of what the strategy shards; 1 for ddp."""
+    if strategy == "hsdp":
+        size = parallelism.hsdp_shard_size
+        return topology.nproc_per_node if size == "auto" else size
+    return 1 if strategy == "ddp" else topology.world_size
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The fastest that fits; of those about as fast the simplest. Where none fits, the one that is least too large;
+    None where rules forbid all."""
+    allowed = [candidate for candidate in candidates if not candidate.rejected]
+    fitting = [candidate for candidate in allowed if candidate.fits]
+    if not fitting:
+        return min(allowed, key=lambda c: c.excess, default=None)
+    here = [candidate for candidate in fitting if candidate.setting.offload == "none"] or fitting
+    fastest = min(candidate.seconds for candidate in here)
+    return next(candidate for candidate in here if candidate.seconds <= ABOUT * fastest)
+
+
+def gib(size: float) -> str:
+    """A size for people; MiB where it is small."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

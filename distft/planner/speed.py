@@ -1,0 +1,126 @@
+"""How long a step takes: a first-order model, for choosing between candidates and for an idea of hours and price.
+
+compute = FLOPs / (what the GPU's matmuls achieve x TRAINED); a step is compute and communication, of which OVERLAP of
+the shorter is hidden. Every figure is an estimate; an earlier run's rate can take its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distft.devices import GPUS, Device, Gpu
+from distft.planner import communication
+from distft.planner.architecture import Sizes as ModelSizes
+from distft.planner.communication import Communication, Links
+from distft.planner.layout import Tensor
+from distft.planner.memory import Setting
+from distft.planner.model_shapes import ModelShape
+from distft.planner.sharding import Sizes
+from distft.recipe import Recipe
+
+# Matmul rate that can be reached where none was measured, in parts of the data sheet (A100 0.87, H100 0.80, B200 0.78).
+ACHIEVABLE = 0.8
+# What a training step gets of it: Llama-3-8B LoRA on one H100, 402 of 794.5 TFLOP/s (NeMo Automodel's performance
+# summary).
+TRAINED = 0.5
+# bitsandbytes turns weights back into 16 bit in each pass: Llama-3.1-8B on a 4090 at 2,413 of 3,083 tokens/s
+# (torchtune's README). int8 is a guess.
+QUANTIZED = {"nf4": 0.78, "int8": 0.6}
+# Of the shorter of compute and communication; the rest is added. IDEFICS-80B on 512 A100 had 11 + 18 s predicted and 49
+# measured (ml-engineering), so this is not the pessimistic end.
+OVERLAP = 0.7
+# Offload: PCIe 4 x16, and the host's AdamW reading and writing 28 bytes an element at some 20 GB/s a rank (DeepSpeed's
+# CPUAdam: 1 to 2 s for 10 billion elements on a whole node, docs/_tutorials/zero-offload).
+PCIE, HOST_MEMORY = 25.0, 20.0
+# A pass over a block launches some 40 kernels of 5 microseconds: small models wait for the CPU.
+LAUNCH_SECONDS = 40 * 5e-6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one optimizer step. None: the GPU's or the network's rates are not known."""
+
+    step_seconds: float | None
+    tokens_per_second_per_gpu: float | None
+    assumed_mfu: float | None  # model FLOPs over the data sheet's rate: without what is computed again
+    flops_per_token: float
+    communication: Communication
+
+
+def flops_per_token(recipe: Recipe, model: ModelShape, sizes: Sizes) -> float:
+    """Model FLOPs of a trained token: 2 for each weight it is multiplied with forward and 4 backward, 2 where the
+    weight is frozen (LoRA: no weight gradients); attention's scores and values over half of the row, twice that
+    backward (PaLM, arXiv 2204.02311, appendix B)."""
+    s = model.sizes
+    matmul = sum(_used(tensor, s) for tensor in model.tensors if len(tensor.shape) > 1 and tensor.kind != "embedding")
+    if sizes.tied and s.vocab_size and s.hidden_size:
+        matmul += s.vocab_size * s.hidden_size
+    adapters = sizes.trained if recipe.lora else 0
+    attention = 0.0
+    if s.num_attention_heads and s.head_dim and s.num_hidden_layers:
+        length = min(recipe.data.max_length, s.sliding_window or recipe.data.max_length)
+        attention = 2 * length * s.num_attention_heads * s.head_dim * s.num_hidden_layers
+    weights = (4 if recipe.lora else 6) * matmul + 6 * adapters
+    return weights + 3 * attention
+
+
+def _used(tensor: Tensor, s: ModelSizes) -> float:
+    """Elements that a token is multiplied with."""
+    if tensor.kind == "experts" and s.experts:
+        return tensor.size * s.experts.num_experts_per_tok / s.experts.num_experts
+    return tensor.size
+
+
+def estimate(
+    recipe: Recipe,
+    model: ModelShape,
+    sizes: Sizes,
+    setting: Setting,
+    accumulation: int,
+    device: Device,
+    links: Links | None,
+    measured: float | None = None,
+) -> Speed:
+    """A step of `accumulation` micro-batches; `measured` is the FLOP/s of a rank in an earlier run."""
+    sent = communication.per_step(sizes, setting, accumulation, links)
+    per_token = flops_per_token(recipe, model, sizes)
+    gpu = GPUS.get(device.name)
+    if not measured and (gpu is None or sent.seconds is None):
+        return Speed(None, None, None, per_token, sent)
+    peak = gpu and 1e12 * (gpu.float32_tflops if recipe.training.mixed_precision == "no" else gpu.tflops)
+    rate = measured or achievable(gpu, recipe) * TRAINED * QUANTIZED.get(recipe.model.quantization or "", 1.0)
+    tokens = setting.micro_batch_size * recipe.data.max_length
+    again = recomputed(recipe.lora is not None, setting.gradient_checkpointing)
+    layers = model.num_hidden_layers or 0
+    launches = layers * LAUNCH_SECONDS * (4 if setting.gradient_checkpointing else 3)
+    compute = accumulation * max(tokens * per_token * again / rate, launches if gpu else 0.0)
+    sending = sent.seconds or 0.0
+    step = max(compute, sending) + (1 - OVERLAP) * min(compute, sending)
+    step += _offload_seconds(sizes, setting, accumulation)
+    if gpu:  # the optimizer reads and writes parameter, gradient and two moments
+        step += 28 * sizes.trained / setting.shard_size / (gpu.memory_bandwidth * 1e12)
+    step_tokens = tokens * accumulation
+    return Speed(step, step_tokens / step, step_tokens * per_token / step / peak if peak else None, per_token, sent)
+
+
+def achievable(gpu: Gpu, recipe: Recipe) -> float:
+    """FLOP/s of a GPU's matmuls in the recipe's precision."""
+    if recipe.training.mixed_precision == "no":
+        return 1e12 * gpu.float32_tflops
+    return 1e12 * (gpu.measured_tflops or ACHIEVABLE * gpu.tflops)
+
+
+def recomputed(lora: bool, gradient_checkpointing: bool) -> float:
+    """How much more is computed under checkpointing, which repeats the forward pass: a third of the FLOPs of full
+    fine-tuning, half of LoRA's."""
+    return (1.5 if lora else 4 / 3) if gradient_checkpointing else 1.0
+
+
+def _offload_seconds(sizes: Sizes, setting: Setting, accumulation: int) -> float:
+    if setting.offload == "none":
+        return 0.0
+    mine = sizes.trained / setting.shard_size
+    seconds = 28 * mine / (HOST_MEMORY * 1e9) + 6 * mine / (PCIE * 1e9)
+    if setting.offload == "all":
+        seconds += 2 * accumulation * sizes.gathered_bytes / setting.shard_size / (PCIE * 1e9)
+    return seconds

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import sys
+from functools import cache
 
 from distft.errors import MissingPartError
 
@@ -32,6 +36,19 @@ def require() -> None:
         raise MissingPartError(f"training needs {', '.join(missing)}: {INSTALL}")
     if wrong:
         raise MissingPartError(f"these versions are not known to work: {'; '.join(wrong)}: {INSTALL}")
+
+
+@cache
+def installed() -> dict[str, str]:
+    """Name → version of every distribution, by the names of their folders: importlib.metadata takes as long to load as
+    a whole plan."""
+    found: dict[str, str] = {}
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder or "."):  # noqa: PTH208 (in half the time)
+                if match := re.fullmatch(r"(.+)-([0-9][^-]*)\.dist-info", name):
+                    found.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), match[2])
+    return found
 
 
 def requirements() -> list[tuple[str, list[tuple[str, str]]]]:

@@ -70,7 +70,13 @@ def test_a_login_node(site: Path, tiny: Tiny, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("command", [("validate",), ("launch", "--dry-run")])
+def test_installed_versions() -> None:
+    found = train_part.installed()
+    for name, _ in train_part.requirements():
+        assert found[name] == metadata.version(name)
+
+
+@pytest.mark.parametrize("command", [("validate",), ("launch", "--dry-run"), ("plan",)])
 def test_start_up_is_light(tiny: Tiny, tmp_path: Path, command: tuple[str, ...]) -> None:
     """importlib.metadata alone is a tenth of the time; pydantic would load it, and look for plugins everywhere."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from distft.errors import PlanError
 from distft.planner import batch as batches
@@ -65,8 +65,8 @@ def _widths(nproc_per_node: int, global_batch_size: int) -> Iterator[Topology]:
             yield topology
 
 
-def _fits_on(search: Search, topology: Topology) -> bool:
-    smaller = replace(search, where=replace(search.where, topology=topology))
+def _fits_on(search: Search, topology: Topology, length: int | None = None) -> bool:
+    smaller = search.on(topology)
     wanted, training = search.recipe.parallelism, search.recipe.training
     micro = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
     checkpointing = training.gradient_checkpointing is not False
@@ -80,7 +80,7 @@ def _fits_on(search: Search, topology: Topology) -> bool:
         if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
             strategy = "fsdp"
         options = [(strategy, wanted.offload)]
-    return any(smaller.candidate(*option, checkpointing, batch).fits for option in options)
+    return any(smaller.candidate(*option, checkpointing, batch, length).fits for option in options)
 
 
 def would_fit(search: Search) -> list[str]:
@@ -102,7 +102,7 @@ def would_fit(search: Search) -> list[str]:
         parallelism = type(recipe.parallelism)()
         changes.append(("parallelism.strategy: auto", recipe.model_copy(update={"parallelism": parallelism})))
     for name, changed in changes:
-        other = replace(search, recipe=changed)
+        other = Search.of(changed, search.model, search.where)
         try:
             chosen = _choice(other)
         except PlanError:
@@ -128,4 +128,4 @@ def _choice(search: Search) -> Candidate | None:
 
 
 def _row_fits(search: Search, length: int) -> bool:
-    return _fits_on(replace(search, recipe=_with(search.recipe, "data", max_length=length)), search.where.topology)
+    return _fits_on(search, search.where.topology, length)

@@ -89,19 +89,31 @@ class Estimator:
         self.recipe, self.model = recipe, model
         self.sizes = sizes_of(recipe, model)
         self.states = _ddp_states(recipe, model, self.sizes)
+        self.zero: dict[tuple, Any] = {}
 
     def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
         """Memory of a rank; `max_length` instead of the recipe's."""
         length = max_length or self.recipe.data.max_length
         peaks = _peaks(self.recipe, self.model, self.sizes, setting, length)
-        return put_together(self.recipe, self.sizes, self.states, peaks, setting)
+        key = setting.strategy, setting.offload, setting.world_size
+        if key not in self.zero:
+            self.zero[key] = zero_section(self.recipe, setting, self.sizes)
+        return put_together(self.recipe, self.sizes, self.states, peaks, setting, self.zero[key])
 
 
-def put_together(recipe: Recipe, sizes: Sizes, states: Mapping[str, int], peaks: Peaks, setting: Setting) -> Memory:
+def put_together(
+    recipe: Recipe,
+    sizes: Sizes,
+    states: Mapping[str, int],
+    peaks: Peaks,
+    setting: Setting,
+    zero: dict[str, Any] | None,
+) -> Memory:
     """States and buffers by strategy, on top of what the step itself keeps.
 
     Args:
         states: bytes of parameters, gradients and optimizer states where nothing is divided (DDP).
+        zero: what zero_section gives.
     """
     optim, bnb = recipe.training.optim, sizes.bnb_bytes > 0
     ddp = setting.strategy == "ddp"
@@ -123,7 +135,7 @@ def put_together(recipe: Recipe, sizes: Sizes, states: Mapping[str, int], peaks:
             setting.shard_size,
             sizes,
             state,
-            _zero_section(recipe, setting, sizes),
+            zero,
             bf16=recipe.training.mixed_precision == "bf16",
         )
     # Paged states are CUDA managed memory, which torch's allocator does not count (bitsandbytes get_state_buffer).
@@ -161,7 +173,7 @@ def put_together(recipe: Recipe, sizes: Sizes, states: Mapping[str, int], peaks:
     )
 
 
-def _zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:
+def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:
     """ds_config.json's zero_optimization, as the run will have it; None for FSDP."""
     if setting.layout != "zero":
         return None

@@ -74,7 +74,7 @@ def make_plan(
         PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
     """
     model = _model(recipe, need_weights, simulated)
-    search = Search(recipe, model, where, measured)
+    search = Search.of(recipe, model, where, measured)
     reasons, warnings = [], _warnings(where.topology, where.device)
     if model.model_type and not model.is_known and not simulated:
         warnings.append(

@@ -99,11 +99,20 @@ class Search:
     recipe: Recipe
     model: ModelShape
     where: Where
+    estimator: Estimator
     measured: float | None = None  # FLOP/s of a rank in an earlier run
 
+    @classmethod
+    def of(cls, recipe: Recipe, model: ModelShape, where: Where, measured: float | None = None) -> Search:
+        return cls(recipe, model, where, Estimator(recipe, model), measured)
+
+    def on(self, topology: Topology) -> Search:
+        """The same on more or fewer ranks."""
+        return replace(self, where=replace(self.where, topology=topology))
+
     @cached_property
-    def estimator(self) -> Estimator:
-        return Estimator(self.recipe, self.model)
+    def flops_per_token(self) -> float:
+        return speed.flops_per_token(self.recipe, self.model, self.estimator.sizes)
 
     def attention(self) -> str:
         """What `auto` is planned as: SDPA. FlashAttention-2, where a rank finds it, needs no more memory."""
@@ -194,6 +203,7 @@ class Search:
             batch.gradient_accumulation_steps,
             self.where.device,
             self.where.links,
+            self.flops_per_token,
             self.measured,
         )
         return Candidate(setting, batch, found, time, self.where.device.memory, self.where.host_memory)

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from distft.errors import PlanError
-from distft.planner.memory import Memory, Setting, put_together
+from distft.planner.memory import Memory, Setting, put_together, zero_section
 from distft.planner.sharding import Sizes
 from distft.recipe import Recipe
 
@@ -68,7 +68,7 @@ def simulate(recipe: Recipe, setting: Setting) -> Memory:
             ) from error
         found.append((sizes, steps))
     sizes, steps = _to_depth(found, depths, len(blocks))
-    return put_together(recipe, sizes, steps.states, steps.peaks, setting)
+    return put_together(recipe, sizes, steps.states, steps.peaks, setting, zero_section(recipe, setting, sizes))
 
 
 def _to_depth(found: list[tuple[Sizes, Trace]], depths: tuple[int, ...], depth: int) -> tuple[Sizes, Trace]:

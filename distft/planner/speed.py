@@ -79,11 +79,16 @@ def estimate(
     accumulation: int,
     device: Device,
     links: Links | None,
+    per_token: float,
     measured: float | None = None,
 ) -> Speed:
-    """A step of `accumulation` micro-batches; `measured` is the FLOP/s of a rank in an earlier run."""
+    """A step of `accumulation` micro-batches.
+
+    Args:
+        per_token: flops_per_token.
+        measured: FLOP/s of a rank in an earlier run.
+    """
     sent = communication.per_step(sizes, setting, accumulation, links)
-    per_token = flops_per_token(recipe, model, sizes)
     gpu = GPUS.get(device.name)
     if not measured and (gpu is None or sent.seconds is None):
         return Speed(None, None, None, per_token, sent)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distft import train_part
 from distft.errors import PlanError
 
 if TYPE_CHECKING:
@@ -177,20 +178,9 @@ class Rule:
         """
         if not self.versions:
             return True
-        # Only here: the import takes 16 ms, and few cases come as far.
-        from importlib import metadata
-
-        from distft import train_part
-
-        for requirement in self.versions:
-            package, bounds = parse(requirement)
-            try:
-                version = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                return False
-            if not train_part.within(version, bounds):
-                return False
-        return True
+        found = train_part.installed()
+        wanted = [parse(requirement) for requirement in self.versions]
+        return all(name in found and train_part.within(found[name], bounds) for name, bounds in wanted)
 
     def __call__(self, case: Case) -> str | None:
         """What is wrong with a case and the mend, or None."""

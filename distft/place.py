@@ -31,9 +31,11 @@ class Place:
 
     def topology(self) -> Topology:
         """Nodes and ranks, with what was not asked for filled in."""
-        if self.cluster is None:
+        if self.cluster is None and self.gpu in (None, "local"):
             return topology_here(self.nodes, self.gpus_per_node)
-        ranks = self.gpus_per_node if self.gpus_per_node is not None else self.cluster.node.gpus_per_node or 1
+        ranks = self.gpus_per_node
+        if ranks is None:
+            ranks = (self.cluster.node.gpus_per_node if self.cluster else 1) or 1
         return Topology(self.nodes if self.nodes is not None else 1, ranks)
 
     def where(self) -> Where:
@@ -51,7 +53,7 @@ class Place:
         if cluster:
             host = int(cluster.node.memory * GIB) if cluster.node.memory and device.type == "cuda" else None
             return Where(topology, device, cluster.network.bandwidth, host, cluster.price_per_gpu_hour)
-        host = None if self.gpu or device.type == "cpu" else physical_memory()
+        host = None if self.gpu not in (None, "local") or device.type == "cpu" else physical_memory()
         return Where(topology, device, host_memory=host)
 
     def runs_dir(self, settings: Recipe | ScriptSettings) -> str:

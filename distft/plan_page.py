@@ -97,7 +97,7 @@ def _duration(seconds: float) -> str:
 
 def _table(plan: Plan, width: int) -> Iterator[str]:
     yield ""
-    rows = [("candidate", "checkpointing", "micro", "GiB a rank", "s a step", "")]
+    rows = [("candidate", "recompute", "micro", "GiB a rank", "s a step", "")]
     chosen = plan.chosen
     for c in plan.candidates:
         seconds = "" if c.speed.step_seconds is None else f"{c.seconds:.3g}"

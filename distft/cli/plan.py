@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import warnings
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -44,7 +46,7 @@ def plan(
 
     Exit status: 0 it fits, 1 it does not, 2 what was asked is wrong.
     """
-    from distft import calibration, plan_page
+    from distft import calibration, plan_page, train_part
     from distft.loading import load_recipe
     from distft.planner import limits
     from distft.planner.plan import make_plan, plan_json
@@ -52,6 +54,11 @@ def plan(
     loaded = load_recipe(recipe, sets)
     assumed = not gpu and not place.cluster
     where = replace(place, gpu=gpu or (USUAL_GPU if assumed else None)).where()
+    if simulate:
+        train_part.require()
+        # transformers and bitsandbytes tell of what does not matter here.
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     measured = calibration.flops_per_second(calibrate) if calibrate else None
     made = make_plan(loaded, where, compare=True, simulated=simulate, measured=measured)
     if assumed:

@@ -8,7 +8,7 @@ are bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ def symbols(sizes: Any, tokens: int, row: int, rank: int) -> dict[str, int]:
             found[f"h·{name}"] = one["h"] * one[name]
             found[f"r·{name}"] = rank * one[name]
     if sizes.experts:
-        found["e·h·m"] = one["e"] * one["h"] * one["m"]
+        found |= {f"e·{name}": one["e"] * found[name] for name in ("h·m", "r·h", "r·m")}
     return found
 
 
@@ -108,9 +108,16 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
         if key == mode.key and family in families.split():
             parts = (moment.partition(":") for moment in moments)
             return {name: [_parse(text) for text in peaks.split(";")] for name, _, peaks in parts}
+    if mode.attention == "flash":
+        masked = polynomials(family, replace(mode, attention="masked"))
+        return {name: [_unmasked(p) for p in alternatives] for name, alternatives in masked.items()}
     if mode.attention != "eager":
-        return polynomials(family, Mode(mode.layout, mode.adapters, "eager", mode.checkpointing))
+        return polynomials(family, replace(mode, attention="eager"))
     return polynomials("llama", mode)
+
+
+def _unmasked(polynomial: Polynomial) -> Polynomial:
+    return {name: size for name, size in polynomial.items() if name not in ("T·s", "s·s")}
 
 
 @lru_cache
@@ -144,8 +151,8 @@ def peaks(recipe: Recipe, model: ModelShape, setting: Setting, row: int) -> dict
     mode = mode_of(recipe, setting)
     table = polynomials(model.model_type or "", mode)
     value = symbols(sizes, setting.micro_batch_size * row, row, recipe.lora.r if recipe.lora else 1)
-    if mode.attention == "masked" and not needs_mask(recipe, setting):
-        value["T·s"] = 0
+    if not needs_mask(recipe, setting):
+        value["T·s"] = value["s·s"] = 0
     base, (saved,) = table["base"][0], table["saved"]
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
     found = {}

@@ -85,11 +85,28 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
             + (f"model_type {kind} is not known here" if kind else "its config.json has no model_type")
             + "; add the weights, or plan with --simulate, which takes any transformers model"
         )
+    return shape_of(recipe, tensors, tied, sizes, config, experts)
+
+
+def shape_of(
+    recipe: Recipe,
+    tensors: tuple[Tensor, ...],
+    tied: tuple[Tensor, ...],
+    sizes: Sizes,
+    config: Mapping[str, Any],
+    peft_experts: str | None = None,
+) -> ModelShape:
+    """The counts of a model with these parameters.
+
+    Raises:
+        PlanError: lora.target_modules names none of its layers.
+    """
     parameters = sum(tensor.size for tensor in tensors)
+    trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts) if recipe.lora else parameters
     return ModelShape(
-        name=name,
+        name=recipe.model.name_or_path,
         parameters=parameters,
-        trainable_parameters=lora_parameters(recipe.lora, (*tensors, *tied), experts) if recipe.lora else parameters,
+        trainable_parameters=trained,
         linear_parameters=sum(tensor.size for tensor in tensors if tensor.is_linear),
         hidden_size=sizes.hidden_size,
         num_hidden_layers=sizes.num_hidden_layers,
@@ -98,7 +115,7 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
         sizes=sizes,
         tensors=tensors,
         config=config,
-        peft_experts=experts,
+        peft_experts=peft_experts,
         tied=tied,
     )
 

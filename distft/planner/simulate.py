@@ -23,7 +23,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from distft.errors import PlanError
+from distft.planner.architecture import guess_sizes
+from distft.planner.layout import Tensor
 from distft.planner.memory import Memory, Setting, put_together, zero_section
+from distft.planner.model_shapes import ModelShape, shape_of
 from distft.planner.sharding import Sizes
 from distft.recipe import Recipe
 
@@ -87,3 +90,33 @@ def _to_depth(found: list[tuple[Sizes, Trace]], depths: tuple[int, ...], depth: 
     sizes = replace(sizes, **{key: line(getattr(sizes_below, key), getattr(sizes, key)) for key in growing})
     peaks = {key: line(below.peaks[key], steps.peaks[key]) for key in steps.peaks if key in below.peaks}
     return sizes, replace(steps, peaks=peaks, states=line(below.states, steps.states))
+
+
+def model_shape(recipe: Recipe) -> ModelShape:
+    """The parameters of any model that transformers can build from its config.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from distft.train.fake_model import build
+
+    model = build(recipe, "autocast", "eager", plain=True)
+    head, kinds = model.get_output_embeddings(), {torch.nn.Linear: "linear", Conv1D: "conv1d"}
+    kinds |= {torch.nn.Embedding: "embedding"}
+    tensors = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = "bias" if name == "bias" else kinds.get(type(module), "norm" if parameter.dim() == 1 else "param")
+            if module is head and name == "weight":
+                kind = "output"
+            tensors.append(Tensor(f"{path}.{name}" if path else name, tuple(parameter.shape), kind))
+    tied = tuple(t for t in tensors if t.kind == "output") if head is not None and _is_tied(model, head) else ()
+    config = model.config.to_dict()
+    return shape_of(recipe, tuple(t for t in tensors if t not in tied), tied, guess_sizes(config), config)
+
+
+def _is_tied(model: Any, head: Any) -> bool:
+    return head.weight is model.get_input_embeddings().weight

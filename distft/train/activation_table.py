@@ -133,6 +133,8 @@ def decode(size: int, names: dict[int, Polynomial]) -> Polynomial:
         return names[size]
     if size < 200_000:  # such as nf4's scales: less than a thousandth of what a layer keeps
         return {}
+    if size % (LENGTH * ROWS) == 0 and size < 4 * LENGTH * ROWS * GENERIC["hidden_size"]:
+        return {"T·h": round(size / (LENGTH * ROWS * GENERIC["hidden_size"]), 3)}  # a part of each head: partial rotary
     raise ValueError(f"{size} bytes are no product of the sizes")
 
 
@@ -149,7 +151,8 @@ def _names(values: dict[str, int]) -> dict[int, Polynomial]:
             size = factor * sum(values[key] * weight for key, weight in parts.items())
             found.setdefault(size, {key: factor * weight for key, weight in parts.items()})
     # Copies of learned positions: too few to count.
-    return found | {int(factor * GENERIC["max_position_embeddings"] * values["h·h"] ** 0.5): {} for factor in FACTORS}
+    positions, h = GENERIC["max_position_embeddings"], GENERIC["hidden_size"]
+    return found | {int(factor * (positions + more) * h): {} for factor in FACTORS for more in (0, 2)}
 
 
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:

@@ -1,0 +1,368 @@
+"""`distft plan`: what it says, what it chooses, and what `launch` and `status` make of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Tiny, distft
+
+from distft.devices import GPUS, known_gpu, named_device
+from distft.errors import ClusterError
+from distft.loading import load_recipe
+from distft.planner import limits
+from distft.planner.plan import make_plan
+from distft.planner.search import Where
+from distft.topology import Topology
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "num_hidden_layers": 32,
+    "tie_word_embeddings": False,
+}
+LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "num_attention_heads": 64, "intermediate_size": 28672} | {
+    "num_hidden_layers": 80
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipes for models of which there is only a config.json."""
+    folder = tmp_path_factory.mktemp("plan")
+    for name, config in (("8b", LLAMA_8B), ("70b", LLAMA_70B)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        recipe = {
+            "name": name,
+            "model": {"name_or_path": name},
+            "lora": {},
+            "data": {"train": "data.jsonl", "max_length": 4096},
+            "training": {"global_batch_size": 64, "max_steps": 1000},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "data.jsonl").write_text('{"text": "a"}\n')
+    return folder
+
+
+def plan(folder: Path, name: str, nodes: int, gpus: int, gpu: str, *sets: str, **where: Any) -> Any:
+    recipe = load_recipe(str(folder / f"{name}.yaml"), sets)
+    return make_plan(recipe, Where(Topology(nodes, gpus), named_device(gpu, gpus), **where), compare=True)
+
+
+def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "distft", "plan", *arguments]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+# ---- the choice
+
+
+def test_lora_that_fits_is_plain_ddp(folder: Path) -> None:
+    found = plan(folder, "8b", 1, 8, "h100")
+    assert (found.strategy, found.offload, found.fits) == ("ddp", "none", True)
+    assert any("fit" in reason for reason in found.reasons)
+
+
+def test_states_that_do_not_fit_are_sharded(folder: Path) -> None:
+    found = plan(folder, "8b", 1, 8, "h100", "lora=null")
+    assert found.strategy in ("zero2", "zero3", "fsdp")
+    assert found.offload == "none"
+    ddp = next(c for c in found.candidates if c.name == "ddp")
+    assert ddp.excess > 80 * 2**30  # 16 bytes for each of 8 billion parameters
+    assert any(reason.startswith("not ddp: ") and reason.endswith("GiB too much") for reason in found.reasons)
+
+
+def test_a_slow_network_is_not_sharded_across(folder: Path) -> None:
+    slow = plan(folder, "70b", 4, 8, "h100", bandwidth=10.0)
+    fast = plan(folder, "70b", 4, 8, "h100", bandwidth=400.0)
+    assert slow.strategy == "hsdp"
+    assert fast.strategy in ("fsdp", "zero3")
+    assert slow.shard_size == 8
+    assert fast.shard_size == 32
+    assert slow.chosen.speed.communication.seconds < 2 > fast.chosen.speed.communication.seconds
+
+
+def test_offload_is_last_and_can_be_ruled_out(folder: Path) -> None:
+    found = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null")
+    assert found.offload != "none"
+    assert found.memory.host_per_node > 90 * 2**30
+    none = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", "parallelism.offload=none")
+    assert (none.offload, none.fits) == ("none", False)
+    assert "too much" in none.warnings[-1]
+    small_host = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", host_memory=64 * 2**30)
+    assert not small_host.fits
+
+
+def test_what_is_asked_for_is_kept(folder: Path) -> None:
+    found = plan(folder, "8b", 1, 8, "h100", "parallelism.strategy=zero3", "training.micro_batch_size=2")
+    assert (found.strategy, found.batch.micro_batch_size) == ("zero3", 2)
+    assert "zero3: as asked" in found.reasons
+    assert {c.setting.strategy for c in found.candidates} > {"zero3", "ddp", "fsdp"}  # beside it, for comparing
+
+
+def test_what_rules_forbid_is_named(folder: Path) -> None:
+    found = plan(folder, "8b", 1, 8, "h100", "model.quantization=int8")
+    rejected = {c.name: c.rejected for c in found.candidates if c.rejected}
+    assert set(rejected) >= {"fsdp", "zero3"}
+    assert "[int8-cannot-be-sharded]" in rejected["fsdp"]
+    assert found.strategy == "ddp"
+
+
+def test_checkpointing_only_where_it_pays(folder: Path) -> None:
+    roomy, tight = plan(folder, "8b", 1, 1, "h200"), plan(folder, "8b", 1, 1, "a100-40gb")
+    assert (roomy.gradient_checkpointing, tight.gradient_checkpointing) == (False, True)
+    assert any(reason.startswith("gradient_checkpointing on: without it") for reason in tight.reasons)
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize(("name", "sets"), [("8b", ("lora=null",)), ("70b", ()), ("70b", ("model.quantization=nf4",))])
+def test_the_fewest_gpus_are_the_fewest(folder: Path, name: str, sets: tuple[str, ...]) -> None:
+    found = plan(folder, name, 1, 8, "h100", *sets)
+    fewest = limits.fewest_gpus(found.search)
+    none = "parallelism.offload=none"
+    assert plan(folder, name, fewest.nnodes, fewest.nproc_per_node, "h100", *sets, none).fits
+    if fewest.world_size > 1:
+        assert not plan(folder, name, 1, fewest.world_size // 2, "h100", *sets, none).fits
+
+
+def test_the_limits_are_limits(folder: Path) -> None:
+    none = "parallelism.offload=none"
+    found = plan(folder, "8b", 1, 1, "h100", none)
+    around = limits.limits(found.search, found.chosen)
+    one, checkpointing = "training.micro_batch_size=1", "training.gradient_checkpointing=false"
+    for length, fits in ((around.max_length, True), (around.max_length + 64, False)):
+        assert plan(folder, "8b", 1, 1, "h100", f"data.max_length={length}", one, checkpointing, none).fits is fits
+    for micro, fits in ((around.micro_batch_size, True), (around.micro_batch_size + 1, False)):
+        sets = (f"training.micro_batch_size={micro}", f"training.global_batch_size={4 * micro}", checkpointing, none)
+        assert plan(folder, "8b", 1, 1, "h100", *sets).fits is fits
+
+
+def test_what_would_fit_does(folder: Path) -> None:
+    found = plan(folder, "70b", 1, 1, "h100", "parallelism.offload=none")
+    assert not found.fits
+    mends = limits.would_fit(found.search)
+    assert any(mend.startswith("model.quantization: nf4 (ddp, ") for mend in mends)
+    assert plan(folder, "70b", 1, 1, "h100", "parallelism.offload=none", "model.quantization=nf4").fits
+    nodes = next(mend for mend in mends if mend.startswith("--nodes")).split()
+    assert plan(folder, "70b", int(nodes[1]), int(nodes[3]), "h100").fits
+
+
+# ---- speed
+
+
+def test_speed_is_near_what_is_published(folder: Path) -> None:
+    """NeMo Automodel, LoRA, H100, rows of 4,096 tokens, 2 a micro-batch: 12,473 tokens/s for 8B on one GPU."""
+    found = plan(folder, "8b", 1, 1, "h100", "model.attn_implementation=flash_attention_2")
+    assert found.speed.tokens_per_second_per_gpu == pytest.approx(12473, rel=0.15)
+    assert 0.3 < found.speed.assumed_mfu < 0.5
+
+
+def test_communication_volumes(folder: Path) -> None:
+    sets = ("training.micro_batch_size=4", "training.global_batch_size=64", "lora=null")
+    sent = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
+    parameters, ring = 8_030_261_248, 15 / 16
+    assert sent["ddp"] == pytest.approx(2 * 4 * parameters * ring, rel=1e-6)
+    assert sent["fsdp"] == pytest.approx((2 * 2 + 4) * parameters * ring, rel=1e-6)
+    assert sent["hsdp"] == pytest.approx((8 * 7 / 8 + 2 * 4 / 8 / 2) * parameters, rel=1e-6)
+
+
+def test_the_plan_takes_the_same_time_at_any_width(folder: Path) -> None:
+    import time
+
+    def seconds(nodes: int) -> float:
+        start = time.process_time()
+        plan(folder, "70b", nodes, 8, "h100", f"training.global_batch_size={64 * nodes}")
+        return time.process_time() - start
+
+    seconds(1)
+    assert seconds(128) < 5 * seconds(1) + 0.05
+
+
+# ---- GPUs by name
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("h100-80gb", "H100"),
+        ("H100", "H100"),
+        ("a100-40gb", "A100-40GB"),
+        ("rtx4090", "RTX-4090"),
+        ("v100-16gb", "V100-16GB"),
+        ("l40s", "L40S"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIE"),
+        ("Tesla V100-SXM2-16GB", "V100-16GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA L4", "L4"),
+        ("a100", None),
+        ("l40", None),
+    ],
+)
+def test_names_of_gpus(name: str, known: str | None) -> None:
+    assert known_gpu(name) == known
+
+
+def test_sizes_and_unknown_names() -> None:
+    assert named_device("48GiB", 1).memory == 48 * 2**30
+    assert named_device("80 GB", 1).memory == 80 * 10**9
+    with pytest.raises(
+        ClusterError, match=r"--gpu: got h1000; give one of V100-16GB, .*, a size"
+    ):
+        named_device("h1000", 1)
+    for name in GPUS:
+        assert named_device(name.lower(), 1).name == name
+
+
+# ---- the command
+
+
+def test_the_page(folder: Path) -> None:
+    arguments = ("70b.yaml", "--nodes", "4", "--gpus-per-node", "8", "--gpu", "h100-80gb")
+    for columns in (80, 200):
+        done = run(folder, *arguments, COLUMNS=str(columns))
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        assert lines[0].startswith("fits: hsdp on 4 x 8 H100, ")
+        assert max(map(_columns, lines)) <= columns
+        bar = next(line for line in lines if "█" in line and "·" in line)
+        assert len(bar) > columns - 8
+        for part in ("> hsdp", "75", "GiB too much", "limits", "fewest such GPUs", "longest rows", "why", "assumed"):
+            assert part in done.stdout
+    assert "\x1b[" not in done.stdout
+
+
+def _columns(line: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
+
+
+def test_what_does_not_fit(folder: Path) -> None:
+    arguments = ("70b.yaml", "--gpu", "rtx4090", "--set", "parallelism.offload=none")
+    done = run(folder, *arguments)
+    assert done.returncode == 1
+    assert done.stdout.startswith("does not fit: ")
+    assert "\n  would fit: " in done.stdout
+    assert json.loads(run(folder, *arguments, "--json").stdout)["limits"]["would_fit"]
+
+
+def test_json(folder: Path) -> None:
+    done = run(folder, "8b.yaml", "--gpus-per-node", "8", "--gpu", "h100", "--json")
+    found = json.loads(done.stdout)
+    assert (done.stderr, found["schema"], found["strategy"]) == ("", 1, "ddp")
+    assert found["model"]["parameters"] == 8_030_261_248
+    memory = found["memory"]
+    assert memory["process"] == memory["peak"] + memory["overhead"]
+    assert memory["fits"] is (memory["process"] <= memory["capacity"])
+    keys = {"strategy", "offload", "gradient_checkpointing", "micro_batch_size"}
+    keys |= {"peak", "fits", "step_seconds", "rejected"}
+    assert all(set(candidate) == keys for candidate in found["candidates"])
+    assert found["time"]["step_seconds"] > 0
+    assert found["communication"]["bytes_per_step"] > 0
+    parts = [memory[key] for key in ("parameters", "optimizer", "activations", "logits", "buffers")]
+    assert sum(parts) <= memory["peak"] <= sum(parts) + memory["gradients"]
+
+
+def test_bad_questions(folder: Path) -> None:
+    for arguments, said in (
+        (("8b.yaml", "--gpu", "h1000"), "error: --gpu: got h1000; give one of V100-16GB"),
+        (("8b.yaml", "--calibrate", "none"), "none"),
+        (("8b.yaml", "--set", "training.global_batch_size=7", "--gpus-per-node", "8"), "which 8 ranks cannot share"),
+        (("nothing.yaml",), "nothing.yaml"),
+        (("8b.yaml", "--set", "model.quantization=int8", "--set", "lora=null"), "[quantization-needs-lora]"),
+    ):
+        done = run(folder, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_no_gpu_is_looked_for_unless_asked(folder: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ntouch {asked}\necho GPU-1, NVIDIA L4, 23034, 8.9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = run(folder, "8b.yaml", PATH=path)
+    assert "H100: neither --gpu nor --cluster names another; --gpu local is this machine" in done.stdout
+    assert not asked.exists()
+    assert "NVIDIA L4" in run(folder, "8b.yaml", "--gpu", "local", PATH=path).stdout
+    assert asked.exists()
+
+
+def test_a_family_that_is_not_known(folder: Path) -> None:
+    (folder / "glm").mkdir()
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = {"model_type": "glm4", **sizes, "intermediate_size": 600, "vocab_size": 4000, "num_hidden_layers": 3}
+    (folder / "glm" / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    arguments = ("8b.yaml", "--set", "model.name_or_path=glm", "--set", "data.max_length=256")
+    done = run(folder, *arguments)
+    assert done.returncode == 2
+    assert "model_type glm4 is not known here; add the weights, or plan with --simulate" in done.stderr
+    done = run(folder, *arguments, "--simulate", "--json")
+    found = json.loads(done.stdout)
+    assert (found["memory"]["simulated"], found["memory"]["fits"]) == (True, True)
+    assert found["model"]["parameters"] > 2 * 4000 * 256
+
+
+def test_the_simulation_says_what_the_formula_says(folder: Path) -> None:
+    arguments = ("8b.yaml", "--gpus-per-node", "8", "--json")
+    formula = json.loads(run(folder, *arguments).stdout)["memory"]
+    done = run(folder, *arguments, "--simulate")
+    assert done.stderr == ""
+    counted = json.loads(done.stdout)["memory"]
+    assert (formula["simulated"], counted["simulated"]) == (False, True)
+    assert formula["peak"] == pytest.approx(counted["peak"], rel=0.01)
+
+
+# ---- launch and status
+
+
+@pytest.fixture(scope="module")
+def too_large(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose rows could need far more memory than there is (and do not: its data is short)."""
+    folder = tmp_path_factory.mktemp("too-large")
+    recipe = tiny.recipe()
+    recipe["data"] |= {"max_length": 4_000_000, "packing": False}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_launch_refuses_what_does_not_fit(too_large: Path) -> None:
+    done = distft("launch", "recipe.yaml", cwd=too_large)
+    assert done.returncode == 2
+    assert "error: will run out of memory: a rank needs about " in done.stderr
+    assert "would fit: data.max_length: " in done.stderr
+    assert done.stderr.rstrip().endswith("--force starts it all the same")
+    assert not (too_large / "runs").exists()
+    assert distft("launch", "recipe.yaml", "--dry-run", cwd=too_large).returncode == 0
+
+
+def test_force_status_and_calibrate(too_large: Path) -> None:
+    done = distft("launch", "recipe.yaml", "--force", cwd=too_large)
+    assert done.returncode == 0, done.stderr
+    name = yaml.safe_load((too_large / "recipe.yaml").read_text())["name"]
+    found = json.loads(distft("status", name, "--json", cwd=too_large).stdout)["runs"][0]
+    assert found["measured"]["memory_bytes"] > 2**27
+    assert found["predicted"]["memory_bytes"] > found["measured"]["memory_bytes"]
+    assert found["measured"]["tokens_per_second"] > 0
+    text = distft("status", name, cwd=too_large).stdout
+    assert "  memory of a rank: " in text
+    assert ", predicted " in text
+    calibrated = distft("plan", "recipe.yaml", "--gpu", "local", "--calibrate", name, "--json", cwd=too_large)
+    assert json.loads(calibrated.stdout)["time"]["tokens_per_second_per_gpu"] == pytest.approx(
+        found["measured"]["tokens_per_second"], rel=0.05
+    )

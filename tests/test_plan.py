@@ -336,7 +336,7 @@ def too_large(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe whose rows could need far more memory than there is (and do not: its data is short)."""
     folder = tmp_path_factory.mktemp("too-large")
     recipe = tiny.recipe()
-    recipe["data"] |= {"max_length": 4_000_000, "packing": False}
+    recipe["data"] |= {"max_length": 20_000_000, "packing": False}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 

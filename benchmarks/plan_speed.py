@@ -3,7 +3,7 @@
     python benchmarks/plan_speed.py [--rounds 5] [--fitcheck COMMAND]
 
 Whole processes, interleaved; medians of wall time, and the largest memory of a process. The plan is of Llama-3-70B (its
-config.json alone) with all candidates. `--fitcheck` is fitcheck-llm's command where it is installed (it is no dependency).
+config.json alone) with all candidates. `--fitcheck` is the command of fitcheck-llm, where that is installed.
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ counts what this module takes from tables. benchmarks/plan_accuracy.py holds the
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distft.planner import activations, sharding
-from distft.planner.layout import Tensor
+from distft.planner.layout import Tensor, blocks
 from distft.planner.lora import adapters
 from distft.planner.model_shapes import ModelShape
 from distft.planner.sharding import Share, Sizes, Unit
@@ -23,6 +22,10 @@ from distft.recipe import Recipe
 # collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator in parts of the peak (fitcheck-llm, 69
 # measured rows: 5%). On a CPU: torch, transformers and peft imported (benchmarks/plan_accuracy.py measures it).
 CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * 2**30), 2**30, 0.05, int(0.75 * 2**30)
+
+# Families whose layers are classes of their own, which transformers 5 leaves alone (integrations/bitsandbytes.py,
+# replace_with_bnb_linear: `type(module) is nn.Linear`).
+NOT_QUANTISED = ("falcon",)
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
 Peaks = Mapping[tuple[str, "int | None"], Counter]
@@ -209,7 +212,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
             return 0
-        if quantization and tensor.is_linear:
+        if quantization and tensor.is_linear and model.model_type not in NOT_QUANTISED:
             return stored_bytes(quantization, tensor.size, tensor.shape[0])
         return low * tensor.size
 
@@ -222,8 +225,8 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
 
     embedding = next(tensor for tensor in model.tensors if tensor.kind == "embedding")
     tied = not any(tensor.kind == "output" for tensor in model.tensors)
-    blocks = _blocks(model.tensors)
-    inside = {tensor.name for block in blocks for tensor in block} | (set() if tied else {embedding.name})
+    stack = blocks(model.tensors)
+    inside = {tensor.name for block in stack for tensor in block} | (set() if tied else {embedding.name})
     everything = [size for tensor in model.tensors for size in trained(tensor)]
     small = sum(tensor.size for tensor in model.tensors if tensor.size < sharding.PERSISTENT)
     if recipe.lora:
@@ -241,7 +244,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
             bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
         ),
         embedding=unit([] if tied else [embedding]),
-        block=max(map(unit, blocks), key=lambda unit: unit.bytes, default=Unit(0, 0)),
+        block=max(map(unit, stack), key=lambda unit: unit.bytes, default=Unit(0, 0)),
         tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
         small_bytes=low * small,
         tied=tied,
@@ -250,15 +253,6 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
 
 def _adapters(recipe: Recipe, model: ModelShape) -> list:
     return adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
-
-
-def _blocks(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    """Tensors by block: those under the numbered prefix that has the most numbers."""
-    stacks: dict[str, dict[str, list[Tensor]]] = {}
-    for tensor in tensors:
-        if match := re.match(r"(.*?)\.(\d+)\.", tensor.name):
-            stacks.setdefault(match[1], {}).setdefault(match[2], []).append(tensor)
-    return list(max(stacks.values(), key=len).values()) if stacks else []
 
 
 def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, int]:

@@ -51,8 +51,9 @@ def parse(text: str) -> Iterator[Row]:
             "lora": lora,
             "training": {
                 "mixed_precision": precision,
-                # Two micro-batches a step, so that gradients are there in the second's forward pass.
-                "global_batch_size": int(extra.get("batch", 2 * micro * int(ranks))),
+                # Two micro-batches a step, so that gradients are there in the second's forward pass; one where somebody
+                # else's figure is compared.
+                "global_batch_size": (1 if "peak" in extra else 2) * micro * int(ranks),
                 "optim": extra.get("optim", "adamw_torch_fused"),
             },
         }

@@ -13,15 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.planner.families import FAMILIES
-
 if TYPE_CHECKING:
+    from distft.planner.layout import Tensor
     from distft.planner.memory import Setting
     from distft.planner.model_shapes import ModelShape
     from distft.recipe import Recipe
 
 FILE = Path(__file__).parent / "activations.txt"
 MOMENTS = ("base", "saved", "forward", "loss", "head", "top", "bottom")
+ATTENTIONS = ("flash", "masked", "eager")  # the least memory first
 
 Polynomial = dict[str, int]  # monomial → bytes
 
@@ -100,34 +100,32 @@ def needs_mask(recipe: Recipe, setting: Setting) -> bool:
 
 @lru_cache
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
-    """Moment → what may be its peak; an unknown family is taken for Llama's, a mode that a family lacks (SDPA with
-    Gemma 2's soft-capping) for its eager one."""
-    family = family if family in FAMILIES else "llama"
-    for line in _lines():
-        key, families, *moments = line.split("|")
-        if key == mode.key and family in families.split():
-            parts = (moment.partition(":") for moment in moments)
-            return {name: [_parse(text) for text in peaks.split(";")] for name, _, peaks in parts}
-    if mode.attention == "flash":
-        masked = polynomials(family, replace(mode, attention="masked"))
-        return {name: [_unmasked(p) for p in alternatives] for name, alternatives in masked.items()}
-    if mode.attention != "eager":
-        return polynomials(family, replace(mode, attention="eager"))
-    return polynomials("llama", mode)
-
-
-def _unmasked(polynomial: Polynomial) -> Polynomial:
-    return {name: size for name, size in polynomial.items() if name not in ("T·s", "s·s")}
+    """Moment → what may be its peak. A mode that a family lacks is taken for a costlier one (FlashAttention for SDPA
+    without its mask, Gemma 2's SDPA for eager), an unknown family for Llama's."""
+    for name in (family, "llama"):
+        for attention in ATTENTIONS[ATTENTIONS.index(mode.attention) :]:
+            if found := _table().get((replace(mode, attention=attention).key, name)):
+                without = ("T·s", "s·s") if mode.attention == "flash" and attention == "masked" else ()
+                return {
+                    moment: [_parse(text, without) for text in peaks.split(";")]
+                    for moment, _, peaks in (part.partition(":") for part in found)
+                }
+    raise AssertionError(f"{FILE} has no {mode.key}")
 
 
 @lru_cache
-def _lines() -> tuple[str, ...]:
-    return tuple(FILE.read_text(encoding="utf-8").splitlines())
+def _table() -> dict[tuple[str, str], list[str]]:
+    """(mode, family) → its moments."""
+    found = {}
+    for line in FILE.read_text(encoding="utf-8").splitlines():
+        key, families, *moments = line.split("|")
+        found.update(dict.fromkeys(((key, family) for family in families.split()), moments))
+    return found
 
 
-def _parse(text: str) -> Polynomial:
+def _parse(text: str, without: tuple[str, ...]) -> Polynomial:
     words = text.split()
-    return {name: float(size) for size, name in zip(words[::2], words[1::2], strict=True)}
+    return {name: float(size) for size, name in zip(words[::2], words[1::2], strict=True) if name not in without}
 
 
 def write(found: dict[tuple[str, Mode], dict[str, list[Polynomial]]]) -> str:
@@ -142,9 +140,16 @@ def write(found: dict[tuple[str, Mode], dict[str, list[Polynomial]]]) -> str:
     return "".join(f"{key}|{' '.join(families)}|{text}\n" for (key, text), families in alike.items())
 
 
-def peaks(recipe: Recipe, model: ModelShape, setting: Setting, row: int) -> dict[str, tuple[int, int]]:
+def peaks(
+    recipe: Recipe, model: ModelShape, setting: Setting, row: int, chosen: frozenset[str], block: list[Tensor]
+) -> dict[str, tuple[int, int]]:
     """Moment → bytes at its peak, of rows of `row` tokens: (all but logits, logits). {} where the model's sizes are not
-    known."""
+    known.
+
+    Args:
+        chosen: names of the weights that have adapters.
+        block: tensors of one block.
+    """
     sizes = model.sizes
     if not (sizes.hidden_size and sizes.num_hidden_layers and sizes.num_attention_heads and sizes.vocab_size):
         return {}
@@ -155,14 +160,87 @@ def peaks(recipe: Recipe, model: ModelShape, setting: Setting, row: int) -> dict
         value["T·s"] = value["s·s"] = 0
     base, (saved,) = table["base"][0], table["saved"]
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
+    change = difference(recipe, mode, setting.micro_batch_size * row, chosen, block)
     found = {}
     for moment in MOMENTS[2:]:
         each = saved if moment in ("forward", "loss") else kept
         times = {"forward": depth - 1, "bottom": 1}.get(moment, depth)
-        found[moment] = max(
-            (_evaluate(value, ((base, 1), (each, times), (peak, 1))) for peak in table[moment]), key=sum
-        )
+        common = [(base, 1), (each, times)]
+        rest, logits = max((_evaluate(value, (*common, (peak, 1))) for peak in table[moment]), key=sum)
+        if change:
+            if not mode.checkpointing:
+                rest += times * (change.tokens + change.weights)
+            elif moment in ("forward", "loss"):
+                rest += times * change.weights
+            if (moment == "forward" and change.matrices) or (mode.checkpointing and moment in ("top", "bottom")):
+                # What the block computes once more, and a layer's matrices beside it.
+                whole = polynomials(model.model_type or "", replace(mode, checkpointing=False))["saved"][0]
+                again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices
+                rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
+        found[moment] = rest, logits
     return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a block keeps more than the table says, which has plain LoRA on every linear layer; bytes."""
+
+    tokens: int  # inputs and results of adapters
+    weights: int  # autocast's copies of adapters
+    matrices: int  # DoRA: what one layer makes of its weight, for the time of its forward pass
+
+
+def difference(
+    recipe: Recipe, mode: Mode, tokens: int, chosen: frozenset[str], block: list[Tensor]
+) -> Difference | None:
+    """Chosen layers, and DoRA.
+
+    A frozen layer keeps nothing. An adapter keeps its input (under autocast a 16-bit copy of its own: peft turns it
+    into the adapter's float32 first, but not before a quantised layer; else layers that read the same share it) and
+    the rank-wide product. The last layer of an attention reads what FlashAttention keeps anyway, and LLM.int8() keeps
+    inputs itself. DoRA keeps the results of layer and adapter, and makes the adapter's matrix, from an identity, and
+    its sum with the weight (peft tuners/lora/dora.py).
+    """
+    lora = recipe.lora
+    if lora is None or (lora.target_modules == "all-linear" and not lora.use_dora):
+        return None
+    low = 4 if mode.layout == "float32" else 2
+    linear = [tensor for tensor in block if tensor.is_linear]
+    float32_norms = mode.layout == "autocast" and any(
+        tensor.kind == "bias" and ("norm" in tensor.name or ".ln_" in tensor.name) for tensor in block
+    )
+    inputs = products = weights = results = matrices = 0
+    parents: dict[str, list[Tensor]] = {}
+    for tensor in linear:
+        parents.setdefault(_parent(tensor), []).append(tensor)
+    for parent, layers in parents.items():
+        for tensor in layers:
+            width_in, width_out = tensor.features
+            if tensor.name in chosen:
+                if lora.use_dora:
+                    results += 2 * low * tokens * width_out
+                    square, size = width_in * width_in, width_in * width_out
+                    matrices = max(matrices, low * (square + 3 * size))
+                    if mode.layout == "autocast":
+                        matrices = max(matrices, 6 * square + 2 * size, 2 * square + 16 * size)
+                continue
+            products += low * tokens * lora.r
+            if mode.layout == "autocast":
+                weights += 2 * lora.r * (width_in + width_out)
+            if mode.adapters == "int8":
+                continue
+            last = tensor is layers[-1] and len(layers) > 1
+            if (mode.layout == "autocast" and mode.adapters == "lora") or (float32_norms and not last):
+                inputs += 2 * tokens * width_in
+            elif last:
+                inputs += 0 if "att" in parent and mode.attention != "eager" else low * tokens * width_in
+            elif tensor is layers[0] and not chosen & {other.name for other in layers[:-1]}:
+                inputs += low * tokens * width_in
+    return Difference(results - inputs - products, -weights, matrices)
+
+
+def _parent(tensor: Tensor) -> str:
+    return tensor.name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _evaluate(value: dict[str, int], parts: tuple[tuple[Polynomial, int], ...]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ row stands for so many modules, and `%` in its name for the number of each.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from math import prod
 from typing import Any, NamedTuple
@@ -89,3 +89,12 @@ def tensors(layout: str, symbols: Mapping[str, int], switches: Mapping[str, Any]
             yield Tensor(name + weight, shape, row.kind)
             if bias:
                 yield Tensor(f"{name}.bias", shape[-1:] if row.kind == "conv1d" else shape[:1], "bias")
+
+
+def blocks(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by block: those under the numbered prefix that has the most numbers."""
+    stacks: dict[str, dict[str, list[Tensor]]] = {}
+    for tensor in tensors:
+        if match := re.match(r"(.*?)\.(\d+)\.", tensor.name):
+            stacks.setdefault(match[1], {}).setdefault(match[2], []).append(tensor)
+    return list(max(stacks.values(), key=len).values()) if stacks else []

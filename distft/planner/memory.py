@@ -6,14 +6,13 @@ counts what this module takes from tables. benchmarks/plan_accuracy.py holds the
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distft.planner import activations, sharding
-from distft.planner.layout import Tensor
+from distft.planner.layout import Tensor, blocks
 from distft.planner.lora import adapters
 from distft.planner.model_shapes import ModelShape
 from distft.planner.sharding import Share, Sizes, Unit
@@ -23,6 +22,10 @@ from distft.recipe import Recipe
 # collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator in parts of the peak (fitcheck-llm, 69
 # measured rows: 5%). On a CPU: torch, transformers and peft imported (benchmarks/plan_accuracy.py measures it).
 CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * 2**30), 2**30, 0.05, int(0.75 * 2**30)
+
+# Families whose layers are classes of their own, which transformers 5 leaves alone (integrations/bitsandbytes.py,
+# replace_with_bnb_linear: `type(module) is nn.Linear`).
+NOT_QUANTISED = ("falcon",)
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
 Peaks = Mapping[tuple[str, "int | None"], Counter]
@@ -89,12 +92,15 @@ class Estimator:
         self.recipe, self.model = recipe, model
         self.sizes = sizes_of(recipe, model)
         self.states = _ddp_states(recipe, model, self.sizes)
+        self.chosen = frozenset(tensor.name for tensor, _ in _adapters(recipe, model))
+        self.block = max(blocks(model.tensors), key=len, default=[])
         self.zero: dict[tuple, Any] = {}
 
     def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
         """Memory of a rank; `max_length` instead of the recipe's."""
         length = max_length or self.recipe.data.max_length
-        peaks = _peaks(self.recipe, self.model, self.sizes, setting, length)
+        found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block)
+        peaks = _peaks(self.recipe, self.sizes, setting, found)
         key = setting.strategy, setting.offload, setting.world_size
         if key not in self.zero:
             self.zero[key] = zero_section(self.recipe, setting, self.sizes)
@@ -221,7 +227,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
             return 0
-        if quantization and tensor.is_linear:
+        if quantization and tensor.is_linear and model.model_type not in NOT_QUANTISED:
             return stored_bytes(quantization, tensor.size, tensor.shape[0])
         return low * tensor.size
 
@@ -234,8 +240,8 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
 
     embedding = next(tensor for tensor in model.tensors if tensor.kind == "embedding")
     tied = not any(tensor.kind == "output" for tensor in model.tensors)
-    blocks = _blocks(model.tensors)
-    inside = {tensor.name for block in blocks for tensor in block} | (set() if tied else {embedding.name})
+    stack = blocks(model.tensors)
+    inside = {tensor.name for block in stack for tensor in block} | (set() if tied else {embedding.name})
     everything = [size for tensor in model.tensors for size in trained(tensor)]
     small = sum(tensor.size for tensor in model.tensors if tensor.size < sharding.PERSISTENT)
     if recipe.lora:
@@ -253,7 +259,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
             bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
         ),
         embedding=unit([] if tied else [embedding]),
-        block=max(map(unit, blocks), key=lambda unit: unit.bytes, default=Unit(0, 0)),
+        block=max(map(unit, stack), key=lambda unit: unit.bytes, default=Unit(0, 0)),
         tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
         small_bytes=low * small,
         tied=tied,
@@ -262,15 +268,6 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
 
 def _adapters(recipe: Recipe, model: ModelShape) -> list:
     return adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
-
-
-def _blocks(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    """Tensors by block: those under the numbered prefix that has the most numbers."""
-    stacks: dict[str, dict[str, list[Tensor]]] = {}
-    for tensor in tensors:
-        if match := re.match(r"(.*?)\.(\d+)\.", tensor.name):
-            stacks.setdefault(match[1], {}).setdefault(match[2], []).append(tensor)
-    return list(max(stacks.values(), key=len).values()) if stacks else []
 
 
 def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, int]:
@@ -296,7 +293,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _peaks(recipe: Recipe, model: ModelShape, sizes: Sizes, setting: Setting, length: int) -> Peaks:
+def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tuple[int, int]]) -> Peaks:
     """What the step keeps at its moments, over the depth of the model; see simulate.py, "Depth"."""
     trained = 4 * sizes.trained
     accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
@@ -307,7 +304,7 @@ def _peaks(recipe: Recipe, model: ModelShape, sizes: Sizes, setting: Setting, le
     segments = {"forward": ("forward", -1), "loss": ("loss", None), "head": ("backward", None)}
     segments |= {"top": ("backward", -1), "bottom": ("backward", 0)}
     found: dict[tuple[str, int | None], Counter] = {}
-    for moment, (rest, logits) in activations.peaks(recipe, model, setting, length).items():
+    for moment, (rest, logits) in kept.items():
         found[segments[moment]] = Counter(activations=rest, logits=logits, gradients=gradients[moment])
     found["optimizer", None] = Counter(
         gradients=trained, activations=_optimizer_step_bytes(recipe.training.optim, sizes)

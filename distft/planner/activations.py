@@ -178,7 +178,18 @@ def peaks(
                 again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices
                 rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
         found[moment] = rest, logits
+    if recipe.training.use_liger_kernel:
+        logits = _liger_logits(value["T"], sizes.hidden_size, sizes.vocab_size, 4 if mode.layout == "float32" else 2)
+        found |= {moment: (found[moment][0], logits) for moment in ("loss", "head")}
     return found
+
+
+def _liger_logits(tokens: int, hidden: int, vocab: int, low: int) -> int:
+    """Liger's fused linear cross entropy makes logits and their gradient, in place, for so many tokens at a time as have
+    about the bytes of the hidden states (liger_kernel/ops/fused_linear_cross_entropy.py: chunk_size). Its other kernels
+    save more, which is left out."""
+    chunk = -(-tokens // -(-vocab // hidden))
+    return 2 * low * vocab * min(tokens, 1 << (chunk - 1).bit_length())
 
 
 @dataclass(frozen=True)

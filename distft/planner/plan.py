@@ -93,6 +93,8 @@ def make_plan(
         if chosen is None:
             raise PlanError("\n".join(candidates[0].broken))
         reasons += _reasons(chosen, candidates)
+    if simulated and recipe.training.use_liger_kernel:
+        warnings.append("training.use_liger_kernel: the simulation counts transformers' own kernels, which keep more")
     if simulated:
         chosen, candidates = _simulate(recipe, chosen, candidates, free=not strategy)
     setting, batch = chosen.setting, chosen.batch

@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_the_job(site: Site) -> None:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "goes on; come back with: distft logs -f" in said
     assert "Traceback" not in said

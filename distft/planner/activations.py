@@ -185,7 +185,7 @@ def peaks(
 
 
 def _liger_logits(tokens: int, hidden: int, vocab: int, low: int) -> int:
-    """Liger's fused linear cross entropy makes logits and their gradient, in place, for so many tokens at a time as have
+    """Liger's fused linear cross entropy makes logits and their gradient, in place, for so many tokens at once as have
     about the bytes of the hidden states (liger_kernel/ops/fused_linear_cross_entropy.py: chunk_size). Its other kernels
     save more, which is left out."""
     chunk = -(-tokens // -(-vocab // hidden))

@@ -108,17 +108,17 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
                 without = ("T·s", "s·s") if mode.attention == "flash" and attention == "masked" else ()
                 return {
                     moment: [_parse(text, without) for text in peaks.split(";")]
-                    for moment, _, peaks in (part.partition(":") for part in found)
+                    for moment, _, peaks in (part.partition(":") for part in found.split("|"))
                 }
     raise AssertionError(f"{FILE} has no {mode.key}")
 
 
 @lru_cache
-def _table() -> dict[tuple[str, str], list[str]]:
+def _table() -> dict[tuple[str, str], str]:
     """(mode, family) → its moments."""
     found = {}
     for line in FILE.read_text(encoding="utf-8").splitlines():
-        key, families, *moments = line.split("|")
+        key, families, moments = line.split("|", 2)
         found.update(dict.fromkeys(((key, family) for family in families.split()), moments))
     return found
 

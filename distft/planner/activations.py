@@ -101,10 +101,12 @@ def needs_mask(recipe: Recipe, setting: Setting) -> bool:
 @lru_cache
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
     """Moment → what may be its peak. A mode that a family lacks is taken for a costlier one (FlashAttention for SDPA
-    without its mask, Gemma 2's SDPA for eager), an unknown family for Llama's."""
-    for name in (family, "llama"):
+    without its mask, Gemma 2's SDPA for eager; mixtures cannot be traced in float32), an unknown family for Llama's."""
+    # The language model of Gemma 3 is the same beside images.
+    family = "gemma3_text" if family == "gemma3" else family
+    for name, layout in ((family, mode.layout), (family, "low"), ("llama", mode.layout)):
         for attention in ATTENTIONS[ATTENTIONS.index(mode.attention) :]:
-            if found := _table().get((replace(mode, attention=attention).key, name)):
+            if found := _table().get((replace(mode, layout=layout, attention=attention).key, name)):
                 without = ("T·s", "s·s") if mode.attention == "flash" and attention == "masked" else ()
                 return {
                     moment: [_parse(text, without) for text in peaks.split(";")]

@@ -41,6 +41,15 @@ GENERIC = {
     "max_position_embeddings": 1187,
     "sliding_window": 211,
 }
+# The kernel for mixtures wants multiples of 16 bytes.
+MIXTURE = {
+    "hidden_size": 1000,
+    "intermediate_size": 1048,
+    "moe_intermediate_size": 344,
+    "shared_intermediate_size": 632,
+}
+# Families whose classes take the head size from hidden size and heads, whatever config.json says.
+NO_HEAD_DIM = ("phi", "olmoe")
 FACTORS = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Sizes of real models at which peaks are looked for: h, heads, kv heads, head size, f, V, tokens, row, rank.
 PROBES = (
@@ -152,18 +161,20 @@ def _names(values: dict[str, int]) -> dict[int, Polynomial]:
             found.setdefault(size, {key: factor * weight for key, weight in parts.items()})
     # Copies of learned positions: too few to count.
     positions, h = GENERIC["max_position_embeddings"], GENERIC["hidden_size"]
-    return found | {int(factor * (positions + more) * h): {} for factor in FACTORS for more in (0, 2)}
+    ignored = {int(factor * (positions + more) * h): {} for factor in FACTORS for more in (0, 2)}
+    return found | ignored | {positions * positions: {}}  # and GPT-BigCode's mask of all positions
 
 
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
     """Moment → what may be its peak, of a family in a mode."""
     layout = FAMILIES[family]
+    left_out = {*layout.unread, *(["head_dim"] if family in NO_HEAD_DIM else [])}
+    left_out |= {"sliding_window"} if not layout.defaults.get("sliding_window") else set()
+    sizes = GENERIC | (MIXTURE if "num_experts" in layout.defaults else {})
     config = {
         layout.keys.get(name, name).split()[0]: size
-        for name, size in GENERIC.items()
-        if name in layout.defaults
-        and name not in layout.unread
-        and (layout.defaults[name] or name not in ("sliding_window",))
+        for name, size in sizes.items()
+        if name in layout.defaults and name not in left_out
     } | {"model_type": family, "pad_token_id": None}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))

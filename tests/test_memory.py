@@ -64,7 +64,7 @@ SIMULATED = [
     ("qwen3", [LORA], {"strategy": "fsdp", "world_size": 4, "shard_size": 4}),
     ("gemma2", [LORA, BF16], {"attn_implementation": "flash_attention_2"}),
     ("gpt2", [FULL, "training.mixed_precision=fp16"], {"micro_batch_size": 4}),
-    ("phi3", [FULL, BF16], {"strategy": "zero3", "world_size": 2, "shard_size": 2}),
+    ("phi3", [FULL, BF16], {"strategy": "zero3", "world_size": 2, "shard_size": 2, "micro_batch_size": 4}),
     ("falcon", [LORA, BF16, "model.quantization=nf4"], {"micro_batch_size": 2}),
 ]
 

@@ -63,6 +63,7 @@ gemma-3-1b     full    bf16 zero2*4  flash  2x2048 packed keep
 gemma-3-1b     lora16  fp16 zero2*2  sdpa   2x2048 padded keep      targets=q_proj,v_proj dora
 gemma-3-1b     lora16  bf16 ddp*1    sdpa   4x1024 padded keep
 phi-3-mini     lora16  bf16 ddp*1    flash  2x4096 packed keep
+phi-3-mini     full    bf16 zero3*8  sdpa   2x2048 packed keep
 phi-3-mini     nf4:32  bf16 ddp*1    sdpa   2x2048 padded recompute
 gpt2           full    no   ddp*2    eager  8x1024 padded keep
 gpt2           full    fp16 ddp*1    sdpa   16x512 packed keep      optim=adamw_torch

@@ -45,11 +45,19 @@ def run(folder: Path, only: str) -> dict[str, Any]:
             wanted["model"] = recipe["model"] | {"quantization": quantization}
             row = {"row": f"{tuning} {strategy} x {ranks}", **compare(folder, wanted, ranks)}
             rows.append(row)
-            print(f"{row['row']:26}" + "".join(_cell(row, kind) for kind in KINDS), row.get("why", ""), flush=True)
+            print(
+                f"{row['row']:26}" + "".join(_cell(row, kind) for kind in KINDS),
+                row.get("why") or row["dtypes"],
+                flush=True,
+            )
     worst = max((abs(row[kind]["error_percent"]) for row in rows if "why" not in row for kind in KINDS), default=0)
     refused = [row for row in rows if "why" in row]
     print(f"\nworst {worst:.3f}%, {len(rows) - len(refused)} launches, {len(refused)} refused")
     return {"worst_percent": worst, "bounds": {f"worst < {BOUND}%": worst < BOUND}, "table": rows}
+
+
+def _dtypes(found: dict[str, str]) -> str:
+    return ", ".join(f"{what} {dtype}" for what, dtype in sorted(found.items()))
 
 
 def _cell(row: dict[str, Any], kind: str) -> str:
@@ -94,7 +102,7 @@ def compare(folder: Path, wanted: dict[str, Any], ranks: int) -> dict[str, Any]:
         device_type="cpu",
     )
     predicted = Estimator(recipe, read_model_shape(recipe)).memory(setting)
-    found: dict[str, Any] = {"ran": counted[0]["ran"]}
+    found: dict[str, Any] = {"ran": counted[0]["ran"], "dtypes": counted[0]["dtypes"]}
     for kind in KINDS:
         # Ranks differ by a row of a matrix, or by padding.
         real, estimate = max(rank[kind] for rank in counted), getattr(predicted, kind)

@@ -59,7 +59,7 @@ def _before_step(model: Any, optimizer: Any, then: Any) -> None:
         optimizer.optimizer.register_step_pre_hook(lambda *_: then())
 
 
-def count(model: Any, optimizer: Any) -> dict[str, int]:
+def count(model: Any, optimizer: Any) -> dict[str, Any]:
     """Bytes by kind; a storage that several kinds point to counts for the first."""
     seen: set[int] = set()
 
@@ -74,7 +74,12 @@ def count(model: Any, optimizer: Any) -> dict[str, int]:
 
     parameters = total(_parameters(model))
     gradients = total(_gradients(model))
-    return {"parameters": parameters, "gradients": gradients, "optimizer": total(_optimizer(model, optimizer))}
+    # Bytes alone would not tell whether a strategy computes in what the formula takes it to.
+    dtypes = {
+        "trained" if p.requires_grad else "frozen": str(p.dtype).removeprefix("torch.") for p in model.parameters()
+    }
+    found = {"parameters": parameters, "gradients": gradients, "optimizer": total(_optimizer(model, optimizer))}
+    return found | {"dtypes": dtypes}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,7 @@ def peaks(
         value["T·s"] = value["s·s"] = 0
     base, (saved,) = table["base"][0], table["saved"]
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
-    change = difference(recipe, mode, setting.micro_batch_size * row, chosen, block)
+    change = difference(recipe, model, mode, setting.micro_batch_size * row, chosen, block)
     found = {}
     for moment in MOMENTS[2:]:
         each = saved if moment in ("forward", "loss") else kept
@@ -196,17 +196,17 @@ def _liger_logits(tokens: int, hidden: int, vocab: int, low: int) -> int:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a block keeps more than the table says, which has plain LoRA on every linear layer; bytes."""
+    """What a block keeps more than the table says, which has plain LoRA on every linear layer and groups of heads."""
 
-    tokens: int  # inputs and results of adapters
+    tokens: int  # bytes: inputs and results of adapters, keys and values
     weights: int  # autocast's copies of adapters
     matrices: int  # DoRA: what one layer makes of its weight, for the time of its forward pass
 
 
 def difference(
-    recipe: Recipe, mode: Mode, tokens: int, chosen: frozenset[str], block: list[Tensor]
+    recipe: Recipe, model: ModelShape, mode: Mode, tokens: int, chosen: frozenset[str], block: list[Tensor]
 ) -> Difference | None:
-    """Chosen layers, and DoRA.
+    """Chosen layers, DoRA, and heads without groups (`_views`).
 
     A frozen layer keeps nothing. An adapter keeps its input (under autocast a 16-bit copy of its own: peft turns it
     into the adapter's float32 first, but not before a quantised layer; else layers that read the same share it) and
@@ -214,10 +214,10 @@ def difference(
     inputs itself. DoRA keeps the results of layer and adapter, and makes the adapter's matrix, from an identity, and
     its sum with the weight (peft tuners/lora/dora.py).
     """
-    lora = recipe.lora
+    low, lora = 4 if mode.layout == "float32" else 2, recipe.lora
+    views = _views(model, mode) * low * tokens
     if lora is None or (lora.target_modules == "all-linear" and not lora.use_dora):
-        return None
-    low = 4 if mode.layout == "float32" else 2
+        return Difference(views, 0, 0) if views else None
     linear = [tensor for tensor in block if tensor.is_linear]
     float32_norms = mode.layout == "autocast" and any(
         tensor.kind == "bias" and ("norm" in tensor.name or ".ln_" in tensor.name) for tensor in block
@@ -249,7 +249,21 @@ def difference(
                 inputs += 0 if "att" in parent and mode.attention != "eager" else low * tokens * width_in
             elif tensor is layers[0] and not chosen & {other.name for other in layers[:-1]}:
                 inputs += low * tokens * width_in
-    return Difference(results - inputs - products, -weights, matrices)
+    return Difference(views + results - inputs - products, -weights, matrices)
+
+
+def _views(model: ModelShape, mode: Mode) -> int:
+    """Elements a token that a block keeps more because keys and values are views. The table's families have groups of
+    heads, so keys and values are copied for every head where the kernel has no groups (modeling_*.py, repeat_kv).
+
+    With one key-value head these copies are views of it; with as many as heads there are none, and Phi-3's values stay
+    a part of its fused projection, all of which lives on.
+    """
+    sizes = model.sizes
+    heads, kv_heads, d = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+    if mode.attention == "masked" and kv_heads == 1 < heads and model.model_type not in ("falcon", "gpt_bigcode"):
+        return -2 * (heads - 1) * d
+    return 2 * heads * d if mode.attention != "flash" and model.model_type == "phi3" and kv_heads == heads else 0
 
 
 def _parent(tensor: Tensor) -> str:

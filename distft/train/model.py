@@ -100,7 +100,14 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     model.config.use_cache = False
     if recipe.lora is None:
         return model
-    return add_adapters(model, recipe)
+    model = add_adapters(model, recipe)
+    if strategy == "zero3":
+        # DeepSpeed casts what it finds unless zero.Init made any of it (engine.py, _cast_module_mixed_precision): left
+        # alone, peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(compute_dtype(recipe))
+    return model
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:

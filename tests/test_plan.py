@@ -221,9 +221,7 @@ def test_names_of_gpus(name: str, known: str | None) -> None:
 def test_sizes_and_unknown_names() -> None:
     assert named_device("48GiB", 1).memory == 48 * 2**30
     assert named_device("80 GB", 1).memory == 80 * 10**9
-    with pytest.raises(
-        ClusterError, match=r"--gpu: got h1000; give one of V100-16GB, .*, a size"
-    ):
+    with pytest.raises(ClusterError, match=r"--gpu: got h1000; give one of V100-16GB, .*, a size"):
         named_device("h1000", 1)
     for name in GPUS:
         assert named_device(name.lower(), 1).name == name

@@ -21,7 +21,7 @@ from typing import Any
 
 from distft.errors import DistftError
 from distft.loading import load_recipe
-from distft.planner.activations import Mode, Polynomial, kept_in_backward, symbols, write
+from distft.planner.activations import FILE, Mode, Polynomial, kept_in_backward, symbols, write
 from distft.planner.architecture import describe
 from distft.planner.families import FAMILIES
 from distft.train import fake_model, trace

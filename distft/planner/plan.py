@@ -82,6 +82,7 @@ def make_plan(
         )
     strategy = _fixed_strategy(recipe, where.topology, reasons)
     if strategy:
+        rules.apply(search.case(strategy, recipe.parallelism.offload))  # before configs are made of what has none
         chosen = search.best(strategy, recipe.parallelism.offload)
         if chosen.broken:
             raise PlanError("\n".join(chosen.broken))

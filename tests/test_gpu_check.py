@@ -55,3 +55,16 @@ def test_rows_beyond_the_time_budget_are_listed(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert [row["status"] for row in rows] == ["skipped"] * 4
     assert "budget" in rows[0]["reason"]
+
+
+def test_plan_accuracy_on_a_toy_model(tmp_path: Path) -> None:
+    out, script = tmp_path / "plan.json", CHECK.with_name("plan_accuracy.py")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), "--device", "cpu", "--tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["measured"]["status"] for row in rows] == ["ok"] * 4
+    assert all(row["predicted"]["fits"] and row["predicted"]["peak"] > 2**19 for row in rows)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "no CUDA GPU" in done.stderr

@@ -97,7 +97,7 @@ TINY = Size(SMALL_MODEL, sequence=32, warmup_steps=1)
 class Row:
     """What is measured in one row."""
 
-    method: str  # lora, qlora
+    method: str  # lora, qlora, full
     gradient_checkpointing: bool
     attention: str  # sdpa, flash_attention_2
     liger: bool = False
@@ -291,19 +291,24 @@ def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
     from distft.train.model import add_adapters, compute_dtype, quantization_config
 
     base = {"name_or_path": "random", "quantization": "nf4" if row.method == "qlora" else None}
-    recipe = Recipe.model_validate({"name": "gpu-check", "model": base, "data": {"train": "random"}})
+    full = row.method == "full"
+    lora = {"lora": None} if full else {}
+    recipe = Recipe.model_validate({"name": "gpu-check", "model": base, "data": {"train": "random"}, **lora})
     if row.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
     config = LlamaConfig(**size.model, tie_word_embeddings=False, use_cache=False)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(recipe), attn_implementation=row.attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if full else compute_dtype(recipe), attn_implementation=row.attention
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters()) - model.model.embed_tokens.weight.numel()
     settings = quantization_config(recipe, "ddp")
     if settings is not None:
         quantize(model, settings, device)
-    model = add_adapters(model, recipe)
+    if not full:
+        model = add_adapters(model, recipe)
     if row.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), parameters

@@ -232,6 +232,9 @@ def difference(
             if tensor.name in chosen:
                 if lora.use_dora:
                     results += 2 * low * tokens * width_out
+                    if mode.layout == "autocast" and mode.adapters != "lora":
+                        # The magnitude's float32 is not cast back: what follows is float32, and int8 casts it again.
+                        results += 4 * tokens * width_out + (2 * tokens * width_in if mode.adapters == "int8" else 0)
                     square, size = width_in * width_in, width_in * width_out
                     matrices = max(matrices, low * (square + 3 * size))
                     if mode.layout == "autocast":

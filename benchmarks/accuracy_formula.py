@@ -46,6 +46,7 @@ llama-3.1-70b  full    bf16 zero3*64 flash  2x4096 packed recompute
 llama-2-7b     lora8   bf16 ddp*1    sdpa   1x2048 packed keep
 llama-2-7b     int8:8  bf16 ddp*1    sdpa   2x512  padded recompute
 llama-2-7b     nf4:16  bf16 ddp*1    flash  1x2048 packed keep      dora
+llama-2-7b     nf4:16  bf16 ddp*1    flash  4x2048 packed recompute dora
 llama-2-13b    full    bf16 zero1*8  flash  1x2048 packed recompute
 qwen2.5-0.5b   full    bf16 ddp*1    flash  4x2048 packed keep      optim=adamw_bnb_8bit
 qwen2.5-0.5b   lora16  no   ddp*1    sdpa   2x1024 packed keep

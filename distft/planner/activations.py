@@ -177,7 +177,11 @@ def peaks(
             if (moment == "forward" and change.matrices) or (mode.checkpointing and moment in ("top", "bottom")):
                 # What the block computes once more, and a layer's matrices beside it.
                 whole = polynomials(model.model_type or "", replace(mode, checkpointing=False))["saved"][0]
-                again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices
+                wide = 0
+                if mode.layout == "autocast" and mode.adapters in ("nf4", "int8") and recipe.lora.use_dora:
+                    # All in float32 (see `difference`): as much again, and the gradients of the MLP.
+                    wide = sum(_evaluate(value, ((whole, 1),))) + 12 * value.get("T·f", 0)
+                again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices + wide
                 rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
         found[moment] = rest, logits
     if recipe.training.use_liger_kernel:

@@ -105,7 +105,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
     from distft.planner.simulate import simulate
 
     rows, spent = [], {"formula": 0.0, "simulation": 0.0}
-    print(f"{'':84}{'formula':>9}{'simulated':>11}  GiB{'error':>9}")
+    print(f"{'':100}{'formula':>9}{'simulated':>11}  GiB{'error':>9}")
     for row in parse(ROWS):
         if only not in row.text:
             continue
@@ -117,7 +117,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
         spent["formula"] += between - began
         spent["simulation"] += time.perf_counter() - between
         error = 100 * (estimate.peak / simulated.peak - 1)
-        print(f"{row.text:84}{estimate.peak / 2**30:9.2f}{simulated.peak / 2**30:11.2f}{error:+13.2f}%", flush=True)
+        print(f"{row.text:100}{estimate.peak / 2**30:9.2f}{simulated.peak / 2**30:11.2f}{error:+13.2f}%", flush=True)
         rows.append(
             {"row": row.text, "formula": estimate.peak, "simulated": simulated.peak, "error_percent": round(error, 3)}
             | {"moment": estimate.moment, "simulated_moment": simulated.moment}

@@ -160,6 +160,9 @@ def peaks(
     value = symbols(sizes, setting.micro_batch_size * row, row, recipe.lora.r if recipe.lora else 1)
     if not needs_mask(recipe, setting):
         value["T·s"] = value["s·s"] = 0
+    experts = any(tensor.kind == "experts" and tensor.name in chosen for tensor in block)
+    if recipe.lora and recipe.lora.target_modules != "all-linear" and not experts:
+        value["e·h·m"] = 0  # an adapter on experts is multiplied out and added to their weights
     base, (saved,) = table["base"][0], table["saved"]
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
     change = difference(recipe, model, mode, setting.micro_batch_size * row, chosen, block)

@@ -45,6 +45,8 @@ llama-3.1-70b  nf4:16  bf16 ddp*8    flash  1x2048 packed recompute
 llama-3.1-70b  full    bf16 zero3*64 flash  2x4096 packed recompute
 llama-2-7b     lora8   bf16 ddp*1    sdpa   1x2048 packed keep
 llama-2-7b     int8:8  bf16 ddp*1    sdpa   2x512  padded recompute
+llama-2-7b     nf4:16  bf16 ddp*1    flash  1x2048 packed keep      dora
+llama-2-7b     nf4:16  bf16 ddp*1    flash  4x2048 packed recompute dora
 llama-2-13b    full    bf16 zero1*8  flash  1x2048 packed recompute
 qwen2.5-0.5b   full    bf16 ddp*1    flash  4x2048 packed keep      optim=adamw_bnb_8bit
 qwen2.5-0.5b   lora16  no   ddp*1    sdpa   2x1024 packed keep
@@ -80,7 +82,7 @@ olmo-2-7b      lora16  bf16 ddp*2    flash  2x2048 packed keep
 olmo-2-7b      full    bf16 zero3*8  flash  2x4096 packed recompute
 starcoder2-3b  lora16  bf16 ddp*1    sdpa   2x4096 packed keep
 starcoder2-3b  full    bf16 zero2*4  flash  1x4096 packed recompute
-falcon-7b      lora16  bf16 ddp*1    flash  1x2048 packed keep
+falcon-7b      lora16  bf16 ddp*1    sdpa   1x2048 packed keep
 falcon-7b      nf4:16  bf16 ddp*1    sdpa   2x1024 padded recompute
 pythia-160m    full    no   ddp*1    sdpa   8x1024 padded keep
 pythia-1.4b    full    bf16 zero1*4  flash  4x2048 packed keep
@@ -103,7 +105,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
     from distft.planner.simulate import simulate
 
     rows, spent = [], {"formula": 0.0, "simulation": 0.0}
-    print(f"{'':84}{'formula':>9}{'simulated':>11}  GiB{'error':>9}")
+    print(f"{'':100}{'formula':>9}{'simulated':>11}  GiB{'error':>9}")
     for row in parse(ROWS):
         if only not in row.text:
             continue
@@ -115,7 +117,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
         spent["formula"] += between - began
         spent["simulation"] += time.perf_counter() - between
         error = 100 * (estimate.peak / simulated.peak - 1)
-        print(f"{row.text:84}{estimate.peak / 2**30:9.2f}{simulated.peak / 2**30:11.2f}{error:+13.2f}%", flush=True)
+        print(f"{row.text:100}{estimate.peak / 2**30:9.2f}{simulated.peak / 2**30:11.2f}{error:+13.2f}%", flush=True)
         rows.append(
             {"row": row.text, "formula": estimate.peak, "simulated": simulated.peak, "error_percent": round(error, 3)}
             | {"moment": estimate.moment, "simulated_moment": simulated.moment}

@@ -160,6 +160,9 @@ def peaks(
     value = symbols(sizes, setting.micro_batch_size * row, row, recipe.lora.r if recipe.lora else 1)
     if not needs_mask(recipe, setting):
         value["T·s"] = value["s·s"] = 0
+    experts = any(tensor.kind == "experts" and tensor.name in chosen for tensor in block)
+    if recipe.lora and recipe.lora.target_modules != "all-linear" and not experts:
+        value["e·h·m"] = 0  # an adapter on experts is multiplied out and added to their weights
     base, (saved,) = table["base"][0], table["saved"]
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
     change = difference(recipe, model, mode, setting.micro_batch_size * row, chosen, block)
@@ -177,7 +180,11 @@ def peaks(
             if (moment == "forward" and change.matrices) or (mode.checkpointing and moment in ("top", "bottom")):
                 # What the block computes once more, and a layer's matrices beside it.
                 whole = polynomials(model.model_type or "", replace(mode, checkpointing=False))["saved"][0]
-                again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices
+                wide = 0
+                if mode.layout == "autocast" and mode.adapters in ("nf4", "int8") and recipe.lora.use_dora:
+                    # All in float32 (see `difference`): as much again, and the gradients of the MLP.
+                    wide = sum(_evaluate(value, ((whole, 1),))) + 12 * value.get("T·f", 0)
+                again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices + wide
                 rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
         found[moment] = rest, logits
     if recipe.training.use_liger_kernel:
@@ -232,6 +239,9 @@ def difference(
             if tensor.name in chosen:
                 if lora.use_dora:
                     results += 2 * low * tokens * width_out
+                    if mode.layout == "autocast" and mode.adapters != "lora":
+                        # The magnitude's float32 is not cast back: what follows is float32, and int8 casts it again.
+                        results += 4 * tokens * width_out + (2 * tokens * width_in if mode.adapters == "int8" else 0)
                     square, size = width_in * width_in, width_in * width_out
                     matrices = max(matrices, low * (square + 3 * size))
                     if mode.layout == "autocast":

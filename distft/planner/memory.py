@@ -242,6 +242,9 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     tied = not any(tensor.kind == "output" for tensor in model.tensors)
     stack = blocks(model.tensors)
     inside = {tensor.name for block in stack for tensor in block} | (set() if tied else {embedding.name})
+    modules: Counter = Counter()
+    for tensor in model.tensors:
+        modules[tensor.name.rpartition(".")[0]] += frozen(tensor) or low * tensor.size
     everything = [size for tensor in model.tensors for size in trained(tensor)]
     small = sum(tensor.size for tensor in model.tensors if tensor.size < sharding.PERSISTENT)
     if recipe.lora:
@@ -254,7 +257,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         trained=sum(everything),
         largest_trained=max(everything),
         low=low,
-        largest_module=max(frozen(tensor) or low * tensor.size for tensor in model.tensors),
+        largest_module=max(modules.values()),
         bnb_bytes=sum(
             bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
         ),

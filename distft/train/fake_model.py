@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
@@ -33,6 +34,9 @@ def build(recipe: Recipe, layout: str, attn_implementation: str, depth: int | No
                 attn_implementation=_attention(attn_implementation),
                 trust_remote_code=trust,
             )
+    except KeyError:  # Falcon has a table of attention classes of its own
+        why = f"{config.model_type} has no {attn_implementation} that runs without its kernel"
+        raise PlanError(f"model.name_or_path: {name} cannot be simulated ({why})") from None
     except (OSError, ValueError) as error:
         raise PlanError(f"model.name_or_path: {name} cannot be simulated ({str(error).splitlines()[0]})") from None
     model.config.use_cache = False
@@ -56,13 +60,25 @@ def build(recipe: Recipe, layout: str, attn_implementation: str, depth: int | No
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
     if recipe.lora:
-        with torch.device("meta"):
+        with torch.device("meta"), dequantised_for_dora():
             model = add_adapters(model, recipe)
     if layout != "autocast":
         for parameter in model.parameters():
             if parameter.is_floating_point() and _stored_bytes(parameter) is None:
                 parameter.data = parameter.data.to(dtype)
     return model
+
+
+def dequantised_for_dora() -> Any:
+    """DoRA takes the norms of the weights; bitsandbytes cannot dequantise what holds no values. A patch."""
+
+    def dequantised(module: Any) -> torch.Tensor:
+        if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            return module.weight
+        dtype = getattr(module, "compute_dtype", torch.float16)  # LLM.int8()'s, whatever the input
+        return torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
+
+    return patch("peft.tuners.lora.dora.dequantize_module_weight", dequantised)
 
 
 def _attention(name: str) -> str:

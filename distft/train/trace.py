@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.recipe import Recipe
-from distft.train.fake_model import blocks_of, materialise
+from distft.train.fake_model import blocks_of, dequantised_for_dora, materialise
 from distft.train.model import compute_dtype
 
 # (moment, block or None); blocks 0 and 1 count from the bottom, the others from the top (-1 is the last).
@@ -220,6 +220,7 @@ def trace(
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode())
+            stack.enter_context(dequantised_for_dora())
         stack.enter_context(book)
         if cuda:
             stack.enter_context(CudaKernels())

@@ -52,6 +52,8 @@ MIXTURE = {
 }
 # Families whose classes take the head size from hidden size and heads, whatever config.json says.
 NO_HEAD_DIM = ("phi", "olmoe")
+# Rotary positions for a part of a head, of an even size.
+EXTRA = {"phi": {"hidden_size": 900}, "gptj": {"n_embd": 900, "rotary_dim": 16}}
 FACTORS = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Sizes of real models at which peaks are looked for: h, heads, kv heads, head size, f, V, tokens, row, rank.
 PROBES = (
@@ -142,7 +144,7 @@ def decode(size: int, names: dict[int, Polynomial]) -> Polynomial:
     """The polynomial that has so many bytes; small odd ones are left out."""
     if size in names:
         return names[size]
-    if size < 200_000:  # such as nf4's scales: less than a thousandth of what a layer keeps
+    if size < 600_000:  # such as nf4's scales: less than a thousandth of what a layer keeps
         return {}
     if size % (LENGTH * ROWS) == 0 and size < 4 * LENGTH * ROWS * GENERIC["hidden_size"]:
         return {"T·h": round(size / (LENGTH * ROWS * GENERIC["hidden_size"]), 3)}  # a part of each head: partial rotary
@@ -177,7 +179,7 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
         layout.keys.get(name, name).split()[0]: size
         for name, size in sizes.items()
         if name in layout.defaults and name not in left_out
-    } | {"model_type": family, "pad_token_id": None}
+    } | {"model_type": family, "pad_token_id": None, **EXTRA.get(family, {})}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         (Path(folder) / "data.jsonl").write_text("{}\n")

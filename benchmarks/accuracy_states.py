@@ -45,11 +45,8 @@ def run(folder: Path, only: str) -> dict[str, Any]:
             wanted["model"] = recipe["model"] | {"quantization": quantization}
             row = {"row": f"{tuning} {strategy} x {ranks}", **compare(folder, wanted, ranks)}
             rows.append(row)
-            print(
-                f"{row['row']:26}" + "".join(_cell(row, kind) for kind in KINDS),
-                row.get("why") or row["dtypes"],
-                flush=True,
-            )
+            cells, note = "".join(_cell(row, kind) for kind in KINDS), row.get("why") or _dtypes(row["dtypes"])
+            print(f"{row['row']:26}{cells}  {note}", flush=True)
     worst = max((abs(row[kind]["error_percent"]) for row in rows if "why" not in row for kind in KINDS), default=0)
     refused = [row for row in rows if "why" in row]
     print(f"\nworst {worst:.3f}%, {len(rows) - len(refused)} launches, {len(refused)} refused")

@@ -98,13 +98,16 @@ class Estimator:
 
     def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
         """Memory of a rank; `max_length` instead of the recipe's."""
-        length = max_length or self.recipe.data.max_length
-        found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block)
-        peaks = _peaks(self.recipe, self.sizes, setting, found)
+        peaks = self.step(setting, max_length or self.recipe.data.max_length)
         key = setting.strategy, setting.offload, setting.world_size
         if key not in self.zero:
             self.zero[key] = zero_section(self.recipe, setting, self.sizes)
         return put_together(self.recipe, self.sizes, self.states, peaks, setting, self.zero[key])
+
+    def step(self, setting: Setting, length: int) -> Peaks:
+        """What a step keeps besides the states and the strategy's buffers."""
+        found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block)
+        return _peaks(self.recipe, self.sizes, setting, found)
 
 
 def put_together(

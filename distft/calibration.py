@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from distft.errors import PlanError
+from distft.errors import DistftError, PlanError
 from distft.planner import speed
 from distft.run_dir import RunDir, read_metrics
 
@@ -47,7 +47,10 @@ def flops_per_second(word: str) -> float:
     Raises:
         PlanError: there is no such run, or it says too little.
     """
-    run = RunDir.find(word, "runs")
+    try:
+        run = RunDir.find(word, "runs")
+    except DistftError as error:
+        raise PlanError(f"--calibrate: {error}") from None
     found, plan = measured(run), planned(run)
     per_token = plan.get("time", {}).get("flops_per_token")
     if not found or not per_token:

@@ -145,7 +145,7 @@ class Cluster(Group):
     requeue: Annotated[int, Field(ge=0)] = 0
     """How often a job may submit itself again, without the nodes that failed the preflight."""
 
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    price_per_gpu_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """For the plan's price."""
 
     template: NonEmpty | None = None

@@ -66,6 +66,9 @@ GPUS = {
 }
 
 
+LARGEST_GPU = 4096  # GiB; more is a slip of the pen
+
+
 def known_gpu(name: str) -> str | None:
     """The name in GPUS of a GPU that is called `name` by a person (h100-80gb, rtx4090) or by nvidia-smi (NVIDIA A100-
     SXM4-80GB)."""
@@ -86,12 +89,16 @@ def named_device(name: str, nproc_per_node: int) -> Device:
     """
     if name == "local":
         return local_device(nproc_per_node)
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb)", name.strip().lower()):
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb)", name.strip().lower())
+    if size and 1 <= float(size[1]) <= LARGEST_GPU:
         memory = float(size[1]) * (GIB if size[2] == "gib" else 10**9)
-        return Device("cuda", f"{size[1]} {name.strip()[-len(size[2]) :]} GPU", int(memory))
+        return Device("cuda", f"{size[1]} {'GiB' if size[2] == 'gib' else 'GB'} GPU", int(memory))
     if known := known_gpu(name):
         return Device("cuda", known, int(GPUS[known].memory * GIB), GPUS[known].compute_capability)
-    raise ClusterError(f"--gpu: got {name}; give one of {', '.join(GPUS)}, a size such as 48GiB, or local")
+    word = "".join(re.findall(r"[a-z0-9]+", name.lower()))
+    near = [known for known in GPUS if word and word in known.lower().replace("-", "")]
+    guess = f"did you mean {' or '.join(near)}? Give" if near else "give"
+    raise ClusterError(f"--gpu: got {name!r}; {guess} one of {', '.join(GPUS)}, a size such as 48GiB or 80GB, or local")
 
 
 def cluster_device(cluster: Cluster, nproc_per_node: int) -> Device:

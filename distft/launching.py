@@ -65,7 +65,7 @@ def must_fit(plan: Plan) -> None:
     from distft.planner.plan import misfit
 
     mends = "".join(f"\n  would fit: {mend}" for mend in limits.would_fit(plan.search))
-    raise PlanError(f"{misfit(plan.chosen, plan.search.where)}{mends}\n  --force starts it all the same")
+    raise PlanError(f"{misfit(plan.chosen)}{mends}\n  --force starts it all the same")
 
 
 def render(job: Job) -> dict[str, str]:

@@ -46,7 +46,7 @@ class Place:
         """
         topology, cluster = self.topology(), self.cluster
         ranks = topology.nproc_per_node
-        if self.gpu:
+        if self.gpu is not None:
             device = named_device(self.gpu, ranks)
         else:
             device = cluster_device(cluster, ranks) if cluster else local_device(ranks)

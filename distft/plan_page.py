@@ -10,7 +10,7 @@ import click
 from distft.devices import GIB
 from distft.planner.limits import Limits
 from distft.planner.plan import PRECISIONS, Plan
-from distft.planner.search import ABOUT, gib
+from distft.planner.search import ABOUT, gib, short
 from distft.recipe import Recipe
 
 COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
@@ -20,7 +20,10 @@ MARKS = "█▓▒░█▓▒"  # without colours, neighbours differ still
 
 def lines(plan: Plan, recipe: Recipe, limits: Limits, mends: Sequence[str], width: int) -> Iterator[str]:
     """The page, `width` columns wide."""
-    yield _verdict(plan)
+    first, *more = _wrapped(_verdict(plan), width)
+    word, colon, rest = first.partition(":")
+    yield click.style(word, fg="green" if plan.fits else "red", bold=True) + colon + rest
+    yield from more
     for mend in mends:
         yield from _wrapped(f"would fit: {mend}", width, "  ")
     yield ""
@@ -46,11 +49,14 @@ def lines(plan: Plan, recipe: Recipe, limits: Limits, mends: Sequence[str], widt
 def _verdict(plan: Plan) -> str:
     where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
     how = "counted" if plan.simulated else "estimated"
-    need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} a rank ({how})"
-    name = plan.chosen.name
-    if plan.fits:
-        return click.style("fits", fg="green", bold=True) + f": {name} on {where}, {need}"
-    return click.style("does not fit", fg="red", bold=True) + f": {name} on {where}, {need}"
+    need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} a rank"
+    if host := plan.memory.host_per_node:
+        known = plan.chosen.host_memory
+        need += f" and {gib(host)}{f' of {gib(known)}' if known else ''} of the host's"
+    said = f": {plan.chosen.name} on {where}, {need} ({how})"
+    if not plan.fits:
+        return "does not fit" + said
+    return ("fits" if plan.chosen.roomy else "fits tightly") + said
 
 
 def _job(plan: Plan, recipe: Recipe, width: int) -> Iterator[str]:
@@ -83,7 +89,7 @@ def _speed(plan: Plan, recipe: Recipe) -> str | None:
         cost += f", {gpu_hours * plan.price:,.2f} at {plan.price:g} a GPU hour"
     mfu = f" (MFU {s.assumed_mfu:.0%})" if s.assumed_mfu else ""
     return (
-        f"about {s.step_seconds:.3g} s a step, {s.tokens_per_second_per_gpu:,.0f} tokens/s a rank{mfu}; "
+        f"about {short(s.step_seconds)} s a step, {s.tokens_per_second_per_gpu:,.0f} tokens/s a rank{mfu}; "
         f"{steps:,} steps: {_duration(seconds)}{cost}"
     )
 
@@ -100,13 +106,12 @@ def _table(plan: Plan, width: int) -> Iterator[str]:
     rows = [("candidate", "recompute", "micro", "GiB a rank", "s a step", "")]
     chosen = plan.chosen
     for c in plan.candidates:
-        seconds = "" if c.speed.step_seconds is None else f"{c.seconds:.3g}"
+        seconds = "" if c.speed.step_seconds is None else short(c.seconds)
         note = "chosen" if c is chosen else ""
         if c.broken:
             note = f"rule {c.broken[0].rpartition('[')[2].rstrip(']')}"
-        elif not c.fits:
-            host = c.memory.process <= c.capacity
-            note = f"{gib(c.excess)} too much{' on the host' if host else ''}"
+        elif c.missing:
+            note = c.missing
         rows.append(
             (
                 ("> " if c is chosen else "  ") + c.name,
@@ -123,6 +128,9 @@ def _table(plan: Plan, width: int) -> Iterator[str]:
         cells += [row[i].rjust(widths[i]) for i in (2, 3, 4)]
         text = "  ".join(cells)
         line = f"{text}  {row[5]}".rstrip()
+        if len(line) > width:  # a narrow window: the note below
+            yield text.rstrip()
+            line = f"      {row[5]}"
         yield click.style(line, bold=True) if index == 0 or row[5] == "chosen" else line
 
 
@@ -167,13 +175,17 @@ def _limits(plan: Plan, limits: Limits) -> Iterator[str]:
     f = limits.fewest_gpus
     if f:
         shape = f"{f.world_size} ({f.nnodes} x {f.nproc_per_node})"
-        yield f"fewest such GPUs on which it fits without more offload: {shape}"
+        yield f"fewest such GPUs that it fits on without more offload: {shape}"
     else:
-        yield "it fits on no number of such GPUs that can share the global batch"
-    if limits.max_length:
-        yield f"longest rows that fit here, one at a time: {limits.max_length:,} tokens"
+        yield "without more offload it fits on no number of such GPUs that divides the global batch"
+    how = "with recompute" if plan.search.recipe.training.gradient_checkpointing == "auto" else "as asked"
+    if length := limits.max_length:
+        positions = plan.model.config.get("max_position_embeddings")
+        beyond = isinstance(positions, int) and positions < length
+        more = f", though the model knows {positions:,} positions" if beyond else ""
+        yield f"longest rows that fit here, one at a time, {how}: {length:,} tokens in steps of 64{more}"
     if limits.micro_batch_size:
-        yield f"largest micro-batch that fits here: {limits.micro_batch_size}"
+        yield f"largest micro-batch that fits here, {how}: {limits.micro_batch_size}"
 
 
 def _changes(plan: Plan) -> Iterator[str]:
@@ -181,8 +193,8 @@ def _changes(plan: Plan) -> Iterator[str]:
     chosen = plan.chosen
     for c in plan.candidates:
         faster = c.speed.step_seconds and chosen.speed.step_seconds and c.seconds < chosen.seconds / ABOUT
-        if faster and not c.rejected and 0 < c.excess < c.capacity / 2:
-            yield f"{gib(c.excess)} more would let {c.name} run, at about {c.seconds:.3g} s a step"
+        if faster and not c.rejected and not c.host_excess and 0 < c.excess < c.capacity / 2:
+            yield f"{gib(c.excess)} more a rank would let {c.name} run, at about {short(c.seconds)} s a step"
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:

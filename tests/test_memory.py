@@ -196,7 +196,8 @@ def test_offload_moves_states_to_the_host(folder: Path, strategy: str, offload: 
     here, away = (estimate(folder, FULL, BF16, **options, offload=where) for where in ("none", offload))
     assert here.host_per_node == 0
     assert away.gradients == away.optimizer == 0
-    assert away.host_per_node == pytest.approx(4 * (here.states - away.states), rel=0.01)
+    sums = 2 * here.trainable_parameters if strategy == "zero2" else 0  # of gradients, in 16 bit
+    assert away.host_per_node == pytest.approx(4 * (here.states - away.states) + sums, rel=0.01)
     assert away.peak < here.peak
 
 

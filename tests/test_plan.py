@@ -15,7 +15,7 @@ import yaml
 from conftest import Tiny, distft
 
 from distft.devices import GPUS, known_gpu, named_device
-from distft.errors import ClusterError
+from distft.errors import ClusterError, PlanError
 from distft.loading import load_recipe
 from distft.planner import limits
 from distft.planner.plan import make_plan
@@ -143,12 +143,45 @@ def test_the_limits_are_limits(folder: Path) -> None:
     none = "parallelism.offload=none"
     found = plan(folder, "8b", 1, 1, "h100", none)
     around = limits.limits(found.search, found.chosen)
-    one, checkpointing = "training.micro_batch_size=1", "training.gradient_checkpointing=false"
+    one, checkpointing = "training.micro_batch_size=1", "training.gradient_checkpointing=true"
     for length, fits in ((around.max_length, True), (around.max_length + 64, False)):
         assert plan(folder, "8b", 1, 1, "h100", f"data.max_length={length}", one, checkpointing, none).fits is fits
     for micro, fits in ((around.micro_batch_size, True), (around.micro_batch_size + 1, False)):
         sets = (f"training.micro_batch_size={micro}", f"training.global_batch_size={4 * micro}", checkpointing, none)
         assert plan(folder, "8b", 1, 1, "h100", *sets).fits is fits
+
+
+def test_fewer_can_fit_where_more_do_not(folder: Path) -> None:
+    """A second rank brings NCCL's buffers."""
+    sets = ("parallelism.strategy=ddp", "model.quantization=nf4", "data.max_length=512")
+    alone = plan(folder, "8b", 1, 1, "12GiB", *sets)
+    length = 64 * next(n for n in range(8, 200) if not plan(folder, "8b", 1, 2, "12GiB", *sets[:2], _rows(n)).fits)
+    tight = plan(folder, "8b", 1, 1, "12GiB", *sets[:2], f"data.max_length={length}")
+    assert alone.fits and tight.fits
+    assert limits.fewest_gpus(tight.search) == Topology(1, 1)
+
+
+def _rows(n: int) -> str:
+    return f"data.max_length={64 * n}"
+
+
+def test_a_tight_fit_is_said_and_must_be_worth_it(folder: Path) -> None:
+    found = plan(folder, "8b", 1, 8, "h100", "lora=null")
+    tight = [c for c in found.candidates if c.fits and not c.roomy]
+    assert found.chosen.roomy
+    assert all(c.seconds > found.chosen.seconds / 1.14 for c in tight)
+
+
+def test_slips_in_config_json(folder: Path) -> None:
+    for key, value, said in (
+        ("num_hidden_layers", 10**9, "num_hidden_layers: got 1,000,000,000, need at most 4,096"),
+        ("hidden_size", 10**26, "need at most 16,777,216"),
+        ("num_key_value_heads", 7, "num_key_value_heads: got 7, which does not divide 32 heads"),
+    ):
+        (folder / "slip").mkdir(exist_ok=True)
+        (folder / "slip" / "config.json").write_text(json.dumps(LLAMA_8B | {key: value}))
+        with pytest.raises(PlanError, match=said):
+            plan(folder, "8b", 1, 1, "h100", "model.name_or_path=slip")
 
 
 def test_what_would_fit_does(folder: Path) -> None:
@@ -221,8 +254,13 @@ def test_names_of_gpus(name: str, known: str | None) -> None:
 def test_sizes_and_unknown_names() -> None:
     assert named_device("48GiB", 1).memory == 48 * 2**30
     assert named_device("80 GB", 1).memory == 80 * 10**9
-    with pytest.raises(ClusterError, match=r"--gpu: got h1000; give one of V100-16GB, .*, a size"):
+    with pytest.raises(ClusterError, match=r"--gpu: got 'h1000'; give one of V100-16GB, .*, a size"):
         named_device("h1000", 1)
+    with pytest.raises(ClusterError, match=r"--gpu: got 'a100'; did you mean A100-40GB or A100-80GB\?"):
+        named_device("a100", 1)
+    for name in ("", "0GiB", "999999GiB"):
+        with pytest.raises(ClusterError, match="--gpu: got"):
+            named_device(name, 1)
     for name in GPUS:
         assert named_device(name.lower(), 1).name == name
 
@@ -267,7 +305,7 @@ def test_json(folder: Path) -> None:
     assert memory["process"] == memory["peak"] + memory["overhead"]
     assert memory["fits"] is (memory["process"] <= memory["capacity"])
     keys = {"strategy", "offload", "gradient_checkpointing", "micro_batch_size"}
-    keys |= {"peak", "fits", "step_seconds", "rejected"}
+    keys |= {"peak", "process", "host_per_node", "fits", "step_seconds", "rejected"}
     assert all(set(candidate) == keys for candidate in found["candidates"])
     assert found["time"]["step_seconds"] > 0
     assert found["communication"]["bytes_per_step"] > 0
@@ -277,7 +315,7 @@ def test_json(folder: Path) -> None:
 
 def test_bad_questions(folder: Path) -> None:
     for arguments, said in (
-        (("8b.yaml", "--gpu", "h1000"), "error: --gpu: got h1000; give one of V100-16GB"),
+        (("8b.yaml", "--gpu", "h1000"), "error: --gpu: got 'h1000'; give one of V100-16GB"),
         (("8b.yaml", "--calibrate", "none"), "none"),
         (("8b.yaml", "--set", "training.global_batch_size=7", "--gpus-per-node", "8"), "which 8 ranks cannot share"),
         (("nothing.yaml",), "nothing.yaml"),

@@ -210,6 +210,9 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "checkpointing-needs-a-model-that-has-it": [
         ({"config": {"model_type": "jetmoe"}, "checkpointing": True}, {"checkpointing": False})
     ],
+    "quantization-needs-plain-layers": [
+        ({"config": {"model_type": "falcon"}, "model__quantization": "nf4"}, {"config": {"model_type": "llama"}}),
+    ],
     "packing-needs-documents-apart": [
         ({"config": {"model_type": "gpt_oss"}}, {"data__packing": False}),
         ({"config": {"model_type": "qwen3_next"}}, {"config": {"model_type": "qwen3"}}),

@@ -52,8 +52,8 @@ def plan(
     from distft.planner.plan import make_plan, plan_json
 
     loaded = load_recipe(recipe, sets)
-    assumed = not gpu and not place.cluster
-    where = replace(place, gpu=gpu or (USUAL_GPU if assumed else None)).where()
+    assumed = gpu is None and not place.cluster
+    where = replace(place, gpu=USUAL_GPU if assumed else gpu).where()
     if simulate:
         train_part.require()
         # transformers and bitsandbytes tell of what does not matter here.

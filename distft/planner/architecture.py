@@ -58,6 +58,10 @@ class Architecture:
         return sum(tensor.size for tensor in self.tensors)
 
 
+# A config.json with more has a slip of the pen, and would fill the memory of whoever plans it.
+LARGEST, MOST = 2**24, 2**12
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts", "num_kv_heads")
+
 # Sizes that a config gives as numbers, with the least that they may be.
 NUMBERS = {
     "hidden_size": 1,
@@ -149,10 +153,17 @@ def _resolve(family: Family, config: Config) -> Config:
         if type(c[name]) is not int or c[name] < NUMBERS[name]:
             need = f"need a whole number >= {NUMBERS[name]}"
             raise PlanError(f"model.name_or_path: config.json: {key or name}: got {c[name]!r}, {need}")
+        if c[name] > (most := MOST if name in COUNTS else LARGEST):
+            raise PlanError(f"model.name_or_path: config.json: {key or name}: got {c[name]:,}, need at most {most:,}")
     c["intermediate_size"] = c["intermediate_size"] or 4 * c["hidden_size"]
     c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
     c.setdefault("moe_intermediate_size", c["intermediate_size"])
+    if c["num_attention_heads"] % c["num_key_value_heads"]:
+        heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+        raise PlanError(
+            f"model.name_or_path: config.json: num_key_value_heads: got {groups}, which does not divide {heads} heads"
+        )
     if not c.get("use_sliding_window", True):
         c["sliding_window"] = None
     return c | family.derive(c)

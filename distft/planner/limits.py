@@ -26,12 +26,14 @@ class Limits:
 
 
 def limits(search: Search, chosen: Candidate) -> Limits:
-    """The limits around a choice."""
+    """The limits of the chosen strategy, with checkpointing where the recipe leaves that open."""
     setting, world = chosen.setting, search.where.topology.world_size
+    asked = search.recipe.training.gradient_checkpointing
+    checkpointing = True if asked == "auto" else asked
 
     def fits(micro: int, length: int | None = None) -> bool:
         batch = Batch(micro * world, micro, 1)
-        return search.candidate(setting.strategy, setting.offload, setting.gradient_checkpointing, batch, length).fits
+        return search.candidate(setting.strategy, setting.offload, checkpointing, batch, length).fits
 
     length = _largest(lambda n: fits(1, 64 * n), LONGEST // 64)
     return Limits(fewest_gpus(search), 64 * length if length else None, _largest(fits, LARGEST) or None)
@@ -49,12 +51,8 @@ def _largest(fits: Callable[[int], bool], end: int) -> int:
 def fewest_gpus(search: Search) -> Topology | None:
     """The smallest number of such GPUs, on nodes like these, on which the recipe fits without more offload than it asks
     for; of those that can share the global batch."""
-    widths = list(_widths(search.where.topology.nproc_per_node, search.recipe.training.global_batch_size))
-    low, high = 0, len(widths)  # more of them never fit less
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _fits_on(search, widths[middle]) else (middle + 1, high)
-    return widths[low] if low < len(widths) else None
+    widths = _widths(search.where.topology.nproc_per_node, search.recipe.training.global_batch_size)
+    return next((width for width in widths if _fits_on(search, width)), None)
 
 
 def _widths(nproc_per_node: int, global_batch_size: int) -> Iterator[Topology]:
@@ -88,10 +86,11 @@ def would_fit(search: Search) -> list[str]:
     recipe, found = search.recipe, []
     changes: list[tuple[str, Recipe]] = []
     if recipe.lora is None:
-        changes.append(("lora: {}", recipe.model_copy(update={"lora": Lora()})))
+        lora = recipe.model_copy(update={"lora": Lora()})
+        changes.append(("lora: {}", lora))
+        changes.append(("lora: {} with model.quantization: nf4", _with(lora, "model", quantization="nf4")))
     elif not recipe.model.quantization:
-        model = recipe.model.model_copy(update={"quantization": "nf4"})
-        changes.append(("model.quantization: nf4", recipe.model_copy(update={"model": model})))
+        changes.append(("model.quantization: nf4", _with(recipe, "model", quantization="nf4")))
     if recipe.training.gradient_checkpointing is False:
         changes.append(
             ("training.gradient_checkpointing: true", _with(recipe, "training", gradient_checkpointing=True))
@@ -108,7 +107,8 @@ def would_fit(search: Search) -> list[str]:
         except PlanError:
             continue
         if chosen and chosen.fits and not chosen.rejected:
-            found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)})")
+            host = f", {gib(chosen.memory.host_per_node)} of the host's" if chosen.memory.host_per_node else ""
+            found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)} a rank{host})")
     if shorter := _largest(lambda n: _row_fits(search, 64 * n), recipe.data.max_length // 64):
         found.append(f"data.max_length: {64 * shorter}")
     if width := fewest_gpus(search):

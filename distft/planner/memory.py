@@ -15,6 +15,7 @@ from distft.planner import activations, sharding
 from distft.planner.layout import Tensor, blocks
 from distft.planner.lora import adapters
 from distft.planner.model_shapes import ModelShape
+from distft.planner.rules.known import NOT_QUANTISED
 from distft.planner.sharding import Share, Sizes, Unit
 from distft.recipe import Recipe
 
@@ -22,10 +23,6 @@ from distft.recipe import Recipe
 # collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator in parts of the peak (fitcheck-llm, 69
 # measured rows: 5%). On a CPU: torch, transformers and peft imported (benchmarks/plan_accuracy.py measures it).
 CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * 2**30), 2**30, 0.05, int(0.75 * 2**30)
-
-# Families whose layers are classes of their own, which transformers 5 leaves alone (integrations/bitsandbytes.py,
-# replace_with_bnb_linear: `type(module) is nn.Linear`).
-NOT_QUANTISED = ("falcon",)
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
 Peaks = Mapping[tuple[str, "int | None"], Counter]

@@ -11,7 +11,7 @@ from distft.planner import rules, speed
 from distft.planner.batch import Batch
 from distft.planner.memory import Memory
 from distft.planner.model_shapes import ModelShape, read_model_shape
-from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, gib, shard_size
+from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, gib, shard_size, short
 from distft.planner.speed import Speed
 from distft.recipe import Recipe, ScriptSettings
 from distft.topology import Topology
@@ -38,7 +38,6 @@ class Plan:
     batch: Batch | None = None
     memory: Memory | None = None
     speed: Speed | None = None
-    excess: int = 0  # bytes that are missing, of a GPU or of the host
     candidates: tuple[Candidate, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -50,7 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.excess == 0
+        return self.chosen is None or self.chosen.fits
 
 
 def make_plan(
@@ -110,7 +109,7 @@ def make_plan(
         )
     )
     if not chosen.fits:
-        warnings.append(misfit(chosen, where))
+        warnings.append(misfit(chosen))
     return Plan(
         where.topology,
         where.device,
@@ -124,11 +123,10 @@ def make_plan(
         batch,
         chosen.memory,
         chosen.speed,
-        chosen.excess,
         tuple(candidates),
         tuple(reasons),
         tuple(warnings),
-        _assumptions(recipe, search),
+        _assumptions(recipe, search, chosen),
         chosen,
         search,
         simulated,
@@ -136,15 +134,16 @@ def make_plan(
     )
 
 
-def misfit(chosen: Candidate, where: Where) -> str:
+def misfit(chosen: Candidate) -> str:
     """What will not fit, and by how much."""
-    need, have = chosen.memory.process, chosen.capacity
-    if need > have:
-        return f"will run out of memory: a rank needs about {gib(need)} of {gib(have)}, {gib(need - have)} too much"
-    return (
-        f"will run out of host memory: a node needs about {gib(chosen.memory.host_per_node)} of "
-        f"{gib(where.host_memory or 0)}"
-    )
+    found = []
+    if chosen.excess:
+        need, have = chosen.memory.process, chosen.capacity
+        found.append(f"a rank needs about {gib(need)} of {gib(have)}, {gib(chosen.excess)} too much")
+    if chosen.host_excess:
+        need, have = chosen.memory.host_per_node, chosen.host_memory
+        found.append(f"a node needs about {gib(need)} of {gib(have)} of its own, {gib(chosen.host_excess)} too much")
+    return f"will run out of memory: {'; '.join(found)}"
 
 
 def _model(recipe: Recipe, need_weights: bool, simulated: bool) -> ModelShape:
@@ -212,9 +211,11 @@ def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
         if candidate.rejected:
             found.append(f"not {candidate.name}: {candidate.rejected}")
         elif not candidate.fits:
-            found.append(f"not {candidate.name}: {gib(candidate.excess)} too much")
+            found.append(f"not {candidate.name}: {candidate.missing}")
+        elif not candidate.roomy and chosen.roomy:
+            found.append(f"not {candidate.name}: it would fill {_part(candidate)} of the memory")
         elif candidate.speed.step_seconds:
-            found.append(f"not {candidate.name}: {candidate.seconds:.3g} s a step, against {chosen.seconds:.3g}")
+            found.append(f"not {candidate.name}: {short(candidate.seconds)} s a step, against {short(chosen.seconds)}")
     return found
 
 
@@ -223,40 +224,48 @@ def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
     found, setting, batch = [], chosen.setting, chosen.batch
     if recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
         without = search.variant(setting.strategy, setting.offload, False)
-        if without.fits:
+        if without.fits and without.seconds > chosen.seconds:
             found.append(
                 f"gradient_checkpointing on: micro-batch {batch.micro_batch_size} instead of "
                 f"{without.batch.micro_batch_size}, which is faster here"
             )
-        else:
+        elif without.fits:
+            found.append(f"gradient_checkpointing on: without it {_part(without)} of the memory would be full")
+        elif without.excess:
             found.append(f"gradient_checkpointing on: without it one sequence needs {gib(without.excess)} too much")
-    if recipe.training.micro_batch_size == "auto":
+    if recipe.training.micro_batch_size == "auto" and chosen.fits:
         share = batch.micro_batch_size * batch.gradient_accumulation_steps
         found.append(
             f"micro_batch_size {batch.micro_batch_size}: the largest divisor of {share} sequences a rank that fits "
-            f"(about {gib(chosen.memory.process)} of {gib(chosen.capacity)})"
+            f"with 5% to spare (about {gib(chosen.memory.process)} of {gib(chosen.capacity)})"
         )
     return found
 
 
-def _assumptions(recipe: Recipe, search: Search) -> tuple[str, ...]:
+def _part(candidate: Candidate) -> str:
+    return f"{candidate.memory.process / candidate.capacity:.0%}"
+
+
+def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str, ...]:
     """What the estimates of time stand on."""
     where, found = search.where, []
     gpu = GPUS.get(where.device.name)
     if search.measured:
         found.append(f"a rank computes {search.measured / 1e12:.3g} TFLOP/s, as the run that was named did")
-    if gpu is None:
-        return tuple(found)
-    if not search.measured:
+    if gpu and not search.measured:
         found.append(
             f"{where.device.name}: matmuls reach {speed.achievable(gpu, recipe) / 1e12:.0f} TFLOP/s in "
             f"{PRECISIONS[recipe.training.mixed_precision]}, training {speed.TRAINED:.0%} of that"
         )
-    if where.topology.world_size > 1:
+    if gpu and where.topology.world_size > 1:
         found.append(f"links: {gpu.link:g} GB/s a GPU inside a node, 80% of it reached, 70% hidden behind compute")
     if where.topology.nnodes > 1:
-        known = "" if where.bandwidth else " (the profile's network.bandwidth does not say)"
+        known = "" if where.bandwidth else ", a guess: network.bandwidth of a profile says it"
         found.append(f"network: {where.bandwidth or USUAL_BANDWIDTH:g} GB/s a node{known}")
+    if chosen.setting.offload != "none":
+        found.append(f"offload: {speed.PCIE:g} GB/s to the host a rank, {speed.HOST_MEMORY:g} GB/s of its memory")
+        if where.host_memory is None and where.device.type == "cuda":
+            found.append(f"host: a node has {gib(chosen.memory.host_per_node)} for what is offloaded")
     if recipe.model.attn_implementation == "auto":
         found.append("attention: SDPA; FlashAttention-2, where the ranks find it, needs less")
     return tuple(found)
@@ -355,6 +364,8 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
                 "gradient_checkpointing": candidate.setting.gradient_checkpointing,
                 "micro_batch_size": candidate.batch.micro_batch_size,
                 "peak": candidate.memory.peak,
+                "process": candidate.memory.process,
+                "host_per_node": candidate.memory.host_per_node,
                 "fits": candidate.fits,
                 "step_seconds": candidate.speed.step_seconds,
                 "rejected": candidate.rejected,

@@ -34,6 +34,7 @@ CANDIDATES = (
     ("fsdp", "all"),
 )
 ABOUT = 1.03  # estimates of time that differ by less are taken for equal
+ROOMY, TIGHT = 0.95, 1.1  # what fills more of the memory must be faster by a tenth to be taken
 # Between nodes, GB/s of a node, where the profile does not say: 200 Gb/s.
 USUAL_BANDWIDTH = 25.0
 
@@ -78,13 +79,29 @@ class Candidate:
 
     @property
     def excess(self) -> int:
-        """Bytes that it needs and there are not, of a GPU or of the host; 0 where it fits."""
-        host = self.memory.host_per_node - self.host_memory if self.host_memory else 0
-        return max(0, self.memory.process - self.capacity, host)
+        """Bytes that a rank needs and its device has not; 0 where it fits."""
+        return max(0, self.memory.process - self.capacity)
+
+    @property
+    def host_excess(self) -> int:
+        """The same of a node's own memory, where that is known."""
+        return max(0, self.memory.host_per_node - self.host_memory) if self.host_memory else 0
+
+    @property
+    def missing(self) -> str | None:
+        """What is missing, in words; None where it fits."""
+        parts = [f"{gib(self.excess)} too much"] if self.excess else []
+        parts += [f"{gib(self.host_excess)} too much on the host"] if self.host_excess else []
+        return ", ".join(parts) or None
 
     @property
     def fits(self) -> bool:
-        return self.excess == 0
+        return not self.excess and not self.host_excess
+
+    @property
+    def roomy(self) -> bool:
+        """Whether it fits with a little to spare."""
+        return self.fits and self.memory.process <= ROOMY * self.capacity
 
     @property
     def seconds(self) -> float:
@@ -128,11 +145,21 @@ class Search:
         for strategy, moved in CANDIDATES:
             if moved != offload and not any_offload:
                 continue
+            if any_offload and moved != "none" and self.spares_little(strategy, moved):
+                continue
             if world == 1 and (strategy in ("fsdp", "hsdp") or (strategy != "ddp" and moved == "none")):
                 continue  # nothing to shard
             if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
                 continue  # one node, or one rank a node: fsdp
             yield strategy, moved
+
+    def spares_little(self, strategy: str, offload: str) -> bool:
+        """Offloads that rules advise against: an adapter's states are small, and nf4 under ZeRO-3 was measured to take
+        more with offload than without."""
+        recipe = self.recipe
+        return bool(recipe.lora) and (
+            offload == "optimizer" or (strategy == "zero3" and recipe.model.quantization == "nf4")
+        )
 
     def best(self, strategy: str, offload: str) -> Candidate:
         """A strategy with the checkpointing and micro-batch that make it fast, or else small.
@@ -148,8 +175,8 @@ class Search:
                 continue
             broken = broken or found
             variants.append(self.variant(strategy, offload, checkpointing))
-        fitting = [candidate for candidate in variants if candidate.fits]
-        best = min(fitting, key=lambda c: c.seconds) if fitting else min(variants, key=lambda c: c.memory.process)
+        fitting = [c for c in variants if c.fits]
+        best = min(fitting, key=cost) if fitting else min(variants, key=lambda c: c.memory.process)
         setting, batch = best.setting, best.batch
         found = broken or rules.broken(
             self.case(
@@ -174,7 +201,7 @@ class Search:
             middle = (low + high + 1) // 2
             batch = batches.fixed(total, options[middle], world)
             low, high = (
-                (middle, high) if self.candidate(strategy, offload, checkpointing, batch).fits else (low, middle - 1)
+                (middle, high) if self.candidate(strategy, offload, checkpointing, batch).roomy else (low, middle - 1)
             )
         return self.candidate(strategy, offload, checkpointing, batches.fixed(total, options[low], world))
 
@@ -238,10 +265,22 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
     allowed = [candidate for candidate in candidates if not candidate.rejected]
     fitting = [candidate for candidate in allowed if candidate.fits]
     if not fitting:
-        return min(allowed, key=lambda c: c.excess, default=None)
+        return min(allowed, key=lambda c: c.excess + c.host_excess, default=None)
     here = [candidate for candidate in fitting if candidate.setting.offload == "none"] or fitting
-    fastest = min(candidate.seconds for candidate in here)
-    return next(candidate for candidate in here if candidate.seconds <= ABOUT * fastest)
+    fastest = min(map(cost, here))
+    return next(candidate for candidate in here if cost(candidate) <= ABOUT * fastest)
+
+
+def cost(candidate: Candidate) -> float:
+    """Seconds of a step, and more where it fits tightly; for comparing what fits."""
+    if not candidate.seconds:  # no time can be estimated
+        return 0.0 if candidate.roomy else 1.0
+    return candidate.seconds * (1.0 if candidate.roomy else TIGHT)
+
+
+def short(seconds: float) -> str:
+    """Seconds to three figures, without an exponent."""
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def gib(size: float) -> str:

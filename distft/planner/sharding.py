@@ -158,5 +158,7 @@ def _zero(
     if offload == "none":
         return Share(parameters, gradients, optimizer, buffers)
     host = 4 * mine + optimizer
+    if strategy != "zero3":  # sums of gradients over micro-batches (stage_1_and_2.py, accumulated_grads_in_cpu)
+        host += low * mine
     moved = parameters - sizes.small_bytes if offload == "all" else 0
     return Share(parameters - moved, 0, 0, buffers, host + moved)

@@ -368,3 +368,8 @@ def _source(package: str, path: str) -> str | None:
     found = importlib.util.find_spec(package)
     file = Path(found.origin).parent / path if found and found.origin else None
     return file.read_text(encoding="utf-8") if file and file.is_file() else None
+
+
+# Types whose layers are classes of their own, which transformers 5 does not quantise (integrations/bitsandbytes.py,
+# replace_with_bnb_linear: `type(module) is nn.Linear`).
+NOT_QUANTISED = ("falcon",)

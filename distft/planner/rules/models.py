@@ -36,6 +36,20 @@ def own_code_must_be_trusted(case: Case) -> str | None:
 
 
 @rule(
+    "model.quantization with a model type whose layers transformers does not quantise",
+    "transformers 5.23 integrations/bitsandbytes.py, replace_with_bnb_linear: type(module) is nn.Linear",
+    "remove model.quantization",
+)
+def quantization_needs_plain_layers(case: Case) -> str | None:
+    """transformers replaces layers that are nn.Linear itself. Falcon's are a class of its own: the model would be loaded
+    in 16 bit, in four times the memory, without a word.
+    """
+    if case.quantization and case.model_type in known.NOT_QUANTISED:
+        return f"model.quantization: the layers of {case.model_type} models are not quantised"
+    return None
+
+
+@rule(
     "sdpa, asked for or the only one left, with a model type that has none",
     "transformers 5.23 modeling_utils.py:1667: does not support an attention implementation through "
     "torch.nn.functional.scaled_dot_product_attention yet",

@@ -41,8 +41,8 @@ def own_code_must_be_trusted(case: Case) -> str | None:
     "remove model.quantization",
 )
 def quantization_needs_plain_layers(case: Case) -> str | None:
-    """transformers replaces layers that are nn.Linear itself. Falcon's are a class of its own: the model would be loaded
-    in 16 bit, in four times the memory, without a word.
+    """transformers replaces layers that are nn.Linear itself. Falcon's are a class of its own: the model would be
+    loaded in 16 bit, in four times the memory, without a word.
     """
     if case.quantization and case.model_type in known.NOT_QUANTISED:
         return f"model.quantization: the layers of {case.model_type} models are not quantised"

@@ -63,7 +63,7 @@ class Model(Group):
 class Lora(Group):
     """Low-rank adapters (peft). `lora: null` trains all weights."""
 
-    r: Annotated[int, Field(gt=0, le=2**14)] = 16
+    r: PositiveInt = 16
     """Rank of the adapters."""
 
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0

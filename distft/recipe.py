@@ -96,7 +96,7 @@ class Data(Group):
     """`messages`: chat template, loss on the assistant's turns; `prompt_completion`: loss on the completion; `text`:
     loss on every token. `auto` goes by the first row's fields."""
 
-    max_length: Annotated[int, Field(ge=8, le=2**25)] = 2048
+    max_length: Annotated[int, Field(ge=8, le=10**8)] = 2048
     """Tokens in a row, and in a packed row."""
 
     packing: bool = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,8 @@ def measured(run: RunDir) -> Measured | None:
     lines, _ = read_metrics(run.metrics)
     if not lines:
         return None
-    seconds = [line["tokens_per_second"] for line in lines[WARM_UP:] or lines]
-    return Measured(statistics.median(seconds), max(line["peak_memory_bytes"] for line in lines))
+    speeds = sorted(line["tokens_per_second"] for line in lines[WARM_UP:] or lines)
+    return Measured(speeds[len(speeds) // 2], max(line["peak_memory_bytes"] for line in lines))
 
 
 def planned(run: RunDir) -> dict[str, Any]:

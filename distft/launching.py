@@ -22,7 +22,6 @@ from distft.place import HERE, Place
 from distft.planner.plan import Plan
 from distft.recipe import Recipe, ScriptSettings
 from distft.run_dir import FINISHED, SBATCH, SCRIPT, RunDir
-from distft.schedulers import local, slurm
 from distft.shell import quote
 
 FOLLOW_SECONDS = 0.3
@@ -71,8 +70,8 @@ def must_fit(plan: Plan) -> None:
 def render(job: Job) -> dict[str, str]:
     """Every file of a job that is to run: by name, its text."""
     if job.cluster:
-        return {**job.files, SBATCH: slurm.render(job)}
-    return {**job.files, SCRIPT: local.render(job)}
+        return {**job.files, SBATCH: schedulers.slurm.render(job)}
+    return {**job.files, SCRIPT: schedulers.local.render(job)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Launch:
         if self.place.cluster is None:
             only_this_machine(self.plan.topology)
         say(console, report.plan_lines(self.plan))
-        if self.place.cluster is None or slurm.allocation():
+        if self.place.cluster is None or schedulers.slurm.allocation():
             return self._start_here(console, started)
         return self._start_on_slurm(console, started)
 
@@ -127,22 +126,22 @@ class Launch:
         run.fill(render(job), job.name)
         say(console, [_named(run, self.settings.name)])
         if self.detach:
-            local.detach(run)
+            schedulers.local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
             return run
         with Follower(run, console) as follower:
-            local.supervise(run, watch=follower.poll)
+            schedulers.local.supervise(run, watch=follower.poll)
         say(console, report.result_lines(run))
         return run
 
     def _start_on_slurm(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
         from distft.progress import say
 
-        say(console, [f"  SLURM {slurm.test_only(slurm.render(self.next_job()))}"])
+        say(console, [f"  SLURM {schedulers.slurm.test_only(schedulers.slurm.render(self.next_job()))}"])
         self.prepare(console)
         run = self.create()
         started(run)
-        job_id = slurm.submit(self.job(run))
+        job_id = schedulers.slurm.submit(self.job(run))
         name = quote(str(run.path))
         say(console, [_named(run, self.settings.name), f"job {job_id} is queued"])
         if self.detach:
@@ -181,7 +180,7 @@ def dependency(word: str, runs_dir: str) -> str | None:
         SubmitError: nothing could start after it: no such run or job, or it has failed.
     """
     if word.replace("_", "").isdigit():
-        if word not in slurm.look([word]):  # SLURM itself would take an unknown job for one that ended well
+        if word not in schedulers.slurm.look([word]):  # SLURM itself would take an unknown job for one that ended well
             raise SubmitError(f"--after: SLURM does not know job {word}")
         return word
     run = RunDir.find(word, runs_dir)
@@ -207,7 +206,7 @@ def follow(run: RunDir, console: Console) -> None:
             asked, wait = 0.0, 1.0
             while True:
                 if time.monotonic() - asked >= wait or run.read_status().get("state") in FINISHED:
-                    status = slurm.state_now(run)
+                    status = schedulers.slurm.state_now(run)
                     asked, wait = time.monotonic(), min(wait * 1.3, SLURM_SECONDS)
                     follower.waiting(status)
                     if status.get("state") in FINISHED:
@@ -255,11 +254,11 @@ def preflight(place: Place, console: Console) -> dict[str, Any]:
     job = Job("doctor", run, place.topology(), argv=(), env={}, files={}, cluster=cluster)
     ended = None
     try:
-        if slurm.allocation():
-            run.fill({SBATCH: slurm.render(job)}, job.name)
-            local.supervise(run)
+        if schedulers.slurm.allocation():
+            run.fill({SBATCH: schedulers.slurm.render(job)}, job.name)
+            schedulers.local.supervise(run)
         else:
-            say(console, [f"job {slurm.submit(job)} is queued: {run.path}"])
+            say(console, [f"job {schedulers.slurm.submit(job)} is queued: {run.path}"])
             follow(run, console)
     except RunError as error:
         ended = error

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distft.run_dir import RunDir
+
+
+def __getattr__(name: str) -> ModuleType:
+    """schedulers.local and schedulers.slurm are imported when they are first used."""
+    if name not in ("local", "slurm"):
+        raise AttributeError(name)
+    return importlib.import_module(f"distft.schedulers.{name}")
 
 
 def states_now(runs: Sequence[RunDir]) -> list[dict[str, Any]]:

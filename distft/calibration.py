@@ -40,14 +40,17 @@ def planned(run: RunDir) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def flops_per_second(word: str) -> float:
+def flops_per_second(word: str, runs_dir: str) -> float:
     """What a rank of an earlier run computed a second, counting what checkpointing repeats.
+
+    Args:
+        word: a run directory, or a run's name in `runs_dir`.
 
     Raises:
         PlanError: there is no such run, or it says too little.
     """
     try:
-        run = RunDir.find(word, "runs")
+        run = RunDir.find(word, runs_dir)
     except DistftError as error:
         raise PlanError(f"--calibrate: {error}") from None
     found, plan = measured(run), planned(run)

@@ -246,13 +246,7 @@ def measure(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
     losses = []
 
     def step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(train_step(model, tokens, optimizer, trained))
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -278,6 +272,17 @@ def measure(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
         "loss_last": last,
         "trained_parameters": sum(parameter.numel() for parameter in trained),
     }
+
+
+def train_step(model: Any, tokens: torch.Tensor, optimizer: Any, trained: list) -> torch.Tensor:
+    """A step as distft's Trainer makes it; returns the loss."""
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:

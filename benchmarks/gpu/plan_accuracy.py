@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check import FULL, LLAMA_3_8B, RESULTS, SMALL_MODEL, Row, Size, build, describe
-from torch import nn
+from check import FULL, LLAMA_3_8B, RESULTS, SMALL_MODEL, Row, Size, build, describe, train_step
 
 from distft.devices import Device
 from distft.planner.memory import Estimator, Setting
@@ -120,12 +119,7 @@ def measure(configuration: Configuration, device: torch.device) -> dict[str, Any
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            train_step(model, tokens, optimizer, trained)
         if not cuda:
             return {"status": "ok", "peak": None, "process": None}
         torch.cuda.synchronize()

@@ -23,7 +23,7 @@ FILE = Path(__file__).parent / "activations.txt"
 MOMENTS = ("base", "saved", "forward", "loss", "head", "top", "bottom")
 ATTENTIONS = ("flash", "masked", "eager")  # the least memory first
 
-Polynomial = dict[str, int]  # monomial → bytes
+Polynomial = dict[str, float]  # monomial → bytes
 
 
 @dataclass(frozen=True)

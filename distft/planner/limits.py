@@ -101,7 +101,7 @@ def would_fit(search: Search) -> list[str]:
         parallelism = type(recipe.parallelism)()
         changes.append(("parallelism.strategy: auto", recipe.model_copy(update={"parallelism": parallelism})))
     for name, changed in changes:
-        other = Search.of(changed, search.model, search.where)
+        other = Search.of(changed, search.model, search.where, search.measured)
         try:
             chosen = _choice(other)
         except PlanError:
@@ -109,7 +109,8 @@ def would_fit(search: Search) -> list[str]:
         if chosen and chosen.fits and not chosen.rejected:
             host = f", {gib(chosen.memory.host_per_node)} of the host's" if chosen.memory.host_per_node else ""
             found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)} a rank{host})")
-    if shorter := _largest(lambda n: _row_fits(search, 64 * n), recipe.data.max_length // 64):
+    here = search.where.topology
+    if shorter := _largest(lambda n: _fits_on(search, here, 64 * n), recipe.data.max_length // 64):
         found.append(f"data.max_length: {64 * shorter}")
     if width := fewest_gpus(search):
         found.append(f"--nodes {width.nnodes} --gpus-per-node {width.nproc_per_node}")
@@ -125,7 +126,3 @@ def _choice(search: Search) -> Candidate | None:
     if wanted.strategy != "auto":
         return search.best(wanted.strategy, wanted.offload)
     return choose([search.best(*option) for option in search.options()])
-
-
-def _row_fits(search: Search, length: int) -> bool:
-    return _fits_on(search, search.where.topology, length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from distft.planner import activations, sharding
@@ -281,19 +282,12 @@ def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, in
         shapes = [tensor.shape for tensor in model.tensors]
         if recipe.lora:
             shapes = [(recipe.lora.r, s // recipe.lora.r) for _, added in _adapters(recipe, model) for s in added]
-        optimizer = sum(4 * (sum(s) if len(s) == 2 else _elements(s)) for s in shapes)
+        optimizer = sum(4 * (sum(s) if len(s) == 2 else prod(s)) for s in shapes)
     return {
         "parameters": sizes.frozen_bytes + 4 * sizes.trained,
         "gradients": 4 * sizes.trained,
         "optimizer": optimizer,
     }
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    size = 1
-    for width in shape:
-        size *= width
-    return size
 
 
 def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tuple[int, int]]) -> Peaks:

@@ -75,9 +75,10 @@ def make_plan(
     model = _model(recipe, need_weights, simulated)
     search = Search.of(recipe, model, where, measured)
     reasons, warnings = [], _warnings(where.topology, where.device)
-    if model.model_type and not model.is_known and not simulated:
+    if model.model_type and not model.is_known:
+        counted = "the chosen way alone was counted" if simulated else "--simulate counts those of the chosen way"
         warnings.append(
-            f"model_type {model.model_type} is not known here: activations are estimated as Llama's; --simulate counts"
+            f"model_type {model.model_type} is not known here: activations are estimated as Llama's; {counted}"
         )
     strategy = _fixed_strategy(recipe, where.topology, reasons)
     if strategy:
@@ -99,15 +100,7 @@ def make_plan(
         chosen, candidates = _simulate(recipe, chosen, candidates, free=not strategy)
     setting, batch = chosen.setting, chosen.batch
     reasons += _details(recipe, chosen, search)
-    warnings += rules.warnings(
-        search.case(
-            setting.strategy,
-            setting.offload,
-            gradient_checkpointing=setting.gradient_checkpointing,
-            micro_batch_size=batch.micro_batch_size,
-            accumulation=batch.gradient_accumulation_steps,
-        )
-    )
+    warnings += rules.warnings(search.case_of(chosen))
     if not chosen.fits:
         warnings.append(misfit(chosen))
     return Plan(
@@ -196,18 +189,20 @@ def _fixed_strategy(recipe: Recipe, topology: Topology, reasons: list[str]) -> s
 def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
     """Why this one, and why not those that stand before it or are faster."""
     fitting = [c for c in candidates if c.fits and not c.rejected]
-    found = []
+    fitting = [c for c in fitting if c.setting.offload == "none"] or fitting
+    found, before = [], True
     if not chosen.fits:
         found.append(f"{chosen.name}: nothing fits; it is the least too large")
     elif len(fitting) == 1:
-        found.append(f"{chosen.name}: the only one that fits")
+        found.append(f"{chosen.name}: the only one that fits{_without(chosen)}")
     elif chosen.speed.step_seconds is None:
         found.append(f"{chosen.name}: it fits, and those that fit too shard or offload more")
     else:
-        found.append(f"{chosen.name}: of {len(fitting)} that fit none is estimated to be faster by 3%")
+        found.append(f"{chosen.name}: of {len(fitting)} that fit{_without(chosen)} the fastest, or simpler within 3%")
     for candidate in candidates:
-        if candidate is chosen:
-            break
+        before = before and candidate is not chosen
+        if not before and not (candidate in fitting and candidate.seconds < chosen.seconds and not candidate.roomy):
+            continue
         if candidate.rejected:
             found.append(f"not {candidate.name}: {candidate.rejected}")
         elif not candidate.fits:
@@ -217,6 +212,10 @@ def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
         elif candidate.speed.step_seconds:
             found.append(f"not {candidate.name}: {short(candidate.seconds)} s a step, against {short(chosen.seconds)}")
     return found
+
+
+def _without(chosen: Candidate) -> str:
+    return " without offload" if chosen.setting.offload == "none" else ""
 
 
 def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:

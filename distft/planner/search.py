@@ -168,26 +168,12 @@ class Search:
             PlanError: the batch does not divide among the ranks.
         """
         asked = self.recipe.training.gradient_checkpointing
-        variants, broken = [], []
-        for checkpointing in (False, True) if asked == "auto" else (asked,):
-            found = rules.broken(self.case(strategy, offload, gradient_checkpointing=checkpointing))
-            if found and asked == "auto" and checkpointing:
-                continue
-            broken = broken or found
-            variants.append(self.variant(strategy, offload, checkpointing))
+        ways = (False, True) if asked == "auto" else (asked,)
+        allowed = [w for w in ways if not rules.broken(self.case(strategy, offload, gradient_checkpointing=w))]
+        variants = [self.variant(strategy, offload, way) for way in allowed or ways]
         fitting = [c for c in variants if c.fits]
         best = min(fitting, key=cost) if fitting else min(variants, key=lambda c: c.memory.process)
-        setting, batch = best.setting, best.batch
-        found = broken or rules.broken(
-            self.case(
-                strategy,
-                offload,
-                gradient_checkpointing=setting.gradient_checkpointing,
-                micro_batch_size=batch.micro_batch_size,
-                accumulation=batch.gradient_accumulation_steps,
-            )
-        )
-        return replace(best, broken=tuple(rules.sentences(found)))
+        return replace(best, broken=tuple(rules.sentences(rules.broken(self.case_of(best)))))
 
     def variant(self, strategy: str, offload: str, checkpointing: bool) -> Candidate:
         """With the micro-batch of the recipe, or the largest that fits."""
@@ -213,7 +199,7 @@ class Search:
         setting = Setting(
             strategy=strategy,
             offload=offload,
-            shard_size=shard_size(self.recipe.parallelism, strategy, self.where.topology),
+            shard_size=shard_size(self.recipe.parallelism, strategy, topology),
             world_size=topology.world_size,
             nproc_per_node=topology.nproc_per_node,
             micro_batch_size=batch.micro_batch_size,
@@ -235,12 +221,23 @@ class Search:
         )
         return Candidate(setting, batch, found, time, self.where.device.memory, self.where.host_memory)
 
+    def case_of(self, candidate: Candidate) -> rules.Case:
+        """All that is known of a candidate."""
+        setting, batch = candidate.setting, candidate.batch
+        return self.case(
+            setting.strategy,
+            setting.offload,
+            gradient_checkpointing=setting.gradient_checkpointing,
+            micro_batch_size=batch.micro_batch_size,
+            accumulation=batch.gradient_accumulation_steps,
+        )
+
     def case(self, strategy: str, offload: str, **known: Any) -> rules.Case:
         where = self.where
         return rules.Case(
             strategy,
             offload,
-            shard_size(self.recipe.parallelism, strategy, self.where.topology),
+            shard_size(self.recipe.parallelism, strategy, where.topology),
             where.topology,
             where.device,
             self.recipe,

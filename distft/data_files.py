@@ -64,15 +64,16 @@ def read_rows(sources: Iterable[str]) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
+    name = str(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _object(f"{path}:{number}", line)
+            if not line.isspace():
+                yield _object(f"{name}:{number}", line)
 
 
 def _object(place: str, text: bytes | str) -> Row:
     try:
-        row = json.loads(text)
+        row = json.loads(text if isinstance(text, str) else text.decode())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise DataError(f"{place}: not JSON ({error})") from None
     if not isinstance(row, dict):

@@ -258,12 +258,12 @@ def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
     add(model.pad_token, model.trust_remote_code, *(_version(p) for p in ("transformers", "tokenizers", "trl")))
     for source in (*as_list(data.train), None, *as_list(data.eval)):
         files = local_files(source) if source else []
-        add(*(_file_digest(path) for path in files) if files is not None else source)
+        add(*(file_digest(path) for path in files) if files is not None else source)
     folder = Path(model.name_or_path)
     if folder.is_dir():
         # All but the weights: which files a tokenizer reads is its own affair.
         files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin"))
-        add(*(part for path in files for part in (path.name, _file_digest(path))))
+        add(*(part for path in files for part in (path.name, file_digest(path))))
     else:
         add(model.name_or_path, model.revision)
     if data.chat_template:
@@ -271,7 +271,8 @@ def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
     return (Path(root) if root else cache_root()) / "data" / digest.hexdigest()[:32]
 
 
-def _file_digest(path: Path) -> bytes:
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file."""
     import hashlib
 
     with path.open("rb") as file:

@@ -111,6 +111,11 @@ class RunDir:
             return {}
         return json.loads(lines[-1]) if lines else {}
 
+    def cut_metrics(self, step: int) -> None:
+        """Leave out the steps after `step`, which are trained again."""
+        kept = [line for line in read_metrics(self.metrics)[0] if line["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
     @property
     def status(self) -> Path:
         return self.path / "status.json"
@@ -144,6 +149,20 @@ class RunDir:
             with contextlib.suppress(ValueError, OSError):  # cut short by a kill: the other ranks' still count
                 found.append(json.loads(path.read_text()))
         return sorted(found, key=lambda error: error["time"])
+
+    @property
+    def stop(self) -> Path:
+        """Why the run is to stop: asked by the launcher or the job script, read by the ranks. Empty: it is not."""
+        return self.logs / "stop"
+
+    def ask_to_stop(self, why: str) -> None:
+        self.stop.write_text(f"{why}\n")
+
+    def stop_asked(self) -> str | None:
+        try:
+            return self.stop.read_text().strip() or None
+        except OSError:
+            return None
 
     @property
     def torchrun_log(self) -> Path:

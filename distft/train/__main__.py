@@ -8,14 +8,21 @@ from pathlib import Path
 
 from distft.run_dir import RunDir
 from distft.train import worker
+from distft.train.stopping import Stopping
 
 
 def main() -> None:
     run = RunDir(Path(sys.argv[1]).absolute())
     plan = worker.enter(run)
-    from distft.train.run import train  # only now: what fails to import ends in this rank's log
+    stopping = Stopping(run)
+    try:
+        from distft.train.run import leave, train  # only now: what fails to import ends in this rank's log
 
-    train(run, plan)
+        train(run, plan, stopping)
+        leave()
+    except KeyboardInterrupt:
+        if stopping.why is None:
+            raise
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
 import time
 from typing import Any
 
@@ -13,21 +13,24 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback
 
+from distft import checkpoints
 from distft.loading import load_recipe
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
 from distft.train import cpu_ranks
+from distft.train.checkpoint import Checkpointer
 from distft.train.data import load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
 from distft.train.sampler import StreamSampler, optimizer_steps
 from distft.train.save import save_trained
-from distft.train.trainer import Collator, RecipeTrainer, Recorder, training_arguments
+from distft.train.stopping import Stopping
+from distft.train.trainer import Collator, NothingLeft, RecipeTrainer, Recorder, training_arguments
 
 log = logging.getLogger("distft")
 
 
-def train(run: RunDir, plan: dict[str, Any]) -> None:
-    """Train the recipe of a run directory under its plan."""
+def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
+    """Train the recipe of a run directory under its plan, from its newest checkpoint on, to the end or to a stop."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     cpu_ranks.apply()
@@ -46,12 +49,21 @@ def train(run: RunDir, plan: dict[str, Any]) -> None:
         # zero.Init checks the batch arithmetic while the model is made, and without this sees a world of 1.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     writes = arguments.process_index == 0
+    checkpointer = Checkpointer(run, recipe, plan)
+    found = checkpointer.newest()
+    position = checkpointer.position(found)
     if writes:
-        run.update_status(state="running", step=0, max_steps=steps, started=time.time(), data=prepared.counts)
+        run.cut_metrics(position.step)
+        started = run.read_status().get("started") or time.time()
+        run.update_status(
+            state="running", step=position.step, max_steps=steps, started=started, ended=None, data=prepared.counts
+        )
+        if found:
+            log.info("continues after step %d of %d", position.step, steps)
     model = build_model(recipe, plan["strategy"])
-    stream = StreamSampler(len(prepared.train), steps * batch_size, recipe.training.seed)
+    total = position.samples + max(1, steps - position.step) * batch_size
     trainer = RecipeTrainer(
-        stream=stream,
+        stream=StreamSampler(len(prepared.train), total, recipe.training.seed, position.samples),
         model=model,
         args=arguments,
         train_dataset=prepared.train,
@@ -62,36 +74,35 @@ def train(run: RunDir, plan: dict[str, Any]) -> None:
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    saver = Saver(run, recipe, trainer, tokenizer, writes)
-    trainer.add_callback(Recorder(run, recipe, plan, trainer, saver.checkpoint))
-    trainer.train()
-    saver.save(run.final)
-    if writes:
-        run.update_status(state="completed", ended=time.time(), reason=None)
+    recorder = Recorder(run, recipe, plan, trainer, checkpointer, (found, position), stopping)
+    trainer.add_callback(recorder)
+    with contextlib.suppress(NothingLeft):
+        trainer.train()
+    stopped = recorder.end()
+    checkpointer.finish()
+    if stopped:
+        if writes:
+            saved = checkpoints.complete(run)
+            at = f"; step-{saved[0].step} is saved" if saved else ""
+            run.update_status(state="preempted", ended=time.time(), reason=f"stopped: {stopped}{at}")
+    else:
+        save_final(run, recipe, trainer, tokenizer, writes)
+        if writes:
+            run.update_status(state="completed", ended=time.time(), reason=None)
+
+
+def leave() -> None:
+    """Take this rank out of its process group, once all are done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-class Saver:
-    """Writes final/ and checkpoints/step-N."""
-
-    def __init__(self, run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, writes: bool):
-        self.run, self.recipe, self.trainer, self.tokenizer, self.writes = run, recipe, trainer, tokenizer, writes
-        config = AutoConfig.from_pretrained(
-            recipe.model.name_or_path,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-        self.dtype = config.dtype or torch.float32  # a whole model keeps the dtype of its base
-
-    def save(self, folder: Any) -> None:
-        save_trained(self.trainer.model_wrapped, folder, tokenizer=self.tokenizer, writes=self.writes, dtype=self.dtype)
-
-    def checkpoint(self, step: int) -> None:
-        self.save(self.run.checkpoint(step))
-        limit = self.recipe.checkpoint.save_total_limit
-        if self.writes and limit:
-            saved = sorted(self.run.checkpoints.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-            for old in saved[:-limit]:
-                shutil.rmtree(old)
+def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, writes: bool) -> None:
+    """Write final/."""
+    model = recipe.model
+    config = AutoConfig.from_pretrained(
+        model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    dtype = config.dtype or torch.float32  # a whole model keeps the dtype of its base
+    save_trained(trainer.model_wrapped, run.final, tokenizer=tokenizer, writes=writes, dtype=dtype)

@@ -12,20 +12,21 @@ class StreamSampler(torch.utils.data.Sampler[int]):
     """`total` row numbers: one seeded permutation of the rows after the other, without a gap between epochs.
 
     Every global batch is the next `global_batch_size` of them, at every width: no short batch at the end of an epoch,
-    no repeated rows to fill one up.
+    no repeated rows to fill one up. A run that is continued leaves out the first `start` of them.
     """
 
-    def __init__(self, rows: int, total: int, seed: int):
-        self.rows, self.total, self.seed = rows, total, seed
+    def __init__(self, rows: int, total: int, seed: int, start: int = 0):
+        self.rows, self.total, self.seed, self.start = rows, total, seed, start
 
     def __len__(self) -> int:
-        return self.total
+        return self.total - self.start
 
     def __iter__(self) -> Iterator[int]:
-        for epoch in range(ceil(self.total / self.rows)):
+        for epoch in range(self.start // self.rows, ceil(self.total / self.rows)):
             generator = torch.Generator().manual_seed(self.seed + epoch)
             order = torch.randperm(self.rows, generator=generator).tolist()
-            yield from order[: self.total - epoch * self.rows]
+            before = epoch * self.rows
+            yield from order[max(0, self.start - before) : self.total - before]
 
 
 def optimizer_steps(rows: int, global_batch_size: int, max_steps: int | None, epochs: float | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -16,12 +17,15 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from distft.checkpoints import Checkpoint
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
 from distft.strategies import merge
 from distft.train import wrapping
+from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import IGNORE
 from distft.train.sampler import StreamSampler
+from distft.train.stopping import Stopping
 
 
 class Collator:
@@ -108,13 +112,15 @@ class RecipeTrainer(Trainer):
         return samples, tokens.long() if torch.is_tensor(tokens) else tokens
 
     @torch.no_grad()
-    def heldout_loss(self) -> float:
-        """Mean loss a trained token over the held-out rows; collective, equal on all ranks."""
+    def heldout_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss a trained token over the held-out rows; collective, equal on all ranks. None when `interrupted`."""
         rows, micro = self.eval_dataset, self.args.per_device_eval_batch_size
         rank, world = self.args.process_index, self.args.world_size
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model_wrapped.eval()
         for start in range(0, len(rows), micro * world):
+            if interrupted():
+                return None
             indices = range(start + rank * micro, start + (rank + 1) * micro)
             # Every rank takes part in every forward pass (sharded weights are gathered in it): a rank without rows
             # left repeats one whose labels do not count.
@@ -145,46 +151,94 @@ def _token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: tor
     return _summed_loss(outputs.logits, labels)[0] / num_items_in_batch
 
 
-class Recorder(TrainerCallback):
-    """metrics.jsonl and status.json (rank 0 writes; all ranks take part in the reductions)."""
+class NothingLeft(Exception):
+    """All steps of the run were made before it was interrupted."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, plan: dict[str, Any], trainer: RecipeTrainer, save: Any):
-        self.run, self.recipe, self.plan, self.trainer, self.save = run, recipe, plan, trainer, save
+
+class Recorder(TrainerCallback):
+    """metrics.jsonl, status.json and checkpoints (rank 0 writes; all ranks take part in the reductions)."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        plan: dict[str, Any],
+        trainer: RecipeTrainer,
+        checkpointer: Checkpointer,
+        start: tuple[Checkpoint | None, Position],
+        stopping: Stopping,
+    ):
+        self.run, self.recipe, self.plan, self.trainer = run, recipe, plan, trainer
+        self.checkpointer, self.stopping = checkpointer, stopping
+        self.found, self.position = start
+        self.first = self.position.step  # steps made before
         self.step_tokens = _tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
-        self.tokens = 0
+        self.stopped: str | None = None
         self.heldout: float | None = None
         self.last_status = 0.0
         self.writes = trainer.is_world_process_zero()
         self.file = run.metrics.open("a", buffering=1) if self.writes else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopping.training = True
         ran = wrapping.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         self._status(ran=ran)
         wrapping.check(self.plan, ran)
-        if self.trainer.eval_dataset is not None:
-            loss = self.trainer.heldout_loss()
+        if self.found is not None:
+            self.checkpointer.restore(self.found, self.trainer)
+            state.global_step = self.trainer._globalstep_last_logged = self.position.step
+            if state.global_step >= state.max_steps:
+                raise NothingLeft
+        elif (loss := self._heldout()) is not None:
             self._status(heldout_loss_before=loss)
         self.clock = time.perf_counter()
+        if self.stopped:
+            raise NothingLeft
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every, save_steps = self.recipe.training.eval_steps, self.recipe.checkpoint.save_steps
-        if every and state.global_step % every == 0 and self.trainer.eval_dataset is not None:
-            self.heldout = self.trainer.heldout_loss()
-        if save_steps and state.global_step % save_steps == 0:
-            self.save(state.global_step)
+        step, batch = state.global_step, self.recipe.training.global_batch_size
+        tokens = self.step_tokens[step - 1 - self.first]
+        self.position = Position(step, self.position.samples + batch, self.position.tokens + tokens)
+        if every and step % every == 0:
+            self.heldout = self._heldout()
+        if self._interrupted():
+            self.checkpointer.save(self.trainer, self.position, wait=True)
+            control.should_training_stop = True
+        elif save_steps and step % save_steps == 0:
+            self.checkpointer.save(self.trainer, self.position)
+
+    def end(self) -> str | None:
+        """The last evaluation. Returns why the run was stopped, None when it is done."""
+        if not self.stopped:
+            loss = self._heldout()
+            if self.stopped:  # all steps are made; what is left is this and final/
+                self.checkpointer.save(self.trainer, self.position, wait=True)
+            elif loss is not None:
+                self._status(heldout_loss_after=loss)
+        self._status(step=self.position.step)
+        return self.stopped
+
+    def _heldout(self) -> float | None:
+        return None if self.trainer.eval_dataset is None else self.trainer.heldout_loss(self._interrupted)
+
+    def _interrupted(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all."""
+        if self.stopped is None and _largest(int(self.stopping.why is not None), self.trainer.args.device):
+            self.stopped = self.stopping.why or "asked of another rank"
+        return self.stopped is not None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the summary at the end
             return
         now = time.perf_counter()
-        tokens = self.step_tokens[state.global_step - 1]
-        self.tokens += tokens
+        tokens = self.step_tokens[state.global_step - 1 - self.first]
         line = {
             "step": state.global_step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs["learning_rate"],
-            "tokens": self.tokens,
+            "tokens": self.position.tokens,
             "tokens_per_second": tokens / (now - self.clock),
             "peak_memory_bytes": peak_memory(args.device),
             "time": time.time(),
@@ -197,11 +251,6 @@ class Recorder(TrainerCallback):
             if now - self.last_status > 1:
                 self._status(step=state.global_step)
                 self.last_status = now
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.eval_dataset is not None:
-            self._status(heldout_loss_after=self.trainer.heldout_loss())
-        self._status(step=state.global_step)
 
     def _status(self, **fields: Any) -> None:
         if self.writes:
@@ -223,8 +272,13 @@ def peak_memory(device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _largest(peak, device)
+
+
+def _largest(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values."""
     if not dist.is_initialized():
-        return peak
-    largest = torch.tensor(peak, device=device)
+        return value
+    largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)

@@ -1,0 +1,60 @@
+"""Being asked to stop: by the run's stop file (the launcher's Ctrl-C, the job script's trap) or by SIGTERM.
+
+While a run starts there is nothing to lose, and the rank ends at once. Once it trains, all ranks agree at the end of a
+step, save, and end well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from distft.run_dir import RunDir
+
+POLL_SECONDS = 0.5
+UNWIND_SECONDS = 3  # for a start that is stopped: temporary files go, and a rank that waits for others is ended
+
+
+class Stopping:
+    """Whether this rank was asked to stop. Import nothing heavy here: it is the first thing a rank does."""
+
+    def __init__(self, run: RunDir):
+        self.run, self.why = run, None
+        self.training = False  # the loop runs, and asks `why` itself
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started it in the background
+        threading.Thread(target=self._watch, daemon=True, name="stopping").start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # torchrun ends the ranks beside one that failed with SIGTERM too: they would wait for it at the next step.
+        if not self.training or self.run.rank_errors() or _siblings() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.why = self.why or signal.Signals(number).name
+
+    def _watch(self) -> None:
+        while self.why is None:
+            self.why = self.run.stop_asked()
+            time.sleep(POLL_SECONDS)
+        if self.training:
+            return
+        os.kill(os.getpid(), signal.SIGINT)  # unwinds the main thread
+        time.sleep(UNWIND_SECONDS)
+        if not self.training:
+            os._exit(0)
+
+
+def _siblings() -> int:
+    """Live processes of this one's parent, this one among them."""
+    found = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+                found += state != "Z" and int(parent) == os.getppid()
+    return found

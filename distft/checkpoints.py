@@ -67,8 +67,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
     return {
         **_model_identity(recipe),
-        "lora": recipe.lora.model_dump(mode="json") if recipe.lora else None,
-        "data": data_files.cache_folder(recipe).name,
+        **({f"lora.{k}": v for k, v in recipe.lora.model_dump(mode="json").items()} if recipe.lora else {"lora": None}),
+        "data": data_files.content_digest(recipe),
         **{
             f"training.{name}": getattr(training, name)
             for name in (

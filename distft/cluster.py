@@ -143,7 +143,11 @@ class Cluster(Group):
     """Check all nodes for a few seconds before the training step."""
 
     requeue: Annotated[int, Field(ge=0)] = 0
-    """How often a job may submit itself again, without the nodes that failed the preflight."""
+    """How often a run may go on by itself, from its newest checkpoint: after the time limit, preemption, a fault, or on
+    other nodes than those that failed the preflight."""
+
+    stop_seconds: Annotated[int, Field(ge=0, le=65535)] = 120
+    """How long before the time limit, or before it is preempted, a run is told to save and stop. 0: it is not."""
 
     price_per_gpu_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """For the plan's price."""

@@ -244,31 +244,39 @@ def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
 
     Under `root`, else `cache_root()`.
     """
-    import hashlib  # only here: it loads OpenSSL, which takes longer than a plan
+    versions = (_version(package) for package in ("transformers", "tokenizers", "trl"))
+    name = _digest(PREPARATION_VERSION, content_digest(recipe), *versions)
+    return (Path(root) if root else cache_root()) / "data" / name
 
-    digest = hashlib.sha256()
 
-    def add(*words: object) -> None:
-        for word in words:
-            data = word if isinstance(word, bytes) else str(word).encode()
-            digest.update(len(data).to_bytes(8, "big") + data)
-
+def content_digest(recipe: Recipe) -> str:
+    """What the data of a recipe is made of: its files' content, the tokenizer's, and the settings."""
     data, model = recipe.data, recipe.model
-    add(PREPARATION_VERSION, data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed)
-    add(model.pad_token, model.trust_remote_code, *(_version(p) for p in ("transformers", "tokenizers", "trl")))
+    words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
+    words += [model.pad_token, model.trust_remote_code]
     for source in (*as_list(data.train), None, *as_list(data.eval)):
         files = local_files(source) if source else []
-        add(*(file_digest(path) for path in files) if files is not None else source)
+        words += [file_digest(path) for path in files] if files is not None else [source]
     folder = Path(model.name_or_path)
     if folder.is_dir():
         # All but the weights: which files a tokenizer reads is its own affair.
         files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin"))
-        add(*(part for path in files for part in (path.name, file_digest(path))))
+        words += [part for path in files for part in (path.name, file_digest(path))]
     else:
-        add(model.name_or_path, model.revision)
+        words += [model.name_or_path, model.revision]
     if data.chat_template:
-        add(Path(data.chat_template).read_bytes())
-    return (Path(root) if root else cache_root()) / "data" / digest.hexdigest()[:32]
+        words.append(Path(data.chat_template).read_bytes())
+    return _digest(*words)
+
+
+def _digest(*words: object) -> str:
+    import hashlib  # only here: it loads OpenSSL, which takes longer than a plan
+
+    digest = hashlib.sha256()
+    for word in words:
+        data = word if isinstance(word, bytes) else str(word).encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:32]
 
 
 def file_digest(path: Path) -> bytes:

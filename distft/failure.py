@@ -28,10 +28,16 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Failure:
-    """`reason` is one line for status.json, `text` is for the terminal."""
+    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and its host, if known.
+
+    `mendable`: by a person alone; another attempt ends the same way.
+    """
 
     reason: str
     text: str
+    rank: int | None = None
+    host: str | None = None
+    mendable: bool = False
 
 
 def first_failure(run: RunDir, returncode: int) -> Failure:
@@ -52,13 +58,14 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         if first["type"] == "SystemExit":
             reason = f"rank {first['rank']} exited by itself with status {first['message']}"
             where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
-        return Failure(reason, _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"])))
+        text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]))
+        return Failure(reason, text, first["rank"], first["host"], first["mendable"])
     if killed:
         rank, number = killed
         reason = f"rank {rank} was killed by {_signal_name(number)}"
         hint = " (the host ran out of memory, or someone killed it)" if number == signal.SIGKILL else ""
         tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
-        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)))
+        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)), rank)
     if bad := _bad_nodes(run):
         lines = [f"preflight: bad node {name}: {why}" for name, why in bad.items()]
         return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight))

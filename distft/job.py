@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from distft import run_dir as names
-from distft.loading import dump_recipe
+from distft.loading import dump_recipe, dump_yaml
 from distft.planner.plan import Plan, plan_json
 from distft.recipe import Recipe, ScriptSettings
 from distft.run_dir import RunDir
@@ -48,6 +48,8 @@ def recipe_job(
 ) -> Job:
     """The job that trains a recipe."""
     files = {names.RECIPE: dump_recipe(recipe)} | _config_files(plan, recipe, run)
+    if cluster:
+        files[names.CLUSTER] = dump_yaml(cluster)
     return _job(recipe.name, plan, run, "distft.train", [str(run.path)], files, cluster, after)
 
 

@@ -76,7 +76,7 @@ def render(job: Job) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was planned: what runs, where, and how it is followed."""
+    """A launch that was planned: what runs, where, and how it is followed. `run` is one that is to go on."""
 
     settings: Recipe | ScriptSettings
     plan: Plan
@@ -84,6 +84,7 @@ class Launch:
     script: Sequence[str] | None = None
     after: str | None = None
     detach: bool = False
+    run: RunDir | None = None
 
     def job(self, run: RunDir) -> Job:
         """The job with its files in `run`."""
@@ -94,10 +95,10 @@ class Launch:
 
     def next_job(self) -> Job:
         """The job under the name that it would have if it started now."""
-        return self.job(RunDir.next_free(self.place.runs_dir(self.settings), self.settings.name))
+        return self.job(self.run or RunDir.next_free(self.place.runs_dir(self.settings), self.settings.name))
 
     def create(self) -> RunDir:
-        return RunDir.create(self.place.runs_dir(self.settings), self.settings.name)
+        return self.run or RunDir.create(self.place.runs_dir(self.settings), self.settings.name)
 
     def start(self, console: Console, started: Callable[[RunDir], None] = lambda run: None) -> RunDir:
         """Start it and follow it to its end unless `detach`; says on `console` what it does.
@@ -123,8 +124,8 @@ class Launch:
         run = self.create()
         started(run)
         job = self.job(run)
-        run.fill(render(job), job.name)
-        say(console, [_named(run, self.settings.name)])
+        run.fill(render(job), job.name, goes_on=self.run is not None)
+        say(console, [self._named(run)])
         if self.detach:
             schedulers.local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
@@ -141,14 +142,18 @@ class Launch:
         self.prepare(console)
         run = self.create()
         started(run)
-        job_id = schedulers.slurm.submit(self.job(run))
+        job_id = schedulers.slurm.submit(self.job(run), goes_on=self.run is not None)
         name = quote(str(run.path))
-        say(console, [_named(run, self.settings.name), f"job {job_id} is queued"])
+        say(console, [self._named(run), f"job {job_id} is queued"])
         if self.detach:
             say(console, [f"look after it with: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
         follow(run, console)
         return run
+
+    def _named(self, run: RunDir) -> str:
+        name = self.settings.name
+        return f"run: {run.path}" + ("" if self.run or run.path.name == name else f" ({name} is taken)")
 
     def prepare(self, console: Console) -> None:
         """Prepare the data where that can be done here; else the job does it, on its first node."""
@@ -167,10 +172,6 @@ class Launch:
                 return
             cache = Path(cluster.runs_dir) / ".cache"
             say(console, report.data_lines(prepare_data(self.settings, str(cache))))
-
-
-def _named(run: RunDir, name: str) -> str:
-    return f"run: {run.path}" + ("" if run.path.name == name else f" ({name} is taken)")
 
 
 def dependency(word: str, runs_dir: str) -> str | None:

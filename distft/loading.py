@@ -328,7 +328,12 @@ def load_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of all fields; `load_recipe` makes an equal recipe of it, whatever folder it lies in."""
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return dump_yaml(recipe)
+
+
+def dump_yaml(model: BaseModel) -> str:
+    """YAML of all fields."""
+    return yaml.dump(model.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _explain(document: Document, error: ValidationError) -> None:

@@ -25,6 +25,7 @@ class Follower:
         self.run, self.console = run, console
         self.offset, self.latest, self.shown_step, self.shown_at = 0, {}, 0, 0.0
         self.first: dict[str, Any] | None = None
+        self.file: int | None = None
         self.max_steps: int | None = None
         self.said: set[str] = set()
         self.description = "starting"
@@ -55,6 +56,8 @@ class Follower:
         """Read what is new and show it."""
         status = self.run.read_status()
         self.max_steps = status.get("max_steps")
+        if (file := self.run.metrics_file()) != self.file:  # a run that goes on from a checkpoint writes it anew
+            self.file, self.offset, self.first = file, 0, None
         lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
         while lines:
             self.first, self.latest = self.first or lines[0], lines[-1]

@@ -15,7 +15,7 @@ from typing import Any
 from distft.errors import RecipeError
 
 RECIPE, PLAN, DS_CONFIG, ACCELERATE = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml"
-SCRIPT, SBATCH, SWEEP = "job.sh", "job.sbatch", "sweep.json"
+SCRIPT, SBATCH, SWEEP, CLUSTER = "job.sh", "job.sbatch", "sweep.json", "cluster.yaml"
 FINISHED = ("completed", "failed", "cancelled", "preempted")
 BLOCK = 2**16  # bytes of a file that grows, at a time
 
@@ -97,6 +97,9 @@ class RunDir:
         sbatch = self.path / SBATCH
         return sbatch if sbatch.exists() else self.path / SCRIPT
 
+    def ranks_per_node(self) -> int:
+        return json.loads(self.plan.read_text())["topology"]["nproc_per_node"]
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
@@ -110,6 +113,13 @@ class RunDir:
         except FileNotFoundError:
             return {}
         return json.loads(lines[-1]) if lines else {}
+
+    def metrics_file(self) -> int | None:
+        """Which file metrics.jsonl is (its inode), None while there is none."""
+        try:
+            return self.metrics.stat().st_ino
+        except FileNotFoundError:
+            return None
 
     def cut_metrics(self, step: int) -> None:
         """Leave out the steps after `step`, which are trained again."""
@@ -190,19 +200,34 @@ class RunDir:
         with (self.logs / "jobs").open("a") as file:
             file.write(f"{job_id}\n")
 
-    def fill(self, files: Mapping[str, str], name: str) -> None:
-        """Write the files of a run that is to start, by name, and its first status.
+    def fill(self, files: Mapping[str, str], name: str, goes_on: bool = False) -> None:
+        """Write the files of a run that is to start, by name, and its first status; or of one that `goes_on`.
 
         Raises:
-            RecipeError: they cannot be written; the run directory is removed.
+            RecipeError: they cannot be written; the run directory is removed, unless it has a past.
         """
         try:
+            if goes_on:
+                self.set_aside()
+                for file in {SCRIPT, SBATCH, DS_CONFIG} - files.keys():  # another place or strategy
+                    (self.path / file).unlink(missing_ok=True)
             for file, text in files.items():
-                (self.path / file).write_text(text)
-            self.update_status(state="queued", name=name)
+                write_atomically(self.path / file, text)
+            again = {"ended": None, "reason": None, "job_id": None, "stopped": None} if goes_on else {}
+            self.update_status(state="queued", name=name, **again)
         except OSError as error:
-            shutil.rmtree(self.path, ignore_errors=True)
+            if not goes_on:
+                shutil.rmtree(self.path, ignore_errors=True)
             raise RecipeError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
+
+    def set_aside(self) -> None:
+        """Move what an attempt says of its end to logs/attempt-N: it must not explain the end of the next one."""
+        ended = [*self.logs.glob("rank-*.error.json"), *self.logs.glob("torchrun*.log"), *self.logs.glob("stop")]
+        if ended:
+            folder = self.logs / f"attempt-{1 + sum(1 for _ in self.logs.glob('attempt-*'))}"
+            folder.mkdir()
+            for path in ended:
+                path.rename(folder / path.name)
 
     def read_status(self) -> dict[str, Any]:
         """status.json; {} before the first write."""

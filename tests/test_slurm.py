@@ -176,7 +176,13 @@ def test_ctrl_c_leaves_the_job(site: Site) -> None:
     command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--cluster", "site.yaml"]
     env = {**site.cluster.env(), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        command, cwd=site.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=site.folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in a background job
     )
     run_dir = site.runs / "tiny"
     deadline = time.monotonic() + 180

@@ -33,6 +33,7 @@ COMMANDS = {
     "status": "runs",
     "logs": "runs",
     "cancel": "runs",
+    "resume": "resume",
     "cluster": "clusters",
     "slurm": "clusters",
     "doctor": "doctor",

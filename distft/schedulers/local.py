@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from distft.job import Job
 from distft.run_dir import FINISHED, RunDir
 from distft.schedulers.conclude import conclude
 from distft.shell import command_line, quote
+
+STOP_SECONDS = 30  # as SLURM's KillWait
 
 
 def render(job: Job) -> str:
@@ -59,8 +62,8 @@ def detach(run: RunDir) -> None:
 def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Run the job script to its end, calling `watch` while it runs. Returns the final status.
 
-    SIGINT, SIGTERM and SIGHUP end every process of the run first. Whatever happens, none is left behind and
-    status.json tells the truth.
+    After SIGINT, SIGTERM or SIGHUP a run that trains saves a checkpoint at its next step and ends; a second signal, or
+    STOP_SECONDS, ends it at once. Whatever happens, no process is left behind and status.json tells the truth.
 
     Raises:
         RunError: the run failed or was cancelled; the message says why.
@@ -78,7 +81,13 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
             env={**os.environ, processes.RUN_VARIABLE: str(run.path)},
         )
         try:
-            while process.poll() is None and not received:
+            until = math.inf
+            while process.poll() is None and len(received) < 2 and time.monotonic() < until:
+                if received and until == math.inf:
+                    if not run.recipe.exists():  # a script of one's own knows nothing of this
+                        break
+                    run.ask_to_stop(signal.Signals(received[0]).name)
+                    until = time.monotonic() + STOP_SECONDS
                 watch()
                 time.sleep(processes.POLL_SECONDS)
         finally:
@@ -89,7 +98,8 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
 
 
 def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:
-    if received and run.read_status().get("state") != "completed":
+    status = run.read_status()
+    if received and status.get("state") != "completed" and not status.get("stopped"):
         reason = signal.Signals(received[0]).name
         run.update_status(state="cancelled", ended=time.time(), reason=reason)
         raise RunError(f"cancelled by {reason}")
@@ -117,11 +127,15 @@ def cancel(run: RunDir) -> dict[str, Any]:
     if status.get("state") in FINISHED:
         return status
     _, pid, _ = status["job_id"].split(":")
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(int(pid), signal.SIGTERM)
+    for _ in range(2):  # at once, without a checkpoint
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
+        time.sleep(processes.POLL_SECONDS)
     deadline = time.monotonic() + processes.TERM_SECONDS + processes.KILL_SECONDS + 5
     while time.monotonic() < deadline:
         status = state_now(run)
+        if status.get("state") == "preempted":  # it had saved already
+            return run.update_status(state="cancelled")
         if status.get("state") in FINISHED:
             return status
         time.sleep(processes.POLL_SECONDS)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.errors import ClusterError, RunError, SubmitError
 from distft.job import Job, cluster_python
-from distft.run_dir import FINISHED, SBATCH, RunDir
+from distft.run_dir import FINISHED, RECIPE, SBATCH, RunDir
 from distft.shell import quote, sbatch_quote
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def directives(job: Job) -> list[str]:
         "output": f"{log}/slurm-%j.log",
     }
     lines = [f"--{flag}={sbatch_quote(str(value))}" for flag, value in flags.items() if value is not None]
-    fixed = ["--open-mode=append", "--no-requeue"]
+    fixed = ["--open-mode=append", "--requeue" if cluster.requeue else "--no-requeue"]
+    if RECIPE in job.files and cluster.stop_seconds:  # a script of one's own would not hear of it
+        fixed.append(f"--signal=B:USR1@{cluster.stop_seconds}")
     if s.exclusive:
         fixed.append("--exclusive")
     if job.after:  # without it the job would wait for ever once the other has failed
@@ -204,7 +206,8 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         if cluster.preflight
         else None,
         "prepare": [*inside, python, "-m", "distft.train.data", recipe] if recipe else None,
-        "train": [*inside, *job.argv] if job.argv else [],
+        "train": [*inside, *job.argv] if job.argv else None,
+        "budget": cluster.requeue,
         "conclude": [*inside, python, "-m", "distft.schedulers.conclude", str(run.path)],
         "torchrun_log": str(run.logs).replace("%", "%%") + "/torchrun-%n.log",
     }
@@ -272,21 +275,33 @@ def test_only(script: str) -> str:
     return f"would start it at {start[1]} on {start[2]}, partition {start[3]}" if start else f"says: {said}"
 
 
-def submit(job: Job) -> str:
-    """Write the files of a run and queue it. The run directory exists, empty. Returns the job's id.
+def submit(job: Job, goes_on: bool = False) -> str:
+    """Write the files of a run and queue it. The run directory exists, empty unless it `goes_on`. Returns the job's id.
 
     Raises:
-        SubmitError: SLURM refused it; the run directory is removed.
+        SubmitError: SLURM refused it; the run directory is removed, unless it has a past.
     """
-    job.run.fill({**job.files, SBATCH: render(job)}, job.name)
+    job.run.fill({**job.files, SBATCH: render(job)}, job.name, goes_on)
     try:
         job_id = client("sbatch", "--parsable", str(job.run.path / SBATCH)).stdout.strip().split(";")[0]
-    except SubmitError:
-        shutil.rmtree(job.run.path, ignore_errors=True)
+    except SubmitError as error:
+        if goes_on:
+            job.run.update_status(state="failed", reason=str(error).splitlines()[0])
+        else:
+            shutil.rmtree(job.run.path, ignore_errors=True)
         raise
     job.run.add_job(job_id)
     job.run.update_status(job_id=job_id)
     return job_id
+
+
+def down(nodes: str) -> list[str]:
+    """Those of the nodes, given as SLURM writes them (`node[1-4]`), that it counts as failed; [] where it is silent."""
+    try:
+        said = client("sinfo", "-h", "-N", "-n", nodes, "-t", "down,fail,drain,no_respond", "-o", "%N").stdout
+    except SubmitError:
+        return []
+    return sorted(set(said.split()))
 
 
 @dataclass(frozen=True)
@@ -374,23 +389,24 @@ def _merge(run: RunDir, job_id: str, seen: Seen | None, problem: str | None) -> 
         return status | {"state": "queued", "reason": None}
     if problem:
         return status | {"reason": problem}
-    status |= _facts(job_id, seen)
+    status |= _facts(job_id, seen, status)
     if not _open(status):
         with contextlib.suppress(OSError):  # another user's run; else kept for when SLURM has forgotten the job
             run.update_status(state=status["state"], reason=status["reason"], job_id=latest, ended=time.time())
     return status
 
 
-def _facts(job_id: str, seen: Seen | None) -> dict[str, Any]:
+def _facts(job_id: str, seen: Seen | None, status: dict[str, Any]) -> dict[str, Any]:
     """What SLURM's view of a job says about its run, which has not said itself that it ended."""
     if seen is None:
         return {"state": "failed", "reason": f"SLURM no longer knows job {job_id}; it ended without a word"}
     state = STATES.get(seen.state, seen.state.lower())
     facts: dict[str, Any] = {"slurm_state": seen.state, "nodes": seen.nodes or None}
     if state == "queued":
-        return facts | {"state": state, "reason": seen.reason or None, "expected_start": seen.start or None}
+        reason = "; ".join(filter(None, (status.get("reason"), seen.reason)))  # its own: why it goes on later
+        return facts | {"state": state, "reason": reason or None, "expected_start": seen.start or None}
     if state == "running":
-        return facts | {"state": state, "reason": None}
+        return facts | {"state": state}
     if state == "completed":  # the batch script ended well, and yet nobody said how the run ended
         return facts | {"state": "failed", "reason": f"job {job_id} ended before the run was done"}
     at = f" ({seen.nodes})" if seen.nodes and seen.state in ("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY") else ""

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from distft import data_files
 from distft.errors import DataError, DistftError
 from distft.recipe import Recipe
+from distft.run_dir import RunDir
+from distft.train.stopping import Stopping
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -317,6 +319,9 @@ def main() -> int:
     """`python -m distft.train.data RECIPE [PROBLEM]`: prepare. What is wrong with the data goes to the file PROBLEM."""
     from distft.loading import load_recipe
 
+    run = RunDir(Path(sys.argv[1]).parent)
+    if run.stop.exists():  # a step of a job
+        Stopping(run)
     try:
         recipe = load_recipe(sys.argv[1])
         if not data_files.is_prepared(data_files.cache_folder(recipe)):
@@ -327,6 +332,8 @@ def main() -> int:
         else:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:  # Stopping
+        return 1
     return 0
 
 

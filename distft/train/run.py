@@ -13,7 +13,6 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback
 
-from distft import checkpoints
 from distft.loading import load_recipe
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
@@ -56,7 +55,13 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         run.cut_metrics(position.step)
         started = run.read_status().get("started") or time.time()
         run.update_status(
-            state="running", step=position.step, max_steps=steps, started=started, ended=None, data=prepared.counts
+            state="running",
+            step=position.step,
+            max_steps=steps,
+            started=started,
+            ended=None,
+            data=prepared.counts,
+            nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
         if found:
             log.info("continues after step %d of %d", position.step, steps)
@@ -82,9 +87,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     checkpointer.finish()
     if stopped:
         if writes:
-            saved = checkpoints.complete(run)
-            at = f"; step-{saved[0].step} is saved" if saved else ""
-            run.update_status(state="preempted", ended=time.time(), reason=f"stopped: {stopped}{at}")
+            run.update_status(stopped=stopped)  # how the run ended is for the launcher to say: it may go on by itself
     else:
         save_final(run, recipe, trainer, tokenizer, writes)
         if writes:

@@ -1,13 +1,16 @@
 """`torchrun ... several_runs.py RUN_DIR...`: the same ranks train one run directory after the other.
 
-Importing the stack takes most of a tiny job's time; all runs must have the same strategy and width.
+Importing the stack takes most of a tiny job's time; all runs must have the same strategy and width. Each rank writes
+what it trains on into logs/samples-RANK.jsonl: a line a step, the rows' tokens.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from distft.run_dir import RunDir
 from distft.train import worker
@@ -23,15 +26,30 @@ def main() -> None:
         from accelerate.state import AcceleratorState, GradientState
         from transformers.integrations import unset_hf_deepspeed_config
 
+        from distft.train import trainer
         from distft.train.run import train
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
+        trainer.RecipeTrainer.get_batch_samples = recording(run, trainer.Trainer.get_batch_samples)
         train(run, plan, Stopping(run))
     from distft.train.run import leave
 
     leave()
+
+
+def recording(run: RunDir, original: Any) -> Any:
+    path = run.logs / f"samples-{os.environ['RANK']}.jsonl"
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batches, tokens = original(self, *args, **kwargs)
+        rows = [[i for i in row if i != 0] for batch in batches for row in batch["input_ids"].tolist()]
+        with path.open("a") as file:
+            file.write(json.dumps({"step": self.state.global_step + 1, "rows": rows}) + "\n")
+        return batches, tokens
+
+    return get_batch_samples
 
 
 if __name__ == "__main__":

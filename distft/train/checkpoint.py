@@ -386,5 +386,7 @@ def _set_scaler(trainer: Any, saved: dict[str, float] | None) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:  # of whatever rank
+        error = next(iter(error.failures.values()))[0]
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,302 @@
+"""A run goes on from its checkpoint under any strategy at any width as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from conftest import Result, Tiny, distft, launch
+
+from distft import launching
+from distft.place import Place, plan_recipe
+from distft.run_dir import RunDir
+
+FP32 = 1e-5
+SAVED, STEPS = 2, 4
+
+
+class Case(NamedTuple):
+    strategy: str
+    ranks: int
+    sets: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.strategy}-x{self.ranks}"
+
+
+CASES = [
+    Case("ddp", 1),
+    Case("ddp", 2),
+    Case("zero1", 2),
+    Case("zero2", 2),
+    Case("zero3", 2),
+    Case("fsdp", 2),
+    Case("fsdp", 4),
+    Case("hsdp", 4, ("parallelism.hsdp_shard_size=2",)),
+]
+TUNINGS = {
+    "lora": {},
+    "full": {"lora": None, "training__learning_rate": 0.003},
+    "qlora": {"model__quantization": "nf4"},
+}
+
+
+def tunings(case: Case) -> list[str]:
+    """4-bit weights are tried where a user would have them."""
+    return [t for t in TUNINGS if t != "qlora" or str(case) in ("ddp-x1", "ddp-x2", "zero2-x2", "zero3-x2", "fsdp-x2")]
+
+
+@pytest.fixture(scope="module")
+def make(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
+    """A run directory, ready to start."""
+    folder = tmp_path_factory.mktemp("resume")
+
+    def made(case: Case, tuning: str, name: str) -> RunDir:
+        recipe = tiny.recipe(checkpoint__save_steps=SAVED, training__max_steps=STEPS, **TUNINGS[tuning])
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        sets = (f"parallelism.strategy={case.strategy}", *case.sets)
+        place = Place(1, case.ranks)
+        loaded, plan = plan_recipe(str(folder / "recipe.yaml"), sets, place)
+        run = RunDir.create(str(folder), f"{name}-{tuning}")
+        job = launching.Launch(loaded, plan, place).job(run)
+        run.fill(launching.render(job), job.name)
+        return run
+
+    return made
+
+
+def train(case: Case, runs: list[RunDir]) -> None:
+    """All of them, one after the other, in the same ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+    script = Path(__file__).with_name("several_runs.py")
+    done = subprocess.run([*command, str(script), *(str(run.path) for run in runs)], capture_output=True, text=True)
+    logs = "\n".join(path.read_text()[-2000:] for run in runs for path in run.logs.glob("rank-*.log"))
+    assert done.returncode == 0, done.stderr[-1000:] + logs
+
+
+@pytest.fixture(scope="module")
+def saved(make: Callable[..., RunDir]) -> dict[tuple[str, str], RunDir]:
+    """Runs that saved at step 2 and went on to the end, by case and tuning."""
+    found = {}
+    for case in CASES:
+        runs = {tuning: make(case, tuning, str(case)) for tuning in tunings(case)}
+        train(case, list(runs.values()))
+        found |= {(str(case), tuning): run for tuning, run in runs.items()}
+    return found
+
+
+def metrics(run: RunDir) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in map(json.loads, run.metrics.read_text().splitlines())}
+
+
+def rows(run: RunDir, steps: range) -> Counter[tuple[int, ...]]:
+    """What all ranks trained on in these steps, rows that several hold counted each time."""
+    lines = [json.loads(line) for path in run.logs.glob("samples-*.jsonl") for line in path.read_text().splitlines()]
+    return Counter(tuple(row) for line in lines if line["step"] in steps for row in line["rows"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir], make: Callable[..., RunDir]) -> None:
+    goes_on = {}
+    for (source, tuning), run in saved.items():
+        if tuning in tunings(case):
+            again = make(case, tuning, f"{source}-to-{case}")
+            shutil.copytree(run.checkpoint(SAVED), again.checkpoint(SAVED))
+            shutil.copy(run.metrics, again.metrics)  # with the steps after the checkpoint, which come once more
+            goes_on[source, tuning] = again
+    train(case, list(goes_on.values()))
+    for (source, tuning), run in goes_on.items():
+        found, reference = metrics(run), metrics(saved["ddp-x1", tuning])
+        assert [*found] == [*range(1, STEPS + 1)], (source, tuning)
+        status = run.read_status()
+        assert status["ran"]["world_size"] == case.ranks
+        assert status["ran"]["kind"] == case.strategy
+        for step in range(1, STEPS + 1):
+            for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+                same = pytest.approx(reference[step][name], abs=FP32)
+                assert found[step][name] == same, (source, tuning, step, name)
+        before, after = rows(saved[source, tuning], range(1, SAVED + 1)), rows(run, range(1, STEPS + 1))
+        assert before + after == rows(saved["ddp-x1", tuning], range(1, STEPS + 1)), (source, tuning)
+
+
+def test_a_checkpoint_holds_what_is_trained(saved: dict[tuple[str, str], RunDir]) -> None:
+    """Adapters and their states alone; readable without pickle; every rank wrote its share."""
+    from safetensors import safe_open
+
+    for (case, tuning), run in saved.items():
+        folder = run.checkpoint(SAVED)
+        files = sorted(folder.iterdir())
+        assert {path.suffix for path in files} == {".safetensors", ".json"}
+        shards = [path for path in files if path.suffix == ".safetensors"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["files"].keys() == {path.name for path in shards}
+        assert len(shards) == int(case[-1])
+        elements: Counter[str] = Counter()
+        for path in shards:
+            with safe_open(path, framework="pt") as file:
+                sizes = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+                elements.update({name: size for name, size in sizes.items() if not name.startswith("rng/")})
+                assert sum(sizes.values()) > 1000, path
+        plan = json.loads(run.plan.read_text())
+        weights = {name: size for name, size in elements.items() if "/" not in name}
+        assert sum(weights.values()) == plan["model"]["trainable_parameters"]
+        assert all(("lora" in name) == (tuning != "full") for name in weights)
+        for state in ("exp_avg", "exp_avg_sq"):
+            assert {n.split("/")[0]: s for n, s in elements.items() if n.endswith(f"/{state}")} == weights
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a run that Ctrl-C stopped after some steps, and what was said."""
+    folder = tmp_path_factory.mktemp("stopped")
+    recipe = tiny.recipe(training__max_steps=3000, training__lr_scheduler_type="constant", checkpoint__save_steps=5)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = folder / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    return folder, said
+
+
+def test_ctrl_c_saves_at_the_next_step(stopped: tuple[Path, str]) -> None:
+    folder, said = stopped
+    run = RunDir(folder / "runs" / "tiny")
+    status, step = run.read_status(), run.last_metrics()["step"]
+    assert status["state"] == "preempted"
+    assert status["reason"] == f"stopped: SIGINT; step-{step} is saved"
+    assert f"go on with: distft resume {run.path}" in said
+    assert (run.checkpoint(step) / "manifest.json").exists()
+    assert not run.final.exists()
+    assert status["checkpoint"]["stall_seconds"] < 1
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["lora.r=8"], "lora.r: was 4, is 8"),
+        (["model.quantization=nf4"], "model.quantization: was None, is 'nf4'"),
+        (["training.optim=adafactor"], "training.optim: was 'adamw_torch_fused', is 'adafactor'"),
+        (["training.global_batch_size=16"], "training.global_batch_size: was 8, is 16"),
+        (["data.max_length=128"], "data: its content is another"),
+        (["training.max_steps=20"], "training.max_steps: was 3000, is 20"),
+    ],
+)
+def test_what_cannot_be_continued(stopped: tuple[Path, str], sets: list[str], said: str) -> None:
+    folder, _ = stopped
+    before = (folder / "runs" / "tiny" / "status.json").read_bytes()
+    done = distft("resume", "tiny", *(word for text in sets for word in ("--set", text)), cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr and "Traceback" not in done.stderr
+    fixed = sets[0].split(".")[0] in ("lora", "model") or "optim" in sets[0]
+    assert ("launch a new run" if fixed else "--force goes on all the same") in done.stderr
+    assert (folder / "runs" / "tiny" / "status.json").read_bytes() == before
+
+
+def test_no_run_of_that_name(stopped: tuple[Path, str]) -> None:
+    done = distft("resume", "tony", cwd=stopped[0])
+    assert done.returncode == 2 and "runs/ has tiny" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path: Path) -> None:
+    """The newest is corrupted, the one before cut short: the third is taken, and that is said. Then on to the end."""
+    shutil.copytree(stopped[0], tmp_path / "copy")
+    folder = tmp_path / "copy"
+    run = RunDir(folder / "runs" / "tiny")
+    steps = sorted(int(path.name.split("-")[1]) for path in run.checkpoints.iterdir())
+    newest, cut, good = steps[-1], steps[-2], steps[-3]
+    shard = next(run.checkpoint(newest).glob("shard-00002-*"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    shard = next(run.checkpoint(cut).glob("shard-00001-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (run.checkpoints / ".step-99.partial").mkdir()
+    to = ("--set", f"training.max_steps={newest + 3}", "--force", "--gpus-per-node", "1")
+    done = distft("resume", "tiny", *to, "--set", "parallelism.strategy=fsdp", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: training.max_steps was 3000" in done.stdout
+    assert run.read_status()["state"] == "completed"
+    assert f"step-{newest} is damaged (shard-00002" in run.rank_log(0).read_text()
+    assert f"continues after step {good} of {newest + 3}" in run.rank_log(0).read_text()
+    before = [json.loads(line) for line in (stopped[0] / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    after = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in after] == [*range(1, newest + 4)]
+    for old, new in zip(before, after, strict=False):
+        assert new["loss"] == pytest.approx(old["loss"], abs=FP32)
+    assert not (run.checkpoints / ".step-99.partial").exists()
+    assert (run.checkpoint(newest) / "manifest.json").exists()
+    completed = distft("resume", "tiny", cwd=folder)
+    assert completed.returncode == 2 and "is completed; to train on" in completed.stderr
+
+
+def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> None:
+    """A file in place of the folder of step 3: the run goes on, says so, and saves again at step 4."""
+    recipe = tiny.recipe(checkpoint__save_steps=1, checkpoint__save_total_limit=2)
+    blocked = tmp_path / "runs" / "tiny" / "checkpoints"
+
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "original = os.fsync\n"
+        "def fsync(fd):\n"
+        "    if '.step-3.partial/shard' in os.readlink(f'/proc/self/fd/{fd}'):\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    return original(fd)\n"
+        "os.fsync = fsync\n"
+    )
+    result = launch(recipe, tmp_path, ranks=2, env={"PYTHONPATH": str(tmp_path)})
+    assert result.status["state"] == "completed"
+    log = (result.run_dir / "logs" / "rank-0.log").read_text()
+    assert "checkpoint step-3 could not be written (OSError: [Errno 28] No space left on device)" in log.replace(
+        "\n", ""
+    )
+    assert "the last complete one is step-2" in log
+    assert sorted(path.name for path in blocked.iterdir()) == ["step-2", "step-4"]
+
+
+def test_two_widths_and_eight_bits(tiny: Tiny, tmp_path: Path) -> None:
+    """bitsandbytes' 8-bit states: exact at the same sharding, close at another."""
+    recipe = tiny.recipe(training__optim="adamw_bnb_8bit", training__max_steps=4, lora=None, checkpoint__save_steps=2)
+    whole = launch(recipe, tmp_path / "whole", ranks=1)
+    for ranks, tolerance in ((1, FP32), (2, 2e-3)):
+        folder = tmp_path / f"x{ranks}"
+        shutil.copytree(tmp_path / "whole", folder)
+        run = RunDir(folder / "runs" / "tiny")
+        shutil.rmtree(run.checkpoint(4))
+        run.update_status(state="failed")
+        sets = ("--set", "parallelism.strategy=fsdp") if ranks == 2 else ()
+        done = distft("resume", "tiny", "--gpus-per-node", str(ranks), *sets, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+        assert losses == pytest.approx(whole.column("loss"), abs=tolerance)
+
+
+def test_all_steps_made_and_no_final(stopped: tuple[Path, str], tiny: Tiny, tmp_path: Path) -> None:
+    """Killed while final/ was written: nothing is trained again."""
+    result: Result = launch(tiny.recipe(checkpoint__save_steps=4), tmp_path, ranks=1)
+    before = (result.run_dir / "final" / "adapter_model.safetensors").read_bytes()
+    lines = (result.run_dir / "metrics.jsonl").read_text()
+    shutil.rmtree(result.run_dir / "final")
+    RunDir(result.run_dir).update_status(state="failed")
+    done = distft("resume", "tiny", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (result.run_dir / "final" / "adapter_model.safetensors").read_bytes() == before
+    assert (result.run_dir / "metrics.jsonl").read_text() == lines

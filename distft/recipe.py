@@ -180,7 +180,7 @@ class Checkpoint(Group):
     """What is kept while training runs."""
 
     save_steps: PositiveInt | None = None
-    """Write what is trained (adapter or weights) to checkpoints/step-N every so many steps."""
+    """Write checkpoints/step-N every so many steps: what a run needs to go on."""
 
     save_total_limit: PositiveInt | None = None
     """Keep only the newest so many of them."""

@@ -146,8 +146,7 @@ def test_heldout_loss(two_at_once: list[Result], tiny: Tiny) -> None:
 def test_checkpoints_are_kept_to_the_limit(two_at_once: list[Result]) -> None:
     run_dir = two_at_once[0].run_dir
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-4"]
-    same = [(run_dir / name / "adapter_model.safetensors").read_bytes() for name in ("final", "checkpoints/step-4")]
-    assert same[0] == same[1]
+    assert (run_dir / "checkpoints" / "step-4" / "manifest.json").exists()
 
 
 def test_status_and_logs(two_at_once: list[Result]) -> None:

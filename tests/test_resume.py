@@ -282,7 +282,7 @@ def test_two_widths_and_eight_bits(tiny: Tiny, tmp_path: Path) -> None:
         run = RunDir(folder / "runs" / "tiny")
         shutil.rmtree(run.checkpoint(4))
         run.update_status(state="failed")
-        sets = ("--set", "parallelism.strategy=fsdp") if ranks == 2 else ()
+        sets = ("--set", "parallelism.strategy=zero2") if ranks == 2 else ()
         done = distft("resume", "tiny", "--gpus-per-node", str(ranks), *sets, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]

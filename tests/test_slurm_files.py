@@ -51,8 +51,9 @@ def test_what_the_scripts_ask_for() -> None:
     assert "gpu" not in "".join(line for line in script("cpu").splitlines() if line.startswith("#SBATCH"))
     assert "export NCCL_SOCKET_IFNAME=ib0\n" in script("bare_metal")
     assert "SOCKET_IFNAME" not in script("pyxis")
-    assert "sbatch --parsable --exclude=" in script("requeue")
-    assert "sbatch --parsable" not in script("bare_metal")
+    assert "#SBATCH --requeue\n" in script("requeue") and 'scontrol requeue "$SLURM_JOB_ID"' in script("requeue")
+    assert "#SBATCH --no-requeue\n" in script("bare_metal") and "scontrol requeue" not in script("bare_metal")
+    assert "#SBATCH --signal=B:USR1@120\n" in script("bare_metal")
     for name in ("bare_metal", "pyxis", "apptainer", "requeue", "cpu"):
         assert script(name).count(" -m torch.distributed.run ") == 1
         assert "$SLURM_PROCID" not in script(name)

@@ -1,6 +1,6 @@
 """How an attempt at a run ended, and whether it goes on by itself.
 
-A step of the job script: `python -m distft.schedulers.conclude RUN_DIR EXIT_STATUS BUDGET NODE...` writes it into
+A step of the job script: `python -m distft.schedulers.conclude RUN_DIR EXIT_STATUS BUDGET NODES` writes it into
 status.json and prints what is next: `done`, `again` (on the same nodes), or `requeue [NODE,...]` (in the queue, without
 these nodes). It fails where the run ends for good. With `begin` for the exit status: SLURM started the job once more.
 """
@@ -142,8 +142,8 @@ def _node(run: RunDir, failure: Failure, nodes: Sequence[str]) -> str | None:
     return nodes[failure.rank // ranks] if failure.rank is not None and ranks else None
 
 
-def main(folder: str, returncode: str, budget: str, *nodes: str) -> None:
-    run = RunDir(Path(folder))
+def main(folder: str, returncode: str, budget: str, names: str) -> None:
+    run, nodes = RunDir(Path(folder)), names.split()
     try:
         if returncode == "begin":
             word = begin(run, int(budget), nodes)

@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,6 +39,8 @@ from distft.train.save import unwrapped
 from distft.train.shares import Share, Shares
 
 log = logging.getLogger("distft")
+# Said of every save of one process, and of every load: each rank reads what it needs by itself.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 RNG = "rng"
 

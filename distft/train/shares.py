@@ -143,15 +143,19 @@ class Shares:
 
     def _pack(self) -> None:
         """What was written into unpacked states, back into 8 bit."""
-        for parameter, name, value in self.unpacked:
-            from bitsandbytes.functional import quantize_blockwise
-
+        for parameter, name, values in self.unpacked:
             state = self.optimizer.state[parameter]
-            packed, absmax = _local(state[name]), state[f"absmax{name[-1]}"]
-            code = state[f"qmap{name[-1]}"]
-            values, scale = quantize_blockwise(value.to(packed.device), code=code, blocksize=_BLOCK)
-            packed.copy_(values.view(-1))
-            absmax.copy_(scale.absmax)
+            packed, absmax, code = _local(state[name]), state[f"absmax{name[-1]}"], state[f"qmap{name[-1]}"].cpu()
+            # Not quantize_blockwise: its scale is a block's largest value, but where that is negative the code's end is
+            # -0.993, so that unpacking and packing would lose a little each time.
+            blocks = torch.nn.functional.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
+            scale = blocks.amax(1) / code.max()
+            if code.min() < 0:
+                scale = torch.maximum(scale, blocks.amin(1) / code.min())
+            absmax.copy_(scale)
+            ends = (code[1:] + code[:-1]) / 2
+            nearest = torch.bucketize(blocks / scale.clamp(min=1e-38)[:, None], ends).to(torch.uint8)
+            packed.copy_(nearest.view(-1)[: len(values)])
 
     def steps(self) -> float | None:
         """How many steps the optimizer counts, None before the first."""

@@ -207,7 +207,6 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         else None,
         "prepare": [*inside, python, "-m", "distft.train.data", recipe] if recipe else None,
         "train": [*inside, *job.argv] if job.argv else None,
-        "budget": cluster.requeue,
         "conclude": [*inside, python, "-m", "distft.schedulers.conclude", str(run.path)],
         "torchrun_log": str(run.logs).replace("%", "%%") + "/torchrun-%n.log",
     }
@@ -389,24 +388,26 @@ def _merge(run: RunDir, job_id: str, seen: Seen | None, problem: str | None) -> 
         return status | {"state": "queued", "reason": None}
     if problem:
         return status | {"reason": problem}
-    status |= _facts(job_id, seen, status)
+    own = status.get("reason")  # why it goes on, or will
+    status |= _facts(job_id, seen)
+    if own and status["state"] in ("queued", "running"):
+        status["reason"] = "; ".join(filter(None, (own, status["reason"])))
     if not _open(status):
         with contextlib.suppress(OSError):  # another user's run; else kept for when SLURM has forgotten the job
             run.update_status(state=status["state"], reason=status["reason"], job_id=latest, ended=time.time())
     return status
 
 
-def _facts(job_id: str, seen: Seen | None, status: dict[str, Any]) -> dict[str, Any]:
+def _facts(job_id: str, seen: Seen | None) -> dict[str, Any]:
     """What SLURM's view of a job says about its run, which has not said itself that it ended."""
     if seen is None:
         return {"state": "failed", "reason": f"SLURM no longer knows job {job_id}; it ended without a word"}
     state = STATES.get(seen.state, seen.state.lower())
     facts: dict[str, Any] = {"slurm_state": seen.state, "nodes": seen.nodes or None}
     if state == "queued":
-        reason = "; ".join(filter(None, (status.get("reason"), seen.reason)))  # its own: why it goes on later
-        return facts | {"state": state, "reason": reason or None, "expected_start": seen.start or None}
+        return facts | {"state": state, "reason": seen.reason or None, "expected_start": seen.start or None}
     if state == "running":
-        return facts | {"state": state}
+        return facts | {"state": state, "reason": None}
     if state == "completed":  # the batch script ended well, and yet nobody said how the run ended
         return facts | {"state": "failed", "reason": f"job {job_id} ended before the run was done"}
     at = f" ({seen.nodes})" if seen.nodes and seen.state in ("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY") else ""

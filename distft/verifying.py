@@ -226,7 +226,14 @@ def plan(
             names += [name] if name not in names else []
     left_out = tuple(LeftOut(tuple(names), ranks, reason) for (ranks, reason), names in refused.items())
     if len(trials) < 2:
-        raise PlanError("\n".join(["nothing to compare: fewer than two runs are left", *_left_out_lines(left_out)]))
+        raise PlanError(
+            "\n".join(
+                [
+                    "nothing to compare: fewer than two runs are left; name other --widths or --strategies",
+                    *_left_out_lines(left_out),
+                ]
+            )
+        )
     return Verification(tuple(trials.values()), left_out, steps, allowed if tolerance is None else tolerance, notes)
 
 

@@ -386,7 +386,7 @@ def lines(result: Result, width: int) -> list[str]:
     text = [
         f"Δ: the largest difference of any step from {result.reference.trial}, of the loss and of the gradient's norm "
         "(above 1: relative to it)",
-        f"learning rate: rises and falls within these {verification.steps} steps, in all runs alike",
+        f"learning rate: the schedule of a run of {verification.steps} steps, in all runs alike",
         *_left_out_lines(verification.left_out),
         *(f"not equal: {note}" for note in verification.notes),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -54,15 +54,16 @@ def verify(
 
     Exit status: 0 the same, 1 it is not or a run failed, 2 what was asked is wrong.
     """
+    from rich.console import Console
+
     from distft import verifying
 
     asked = verifying.parse_strategies(strategies) if strategies is not None else None
     planned = verifying.plan(recipe, sets, verifying.parse_widths(widths), asked, steps, tolerance)
-    with contextlib.ExitStack() as stack:
-        folder = _new_folder(keep) if keep else stack.enter_context(tempfile.TemporaryDirectory(prefix="distft-"))
-        from rich.console import Console
-
-        result = verifying.run(planned, Path(folder), Console(stderr=True), keep=bool(keep))
+    kept = _new_folder(keep) if keep else None
+    with tempfile.TemporaryDirectory(prefix="distft-") as temporary:
+        os.environ["TMPDIR"] = temporary  # of what runs: torchrun leaves a folder there
+        result = verifying.run(planned, kept or Path(temporary), Console(stderr=True), keep=kept is not None)
     if as_json:
         options.print_json({"recipe": recipe} | verifying.as_json(result))
     else:

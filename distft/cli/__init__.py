@@ -28,6 +28,7 @@ COMMANDS = {
     "schema": "recipes",
     "rules": "rules",
     "plan": "plan",
+    "verify": "verify",
     "launch": "launch",
     "render": "launch",
     "status": "runs",

@@ -43,6 +43,7 @@ log = logging.getLogger("distft")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 RNG = "rng"
+SHOWN_SAVES = 10  # in status.json
 
 
 class Range:
@@ -103,7 +104,9 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo") if distributed else None
         self.thread: threading.Thread | None = None
         self.problem: str | None = None
-        self.last: dict[str, Any] = {}
+        self.saves: list[
+            dict[str, Any]
+        ] = []  # of this attempt: step, seconds it took, seconds of them without training
         if self.rank == 0:
             for left in run.checkpoints.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -120,7 +123,7 @@ class Checkpointer:
         self.finish()
         staged = self._stage(trainer)
         manifest = self._manifest(trainer, position, staged)
-        self.last = {"step": position.step, "stall_seconds": time.perf_counter() - began}
+        self.saves.append({"step": position.step, "stall_seconds": time.perf_counter() - began})
         self.thread = threading.Thread(target=self._write, args=(staged, manifest), name="checkpoint")
         self.thread.start()
         if wait:
@@ -203,14 +206,14 @@ class Checkpointer:
         except Exception as error:
             self.problem = self._not_written(folder, _first_line(error))
         if self.rank == 0:
-            self.last["seconds"] = time.perf_counter() - began
+            self.saves[-1]["seconds"] = time.perf_counter() - began
             with contextlib.suppress(OSError):  # a full disk
                 if self.problem:
                     shutil.rmtree(work, ignore_errors=True)
                     log.warning("%s", self.problem)
                     self.run.update_status(checkpoint_problem=self.problem)
                 else:
-                    self.run.update_status(checkpoint=dict(self.last), checkpoint_problem=None)
+                    self.run.update_status(saves=self.saves[-SHOWN_SAVES:], checkpoint_problem=None)
 
     def _make(self, work: Path) -> None:
         """An empty folder for all ranks; raises on all where it cannot be made."""

@@ -185,7 +185,9 @@ class Recorder(TrainerCallback):
         self._status(ran=ran)
         wrapping.check(self.plan, ran)
         if self.found is not None:
+            began = time.perf_counter()
             self.checkpointer.restore(self.found, self.trainer)
+            self._status(restore_seconds=time.perf_counter() - began)
             state.global_step = self.trainer._globalstep_last_logged = self.position.step
             if state.global_step >= state.max_steps:
                 raise NothingLeft

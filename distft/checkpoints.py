@@ -66,7 +66,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """
     training = recipe.training
     return {
-        **_model_identity(recipe),
+        **model_identity(recipe),
         **({f"lora.{k}": v for k, v in recipe.lora.model_dump(mode="json").items()} if recipe.lora else {"lora": None}),
         "data": data_files.content_digest(recipe),
         **{
@@ -104,7 +104,7 @@ def is_fixed(name: str) -> bool:
     return any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED)
 
 
-def _model_identity(recipe: Recipe) -> dict[str, Any]:
+def model_identity(recipe: Recipe) -> dict[str, Any]:
     """A hub id by its name and revision; a folder, wherever it lies, by its configuration and its weights' ends."""
     model, folder = recipe.model, Path(recipe.model.name_or_path)
     found: dict[str, Any] = {"model.quantization": model.quantization}

@@ -35,6 +35,7 @@ COMMANDS = {
     "logs": "runs",
     "cancel": "runs",
     "resume": "resume",
+    "merge": "merge",
     "cluster": "clusters",
     "slurm": "clusters",
     "doctor": "doctor",

@@ -348,6 +348,25 @@ class Checkpointer:
         return box[0]
 
 
+def read_weights(found: Checkpoint) -> dict[str, torch.Tensor]:
+    """The trained parameters of a checkpoint by their names in the model, flat, on the CPU; no optimizer states.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    reader = HuggingFaceStorageReader(str(found.path))
+    saved = {name: facts for name, facts in reader.read_metadata().state_dict_metadata.items() if "/" not in name}
+    targets = {
+        name: Range(torch.empty(facts.size, dtype=facts.properties.dtype), 0, facts.size.numel())
+        for name, facts in saved.items()
+    }
+    try:
+        dcp.load(targets, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+    except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+        raise RunError(f"{found.path}: {_first_line(error)}") from error
+    return {name: target.tensor for name, target in targets.items()}
+
+
 def _elements(share: Share) -> int:
     return prod(share.shape)
 

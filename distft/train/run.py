@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback
 
+from distft import model_card, train_part
 from distft.loading import load_recipe
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
@@ -61,6 +62,8 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             started=started,
             ended=None,
             data=prepared.counts,
+            identity=checkpointer.identity,
+            versions={name: train_part.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
         if found:
@@ -102,10 +105,11 @@ def leave() -> None:
 
 
 def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, writes: bool) -> None:
-    """Write final/."""
+    """Write final/ with its model card."""
     model = recipe.model
     config = AutoConfig.from_pretrained(
         model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     dtype = config.dtype or torch.float32  # a whole model keeps the dtype of its base
-    save_trained(trainer.model_wrapped, run.final, tokenizer=tokenizer, writes=writes, dtype=dtype)
+    card = model_card.text(run) if writes else None
+    save_trained(trainer.model_wrapped, run.final, tokenizer=tokenizer, writes=writes, dtype=dtype, card=card)

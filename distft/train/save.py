@@ -15,8 +15,10 @@ from distft.errors import RunError
 Tensors = dict[str, torch.Tensor]
 
 
-def save_trained(model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtype: torch.dtype | None) -> None:
-    """Gather what is trained and write it into `folder`: an adapter, or the whole model in `dtype`.
+def save_trained(
+    model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtype: torch.dtype | None, card: str | None = None
+) -> None:
+    """Gather what is trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
 
     Collective: all ranks call it with the wrapped model; the rank that `writes` does. The folder appears whole or not
     at all.
@@ -45,6 +47,8 @@ def save_trained(model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtyp
         base.save_pretrained(work, state_dict=trained, safe_serialization=True)
         expected = trained
     tokenizer.save_pretrained(work)
+    if card is not None:
+        (work / "README.md").write_text(card)  # peft writes one, too, with nothing in it
     verify(work, expected)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)

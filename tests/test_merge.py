@@ -1,0 +1,469 @@
+"""`distft merge`: the written model computes what was trained, or nothing is written. Model cards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Result, Tiny, distft, launch, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from distft import data_files, merging, model_card, train_part
+from distft.errors import DataError, DistftError, MissingPartError, RecipeError, RunError
+from distft.loading import load_recipe
+from distft.run_dir import RunDir
+from distft.train import merge as merging_process
+from distft.train.merge import merge
+
+ROWS = torch.arange(64).view(2, 32)
+
+
+@pytest.fixture(scope="module")
+def lora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """rsLoRA on two ranks beside a base in several files, with a checkpoint of the last step."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("lora")
+    make_tokenizer(folder / "base")
+    AutoModelForCausalLM.from_pretrained(tiny.path / "model").save_pretrained(folder / "base", max_shard_size="50KB")
+    assert len(list((folder / "base").glob("*.safetensors"))) > 3
+    changes = {"lora__use_rslora": True, "data__eval": str(tiny.path / "heldout.jsonl"), "checkpoint__save_steps": 2}
+    return launch(tiny.recipe(model__name_or_path=str(folder / "base"), **changes), folder, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def qlora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """DoRA beside 4-bit weights, on some of the layers."""
+    changes = {"model__quantization": "nf4", "lora__use_dora": True, "lora__target_modules": ["q_proj", "down_proj"]}
+    return launch(tiny.recipe(**changes), tmp_path_factory.mktemp("qlora"))
+
+
+@pytest.fixture
+def made(lora: Result, tiny: Tiny, tmp_path: Path) -> Callable[..., RunDir]:
+    """A run as if it had been trained: the recipe with `changes`, and an adapter of random numbers in final/."""
+
+    def make(base: Path = tiny.path / "model", **changes: Any) -> RunDir:
+        from transformers import AutoModelForCausalLM
+
+        from distft.train.model import add_adapters, quantization_config
+        from distft.train.save import save_trained
+
+        run = RunDir(shutil.copytree(lora.run_dir, tmp_path / "run"))
+        run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(base), **changes)))
+        run.update_status(identity={})
+        recipe = load_recipe(run.recipe)
+        quantization = quantization_config(recipe, "ddp")
+        options = {"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}
+        model = add_adapters(AutoModelForCausalLM.from_pretrained(base, **options), recipe)
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        save_trained(model, run.final, tokenizer=_Tokenizer(), writes=True, dtype=torch.float32)
+        return run
+
+    return make
+
+
+class _Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(ROWS).logits.float()
+
+
+def plain(folder: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def with_adapter(run_dir: Path, base: Any) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, run_dir / "final").eval()
+
+
+def base_of(run_dir: Path) -> Path:
+    return Path(yaml.safe_load((run_dir / "recipe.yaml").read_text())["model"]["name_or_path"])
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert ((found - expected).abs().max() / expected.abs().max()).item() <= tolerance
+
+
+def merged(run_dir: Path, *arguments: str, cwd: Path) -> dict[str, Any]:
+    done = distft("merge", str(run_dir), "--json", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_lora(lora: Result, tmp_path: Path) -> None:
+    said = merged(lora.run_dir, "-o", "out/model", cwd=tmp_path)
+    assert (said["source"], said["merged"], said["dequantised"], said["dtype"]) == ("final", 14, 0, "float32")
+    assert said["output"] == str(tmp_path / "out" / "model")
+    assert said["layers_difference"] < 1e-5
+    assert said["logits_difference"] < said["logits_tolerance"] == 1e-4
+    out = tmp_path / "out" / "model"
+    base = plain(base_of(lora.run_dir))
+    before, trained = logits(base), logits(with_adapter(lora.run_dir, base))
+    assert_same(logits(plain(out)), trained)
+    assert (before - trained).abs().max() > 0.05 * trained.abs().max()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not names & {"adapter_config.json", "adapter_model.safetensors"}
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_a_step(lora: Result, tmp_path: Path) -> None:
+    """final/ is what the checkpoint of the last step holds."""
+    last, first, final = (tmp_path / name for name in ("last", "first", "final"))
+    assert merge(RunDir(lora.run_dir), last, 4).source == "step-4"
+    assert merged(lora.run_dir, "-o", "first", "--step", "2", cwd=tmp_path)["source"] == "step-2"
+    merge(RunDir(lora.run_dir), final)
+    assert_same(logits(plain(last)), logits(plain(final)), 0)
+    assert (logits(plain(first)) - logits(plain(final))).abs().max() > 1e-3
+    assert (first / "tokenizer.json").read_bytes() == (final / "tokenizer.json").read_bytes()
+    card = (first / "README.md").read_text()
+    assert "at step 2." in card
+    assert f"| loss, first and last step | {lora.metrics[0]['loss']:.4f} → {lora.metrics[1]['loss']:.4f} |" in card
+    assert "held-out loss" not in card
+
+
+def test_qlora(qlora: Result, tmp_path: Path) -> None:
+    """The 4-bit model's logits, not those of the adapter beside the original weights."""
+    from distft.train.model import quantization_config
+
+    said = merged(qlora.run_dir, "-o", "out", cwd=tmp_path)
+    assert (said["merged"], said["dequantised"]) == (4, 10)
+    quantization = quantization_config(load_recipe(qlora.run_dir / "recipe.yaml"), "ddp")
+    base = base_of(qlora.run_dir)
+    four = with_adapter(qlora.run_dir, plain(base, quantization_config=quantization, device_map={"": "cpu"}))
+    # In evaluation, bitsandbytes packs 4-bit weights anew on CPUs with AVX512-BF16, where DoRA then reads nonsense.
+    trained = logits(four.train())
+    assert_same(logits(plain(tmp_path / "out")), trained)
+    assert (logits(with_adapter(qlora.run_dir, plain(base))) - trained).abs().max() > 0.01 * trained.abs().max()
+    assert not hasattr(plain(tmp_path / "out").config, "quantization_config")
+
+
+def test_int8(made: Callable[..., RunDir], tmp_path: Path) -> None:
+    """LLM.int8() rounds what goes into its layers, too, so that the logits are near and not the same."""
+    from distft.train.model import quantization_config
+
+    run = made(model__quantization="int8")
+    assert merge(run, tmp_path / "out").dequantised == 0
+    quantization = quantization_config(load_recipe(run.recipe), "ddp")
+    trained = with_adapter(run.path, plain(base_of(run.path), quantization_config=quantization, device_map={"": "cpu"}))
+    assert_same(logits(plain(tmp_path / "out")), logits(trained), 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_of_16_bit(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Every merged weight is the float32 one, rounded once."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny.path / "model", base)
+    plain(base, dtype=dtype).save_pretrained(base)
+    run = made(base, lora__use_dora=True)
+    said = merge(run, tmp_path / "out")
+    unit = torch.finfo(dtype).eps / 2
+    assert said.dtype == str(dtype).removeprefix("torch.")
+    assert unit / 8 < said.logits_difference < said.logits_tolerance == merging_process.ROUNDING * unit
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = with_adapter(run.path, plain(base, dtype=torch.float32)).merge_and_unload().state_dict()
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor.float(), expected[name], rtol=1.01 * unit, atol=1e-7)
+
+
+def test_several_shards(made: Callable[..., RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made()
+    one = logits(plain(Path(merge(run, tmp_path / "one").output)))
+    monkeypatch.setattr(merging_process, "SHARD_BYTES", 60_000)
+    said = merge(run, tmp_path / "out")
+    shards = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 5
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    assert index["metadata"]["total_size"] == said.bytes == sum(t.nbytes for p in shards for t in load_file(p).values())
+    largest = max(t.nbytes for p in shards for t in load_file(p).values())
+    assert max(path.stat().st_size for path in shards) < max(60_000, largest) + 10_000
+    assert_same(logits(plain(tmp_path / "out")), one, 0)
+
+
+def test_embeddings(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Path) -> None:
+    """An adapter of the embeddings; of tied ones it would change the output layer as well."""
+    target = {"lora__target_modules": ["embed_tokens", "q_proj"]}
+    run = made(**target)
+    merge(run, tmp_path / "out")
+    trained = with_adapter(run.path, plain(base_of(run.path)))
+    assert_same(logits(plain(tmp_path / "out")), logits(trained))
+    shutil.rmtree(run.path)
+    make_model(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(RecipeError, match=r"embed_tokens.weight is tied to another"):
+        merge(made(tmp_path / "tied", **target), tmp_path / "none")
+    shutil.rmtree(run.path)
+    run = made(tmp_path / "tied")
+    assert merge(run, tmp_path / "tied-out").logits_difference < 1e-4
+    assert_same(logits(plain(tmp_path / "tied-out")), logits(with_adapter(run.path, plain(tmp_path / "tied"))))
+
+
+def test_another_architecture(made: Callable[..., RunDir], tmp_path: Path) -> None:
+    """GPT-2 has its linear weights the other way round, and its files no prefix."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    base = GPT2Model(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=2))
+    base.save_pretrained(tmp_path / "base")
+    assert "h.0.attn.c_attn.weight" in load_file(tmp_path / "base" / "model.safetensors")
+    run = made(tmp_path / "base")
+    assert merge(run, tmp_path / "out").merged == 8
+    assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
+
+
+def test_memory_is_bounded(made: Callable[..., RunDir], tmp_path: Path) -> None:
+    """A model of 111 MB in one file: far less in memory with shards of 8 MiB, all of it with one shard.
+
+    Anonymous memory, as its parent sees it: pages of mapped files are the kernel's to drop.
+    """
+    make_model(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=7)
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    made(tmp_path / "base").path.rename(tmp_path / "large")
+    made().path.rename(tmp_path / "small")
+    code = (
+        "import sys; from pathlib import Path; from distft.run_dir import RunDir\n"
+        "from distft.train import merge as m; m.SHARD_BYTES = int(sys.argv[1])\n"
+        "m.merge(RunDir(Path('small')), Path('small-' + sys.argv[1]))\n"  # what it imports on the way
+        "print('now', flush=True); sys.stdin.readline()\n"
+        "m.merge(RunDir(Path('large')), Path('large-' + sys.argv[1]))"
+    )
+
+    def growth(shard_bytes: int) -> int:
+        command = [sys.executable, "-c", code, str(shard_bytes)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
+            assert process.stdout.readline() == "now\n"
+            status = Path(f"/proc/{process.pid}/status")
+            seen = [_anonymous(status)]
+            process.stdin.write("\n")
+            process.stdin.flush()
+            while process.poll() is None:
+                seen.append(_anonymous(status))
+                time.sleep(0.002)
+        assert process.returncode == 0
+        return max(seen) - seen[0]
+
+    assert growth(8 << 20) < 0.5 * size < 0.9 * size < growth(1 << 30)
+
+
+def _anonymous(status: Path) -> int:
+    """Bytes of a process's own memory; 0 of one that has ended."""
+    return int((status.read_text().partition("RssAnon:")[2].split() or ["0"])[0]) * 1024
+
+
+def copied(lora: Result, folder: Path) -> RunDir:
+    return RunDir(shutil.copytree(lora.run_dir, folder / "runs" / "tiny"))
+
+
+def refused(run: RunDir, said: str, *arguments: str, cwd: Path, status: int = 2) -> None:
+    """One error, no traceback, nothing written."""
+    before = set(cwd.rglob("*"))
+    done = distft("merge", str(run.path), "-o", "out", *arguments, cwd=cwd)
+    assert (done.returncode, done.stdout) == (status, ""), done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert set(cwd.rglob("*")) == before, "something was written"
+
+
+def test_what_cannot_be_merged(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
+    run = copied(lora, tmp_path)
+    refused(RunDir(tmp_path / "nowhere"), "no run directory of that name", cwd=tmp_path)
+    refused(run, "--step: got 3; tiny has complete checkpoints: 2, 4", "--step", "3", cwd=tmp_path)
+    (tmp_path / "out").mkdir()
+    refused(run, "-o: out exists already", cwd=tmp_path)
+    (tmp_path / "out").rmdir()
+    shutil.rmtree(run.final)
+    refused(
+        run, "tiny is completed and has no final/; --step N merges a checkpoint (complete checkpoints: 2, 4)",
+        cwd=tmp_path,
+    )  # fmt: skip
+    shutil.rmtree(run.checkpoints)
+    refused(run, "(complete checkpoints: none)", cwd=tmp_path)
+    run.recipe.write_text(yaml.safe_dump(tiny.recipe() | {"lora": None}))
+    refused(run, "tiny trained all weights", cwd=tmp_path)
+    run.recipe.unlink()
+    refused(run, "tiny is a script of one's own", cwd=tmp_path)
+
+
+def test_without_the_train_part(lora: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise MissingPartError("training needs torch")
+
+    monkeypatch.setattr(train_part, "require", missing)
+    with pytest.raises(MissingPartError):
+        merging.merge(RunDir(lora.run_dir), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_damaged_or_others(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
+    run = copied(lora, tmp_path)
+    for path in run.checkpoint(2).glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-4] + b"\x01\x02\x03\x04")
+    refused(run, "--step: step-2 is damaged: ", "--step", "2", cwd=tmp_path)
+    adapter = load_file(lora.run_dir / "final" / "adapter_model.safetensors")
+    adapter.pop(min(adapter))
+    save_file(adapter, run.final / "adapter_model.safetensors")
+    refused(run, "not the recipe's adapter, among others base_model.model.model.layers.0.", cwd=tmp_path, status=1)
+
+    def fails(kind: type[DistftError], said: str) -> None:
+        before = set(tmp_path.rglob("*"))
+        with pytest.raises(kind, match=said):
+            merge(run, tmp_path / "out")
+        assert set(tmp_path.rglob("*")) == before
+
+    (run.final / "adapter_model.safetensors").write_bytes(b"0" * 100)
+    fails(DataError, "adapter_model.safetensors cannot be read")
+    run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(tmp_path / "gone"))))
+    fails(DataError, f"model.name_or_path: {tmp_path / 'gone'} cannot be read")
+    make_model(tmp_path / "gone", initializer_range=0.03)
+    fails(RecipeError, "model.weights: its content is another, since the run was trained")
+    config = json.loads((tmp_path / "gone" / "config.json").read_text())
+    (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    fails(RecipeError, "is stored quantised")
+
+
+def test_data_may_be_gone(lora: Result, tmp_path: Path) -> None:
+    run = copied(lora, tmp_path)
+    recipe = yaml.safe_load(run.recipe.read_text())
+    recipe["data"] |= {"train": "/gone/rows.jsonl", "eval": None}
+    run.recipe.write_text(yaml.safe_dump(recipe))
+    assert merge(run, tmp_path / "out").merged == 14
+    assert "| train | `rows.jsonl` |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def without_adapter(model: Any, stored: str) -> tuple[torch.Tensor, float]:
+    return model.files[stored], 0.0
+
+
+def not_finite(model: Any, stored: str) -> tuple[torch.Tensor, float]:
+    return model.files[stored] * torch.nan, 0.0
+
+
+def another_layer(model: Any, stored: str) -> tuple[torch.Tensor, float]:
+    return model.files[stored], 0.01
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (without_adapter, "the merged model's logits differ from the trained one's by "),
+        (not_finite, "it has values beyond torch.float32"),
+        (another_layer, "the merged layer's outputs differ from the trained one's by 1.0e-02"),
+    ],
+)
+def test_a_wrong_merge_is_found(
+    lora: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable, said: str
+) -> None:
+    monkeypatch.setattr(merging_process.Merge, "merged", wrong)
+    with pytest.raises(RunError, match=said):
+        merge(RunDir(lora.run_dir), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_converted_tensors(made: Callable[..., RunDir], tmp_path: Path) -> None:
+    """Experts are stored one by one and loaded as one tensor: that logits are not compared is said."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=320, num_key_value_heads=2, num_local_experts=2, **sizes)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    run = made(tmp_path / "base", lora__target_modules=["q_proj", "v_proj"])
+    said = merge(run, tmp_path / "out")
+    assert said.merged == 4
+    assert said.logits_difference is None
+    assert "transformers converts " in said.logits_unknown
+    assert any("warning: logits are not compared" in line for line in merging.lines(vars(said)))
+    assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
+
+
+# ---- final/ and its card
+
+
+def test_final_loads_with_plain_peft(lora: Result, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    final = lora.run_dir / "final"
+    expected = logits(with_adapter(lora.run_dir, plain(base_of(lora.run_dir))))
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(final).eval()), expected)
+
+
+def card(folder: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text of a README.md."""
+    start, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(front), text
+
+
+def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
+    front, text = card(lora.run_dir / "final")
+    assert front == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["distft", "lora"]}
+    recipe = load_recipe(lora.run_dir / "recipe.yaml")
+    status, metrics = lora.status, lora.metrics
+    for said in (
+        "rsLoRA adapter (r 4) of `base`.",
+        "from peft import AutoPeftModelForCausalLM\n",
+        "| strategy | ddp |",
+        "| width | 1 × 2 ranks (CPU) |",
+        "| global batch | 8 = 4 micro × 1 accumulation × 2 ranks |",
+        "| mixed precision | no |",
+        f"| digest of content, tokenizer and settings | `{data_files.content_digest(recipe)}` |",
+        "| train | `chat.jsonl` |",
+        "| heldout, size | 11 documents, ",
+        "| steps | 4 |",
+        f"| tokens trained on | {metrics[-1]['tokens']:,} |",
+        f"| loss, first and last step | {metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f} |",
+        f"| held-out loss | {status['heldout_loss_before']:.4f} → {status['heldout_loss_after']:.4f} |",
+        *(f"| {name} | {train_part.installed()[name]} |" for name in ("torch", "transformers", "peft", "trl")),
+    ):
+        assert said in text
+    shown = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    full = recipe.model_dump(mode="json")
+    assert shown["training"] == full["training"]
+    assert shown["data"]["train"] == "chat.jsonl"
+    assert not any(str(folder) in str(front) + text for folder in (tiny.path, lora.run_dir.parent, Path.home()))
+    merge(RunDir(lora.run_dir), tmp_path / "out")
+    front, text = card(tmp_path / "out")
+    assert front["library_name"] == "transformers"
+    assert front["tags"] == ["distft", "lora", "merged"]
+    assert "from transformers import AutoModelForCausalLM\n" in text
+    assert "merged into its weights." in text
+
+
+def test_card_of_a_hub_id(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
+    run = copied(lora, tmp_path)
+    run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path="owner/model", model__quantization="nf4")))
+    for merged_in, relation in ((False, "adapter"), (True, "finetune")):
+        front = yaml.safe_load(model_card.text(run, merged=merged_in).split("---\n")[1])
+        assert (front["base_model"], front["base_model_relation"]) == ("owner/model", relation)
+    run.metrics.unlink()
+    run.status.write_text("{}")  # of a run from before there were cards
+    text = model_card.text(run)
+    assert "bnb_4bit_quant_type" in text
+    run.recipe.write_text(yaml.safe_dump(tiny.recipe() | {"lora": None}))
+    assert "library_name: transformers" in model_card.text(run)

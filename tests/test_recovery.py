@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result, Tiny
+from conftest import Result, Tiny, launch
 from slurm_cluster import Cluster
 from test_slurm import Site, cluster, namespaces  # noqa: F401 (fixtures)
 
 from distft.run_dir import RunDir
 
 pytestmark = pytest.mark.slurm
-SAVE_STEPS, STEPS = 20, 300
-RECIPE = {"training__max_steps": STEPS, "checkpoint__save_steps": SAVE_STEPS}
+SAVE_STEPS, STEPS = 20, 120
+RECIPE = {"training__max_steps": STEPS, "checkpoint__save_steps": SAVE_STEPS, "training__learning_rate": 0.001}
 
 
 @pytest.fixture
@@ -34,9 +33,7 @@ def site(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> Iterator[Site]:  # noq
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    from conftest import launch
-
-    return launch(tiny.recipe(**RECIPE), tmp_path_factory.mktemp("undisturbed"), ranks=1)
+    return launch(tiny.recipe(**RECIPE), tmp_path_factory.mktemp("undisturbed"), ranks=2)
 
 
 def started(site: Site, *arguments: str, nodes: int = 2, after: int = 30) -> RunDir:
@@ -66,20 +63,20 @@ def ended(site: Site, run: RunDir, seconds: float = 400) -> dict[str, Any]:
         if status["state"] not in ("queued", "running"):
             return status
         assert time.monotonic() < deadline, (status, [p.read_text()[-800:] for p in run.logs.glob("*.log")])
-        time.sleep(1)
+        time.sleep(2)
 
 
-def assert_as_if_nothing_had_happened(run: RunDir, reference: Result) -> None:
+def assert_as_if_nothing_had_happened(run: RunDir, reference: Result, tolerance: float = 1e-5) -> None:
     import torch
     from safetensors.torch import load_file
 
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
-    assert [line["loss"] for line in lines] == pytest.approx(reference.column("loss"), abs=1e-4)
+    assert [line["loss"] for line in lines] == pytest.approx(reference.column("loss"), abs=tolerance)
     found, wanted = (load_file(p / "adapter_model.safetensors") for p in (run.final, reference.run_dir / "final"))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0)
 
 
 def ranks_of(run: RunDir) -> list[int]:
@@ -153,7 +150,7 @@ def test_a_node_is_gone(namespaces: Cluster, site: Site, undisturbed: Result) ->
 def test_preempted(site: Site, undisturbed: Result) -> None:
     """A job of a higher partition takes the nodes."""
     site.profile(requeue=3, slurm={"cpus_per_task": 2, "partition": "low", "sbatch": ["--exclusive"]})
-    run = started(site, nodes=4)
+    run = started(site)
     high = site.cluster.run(
         "sbatch",
         "--parsable",
@@ -173,27 +170,23 @@ def test_preempted(site: Site, undisturbed: Result) -> None:
 
 
 def test_the_same_step_again_and_again(site: Site) -> None:
-    """A bug is no fault: it stops after the third time and says so."""
+    """A bug is no fault: after the third time at the same step it stops and says so."""
     site.profile(requeue=10, env={"PYTHONPATH": str(site.folder)})
     (site.folder / "sitecustomize.py").write_text(
-        "import os, threading, time\n"
-        "def fail():\n"
-        f"    path = '{site.runs}/tiny/metrics.jsonl'\n"
-        "    while not (os.path.exists(path) and open(path).read().count('\\n') >= 3):\n"
-        "        time.sleep(0.01)\n"
-        "    time.sleep(0.5)\n"
-        "    os.kill(os.getpid(), 9)\n"
+        "import os, sys\n"
+        "def dies(frame, event, argument):\n"
+        "    if frame.f_code.co_name == 'get_batch_samples' and frame.f_locals['self'].state.global_step == 7:\n"
+        "        os.kill(os.getpid(), 9)\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    threading.Thread(target=fail, daemon=True).start()\n"
+        "    sys.setprofile(dies)\n"
     )
-    site.recipe(training__max_steps=3, training__eval_steps=None)
-    site.recipe(training__max_steps=100_000)
-    result = subprocess.run(["true"], check=True)
-    assert result.returncode == 0
     run = RunDir(site.launch("--detach", nodes=2).run_dir)
     status = ended(site, run)
     assert status["state"] == "failed"
-    assert "failed 3 times" in status["reason"] or len(attempts(run)) == 11
+    assert status["reason"].startswith("failed 3 times at the same step, which is no fault of a machine's: rank 1 was")
+    assert [attempt["step"] for attempt in attempts(run)] == [7, 7, 7]
+    assert [attempt["node"] for attempt in attempts(run)] == ["node2", "node2", "node4"]  # left out after the second
+    assert "3 times at the same step" in site.run("logs", str(run.path), "--failed").stdout
 
 
 def test_without_a_budget_it_is_preempted_and_resumed_by_hand(site: Site, undisturbed: Result) -> None:
@@ -207,4 +200,4 @@ def test_without_a_budget_it_is_preempted_and_resumed_by_hand(site: Site, undist
     site.run("resume", str(run.path), "--nodes", "4", "--set", "parallelism.strategy=fsdp", "--json")
     assert run.read_status()["state"] == "completed"
     assert run.read_status()["ran"]["mesh"] == [4]
-    assert_as_if_nothing_had_happened(run, undisturbed)
+    assert_as_if_nothing_had_happened(run, undisturbed, 1e-3)  # sums in another order

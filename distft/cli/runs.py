@@ -86,7 +86,10 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
         if status.get("state") != "failed":
             raise RecipeError(f"--failed: {found.path.name} has not failed")
         if "exit_status" in status:
-            click.echo(first_failure(found, status["exit_status"]).text)
+            failure = first_failure(found, status["exit_status"])
+            if status["reason"] != failure.reason:  # of several attempts
+                click.echo(status["reason"])
+            click.echo(failure.text)
         else:
             click.echo(status["reason"])
         return

@@ -49,6 +49,8 @@ def save_trained(
     tokenizer.save_pretrained(work)
     if card is not None:
         (work / "README.md").write_text(card)  # peft writes one, too, with nothing in it
+    for path in work.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files for their owner alone
     verify(work, expected)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)

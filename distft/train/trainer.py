@@ -227,7 +227,7 @@ class Recorder(TrainerCallback):
     def _interrupted(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all."""
         if self.stopped is None and _largest(int(self.stopping.why is not None), self.trainer.args.device):
-            self.stopped = self.stopping.why or "asked of another rank"
+            self.stopped = self.stopping.why or self.run.stop_asked() or "asked of another rank"
         return self.stopped is not None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:

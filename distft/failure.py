@@ -23,6 +23,7 @@ HINTS = (
     (r"DataError", "a row of the data does not fit: mend it, or set data.long_rows"),
     (LOST_PEER, "a rank lost its peer: look at the other ranks' logs"),
 )
+OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # of the GPU; the host's ends a rank with SIGKILL
 TAIL_LINES = 15
 
 
@@ -38,6 +39,10 @@ class Failure:
     rank: int | None = None
     host: str | None = None
     mendable: bool = False
+
+    @property
+    def out_of_memory(self) -> bool:
+        return re.search(OUT_OF_MEMORY, self.reason) is not None
 
 
 def first_failure(run: RunDir, returncode: int) -> Failure:

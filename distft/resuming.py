@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from distft import checkpoints, launching, schedulers
 from distft.checkpoints import Checkpoint
-from distft.errors import ClusterError, RecipeError
+from distft.errors import ClusterError, PlanError, RecipeError
 from distft.launching import Launch
 from distft.place import Place, plan_recipe
 from distft.run_dir import CLUSTER, RunDir
@@ -70,6 +70,42 @@ def start(resumption: Resumption, console: Console) -> None:
         say(console, ["no complete checkpoint: it begins anew"])
     launch.run.update_status(accepted=sorted(resumption.changed))
     launch.start(console)
+
+
+def less_memory(run: RunDir) -> str | None:
+    """Have a run that ran out of GPU memory need less of it, with the same global batch, and say what was changed.
+
+    First a smaller micro-batch, then gradient checkpointing, then offload; None when all that is used up. Recipe, plan
+    and configs in the run directory are written anew.
+    """
+    plan = json.loads(run.plan.read_text())
+    batch, topology, strategy = plan["batch"], plan["topology"], plan["strategy"]
+    micro, share = batch["micro_batch_size"], batch["global_batch_size"] // topology["world_size"]
+    sets = {
+        "training.micro_batch_size": micro,
+        "training.gradient_checkpointing": plan["gradient_checkpointing"],
+        "parallelism.strategy": strategy,
+        "parallelism.offload": plan["offload"],
+    }
+    if micro > 1:
+        smaller = max(n for n in range(1, micro // 2 + 1) if share % n == 0)
+        change = {"training.micro_batch_size": smaller}
+    elif not plan["gradient_checkpointing"]:
+        change = {"training.gradient_checkpointing": True}
+    elif plan["offload"] == "none":
+        change = {"parallelism.offload": "all" if strategy in ("zero3", "fsdp", "hsdp") else "optimizer"}
+        if strategy == "ddp":
+            change["parallelism.strategy"] = "zero2"
+    else:
+        return None
+    place = _place(run, Place())
+    words = [f"{name}={json.dumps(value)}" for name, value in (sets | change).items()]
+    try:
+        recipe, planned = plan_recipe(str(run.recipe), words, place)
+    except PlanError:  # a rule: no offload with this model
+        return None
+    run.write(Launch(recipe, planned, place, run=run).job(run).files)
+    return ", ".join(f"{name}: {sets[name]} -> {json.dumps(value)}" for name, value in change.items())
 
 
 def _place(run: RunDir, place: Place) -> Place:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,14 +212,29 @@ class RunDir:
                 self.set_aside()
                 for file in {SCRIPT, SBATCH, DS_CONFIG} - files.keys():  # another place or strategy
                     (self.path / file).unlink(missing_ok=True)
-            for file, text in files.items():
-                write_atomically(self.path / file, text)
+            self.write(files)
             again = {"ended": None, "reason": None, "job_id": None, "stopped": None} if goes_on else {}
             self.update_status(state="queued", name=name, **again)
         except OSError as error:
             if not goes_on:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise RecipeError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
+
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write files of the run by name."""
+        for name, text in files.items():
+            write_atomically(self.path / name, text)
+
+    def add_attempt(self, reason: str, node: str | None = None, fault: bool = False) -> list[dict[str, Any]]:
+        """Note in status.json how an attempt ended, and move its last words aside. Returns all attempts.
+
+        A `fault` is a machine's, in so far as it is not the same step's again and again.
+        """
+        attempts = self.read_status().get("attempts") or []
+        step = self.last_metrics().get("step", 0)
+        attempts.append({"time": time.time(), "step": step, "reason": reason, "node": node, "fault": fault})
+        self.update_status(attempts=attempts)
+        return attempts
 
     def set_aside(self) -> None:
         """Move what an attempt says of its end to logs/attempt-N: it must not explain the end of the next one."""

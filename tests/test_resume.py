@@ -31,7 +31,7 @@ class Case(NamedTuple):
     sets: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.strategy}-x{self.ranks}"
+        return f"{self.strategy}{'+offload' if 'offload' in str(self.sets) else ''}-x{self.ranks}"
 
 
 CASES = [
@@ -43,6 +43,8 @@ CASES = [
     Case("fsdp", 2),
     Case("fsdp", 4),
     Case("hsdp", 4, ("parallelism.hsdp_shard_size=2",)),
+    Case("zero2", 2, ("parallelism.offload=optimizer",)),
+    Case("zero3", 2, ("parallelism.offload=all",)),
 ]
 TUNINGS = {
     "lora": {},
@@ -105,6 +107,16 @@ def rows(run: RunDir, steps: range) -> Counter[tuple[int, ...]]:
     return Counter(tuple(row) for line in lines if line["step"] in steps for row in line["rows"])
 
 
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    for path in wanted.glob("*.safetensors"):
+        tensors = load_file(found / path.name)
+        for name, value in load_file(path).items():
+            torch.testing.assert_close(tensors[name], value, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir], make: Callable[..., RunDir]) -> None:
     goes_on = {}
@@ -125,6 +137,7 @@ def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir]
             for name in ("loss", "grad_norm", "learning_rate", "tokens"):
                 same = pytest.approx(reference[step][name], abs=FP32)
                 assert found[step][name] == same, (source, tuning, step, name)
+        assert_same_tensors(run.final, saved["ddp-x1", tuning].final)
         before, after = rows(saved[source, tuning], range(1, SAVED + 1)), rows(run, range(1, STEPS + 1))
         assert before + after == rows(saved["ddp-x1", tuning], range(1, STEPS + 1)), (source, tuning)
 
@@ -301,3 +314,35 @@ def test_all_steps_made_and_no_final(stopped: tuple[Path, str], tiny: Tiny, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     assert (result.run_dir / "final" / "adapter_model.safetensors").read_bytes() == before
     assert (result.run_dir / "metrics.jsonl").read_text() == lines
+
+
+def test_out_of_gpu_memory(tiny: Tiny, tmp_path: Path) -> None:
+    """Injected at a step: half the micro-batch, then checkpointing, then offload; the losses stay."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, os, sys\n"
+        "def fails(frame, event, argument):\n"
+        "    if event == 'call' and frame.f_code.co_name == 'get_batch_samples':\n"
+        "        plan = json.load(open(sys.argv[1] + '/plan.json'))\n"
+        "        enough = plan['offload'] != 'none'\n"
+        "        if frame.f_locals['self'].state.global_step == 2 and not enough and os.environ['RANK'] == '1':\n"
+        "            import torch\n"
+        "            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')\n"
+        "if 'RANK' in os.environ:\n"
+        "    sys.setprofile(fails)\n"
+    )
+    recipe = tiny.recipe(training__micro_batch_size=4, checkpoint__save_steps=1, parallelism__strategy="zero2")
+    result = launch(recipe, tmp_path, ranks=2, env={"PYTHONPATH": str(tmp_path)})
+    assert result.status["state"] == "completed"
+    said = [attempt["reason"].split("; ", 1)[1] for attempt in result.status["attempts"]]
+    assert said == [
+        "training.micro_batch_size: 4 -> 2",
+        "training.micro_batch_size: 2 -> 1",
+        "training.gradient_checkpointing: False -> true",
+        'parallelism.offload: none -> "optimizer"',
+    ]
+    plan = json.loads((result.run_dir / "plan.json").read_text())
+    batch = {"global_batch_size": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert (plan["batch"], plan["gradient_checkpointing"], plan["offload"]) == (batch, True, "optimizer")
+    reference = launch(tiny.recipe(), tmp_path / "reference", ranks=1)
+    assert result.column("step") == [1, 2, 3, 4]
+    assert result.column("loss") == pytest.approx(reference.column("loss"), abs=FP32)

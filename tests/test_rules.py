@@ -282,6 +282,12 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z3, "offload": "all", "deepspeed": zero(offload_param={"device": "none"})}, {"offload": "optimizer"}),
         ({**FSDP, "fsdp": over(offload_params=True)}, {"offload": "all"}),
     ],
+    "round-robin-mixes-parameters-up": [
+        (
+            {**Z2, "offload": "optimizer", "deepspeed": zero(round_robin_gradients=True)},
+            {"deepspeed": zero(round_robin_gradients=False)},
+        )
+    ],
     "nvme-needs-zero3-and-a-path": [
         (
             {"offload": "optimizer", **Z2, "deepspeed": zero(offload_optimizer={"device": "nvme", "nvme_path": "/x"})},

@@ -61,8 +61,10 @@ def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]
         return "done"
     stopped = _stopped(run)
     failure = None if stopped else first_failure(run, returncode)
+    if failure and failure.out_of_memory and budget and (change := less_memory(run, failure)):
+        return change
     node = _node(run, failure, nodes) if failure else None
-    attempts = _write_down(run, stopped or failure.reason, node, fault=not stopped)
+    attempts = run.add_attempt(stopped or failure.reason, node, fault=not stopped)
     if failure and _is_a_bug(attempts):
         why = f"failed {SAME_STEP} times at the same step, which is no fault of a machine's: {failure.reason}"
         run.update_status(state="failed", ended=time.time(), reason=why, exit_status=returncode)
@@ -77,6 +79,19 @@ def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]
     return "requeue " + ",".join(bad) if requeued else "again"
 
 
+def less_memory(run: RunDir, failure: Failure) -> str | None:
+    """`again` with less GPU memory, where that is possible; see resuming.less_memory."""
+    from distft import resuming
+
+    change = resuming.less_memory(run)
+    if change is None:
+        return None
+    run.add_attempt(f"{failure.reason}; {change}")
+    run.set_aside()
+    run.update_status(state="running", reason=f"out of GPU memory; {change}; {_goes_on(run)}")
+    return "again"
+
+
 def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
     """What a job does that SLURM started once more: `again`, or `requeue` where it got a node that failed twice.
 
@@ -89,7 +104,7 @@ def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
         # SLURM ends what is left of a job that lost a node with SIGTERM, so that it looks stopped too.
         down = slurm.down(status.get("nodes") or "")
         reason = f"node {down[0]} failed" if down else _stopped(run) or "SLURM took its nodes away"
-        attempts = _write_down(run, reason, down[0] if down else None, fault=bool(down))
+        attempts = run.add_attempt(reason, down[0] if down else None, fault=bool(down))
         run.set_aside()
         run.update_status(reason=f"{reason}; {_goes_on(run)}", stopped=None)
         if len(attempts) > budget:
@@ -99,14 +114,6 @@ def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
         run.update_status(state="queued")
         return "requeue " + ",".join(_bad(attempts))
     return "again"
-
-
-def _write_down(run: RunDir, reason: str, node: str | None, fault: bool) -> list[dict[str, Any]]:
-    attempts = run.read_status().get("attempts") or []
-    step = run.last_metrics().get("step", 0)
-    attempts.append({"time": time.time(), "step": step, "reason": reason, "node": node, "fault": fault})
-    run.update_status(attempts=attempts)
-    return attempts
 
 
 def _goes_on(run: RunDir) -> str:

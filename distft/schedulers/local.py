@@ -18,9 +18,10 @@ from typing import Any
 
 from distft import processes
 from distft.errors import RunError
+from distft.failure import first_failure
 from distft.job import Job
 from distft.run_dir import FINISHED, RunDir
-from distft.schedulers.conclude import conclude
+from distft.schedulers.conclude import conclude, less_memory
 from distft.shell import command_line, quote
 
 STOP_SECONDS = 30  # as SLURM's KillWait
@@ -70,7 +71,20 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
     """
     run.update_status(job_id=f"local:{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
     received: list[int] = []
-    with _signals(received.append), run.torchrun_log.open("ab") as log:
+    with _signals(received.append):
+        while True:
+            returncode = _attempt(run, watch, received)
+            if returncode == 0 or received or not run.recipe.exists():
+                break
+            failure = first_failure(run, returncode)
+            if not failure.out_of_memory or less_memory(run, failure) is None:
+                break
+        return _conclude(run, returncode, received)
+
+
+def _attempt(run: RunDir, watch: Callable[[], None], received: list[int]) -> int:
+    """Run the job script to its end, or to the end that a signal puts to it."""
+    with run.torchrun_log.open("ab") as log:
         process = subprocess.Popen(
             ["bash", str(run.script)],
             stdin=subprocess.DEVNULL,
@@ -80,8 +94,8 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
             preexec_fn=processes.die_with_parent,
             env={**os.environ, processes.RUN_VARIABLE: str(run.path)},
         )
+        until = math.inf
         try:
-            until = math.inf
             while process.poll() is None and len(received) < 2 and time.monotonic() < until:
                 if received and until == math.inf:
                     if not run.recipe.exists():  # a script of one's own knows nothing of this
@@ -94,7 +108,7 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
             processes.end(run.path, reap=process.poll)
             process.wait()
         watch()
-        return _conclude(run, process.returncode, received)
+        return process.returncode
 
 
 def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:

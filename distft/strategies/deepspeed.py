@@ -177,8 +177,9 @@ def _zero_optimization(
             "allgather_partitions": True,
             "allgather_bucket_size": bucket,
             "use_multi_rank_bucket_allreduce": True,
-            # Spreads the copying of gradients to the host over the ranks.
-            "round_robin_gradients": optimizer_device == "cpu",
+            # It reorders parameters, and DeepSpeed 0.19.8 then finds the masters of others under their names
+            # (_link_all_hp_params): what is saved is mixed up.
+            "round_robin_gradients": False,
             "ignore_unused_parameters": True,
             "load_from_fp32_weights": True,
         }

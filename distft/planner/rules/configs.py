@@ -82,6 +82,22 @@ def offload_is_planned(case: Case) -> str | None:
 
 
 @rule(
+    "round_robin_gradients under zero1 or zero2",
+    "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py:824 (_link_all_hp_params goes by the groups' order, "
+    "the flat masters by the round robin's); tests/test_resume.py",
+    "leave it out",
+    for_scripts=True,
+)
+def round_robin_mixes_parameters_up(case: Case) -> str | None:
+    """It reorders parameters among the ranks, and a parameter's float32 master is then looked for where another's lies:
+    what is saved of it, and restored, is another's.
+    """
+    if case.strategy in ("zero1", "zero2") and case.zero_option("round_robin_gradients"):
+        return f"{ZERO}.round_robin_gradients: got true, which mixes parameters up in what is saved"
+    return None
+
+
+@rule(
     "offload to nvme without zero3, or without an nvme_path",
     "https://www.deepspeed.ai/docs/config-json/#parameter-offloading; DeepSpeed 0.19.8 "
     "runtime/zero/stage_1_and_2.py:229 "

@@ -207,10 +207,13 @@ def test_a_signal_ends_everything(tiny: Tiny, tmp_path: Path, number: int) -> No
     out, _ = process.communicate(timeout=30)
     assert time.monotonic() - began < END_SECONDS
     assert process.returncode == 1
-    assert f"cancelled by {signal.Signals(number).name}" in out
-    assert "Traceback" not in out
     status = status_of(run_dir)
-    assert (status["state"], status["reason"]) == ("cancelled", signal.Signals(number).name)
+    step = status["step"]
+    assert status["state"] == "preempted"
+    assert status["reason"] == f"stopped: {signal.Signals(number).name}; step-{step} is saved"
+    assert f"{status['reason']}; go on with: distft resume {run_dir}" in out
+    assert "Traceback" not in out
+    assert not list(processes.of_run(run_dir))
 
 
 def test_detach_status_cancel(tiny: Tiny, tmp_path: Path) -> None:

@@ -46,3 +46,7 @@ class RunError(DistftError):
     """The run started and failed."""
 
     exit_status = 1
+
+
+class Hang(RunError):
+    """No step came any more."""

@@ -153,6 +153,10 @@ class RunDir:
         """What the rank's first uncaught exception was, as JSON."""
         return self.logs / f"rank-{rank}.error.json"
 
+    def rank_note(self, rank: int) -> Path:
+        """Made by a rank that waits for others in vain."""
+        return self.logs / f"rank-{rank}.waits"
+
     def rank_errors(self) -> list[dict[str, Any]]:
         """Every rank's error, earliest first."""
         found = []
@@ -239,6 +243,7 @@ class RunDir:
     def set_aside(self) -> None:
         """Move what an attempt says of its end to logs/attempt-N: it must not explain the end of the next one."""
         ended = [*self.logs.glob("rank-*.error.json"), *self.logs.glob("torchrun*.log"), *self.logs.glob("stop")]
+        ended += self.logs.glob("rank-*.waits")
         if ended:
             folder = self.logs / f"attempt-{1 + sum(1 for _ in self.logs.glob('attempt-*'))}"
             folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from conftest import Result, Tiny, distft, launch
 
-from distft import launching
+from distft import launching, processes
 from distft.place import Place, plan_recipe
 from distft.run_dir import RunDir
 
@@ -346,3 +347,40 @@ def test_out_of_gpu_memory(tiny: Tiny, tmp_path: Path) -> None:
     reference = launch(tiny.recipe(), tmp_path / "reference", ranks=1)
     assert result.column("step") == [1, 2, 3, 4]
     assert result.column("loss") == pytest.approx(reference.column("loss"), abs=FP32)
+
+
+def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    """SIGSTOP: the others notice, write their stacks, name it and end the run, which then goes on."""
+    recipe = tiny.recipe(training__max_steps=3000, training__lr_scheduler_type="constant", checkpoint__save_steps=5)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "DISTFT_HANG_SECONDS": "6"},
+    )
+    run = RunDir(tmp_path / "runs" / "tiny")
+    deadline = time.monotonic() + 120
+    while run.last_metrics().get("step", 0) < 12:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    stopped = next(
+        pid for pid in processes.of_run(run.path) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    )
+    os.kill(stopped, signal.SIGSTOP)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    reason = run.read_status()["reason"]
+    assert reason.startswith("rank 1: Hang: no step for ") and "rank 1 does not answer: stopped, or cut off" in reason
+    assert "rank 1 on " in said and "failed first" in said
+    log = run.rank_log(0).read_text()
+    assert "the stacks of this rank:" in log and "in all_reduce" in log
+    assert not list(processes.of_run(run.path))
+    step = run.last_metrics()["step"]
+    to = ("--set", f"training.max_steps={step + 2}", "--force")
+    done = distft("resume", "tiny", *to, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in map(json.loads, run.metrics.read_text().splitlines())] == [*range(1, step + 3)]

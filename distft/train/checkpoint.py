@@ -194,10 +194,7 @@ class Checkpointer:
                 files = self._read_back(work, staged)
             except (Exception, dcp.api.CheckpointException) as error:  # the latter is none of the former
                 problem = _first_line(error)
-            found: list[Any] = [(problem, files)]
-            if self.group is not None:
-                found = [None] * self.world
-                dist.all_gather_object(found, (problem, files), group=self.group)
+            found = self.gathered((problem, files))
             problem = next((text for text, _ in found if text), None)
             if problem is None and self.rank == 0:
                 manifest["files"] = {name: facts for _, part in found for name, facts in part.items()}
@@ -274,10 +271,7 @@ class Checkpointer:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what their checksums say; the same on all ranks."""
         for found in self._from_first_rank(checkpoints.complete(self.run) if self.rank == 0 else None):
-            damage = [found.damage(self.rank, self.world)]
-            if self.group is not None:
-                damage, own = [None] * self.world, damage[0]
-                dist.all_gather_object(damage, own, group=self.group)
+            damage = self.gathered(found.damage(self.rank, self.world))
             problem = next((text for text in damage if text), None)
             if problem is None:
                 return found
@@ -340,6 +334,14 @@ class Checkpointer:
         scheduler._last_lr = scheduler.get_lr()
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
+
+    def gathered(self, value: Any) -> list[Any]:
+        """All ranks' values, by rank."""
+        values = [value]
+        if self.group is not None:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def _from_first_rank(self, value: Any) -> Any:
         box = [value]

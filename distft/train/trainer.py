@@ -21,11 +21,12 @@ from distft.checkpoints import Checkpoint
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
 from distft.strategies import merge
-from distft.train import wrapping
+from distft.train import worker, wrapping
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import IGNORE
 from distft.train.sampler import StreamSampler
 from distft.train.stopping import Stopping
+from distft.train.watchdog import Watchdog
 
 
 class Collator:
@@ -170,6 +171,7 @@ class Recorder(TrainerCallback):
     ):
         self.run, self.recipe, self.plan, self.trainer = run, recipe, plan, trainer
         self.checkpointer, self.stopping = checkpointer, stopping
+        self.watchdog = Watchdog(run, checkpointer.rank, checkpointer.gathered(worker.host()))
         self.found, self.position = start
         self.first = self.position.step  # steps made before
         self.step_tokens = _tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
@@ -204,14 +206,18 @@ class Recorder(TrainerCallback):
         self.position = Position(step, self.position.samples + batch, self.position.tokens + tokens)
         if every and step % every == 0:
             self.heldout = self._heldout()
+        self.watchdog.step()
         if self._interrupted():
+            self.watchdog.rest()
             self.checkpointer.save(self.trainer, self.position, wait=True)
             control.should_training_stop = True
         elif save_steps and step % save_steps == 0:
             self.checkpointer.save(self.trainer, self.position)
+            self.watchdog.alive()
 
     def end(self) -> str | None:
         """The last evaluation. Returns why the run was stopped, None when it is done."""
+        self.watchdog.rest()
         if not self.stopped:
             loss = self._heldout()
             if self.stopped:  # all steps are made; what is left is this and final/
@@ -226,6 +232,7 @@ class Recorder(TrainerCallback):
 
     def _interrupted(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all."""
+        self.watchdog.alive()
         if self.stopped is None and _largest(int(self.stopping.why is not None), self.trainer.args.device):
             self.stopped = self.stopping.why or self.run.stop_asked() or "asked of another rank"
         return self.stopped is not None

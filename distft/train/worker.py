@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from distft.errors import DistftError
+from distft.errors import DistftError, Hang
 from distft.processes import die_with_parent
 from distft.run_dir import RunDir, write_atomically
 from distft.strategies.accelerate import accelerate_environment
@@ -61,15 +61,20 @@ def _record_first_error(run: RunDir, rank: int) -> None:
     sys.excepthook = hook
 
 
-def record_error(run: RunDir, rank: int, error: BaseException) -> None:
-    """Write logs/rank-N.error.json."""
+def host() -> str:
+    """This machine, as SLURM calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def record_error(run: RunDir, rank: int, error: BaseException, where: str | None = None) -> None:
+    """Write logs/rank-N.error.json, of this rank or of one that cannot do so itself."""
     record = {
         "rank": rank,
-        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "host": where or host(),
         "time": time.time(),
         "type": type(error).__name__,
         "message": str(error),
-        "mendable": isinstance(error, DistftError),
+        "mendable": isinstance(error, DistftError) and not isinstance(error, Hang),
         "traceback": "".join(traceback.format_exception(error)),
     }
     write_atomically(run.rank_error(rank), json.dumps(record))

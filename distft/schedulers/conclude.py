@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distft import checkpoints
+from distft import checkpoints, schedulers
 from distft.errors import RunError
 from distft.failure import Failure, first_failure
 from distft.run_dir import RunDir
-from distft.schedulers import slurm
 from distft.shell import quote
 
 # A fault comes at any step; what fails at the same one again and again is a bug.
@@ -102,7 +101,7 @@ def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
     attempts = status.get("attempts") or []
     if status.get("state") == "running":  # the last attempt could not conclude: its nodes were taken away
         # SLURM ends what is left of a job that lost a node with SIGTERM, so that it looks stopped too.
-        down = slurm.down(status.get("nodes") or "")
+        down = schedulers.slurm.down(status.get("nodes") or "")
         reason = f"node {down[0]} failed" if down else _stopped(run) or "SLURM took its nodes away"
         attempts = run.add_attempt(reason, down[0] if down else None, fault=bool(down))
         run.set_aside()

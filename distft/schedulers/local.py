@@ -18,10 +18,8 @@ from typing import Any
 
 from distft import processes
 from distft.errors import RunError
-from distft.failure import first_failure
 from distft.job import Job
 from distft.run_dir import FINISHED, RunDir
-from distft.schedulers.conclude import conclude, less_memory
 from distft.shell import command_line, quote
 
 STOP_SECONDS = 30  # as SLURM's KillWait
@@ -69,6 +67,9 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
     Raises:
         RunError: the run failed or was cancelled; the message says why.
     """
+    from distft.failure import first_failure  # not while a script is only rendered
+    from distft.schedulers.conclude import less_memory
+
     run.update_status(job_id=f"local:{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
     received: list[int] = []
     with _signals(received.append):
@@ -112,6 +113,8 @@ def _attempt(run: RunDir, watch: Callable[[], None], received: list[int]) -> int
 
 
 def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:
+    from distft.schedulers.conclude import conclude
+
     status = run.read_status()
     if received and status.get("state") != "completed" and not status.get("stopped"):
         reason = signal.Signals(received[0]).name

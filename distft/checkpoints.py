@@ -67,7 +67,11 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
     return {
         **model_identity(recipe),
-        **({f"lora.{k}": v for k, v in recipe.lora.model_dump(mode="json").items()} if recipe.lora else {"lora": None}),
+        **(
+            {f"lora.{k}": v for k, v in recipe.lora.model_dump(mode="json", exclude={"start_from"}).items()}
+            if recipe.lora
+            else {"lora": None}
+        ),
         "data": data_files.content_digest(recipe),
         **{
             f"training.{name}": getattr(training, name)

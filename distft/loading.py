@@ -389,6 +389,7 @@ _HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_DATA = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^/\s]+)?", re.ASCII)
 _PATHS: tuple[tuple[Steps, Callable[[Path], bool], re.Pattern[str] | None], ...] = (
     (("model", "name_or_path"), Path.is_dir, _HUB_MODEL),
+    (("lora", "start_from"), Path.is_dir, None),
     (("data", "train"), Path.exists, _HUB_DATA),
     (("data", "eval"), Path.exists, _HUB_DATA),
     (("data", "chat_template"), Path.is_file, None),

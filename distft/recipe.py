@@ -81,6 +81,10 @@ class Lora(Group):
     use_dora: bool = False
     """DoRA: magnitude and direction apart. Better at a low rank, slower."""
 
+    start_from: NonEmpty | None = None
+    """Folder of a peft adapter to start from instead of a fresh one: its weights alone. Optimizer, schedule and data
+    begin anew. (All weights: name their folder in model.name_or_path.)"""
+
 
 class Data(Group):
     """The training data."""

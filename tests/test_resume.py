@@ -383,3 +383,42 @@ def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
     done = distft("resume", "tiny", *to, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in map(json.loads, run.metrics.read_text().splitlines())] == [*range(1, step + 3)]
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_starts_from_an_adapter(tiny: Tiny, tmp_path: Path, strategy: str) -> None:
+    """Weights alone: the first loss is that of the trained adapter, and the rate begins anew."""
+    first = launch(tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl")), tmp_path / "first", ranks=1)
+    recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), parallelism__strategy=strategy)
+    recipe["lora"]["start_from"] = str(first.run_dir / "final")
+    second = launch(recipe, tmp_path / "second", ranks=2)
+    before = second.status["heldout_loss_before"]
+    assert before == pytest.approx(first.status["heldout_loss_after"], abs=1e-4)
+    assert second.column("learning_rate") == first.column("learning_rate")
+    assert "starts from the weights of" in (second.run_dir / "logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("lora.r=8", "the adapter has r 4, and lora.r is 8"),
+        ("lora.target_modules=[q_proj]", "another model, or other lora.target_modules"),
+        ("lora.start_from=.", "is no peft adapter in safetensors"),
+        ("lora.start_from=nowhere", "no such folder"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(tiny: Tiny, tmp_path: Path, change: str, said: str) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny.path / "model")
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    recipe = tiny.recipe()
+    recipe["lora"]["start_from"] = "adapter"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert distft("validate", "recipe.yaml", cwd=tmp_path).returncode == 0
+    done = distft("validate", "recipe.yaml", "--set", change, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr

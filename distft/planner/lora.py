@@ -11,6 +11,8 @@ from distft.recipe import Lora
 # The weight that an adapter is put on, and the elements of each of the adapter's own tensors.
 Adapter = tuple[Tensor, tuple[int, ...]]
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 # Modules that peft can put an adapter on, by the kind of their weight.
 ADAPTABLE = ("linear", "conv1d", "conv2d", "output", "embedding")
 

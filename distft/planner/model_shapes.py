@@ -10,14 +10,15 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from distft.errors import MissingPartError, PlanError
 from distft.planner.architecture import Sizes, describe, guess_sizes, is_known
 from distft.planner.layout import Tensor
-from distft.planner.lora import lora_parameters
-from distft.recipe import Recipe
+from distft.planner.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parameters
+from distft.recipe import Lora, Recipe
 
 # A header is JSON of some hundred bytes a tensor; what claims more is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
@@ -192,6 +193,28 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"model.name_or_path: {path} is not a whole safetensors file ({error})") from None
+
+
+def check_start(lora: Lora, parameters: int) -> None:
+    """Raises PlanError where `lora.start_from` is no adapter such as this recipe's, of so many parameters."""
+    folder = Path(lora.start_from)
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, PlanError) as error:
+        raise PlanError(f"lora.start_from: {folder} is no peft adapter in safetensors ({error})") from None
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if config.get(name) != getattr(lora, name):
+            raise PlanError(
+                f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
+                f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
+            )
+    found = sum(prod(shape) for shape in header.values())
+    if found != parameters:
+        raise PlanError(
+            f"lora.start_from: the adapter has {found:,} parameters, and this one would have {parameters:,}: another "
+            "model, or other lora.target_modules"
+        )
 
 
 def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict, Shapes | None]:

@@ -10,7 +10,7 @@ from distft.errors import PlanError
 from distft.planner import rules, speed
 from distft.planner.batch import Batch
 from distft.planner.memory import Memory
-from distft.planner.model_shapes import ModelShape, read_model_shape
+from distft.planner.model_shapes import ModelShape, check_start, read_model_shape
 from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, gib, shard_size, short
 from distft.planner.speed import Speed
 from distft.recipe import Recipe, ScriptSettings
@@ -73,6 +73,8 @@ def make_plan(
         PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
     """
     model = _model(recipe, need_weights, simulated)
+    if recipe.lora and recipe.lora.start_from:
+        check_start(recipe.lora, model.trainable_parameters)
     search = Search.of(recipe, model, where, measured)
     reasons, warnings = [], _warnings(where.topology, where.device)
     if model.model_type and not model.is_known:

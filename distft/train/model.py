@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
 
 from distft.errors import DataError
+from distft.planner.lora import ADAPTER_WEIGHTS
 from distft.recipe import Recipe
 
 log = logging.getLogger("distft")
@@ -128,4 +130,15 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    if lora.start_from:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        found = set_peft_model_state_dict(model, load_file(Path(lora.start_from) / ADAPTER_WEIGHTS))
+        missing = [name for name in found.missing_keys if "lora_" in name]
+        if missing or found.unexpected_keys:
+            some = (missing + found.unexpected_keys)[0]
+            raise DataError(f"lora.start_from: {lora.start_from} is an adapter of another model ({some})")
+        log.info("adapter: starts from the weights of %s; optimizer, schedule and data begin anew", lora.start_from)
+    return model

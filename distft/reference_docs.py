@@ -33,7 +33,7 @@ lora:                         # null: train all weights
   target_modules: all-linear          # or names: [q_proj, v_proj]
   use_rslora: false
   use_dora: false
-  start_from: null            # the folder of a peft adapter to begin with
+  start_from: null                    # the folder of a peft adapter to begin with
 
 data:
   train: data/train.jsonl             # relative to this file; or a list of them; or a hub id: owner/name:train

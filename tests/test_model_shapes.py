@@ -144,7 +144,7 @@ def peft_count(config: dict[str, Any], lora: Lora) -> int:
     """peft's own count of what it trains."""
     from peft import LoraConfig, get_peft_model
 
-    options = lora.model_dump()
+    options = lora.model_dump(exclude={"start_from"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D's fan_in_fan_out, and of tied embeddings
         wrapped = get_peft_model(

@@ -217,7 +217,7 @@ class RunDir:
                 for file in {SCRIPT, SBATCH, DS_CONFIG} - files.keys():  # another place or strategy
                     (self.path / file).unlink(missing_ok=True)
             self.write(files)
-            again = {"ended": None, "reason": None, "job_id": None, "stopped": None} if goes_on else {}
+            again = {"ended": None, "reason": None, "job_id": None, "stopped": None, "attempts": []} if goes_on else {}
             self.update_status(state="queued", name=name, **again)
         except OSError as error:
             if not goes_on:

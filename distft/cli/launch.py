@@ -60,8 +60,8 @@ def launch(
 ) -> None:
     """Train RECIPE here or on a cluster, or run an unmodified accelerate or transformers SCRIPT under a strategy.
 
-    Here, Ctrl-C saves at the next step and ends the run; a cluster's job goes on. Exit status: 0 done, 1 it failed, 2 what
-    was asked is wrong.
+    Here, Ctrl-C saves at the next step and ends the run, and once more ends it at once; a cluster's job goes on. Exit
+    status: 0 done, 1 the run failed, 2 what was asked is wrong.
     """
     from distft import launching
     from distft.place import plan_recipe, plan_script

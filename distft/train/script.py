@@ -30,7 +30,12 @@ def main() -> None:
     except SystemExit as error:  # argparse's way to refuse; no exception hook sees it
         if error.code not in (0, None):
             worker.record_error(run, int(os.environ.get("RANK", "0")), error)
-        raise
+            raise
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_initialized():
+        # else gloo's threads may meet an interpreter half gone and abort a rank that has done its work:
+        # https://github.com/pytorch/pytorch/pull/179291
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

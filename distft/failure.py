@@ -29,7 +29,9 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Failure:
-    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and its host, if known.
+    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and whose fault it is.
+
+    `host`: None where only the rank is known, "" where another one is to blame.
 
     `mendable`: by a person alone; another attempt ends the same way.
     """
@@ -57,14 +59,15 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         first = own[0]
         rank_log = run.rank_log(first["rank"])
         reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
-        where = f"rank {first['rank']} on {first['host']} failed first"
+        where = f"rank {first['rank']}" + (f" on {first['host']}" if first["host"] else "") + " failed first"
         # What a person can mend needs no traceback, and a script that exits by itself has printed why.
         body = first["message"] if first["mendable"] else first["traceback"].rstrip()
         if first["type"] == "SystemExit":
             reason = f"rank {first['rank']} exited by itself with status {first['message']}"
             where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
         text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]))
-        return Failure(reason, text, first["rank"], first["host"], first["mendable"])
+        host = "" if re.search(LOST_PEER, first["message"]) else first["host"]
+        return Failure(reason, text, first["rank"], host, first["mendable"])
     if killed:
         rank, number = killed
         reason = f"rank {rank} was killed by {_signal_name(number)}"

@@ -236,7 +236,8 @@ class RunDir:
         """
         attempts = self.read_status().get("attempts") or []
         step = self.last_metrics().get("step", 0)
-        attempts.append({"time": time.time(), "step": step, "reason": reason, "node": node, "fault": fault})
+        ended = {"time": time.time(), "step": step, "reason": reason, "node": node, "fault": fault}
+        attempts.append({**ended, "logs": self._aside().name})
         self.update_status(attempts=attempts)
         return attempts
 
@@ -245,10 +246,14 @@ class RunDir:
         ended = [*self.logs.glob("rank-*.error.json"), *self.logs.glob("torchrun*.log"), *self.logs.glob("stop")]
         ended += self.logs.glob("rank-*.waits")
         if ended:
-            folder = self.logs / f"attempt-{1 + sum(1 for _ in self.logs.glob('attempt-*'))}"
+            folder = self._aside()
             folder.mkdir()
             for path in ended:
                 path.rename(folder / path.name)
+
+    def _aside(self) -> Path:
+        """Where the next attempt that ends has its logs."""
+        return self.logs / f"attempt-{1 + sum(1 for _ in self.logs.glob('attempt-*'))}"
 
     def read_status(self) -> dict[str, Any]:
         """status.json; {} before the first write."""

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from distft.run_dir import RunDir
+
 WORDS = [
     "list",
     "dict",
@@ -129,6 +131,30 @@ def launch(
     result = Result(done.returncode, done.stdout, done.stderr, run_dir)
     assert done.returncode == expect, result.log()
     return result
+
+
+def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
+    """A run directory under `folder`, ready to start."""
+    from distft import launching
+    from distft.place import Place, plan_recipe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    place = Place(1, ranks)
+    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), place)
+    run = RunDir.create(str(folder), name)
+    job = launching.Launch(loaded, plan, place).job(run)
+    run.fill(launching.render(job), job.name)
+    return run
+
+
+def train_together(runs: list[RunDir], ranks: int) -> None:
+    """Train runs of one strategy one after the other in the same ranks (several_runs.py)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = Path(__file__).with_name("several_runs.py")
+    done = subprocess.run([*command, str(script), *(str(run.path) for run in runs)], capture_output=True, text=True)
+    logs = "\n".join(path.read_text()[-2000:] for run in runs for path in run.logs.glob("rank-*.log"))
+    assert done.returncode == 0, done.stderr[-1000:] + logs
 
 
 @pytest.hookimpl(hookwrapper=True)

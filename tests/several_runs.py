@@ -18,6 +18,7 @@ from distft.train.stopping import Stopping
 
 
 def main() -> None:
+    original = None
     for word in sys.argv[1:]:
         run = RunDir(Path(word).absolute())
         for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG"))]:
@@ -32,7 +33,8 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
-        trainer.RecipeTrainer.get_batch_samples = recording(run, trainer.Trainer.get_batch_samples)
+        original = original or trainer.RecipeTrainer.get_batch_samples
+        trainer.RecipeTrainer.get_batch_samples = recording(run, original)
         train(run, plan, Stopping(run))
     from distft.train.run import leave
 

@@ -192,12 +192,29 @@ class Cluster:
         self._until("all nodes are idle", timeout, self.idle)
 
     def crash(self, node: str) -> None:
-        """Power loss: the node's processes and its network are gone. slurmctld notices after 15 to 30 s."""
+        """Power loss: the node's processes and its network are gone. slurmctld notices after 20 to 30 s."""
         self._need_host(node)
         _kill(self._hosts.pop(node))
         self._processes.pop(node).communicate()
         with contextlib.suppress(subprocess.CalledProcessError):  # the link goes by itself too, but maybe after boot()
             self._ip(f"link del v-{node}")
+
+    def cut(self, node: str) -> None:
+        """Its cable is pulled: the node's processes go on, and reach nobody."""
+        self._need_host(node)
+        self._ip(f"link set v-{node} down")
+
+    def reconnect(self, node: str) -> None:
+        """The cable is back."""
+        self._ip(f"link set v-{node} up")
+
+    def restart_controller(self, away: float = 5) -> None:
+        """slurmctld is killed, and started again after `away` seconds."""
+        process = self._processes.pop("slurmctld")
+        process.kill()
+        process.wait()
+        time.sleep(away)
+        self._spawn("slurmctld", *self._enter(CONTROLLER), "slurmctld", "-D")
 
     def kill_slurmd(self, node: str) -> None:
         """Only slurmd dies; the steps on the node go on."""
@@ -275,7 +292,7 @@ class Cluster:
             SlurmctldParameters=preempt_send_user_signal
             # schedule at once: the defaults wait for seconds
             SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=2,bf_interval=1
-            SlurmdTimeout=10
+            SlurmdTimeout=20
             MessageTimeout=10
             TCPTimeout=2
             KillWait=3

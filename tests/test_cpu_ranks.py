@@ -19,7 +19,11 @@ elif "ACCELERATE_USE_DEEPSPEED" in os.environ:  # else it is compiled first, for
 from accelerate import Accelerator
 state = Accelerator().state
 if state.process_index == 0:
-    print("found", state.distributed_type.name, state.num_processes)
+    print("found", state.distributed_type.name, state.num_processes, flush=True)
+import torch.distributed as dist
+if dist.is_initialized():  # an exit without this aborts a rank now and then, and torchrun ends the other
+    dist.barrier()
+    dist.destroy_process_group()
 """
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}

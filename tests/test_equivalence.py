@@ -7,17 +7,60 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from conftest import Result, Tiny, launch
+from conftest import Result, Tiny, launch, ready, train_together
 
 FP32 = 1e-5
 # kind of `ran` → the class that must wrap the model; {} stands for the model's own class.
 WRAPPED = {"ddp": "DistributedDataParallel", "zero": "DeepSpeedEngine", "fsdp": "FSDP{}", "hsdp": "FSDP{}"}
 ZERO_OPTIMIZER = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+
+FULL = {"lora": None, "training__learning_rate": 0.003}
+BF16 = {"training__mixed_precision": "bf16"}
+TUNINGS = {
+    "lora": {},
+    "full": FULL,
+    "nf4": {"model__quantization": "nf4"},
+    "int8": {"model__quantization": "int8"},
+    "dora": {"lora": {"r": 4, "use_dora": True}},
+    "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    "unpacked": {"data__packing": False},
+    "unpacked full": {"data__packing": False, **FULL},
+    "bf16": BF16,
+    "bf16 full": {**BF16, **FULL},
+    "adamw_torch": {"training__optim": "adamw_torch"},
+    "adafactor": {"training__optim": "adafactor"},
+    "adamw_bnb_8bit": {"training__optim": "adamw_bnb_8bit"},
+    "paged_adamw_8bit": {"training__optim": "paged_adamw_8bit"},
+    "paged_adamw_32bit": {"training__optim": "paged_adamw_32bit"},
+}
+# 8-bit states are rounded in blocks, and sharding moves the blocks' borders.
+TOLERANCE = {"adamw_bnb_8bit": 1e-3, "paged_adamw_8bit": 1e-3}
+OPTIMIZER = {
+    "adamw_torch": "torch AdamW",
+    "adafactor": "transformers Adafactor",
+    "adamw_bnb_8bit": "bitsandbytes AdamW 8-bit",
+    "paged_adamw_8bit": "bitsandbytes AdamW 8-bit",
+    "paged_adamw_32bit": "bitsandbytes AdamW 32-bit",
+}
+
+
+class Job(NamedTuple):
+    """A recipe with a tuning of TUNINGS under a strategy; `changes` must change nothing."""
+
+    strategy: str
+    ranks: int
+    tuning: str
+    changes: Mapping[str, Any] = {}
+
+    def __str__(self) -> str:
+        changed = [f"{key.split('__')[1]}={value}" for key, value in self.changes.items()]
+        return "-".join([self.tuning.replace(" ", "-"), self.strategy, f"x{self.ranks}", *changed])
+
 
 STRATEGIES = [
     ("ddp", 2, {}),
@@ -31,40 +74,69 @@ STRATEGIES = [
     ("fsdp", 4, {}),
     ("hsdp", 4, {"parallelism__hsdp_shard_size": 2}),
 ]
-FULL = {"lora": None, "training__learning_rate": 0.003}
-NF4 = {"model__quantization": "nf4"}
+FOUR = ("ddp", "zero2", "zero3", "fsdp")
+JOBS = [
+    *(Job(strategy, ranks, tuning, changes) for tuning in ("full", "lora") for strategy, ranks, changes in STRATEGIES),
+    *(Job(strategy, 2, "nf4") for strategy in FOUR),
+    *(Job(strategy, 2, "lora", {"training__gradient_checkpointing": True}) for strategy in FOUR),
+    # Accumulation 4; else it is 1. Micro-batches differ in their trained tokens.
+    *(Job(strategy, 2, "lora", {"training__micro_batch_size": 1}) for strategy in FOUR),
+    *(Job(strategy, 2, "unpacked") for strategy in ("ddp", "zero3", "fsdp")),
+    *(Job(strategy, 2, tuning) for tuning in ("bf16", "bf16 full") for strategy in FOUR),
+    Job("ddp", 2, "dora"),
+    Job("fsdp", 2, "dora"),
+    Job("zero3", 2, "rslora"),
+    Job("ddp", 2, "int8"),
+    Job("zero2", 2, "int8"),
+    Job("fsdp", 2, "adamw_torch"),
+    Job("ddp", 2, "adafactor"),
+    Job("ddp", 2, "adamw_bnb_8bit"),
+    Job("zero2", 2, "paged_adamw_8bit"),
+    Job("zero3", 2, "paged_adamw_32bit"),
+]
 
 
-def name(case: tuple[str, int, dict[str, Any]]) -> str:
-    return f"{case[0]}-x{case[1]}" + ("-offload" if "parallelism__offload" in case[2] else "")
+def alone(tuning: str) -> Job:
+    """The same in one process."""
+    return Job("ddp", 1, tuning)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """Launches a recipe once for all tests that ask for it."""
+def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Result]:
+    """Trains a job, and in the same ranks all others of its strategy and width."""
     done: dict[str, Result] = {}
+    folder = tmp_path_factory.mktemp("runs")
 
-    def run(ranks: int = 1, **changes: Any) -> Result:
-        key = repr((ranks, sorted(changes.items())))
-        if key not in done:
-            done[key] = launch(tiny.recipe(**changes), tmp_path_factory.mktemp("run"), ranks=ranks)
-        return done[key]
+    def run(job: Job) -> Result:
+        if str(job) not in done:
+            together = [j for j in (*JOBS, *map(alone, TUNINGS)) if j[:2] == job[:2]]
+            made = {}
+            for j in together:
+                changes = {"parallelism__strategy": j.strategy, **TUNINGS[j.tuning], **j.changes}
+                made[str(j)] = ready(tiny.recipe(**changes), folder, j.ranks, str(j))
+            train_together([*made.values()], job.ranks)
+            done.update({name: Result(0, "", "", run.path) for name, run in made.items()})
+        return done[str(job)]
 
     return run
 
 
-def assert_ran(result: Result, strategy: str, ranks: int, model_class: str) -> None:
-    ran = result.status["ran"]
+def assert_ran(result: Result, job: Job) -> None:
+    ran, strategy = result.status["ran"], job.strategy
     assert ran["kind"] == strategy
+    model_class = "LlamaForCausalLM" if "full" in job.tuning else "PeftModelForCausalLM"
     assert ran["wrapped"] == WRAPPED[strategy.rstrip("123")].format(model_class)
-    assert (ran["world_size"], ran["backend"]) == (ranks, "gloo")
+    assert (ran["world_size"], ran["backend"]) == (job.ranks, "gloo")
+    assert ran["gradient_checkpointing"] is job.changes.get("training__gradient_checkpointing", False)
+    if job.tuning in OPTIMIZER:
+        assert ran["optimizer"] == OPTIMIZER[job.tuning]
     if strategy.startswith("zero"):
         assert ran["zero_optimizer"] == ZERO_OPTIMIZER[int(strategy[-1])]
     if strategy == "fsdp":
-        assert ran["mesh"] == [ranks]
+        assert ran["mesh"] == [job.ranks]
     if strategy == "hsdp":
         assert ran["mesh"] == [2, 2]
-    if "fsdp" in strategy or strategy == "hsdp":
+    if strategy in ("fsdp", "hsdp"):
         assert ran["units"]["FSDPLlamaDecoderLayer"] == 2
 
 
@@ -76,99 +148,32 @@ def assert_same(result: Result, reference: Result, tolerance: float = FP32) -> N
     assert result.column("learning_rate") == pytest.approx(reference.column("learning_rate"))
 
 
-@pytest.mark.parametrize("case", STRATEGIES, ids=name)
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_strategy(runs: Callable[..., Result], tuning: str, case: tuple[str, int, dict[str, Any]]) -> None:
-    strategy, ranks, changes = case
-    base = FULL if tuning == "full" else {}
-    result = runs(ranks, parallelism__strategy=strategy, **base, **changes)
-    assert_ran(result, strategy, ranks, "LlamaForCausalLM" if tuning == "full" else "PeftModelForCausalLM")
-    assert_same(result, runs(1, **base))
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
+    result, reference = runs(job), runs(alone(job.tuning))
+    assert_ran(result, job)
+    if "bf16" in job.tuning:
+        assert result.column("loss") == pytest.approx(reference.column("loss"), abs=2e-2)
+    else:
+        assert_same(result, reference, TOLERANCE.get(job.tuning, FP32))
     losses = result.column("loss")
     assert losses[-1] < losses[0] - 0.05  # it learns
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
-def test_qlora(runs: Callable[..., Result], strategy: str) -> None:
-    result = runs(2, parallelism__strategy=strategy, **NF4)
-    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
-    reference = runs(1, **NF4)
-    assert_same(result, reference)
-    assert reference.column("loss")[0] != pytest.approx(runs(1).column("loss")[0], abs=1e-4)  # really quantised
+@pytest.mark.parametrize("tuning", ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor"])
+def test_a_tuning_is_really_another(runs: Callable[[Job], Result], tuning: str) -> None:
+    found, plain = runs(alone(tuning)), runs(alone("lora"))
+    assert found.column("loss") != pytest.approx(plain.column("loss"), abs=FP32)
+    if tuning == "unpacked":
+        assert found.column("tokens")[-1] < plain.column("tokens")[-1]  # shorter rows
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
-def test_gradient_checkpointing_changes_nothing(runs: Callable[..., Result], strategy: str) -> None:
-    result = runs(2, parallelism__strategy=strategy, training__gradient_checkpointing=True)
-    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
-    assert result.status["ran"]["gradient_checkpointing"] is True
-    assert runs(2, parallelism__strategy=strategy).status["ran"]["gradient_checkpointing"] is False
-    assert_same(result, runs(1))
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
-def test_accumulation_changes_nothing(runs: Callable[..., Result], strategy: str) -> None:
-    """Accumulation 4 on 2 ranks; test_strategy has accumulation 1. Micro-batches differ in their trained tokens."""
-    result = runs(2, parallelism__strategy=strategy, training__micro_batch_size=1)
-    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
-    assert_same(result, runs(1))
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp"])
-def test_without_packing(runs: Callable[..., Result], strategy: str) -> None:
-    result = runs(2, parallelism__strategy=strategy, data__packing=False)
-    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
-    reference = runs(1, data__packing=False)
-    assert_same(result, reference)
-    assert reference.column("tokens")[-1] < runs(1).column("tokens")[-1]  # shorter rows: it really was off
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_bf16_is_near(runs: Callable[..., Result], tuning: str, strategy: str) -> None:
-    base = (FULL if tuning == "full" else {}) | {"training__mixed_precision": "bf16"}
-    result = runs(2, parallelism__strategy=strategy, **base)
-    assert result.status["ran"]["kind"] == strategy
-    reference = runs(1, **base)
-    assert result.column("loss") == pytest.approx(reference.column("loss"), abs=2e-2)
-    assert reference.column("loss") != runs(1, **(FULL if tuning == "full" else {})).column("loss")  # really bf16
-
-
-ADAPTERS = {
-    "dora": {"lora": {"r": 4, "use_dora": True}},
-    "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
-    "int8": {"model__quantization": "int8"},
-}
-
-
-@pytest.mark.parametrize(
-    ("adapter", "strategy"),
-    [("dora", "ddp"), ("dora", "fsdp"), ("rslora", "zero3"), ("int8", "ddp"), ("int8", "zero2")],
-)
-def test_other_adapters(runs: Callable[..., Result], adapter: str, strategy: str) -> None:
-    result = runs(2, parallelism__strategy=strategy, **ADAPTERS[adapter])
-    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
-    reference = runs(1, **ADAPTERS[adapter])
-    assert_same(result, reference)
-    assert reference.column("loss") != runs(1).column("loss")  # not plain LoRA
-
-
-@pytest.mark.parametrize(
-    ("optim", "ran", "strategy"),
-    [
-        ("adamw_torch", "torch AdamW", "fsdp"),
-        ("adafactor", "transformers Adafactor", "ddp"),
-        ("adamw_bnb_8bit", "bitsandbytes AdamW 8-bit", "ddp"),
-        ("paged_adamw_8bit", "bitsandbytes AdamW 8-bit", "zero2"),
-        ("paged_adamw_32bit", "bitsandbytes AdamW 32-bit", "zero3"),
-    ],
-)
-def test_other_optimizers(runs: Callable[..., Result], optim: str, ran: str, strategy: str) -> None:
-    result = runs(2, parallelism__strategy=strategy, training__optim=optim)
-    assert_ran(result, strategy, 2, "PeftModelForCausalLM")
-    assert result.status["ran"]["optimizer"] == ran
-    # 8-bit states are rounded in blocks, and sharding moves the blocks' borders.
-    assert_same(result, runs(1, training__optim=optim), 1e-3 if "8bit" in optim else FP32)
+def test_through_the_command_line(runs: Callable[[Job], Result], tiny: Tiny, tmp_path: Path) -> None:
+    """The jobs here share their ranks; a launch of its own does the same."""
+    job = Job("zero2", 2, "lora")
+    result = launch(tiny.recipe(parallelism__strategy="zero2"), tmp_path, ranks=2)
+    assert_ran(result, job)
+    assert_same(result, runs(job))
 
 
 OWN_MODEL = """
@@ -186,7 +191,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_a_model_of_its_own_code(runs: Callable[..., Result], tiny: Tiny, tmp_path: Path) -> None:
+def test_a_model_of_its_own_code(runs: Callable[[Job], Result], tiny: Tiny, tmp_path: Path) -> None:
     """Its loss is the mean of a micro-batch, and it takes no token count: accumulation must not change the maths."""
     folder = tmp_path / "own"
     shutil.copytree(tiny.path / "model", folder)
@@ -195,7 +200,8 @@ def test_a_model_of_its_own_code(runs: Callable[..., Result], tiny: Tiny, tmp_pa
     names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
     trusted = {"model__name_or_path": str(folder), "model__trust_remote_code": True}
-    assert_same(runs(2, training__micro_batch_size=1, **trusted), runs(1))
+    result = launch(tiny.recipe(training__micro_batch_size=1, **trusted), tmp_path, ranks=2)
+    assert_same(result, runs(alone("lora")))
     refused = launch(tiny.recipe(**trusted | {"model__trust_remote_code": False}), tmp_path, expect=2)
     assert "model.trust_remote_code" in refused.stderr
 
@@ -210,9 +216,8 @@ def test_tracker(tiny: Tiny, tmp_path: Path) -> None:
     assert "logs" in events.relative_to(result.run_dir).parts
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("packing", [True, False])
-def test_independent_reference(runs: Callable[..., Result], tiny: Tiny, tuning: str, packing: bool) -> None:
+@pytest.mark.parametrize("tuning", ["lora", "full", "unpacked", "unpacked full"])
+def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> None:
     """A hand-written loop without Trainer, padding or packed attention gives the same numbers."""
     import reference_loop
 
@@ -220,7 +225,7 @@ def test_independent_reference(runs: Callable[..., Result], tiny: Tiny, tuning: 
     from distft.train.data import load_prepared
     from distft.train.sampler import StreamSampler
 
-    result = runs(1, data__packing=packing, **(FULL if tuning == "full" else {}))
+    result = runs(alone(tuning))
     recipe = load_recipe(result.run_dir / "recipe.yaml")
     rows = load_prepared(recipe).train
     batch, steps = recipe.training.global_batch_size, recipe.training.max_steps

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from conftest import Result, Tiny, launch
+from faults import Fault
 from slurm_cluster import Cluster
-from test_slurm import Site, cluster, namespaces  # noqa: F401 (fixtures)
+from test_slurm import Site, cluster, namespaces, small  # noqa: F401 (fixtures)
 
 from distft.run_dir import RunDir
 
 pytestmark = pytest.mark.slurm
-SAVE_STEPS, STEPS = 20, 120
-RECIPE = {"training__max_steps": STEPS, "checkpoint__save_steps": SAVE_STEPS, "training__learning_rate": 0.001}
+SAVE_STEPS, STEPS = 20, 1000
+RECIPE = {
+    "training__max_steps": STEPS,
+    "training__lr_scheduler_type": "constant",  # so that a shorter run makes the same steps
+    "training__warmup_ratio": 0,
+    "training__learning_rate": 0.001,
+    "checkpoint__save_steps": SAVE_STEPS,
+}
 
 
 @pytest.fixture
-def site(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> Iterator[Site]:  # noqa: F811
-    found = Site(cluster, tmp_path, tiny, requeue=3)
-    found.recipe(**RECIPE)
-    yield found
-    cluster.run("scancel", "-u", str(os.getuid()), check=False)
-    cluster.wait_idle(90)
+def site(namespaces: Cluster, small: Path, tiny: Tiny, tmp_path: Path) -> Iterator[Site]:  # noqa: F811
+    yield faults.site_for(namespaces, tmp_path, small / tmp_path.name, tiny, **RECIPE)
+    namespaces.run("scancel", "-u", str(os.getuid()), check=False)
+    namespaces.wait_idle(90)
 
 
 @pytest.fixture(scope="module")
@@ -36,137 +43,65 @@ def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return launch(tiny.recipe(**RECIPE), tmp_path_factory.mktemp("undisturbed"), ranks=2)
 
 
-def started(site: Site, *arguments: str, nodes: int = 2, after: int = 30) -> RunDir:
-    """A run that has made some steps."""
-    run = RunDir(site.launch("--detach", *arguments, nodes=nodes).run_dir)
-    until(lambda: run.last_metrics().get("step", 0) > after, 120, run)
-    return run
+def assert_same_losses(run: RunDir, reference: Result, steps: int = STEPS, tolerance: float = 1e-5) -> None:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, steps + 1)]
+    assert [line["loss"] for line in lines] == pytest.approx(reference.column("loss")[:steps], abs=tolerance)
 
 
-def until(what: Callable[[], bool], seconds: float, run: RunDir) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            logs = "\n".join(path.read_text()[-1500:] for path in sorted(run.logs.glob("*.log")))
-            raise AssertionError(f"{run.read_status()}\n{logs}")
-        time.sleep(0.3)
-
-
-def ended(site: Site, run: RunDir, seconds: float = 400) -> dict[str, Any]:
-    """The status at the end. SLURM keeps a job that goes on for two minutes in the queue: not here."""
-    job, deadline = run.jobs()[-1], time.monotonic() + seconds
-    while True:
-        waiting = site.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout
-        if "BeginTime" in waiting:
-            site.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-        status = site.status(run.path)
-        if status["state"] not in ("queued", "running"):
-            return status
-        assert time.monotonic() < deadline, (status, [p.read_text()[-800:] for p in run.logs.glob("*.log")])
-        time.sleep(2)
-
-
-def assert_as_if_nothing_had_happened(run: RunDir, reference: Result, tolerance: float = 1e-5) -> None:
+def assert_same_adapter(run: RunDir, reference: Result) -> None:
     import torch
     from safetensors.torch import load_file
 
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
-    assert [line["loss"] for line in lines] == pytest.approx(reference.column("loss"), abs=tolerance)
     found, wanted = (load_file(p / "adapter_model.safetensors") for p in (run.final, reference.run_dir / "final"))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0)
-
-
-def ranks_of(run: RunDir) -> list[int]:
-    """Processes of the ranks, by rank."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            argv = (entry / "cmdline").read_bytes().split(b"\0")
-            environment = dict(e.split(b"=", 1) for e in (entry / "environ").read_bytes().split(b"\0") if b"=" in e)
-        except OSError:
-            continue
-        if b"distft.train" in argv and str(run.path).encode() in argv and b"RANK" in environment:
-            found[int(environment[b"RANK"])] = int(entry.name)
-    return [found[rank] for rank in sorted(found)]
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0)
 
 
 def attempts(run: RunDir) -> list[dict[str, Any]]:
-    return run.read_status()["attempts"]
+    return run.read_status().get("attempts") or []
 
 
-def repeated(run: RunDir) -> int:
-    """The most steps that an attempt made again."""
-    return max(a["step"] % SAVE_STEPS for a in attempts(run) if a["fault"])
-
-
-def test_a_rank_is_killed(site: Site, undisturbed: Result) -> None:
-    run = started(site)
-    os.kill(ranks_of(run)[1], signal.SIGKILL)
-    status = ended(site, run)
+@pytest.mark.parametrize("happening", [faults.OF_A_RANK, faults.OF_A_NODE], ids=["ranks", "nodes"])
+def test_one_run_survives_them_all(
+    site: Site, undisturbed: Result, happening: Sequence[Fault], record_property: Callable[[str, float], None]
+) -> None:
+    """benchmarks/recovery.py prints the seconds without a training step that are recorded here."""
+    run = faults.start(site)
+    undo, jobs = [], run.jobs()
+    for fault in happening:
+        before, nodes, at = attempts(run), faults.nodes_of(site, run), time.time()
+        undo.append(fault.happen(site, run))
+        if fault.reason is None:
+            faults.trains_on(site, run, time.time())
+            record_property(fault.name, faults.longest_pause(run, at))
+            assert attempts(run) == before, fault.name
+            continue
+        faults.until(lambda before=before: len(attempts(run)) > len(before), 120, run)
+        again = faults.trains_on(site, run, attempts(run)[-1]["time"])
+        record_property(fault.name, again["time"] - at)
+        [attempt] = attempts(run)[len(before) :]
+        assert re.match(fault.reason, attempt["reason"]), (fault.name, attempt)
+        assert attempt["node"] == (nodes[1] if fault.blamed else None), (fault.name, attempt)
+        assert attempt["fault"] == fault.blamed
+        assert attempt["time"] > at
+        # What stops the run by asking has it save first; of the others at most the steps since the last save.
+        assert 0 <= attempt["step"] + 1 - again["step"] <= (2 * SAVE_STEPS if fault.blamed else 0), fault.name
+    for undone in undo:
+        if undone:
+            undone()
+    status = faults.ended(site, run)
     assert status["state"] == "completed"
-    [attempt] = attempts(run)
-    assert (attempt["reason"], attempt["node"], attempt["fault"]) == ("rank 1 was killed by SIGKILL", "node2", True)
-    assert len(set(run.jobs())) == 1  # on the same nodes, in the same job
-    assert (run.logs / "attempt-1" / "torchrun-1.log").exists()
-    assert_as_if_nothing_had_happened(run, undisturbed)
-
-
-def test_the_time_limit_twice(site: Site, undisturbed: Result) -> None:
-    """SLURM's warning, as --signal=B:USR1 sends it."""
-    run = started(site)
-    for n in (1, 2):
-        step = run.last_metrics()["step"]
-        site.cluster.run("scancel", "-b", "-s", "USR1", run.jobs()[-1])
-        until(lambda n=n: len(run.read_status().get("attempts") or []) == n, 60, run)
-        stopped = attempts(run)[-1]
-        assert stopped["reason"].startswith("stopped: the time limit is near, or the job is preempted; step-")
-        assert f"step-{stopped['step']} is saved" in stopped["reason"] and not stopped["fault"]  # nothing is repeated
-        status = site.wait(run.path, lambda status: status["state"] == "queued")
-        assert "goes on from step-" in status["reason"]
-        site.wait(run.path, lambda status: "BeginTime" in (status["reason"] or ""))
-        site.cluster.run("scontrol", "update", f"jobid={run.jobs()[-1]}", "StartTime=now")
-        until(lambda step=step: run.last_metrics()["step"] > step + 10, 90, run)
-    assert ended(site, run)["state"] == "completed"
-    assert len(set(run.jobs())) == 1
-    assert_as_if_nothing_had_happened(run, undisturbed)
-
-
-def test_a_node_is_gone(namespaces: Cluster, site: Site, undisturbed: Result) -> None:  # noqa: F811
-    run = started(site)
-    namespaces.crash("node2")
-    try:
-        status = ended(site, run)
-    finally:
-        namespaces.boot("node2")
-    assert status["state"] == "completed"
-    assert attempts(run)[0]["fault"]
-    assert attempts(run)[0]["node"] == "node2", attempts(run)
-    assert_as_if_nothing_had_happened(run, undisturbed)
-
-
-def test_preempted(site: Site, undisturbed: Result) -> None:
-    """A job of a higher partition takes the nodes."""
-    site.profile(requeue=3, slurm={"cpus_per_task": 2, "partition": "low", "sbatch": ["--exclusive"]})
-    run = started(site)
-    high = site.cluster.run(
-        "sbatch",
-        "--parsable",
-        "--partition=high",
-        "--nodes=4",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap",
-        "sleep 5",
-    )
-    until(lambda: site.status(run.path)["state"] == "queued", 90, run)
-    assert high.stdout.strip().isdigit()
-    status = ended(site, run)
-    assert status["state"] == "completed"
-    assert attempts(run)[0]["reason"].startswith("stopped: ")
-    assert_as_if_nothing_had_happened(run, undisturbed)
+    assert set(run.jobs()) == set(jobs)  # requeued under its id
+    assert_same_losses(run, undisturbed)
+    assert_same_adapter(run, undisturbed)
+    shown = site.run("status", str(run.path)).stdout
+    explained = site.run("logs", str(run.path), "--failed").stdout
+    for attempt in attempts(run):
+        said = f"after step {attempt['step']}" + (f" on {attempt['node']}" if attempt["node"] else "")
+        assert f"{said}: {attempt['reason']}" in shown
+        assert f"{said}: {attempt['reason']}" in explained
 
 
 def test_the_same_step_again_and_again(site: Site) -> None:
@@ -181,7 +116,7 @@ def test_the_same_step_again_and_again(site: Site) -> None:
         "    sys.setprofile(dies)\n"
     )
     run = RunDir(site.launch("--detach", nodes=2).run_dir)
-    status = ended(site, run)
+    status = faults.ended(site, run)
     assert status["state"] == "failed"
     assert status["reason"].startswith("failed 3 times at the same step, which is no fault of a machine's: rank 1 was")
     assert [attempt["step"] for attempt in attempts(run)] == [7, 7, 7]
@@ -191,13 +126,46 @@ def test_the_same_step_again_and_again(site: Site) -> None:
 
 def test_without_a_budget_it_is_preempted_and_resumed_by_hand(site: Site, undisturbed: Result) -> None:
     site.profile(requeue=0)
-    run = started(site)
+    run = faults.start(site, "--set", "training.max_steps=150")
     site.cluster.run("scancel", "-b", "-s", "USR1", run.jobs()[-1])
-    status = ended(site, run)
+    status = faults.ended(site, run)
     assert status["state"] == "preempted" and "is saved" in status["reason"]
     done = site.run("resume", str(run.path), "--nodes", "3", "--gpus-per-node", "1", expect=2)
     assert "training.global_batch_size" in done.stderr  # 8 sequences do not divide among 3 ranks
     site.run("resume", str(run.path), "--nodes", "4", "--set", "parallelism.strategy=fsdp", "--json")
     assert run.read_status()["state"] == "completed"
     assert run.read_status()["ran"]["mesh"] == [4]
-    assert_as_if_nothing_had_happened(run, undisturbed, 1e-3)  # sums in another order
+    assert_same_losses(run, undisturbed, 150, tolerance=1e-3)  # sums in another order
+
+
+APPTAINER = """#!/bin/bash
+# `apptainer exec [--bind A:B]... IMAGE COMMAND...` without the image: processes of its own, as in a container.
+shift
+while [ "$1" = --bind ]; do shift 2; done
+shift
+export PATH={bin}:$PATH
+exec unshare --pid --fork --kill-child --mount-proc "$@"
+"""
+
+
+def test_an_element_of_an_array_in_a_container(site: Site, undisturbed: Result) -> None:
+    """The warning reaches the batch shell, which is outside of the container: the ranks inside save all the same."""
+    commands = site.folder / "bin"
+    commands.mkdir()
+    (commands / "apptainer").write_text(APPTAINER.format(bin=Path(sys.executable).parent))
+    (commands / "apptainer").chmod(0o755)
+    container = {"runtime": "apptainer", "image": "image.sif"}
+    site.profile(requeue=1, container=container, setup=[f"export PATH={commands}:$PATH"])
+    sweep = ["--sweep", "training.learning_rate=0.001,0.002", "--set", "training.max_steps=150"]
+    options = ["--cluster", "site.yaml", "--nodes", "2", "--detach", "--json"]
+    answer = json.loads(site.run("launch", "recipe.yaml", *sweep, *options).stdout)
+    first, second = (RunDir(Path(run["run_dir"])) for run in answer["runs"])
+    faults.trains_on(site, first)
+    site.cluster.run("scancel", "-b", "-s", "USR1", first.jobs()[-1])
+    assert [faults.ended(site, run)["state"] for run in (first, second)] == ["completed", "completed"]
+    [attempt] = attempts(first)
+    assert re.match("stopped: the time limit is near, .* is saved", attempt["reason"])
+    assert attempts(second) == []
+    assert len(set(first.jobs())) == 1
+    assert_same_losses(first, undisturbed, 150)
+    assert "continues after step" in first.rank_log(0).read_text()

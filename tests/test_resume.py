@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,16 +11,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import Result, Tiny, distft, launch
+from conftest import Result, Tiny, distft, launch, ready, train_together
+from slurm_cluster import namespaces_work
 
-from distft import launching, processes
-from distft.place import Place, plan_recipe
+from distft import checkpoints, processes
 from distft.run_dir import RunDir
 
 FP32 = 1e-5
@@ -29,10 +30,10 @@ SAVED, STEPS = 2, 4
 class Case(NamedTuple):
     strategy: str
     ranks: int
-    sets: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = {}
 
     def __str__(self) -> str:
-        return f"{self.strategy}{'+offload' if 'offload' in str(self.sets) else ''}-x{self.ranks}"
+        return f"{self.strategy}{'+offload' if 'parallelism__offload' in self.changes else ''}-x{self.ranks}"
 
 
 CASES = [
@@ -43,9 +44,9 @@ CASES = [
     Case("zero3", 2),
     Case("fsdp", 2),
     Case("fsdp", 4),
-    Case("hsdp", 4, ("parallelism.hsdp_shard_size=2",)),
-    Case("zero2", 2, ("parallelism.offload=optimizer",)),
-    Case("zero3", 2, ("parallelism.offload=all",)),
+    Case("hsdp", 4, {"parallelism__hsdp_shard_size": 2}),
+    Case("zero2", 2, {"parallelism__offload": "optimizer"}),
+    Case("zero3", 2, {"parallelism__offload": "all"}),
 ]
 TUNINGS = {
     "lora": {},
@@ -65,26 +66,11 @@ def make(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     folder = tmp_path_factory.mktemp("resume")
 
     def made(case: Case, tuning: str, name: str) -> RunDir:
-        recipe = tiny.recipe(checkpoint__save_steps=SAVED, training__max_steps=STEPS, **TUNINGS[tuning])
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        sets = (f"parallelism.strategy={case.strategy}", *case.sets)
-        place = Place(1, case.ranks)
-        loaded, plan = plan_recipe(str(folder / "recipe.yaml"), sets, place)
-        run = RunDir.create(str(folder), f"{name}-{tuning}")
-        job = launching.Launch(loaded, plan, place).job(run)
-        run.fill(launching.render(job), job.name)
-        return run
+        changes = {"parallelism__strategy": case.strategy, **case.changes, **TUNINGS[tuning]}
+        recipe = tiny.recipe(checkpoint__save_steps=SAVED, training__max_steps=STEPS, **changes)
+        return ready(recipe, folder, case.ranks, f"{name}-{tuning}")
 
     return made
-
-
-def train(case: Case, runs: list[RunDir]) -> None:
-    """All of them, one after the other, in the same ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    script = Path(__file__).with_name("several_runs.py")
-    done = subprocess.run([*command, str(script), *(str(run.path) for run in runs)], capture_output=True, text=True)
-    logs = "\n".join(path.read_text()[-2000:] for run in runs for path in run.logs.glob("rank-*.log"))
-    assert done.returncode == 0, done.stderr[-1000:] + logs
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +79,7 @@ def saved(make: Callable[..., RunDir]) -> dict[tuple[str, str], RunDir]:
     found = {}
     for case in CASES:
         runs = {tuning: make(case, tuning, str(case)) for tuning in tunings(case)}
-        train(case, list(runs.values()))
+        train_together(list(runs.values()), case.ranks)
         found |= {(str(case), tuning): run for tuning, run in runs.items()}
     return found
 
@@ -127,7 +113,7 @@ def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir]
             shutil.copytree(run.checkpoint(SAVED), again.checkpoint(SAVED))
             shutil.copy(run.metrics, again.metrics)  # with the steps after the checkpoint, which come once more
             goes_on[source, tuning] = again
-    train(case, list(goes_on.values()))
+    train_together(list(goes_on.values()), case.ranks)
     for (source, tuning), run in goes_on.items():
         found, reference = metrics(run), metrics(saved["ddp-x1", tuning])
         assert [*found] == [*range(1, STEPS + 1)], (source, tuning)
@@ -285,6 +271,39 @@ def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> 
     )
     assert "the last complete one is step-2" in log
     assert sorted(path.name for path in blocked.iterdir()) == ["step-2", "step-4"]
+
+
+def test_a_disk_that_stays_full(tiny: Tiny, tmp_path: Path) -> None:
+    """One clear error at the end, the last checkpoint untouched; with room again it goes on from there."""
+    if not namespaces_work():
+        pytest.skip("a file system to fill is mounted: root is needed")
+    (tmp_path / "runs").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path / "runs"], check=True)
+    try:
+        recipe = tiny.recipe(training__max_steps=200, checkpoint__save_steps=20)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        run, filler = RunDir(tmp_path / "runs" / "tiny"), tmp_path / "runs" / "filler"
+        command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "1"]
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        while not (saved := checkpoints.complete(run)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert "No space left on device" in said and "Traceback" not in said, said
+        found = checkpoints.complete(run)
+        assert found and found[0].damage(0, 1) is None and found[0].step >= saved[0].step
+        filler.unlink()
+        done = distft("resume", "tiny", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"goes on after step {found[0].step}," in done.stderr
+        steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+        assert steps == [*range(1, 201)]
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path / "runs"], check=True)
 
 
 def test_two_widths_and_eight_bits(tiny: Tiny, tmp_path: Path) -> None:

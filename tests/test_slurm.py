@@ -24,7 +24,19 @@ LONG = {"training__max_steps": 100_000}
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system that is easily filled, on all nodes; a plain folder where nothing can be mounted."""
+    folder = tmp_path_factory.mktemp("small")
+    mounted = slurm_cluster.namespaces_work()
+    if mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Iterator[Cluster]:  # mounted before nodes start
     if why := slurm_cluster.missing():
         pytest.skip(why)
     with Cluster(tmp_path_factory.mktemp("slurm"), mode=os.environ.get("DISTFT_SLURM_MODE")) as started:

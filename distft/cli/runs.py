@@ -52,7 +52,7 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
         if named:
             from distft.report import beside_plan_lines
 
-            for line in beside_plan_lines(named[run["run_dir"]]):
+            for line in [*_attempts(run), *beside_plan_lines(named[run["run_dir"]])]:
                 click.echo(line)
 
 
@@ -66,11 +66,22 @@ def _line(run: dict[str, Any]) -> str:
     return "  ".join(part for part in parts if part).rstrip()
 
 
+def _attempts(run: dict[str, Any]) -> list[str]:
+    """How those that ended did."""
+    lines = []
+    for number, attempt in enumerate(run.get("attempts") or [], 1):
+        node = f" on {attempt['node']}" if attempt["node"] else ""
+        lines.append(f"  attempt {number} ended after step {attempt['step']}{node}: {attempt['reason']}")
+        if (logs := Path(run["run_dir"], "logs", attempt["logs"])).is_dir():
+            lines.append(f"    logs: {logs}")
+    return lines
+
+
 @click.command()
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose log.")
-@click.option("--failed", is_flag=True, help="The first failing rank's error instead.")
+@click.option("--failed", is_flag=True, help="Why it failed instead; of a run that went on, how its attempts ended.")
 @options.runs_dir
 def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
     """Print the log of a rank of RUN; of its job, while there are no ranks yet."""
@@ -84,8 +95,10 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
     if failed:
         status = state_now(found)
         if status.get("state") != "failed":
-            raise RecipeError(f"--failed: {found.path.name} has not failed")
-        if "exit_status" in status:
+            if not status.get("attempts"):
+                raise RecipeError(f"--failed: {found.path.name} has not failed")
+            click.echo("\n".join(_attempts(status | {"run_dir": found.path})))
+        elif "exit_status" in status:
             failure = first_failure(found, status["exit_status"])
             if status["reason"] != failure.reason:  # of several attempts
                 click.echo(status["reason"])

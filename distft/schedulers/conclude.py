@@ -37,11 +37,22 @@ def conclude(run: RunDir, returncode: int) -> dict[str, Any]:
     if returncode == 0 and not run.recipe.exists():  # a script of one's own says nothing of itself
         return run.update_status(state="completed", ended=time.time(), reason=None)
     if stopped := _stopped(run):
-        run.update_status(state="preempted", ended=time.time(), reason=stopped)
+        _end(run, state="preempted", reason=stopped)
         raise RunError(f"{stopped}; go on with: distft resume {quote(str(run.path))}")
     failure = first_failure(run, returncode)
-    run.update_status(state="failed", ended=time.time(), reason=failure.reason, exit_status=returncode)
+    _end(run, state="failed", reason=failure.reason, exit_status=returncode)
     raise RunError(failure.text)
+
+
+def _end(run: RunDir, **fields: Any) -> None:
+    """Raises RunError where even this cannot be written."""
+    try:
+        run.update_status(ended=time.time(), **fields)
+    except OSError as error:
+        said = (
+            f"{fields['reason']}; nothing can be written to {run.path} ({error.strerror}): make room, then go on with"
+        )
+        raise RunError(f"{said}: distft resume {quote(str(run.path))}") from None
 
 
 def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]) -> str:
@@ -66,7 +77,7 @@ def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]
     attempts = run.add_attempt(stopped or failure.reason, node, fault=not stopped)
     if failure and _is_a_bug(attempts):
         why = f"failed {SAME_STEP} times at the same step, which is no fault of a machine's: {failure.reason}"
-        run.update_status(state="failed", ended=time.time(), reason=why, exit_status=returncode)
+        _end(run, state="failed", reason=why, exit_status=returncode)
         raise RunError(why)
     if len(attempts) > budget or (failure and failure.mendable):
         conclude(run, returncode)
@@ -107,7 +118,7 @@ def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
         run.set_aside()
         run.update_status(reason=f"{reason}; {_goes_on(run)}", stopped=None)
         if len(attempts) > budget:
-            run.update_status(state="failed", ended=time.time(), reason=f"{reason}; it went on {budget} times before")
+            _end(run, state="failed", reason=f"{reason}; it went on {budget} times before")
             raise RunError(reason)
     if set(_bad(attempts)) & set(nodes):
         run.update_status(state="queued")
@@ -141,9 +152,9 @@ def _bad(attempts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _node(run: RunDir, failure: Failure, nodes: Sequence[str]) -> str | None:
-    """The node of the rank that failed first."""
-    if failure.host:
-        return failure.host
+    """The node to blame."""
+    if failure.host is not None:
+        return failure.host or None
     ranks = len(nodes) and run.ranks_per_node()
     return nodes[failure.rank // ranks] if failure.rank is not None and ranks else None
 
@@ -156,7 +167,7 @@ def main(folder: str, returncode: str, budget: str, names: str) -> None:
         else:
             word = next_attempt(run, int(returncode), int(budget), nodes)
         print(word)
-    except RunError as error:
+    except (RunError, OSError) as error:
         sys.exit(f"failed: {next(iter(str(error).splitlines()))}")
 
 

@@ -35,6 +35,7 @@ from distft.data_files import file_digest
 from distft.errors import RunError
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
+from distft.train import worker
 from distft.train.save import unwrapped
 from distft.train.shares import Share, Shares
 
@@ -102,14 +103,22 @@ class Checkpointer:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         # A group of its own: the thread's messages must not meet the training's.
         self.group = dist.new_group(backend="gloo") if distributed else None
+        # Written down by the first rank of each attempt, so that one that SLURM lost sight of knows that it is over.
+        self.owner = f"{worker.host()} {os.getpid()} {time.time()}"
         self.thread: threading.Thread | None = None
         self.problem: str | None = None
-        self.saves: list[
-            dict[str, Any]
-        ] = []  # of this attempt: step, seconds it took, seconds of them without training
+        # Of this attempt: step, seconds it took, seconds of them without training.
+        self.saves: list[dict[str, Any]] = []
         if self.rank == 0:
             for left in run.checkpoints.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
+
+    def owns(self) -> bool:
+        """Whether this attempt is the run's newest. On the first rank."""
+        try:
+            return self.run.read_status().get("owner") in (None, self.owner)
+        except OSError:  # a network file system that is away for a moment
+            return True
 
     # ---- saving
 
@@ -196,7 +205,7 @@ class Checkpointer:
                 problem = _first_line(error)
             found = self.gathered((problem, files))
             problem = next((text for text, _ in found if text), None)
-            if problem is None and self.rank == 0:
+            if problem is None and self.rank == 0 and self.owns():
                 manifest["files"] = {name: facts for _, part in found for name, facts in part.items()}
                 self._commit(work, folder, manifest)
             self.problem = problem and self._not_written(folder, problem)
@@ -206,6 +215,7 @@ class Checkpointer:
             self.saves[-1]["seconds"] = time.perf_counter() - began
             with contextlib.suppress(OSError):  # a full disk
                 if self.problem:
+                    self.saves[-1]["problem"] = self.problem
                     shutil.rmtree(work, ignore_errors=True)
                     log.warning("%s", self.problem)
                     self.run.update_status(checkpoint_problem=self.problem)

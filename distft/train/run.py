@@ -63,6 +63,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             ended=None,
             data=prepared.counts,
             identity=checkpointer.identity,
+            owner=checkpointer.owner,
             versions={name: train_part.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )

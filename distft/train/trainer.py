@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -152,6 +156,20 @@ def _token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: tor
     return _summed_loss(outputs.logits, labels)[0] / num_items_in_batch
 
 
+class _Lines:
+    """Appends to a file; keeps what it cannot write, on a full disk, for the next time."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.left = b""
+
+    def write(self, line: str) -> None:
+        self.left += line.encode()
+        with contextlib.suppress(OSError):
+            while self.left:
+                self.left = self.left[os.write(self.descriptor, self.left) :]
+
+
 class NothingLeft(Exception):
     """All steps of the run were made before it was interrupted."""
 
@@ -179,7 +197,7 @@ class Recorder(TrainerCallback):
         self.heldout: float | None = None
         self.last_status = 0.0
         self.writes = trainer.is_world_process_zero()
-        self.file = run.metrics.open("a", buffering=1) if self.writes else None
+        self.metrics = _Lines(run.metrics) if self.writes else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopping.training = True
@@ -256,13 +274,19 @@ class Recorder(TrainerCallback):
         if self.heldout is not None:
             line["heldout_loss"], self.heldout = self.heldout, None
         if self.writes:
-            self.file.write(json.dumps(line) + "\n")
+            self.metrics.write(json.dumps(line) + "\n")
             if now - self.last_status > 1:
                 self._status(step=state.global_step)
                 self.last_status = now
 
     def _status(self, **fields: Any) -> None:
-        if self.writes:
+        if not self.writes:
+            return
+        if not self.checkpointer.owns():
+            # SLURM gave up this node and started the job elsewhere; no error file, which would be the other's.
+            print("another attempt goes on with this run; this one ends", file=sys.stderr, flush=True)
+            os._exit(1)
+        with contextlib.suppress(OSError):  # a full disk, maybe for a while only; a save says it
             self.run.update_status(**fields)
 
 

@@ -70,12 +70,12 @@ class Watchdog:
         if self.rank == noted[0]:
             usual = statistics.median(self.steps)
             silent = [rank for rank in range(len(self.hosts)) if rank not in noted]
-            who = silent[0] if silent else self.rank
+            who, where = (silent[0], self.hosts[silent[0]]) if silent else (self.rank, "")
             why = (
                 f"rank {', '.join(map(str, silent))} does not answer: stopped, or cut off"
                 if silent
                 else "all ranks answer: their logs show where each of them waits"
             )
             error = Hang(f"no step for {seconds:.0f} s, where one takes {usual:.2g} s; {why}")
-            worker.record_error(self.run, who, error, self.hosts[who])
+            worker.record_error(self.run, who, error, where)
         os._exit(1)

@@ -5,6 +5,7 @@ Imports nothing heavy: a package that fails to import must already end in this r
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -67,14 +68,15 @@ def host() -> str:
 
 
 def record_error(run: RunDir, rank: int, error: BaseException, where: str | None = None) -> None:
-    """Write logs/rank-N.error.json, of this rank or of one that cannot do so itself."""
+    """Write logs/rank-N.error.json. `where`: the host to blame, "" for none; this one unless given."""
     record = {
         "rank": rank,
-        "host": where or host(),
+        "host": host() if where is None else where,
         "time": time.time(),
         "type": type(error).__name__,
         "message": str(error),
         "mendable": isinstance(error, DistftError) and not isinstance(error, Hang),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    write_atomically(run.rank_error(rank), json.dumps(record))
+    with contextlib.suppress(OSError):  # a full disk may be the very error
+        write_atomically(run.rank_error(rank), json.dumps(record))

@@ -1,0 +1,224 @@
+"""What can happen to a run on a cluster, for tests/test_recovery.py.
+
+Each fault lets it happen to a run that trains on two nodes, and says how the attempt ends, if it does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import Tiny
+from slurm_cluster import Cluster
+from test_slurm import Site
+
+from distft import checkpoints
+from distft.run_dir import RunDir
+
+HANG_SECONDS = 35  # longer than SlurmdTimeout
+
+
+def until(what: Callable[[], Any], seconds: float, run: RunDir) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            logs = "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in sorted(run.logs.rglob("*.log")))
+            raise AssertionError(f"{run.read_status()}\n{logs}")
+        time.sleep(0.3)
+
+
+def start(site: Site, *arguments: str) -> RunDir:
+    """A run on two nodes that has saved, and made some steps since."""
+    run = RunDir(site.launch("--detach", *arguments, nodes=2).run_dir)
+    trains_on(site, run)
+    return run
+
+
+def hurry(site: Site, run: RunDir) -> None:
+    """SLURM keeps a job that goes on for two minutes in the queue: not here."""
+    job = run.jobs()[-1]
+    if "BeginTime" in site.cluster.run("squeue", "-h", "-j", job, "-o", "%r", check=False).stdout:
+        site.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
+
+
+def trains_on(site: Site, run: RunDir, after: float = 0, seconds: float = 150) -> dict[str, Any]:
+    """Wait until it has made steps after `after` (a time), and saved; returns the line of the first of them."""
+    first: dict[str, Any] = {}
+
+    def does() -> bool:
+        hurry(site, run)
+        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+        new = [line for line in lines if line["time"] > after]
+        if new and not first:
+            first.update(new[0])
+        saved = checkpoints.complete(run)
+        return len(new) > 5 and saved and new[-1]["step"] > saved[0].step + 3
+
+    until(does, seconds, run)
+    return first
+
+
+def longest_pause(run: RunDir, since: float) -> float:
+    """Seconds between two steps, at most."""
+    times = [json.loads(line)["time"] for line in run.metrics.read_text().splitlines()]
+    return max(after - before for before, after in itertools.pairwise(times) if after > since)
+
+
+def ended(site: Site, run: RunDir, seconds: float = 400) -> dict[str, Any]:
+    """The status at the end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        hurry(site, run)
+        status = site.status(run.path)
+        if status["state"] not in ("queued", "running"):
+            return status
+        assert time.monotonic() < deadline, (status, [p.read_text()[-800:] for p in run.logs.glob("*.log")])
+        time.sleep(2)
+
+
+def ranks_of(run: RunDir) -> list[int]:
+    """Processes of the ranks, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            argv = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = dict(e.split(b"=", 1) for e in (entry / "environ").read_bytes().split(b"\0") if b"=" in e)
+        except OSError:
+            continue
+        if b"distft.train" in argv and str(run.path).encode() in argv and b"RANK" in environment:
+            found[int(environment[b"RANK"])] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def nodes_of(site: Site, run: RunDir) -> list[str]:
+    """Where it runs, the head node first."""
+    names = site.cluster.run("squeue", "-h", "-j", run.jobs()[-1], "-o", "%N").stdout.strip()
+    return site.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
+
+
+# ---- faults: each returns what undoes it, or None
+
+
+def killed(site: Site, run: RunDir) -> None:
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+
+
+def killed_and_damaged(site: Site, run: RunDir) -> None:
+    """The newest checkpoint is cut short too: the one before is taken."""
+    newest = checkpoints.complete(run)[0]
+    shard = max(newest.path.glob("shard-*"), key=lambda path: path.stat().st_size)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def out_of_memory(site: Site, run: RunDir) -> None:
+    """No memory of the host's is left for a rank."""
+    resource.prlimit(ranks_of(run)[1], resource.RLIMIT_AS, (2**20, 2**20))
+
+
+def stopped(site: Site, run: RunDir) -> None:
+    os.kill(ranks_of(run)[1], signal.SIGSTOP)
+
+
+def network_away(site: Site, run: RunDir) -> None:
+    node = nodes_of(site, run)[1]
+    site.cluster.cut(node)
+    time.sleep(10)
+    site.cluster.reconnect(node)
+
+
+def network_gone(site: Site, run: RunDir) -> Callable[[], None]:
+    node = nodes_of(site, run)[1]
+    site.cluster.cut(node)
+    return lambda: site.cluster.reconnect(node)
+
+
+def slurmd_killed(site: Site, run: RunDir) -> Callable[[], None]:
+    node = nodes_of(site, run)[1]
+    site.cluster.kill_slurmd(node)
+    return lambda: site.cluster.boot(node)
+
+
+def node_gone(site: Site, run: RunDir) -> Callable[[], None]:
+    node = nodes_of(site, run)[1]
+    site.cluster.crash(node)
+    return lambda: site.cluster.boot(node)
+
+
+def controller_restarted(site: Site, run: RunDir) -> None:
+    site.cluster.restart_controller()
+
+
+def preempted(site: Site, run: RunDir) -> None:
+    """A job of a higher partition takes the nodes."""
+    wants = ["--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"]
+    site.cluster.run("sbatch", *wants)
+
+
+def time_limit(site: Site, run: RunDir) -> None:
+    """SLURM's warning before it, as --signal=B:USR1 has it sent."""
+    site.cluster.run("scancel", "-b", "-s", "USR1", run.jobs()[-1])
+
+
+def disk_full(site: Site, run: RunDir) -> None:
+    """runs_dir has no space left for a while, in which saves are due."""
+    filler = site.runs / "filler"
+    try:
+        with filler.open("wb", buffering=0) as file:
+            while file.write(b"\0" * 2**12):
+                pass
+    except OSError:
+        pass
+    time.sleep(8)
+    filler.unlink()
+    until(lambda: any("No space left" in save.get("problem", "") for save in run.read_status()["saves"]), 60, run)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`reason`: a pattern of how status.json explains it; None where the attempt goes on. `blamed`: on that node."""
+
+    name: str
+    happen: Callable[[Site, RunDir], Callable[[], None] | None]
+    reason: str | None
+    blamed: bool = True
+
+
+# In an order in which no two nodes of the four are excluded.
+OF_A_RANK = (
+    Fault("a rank killed (SIGKILL), the newest checkpoint damaged", killed_and_damaged, "rank 1 was killed by SIGKILL"),
+    Fault("slurmctld restarted", controller_restarted, None),
+    Fault("network cut for 10 s", network_away, None),
+    Fault("runs_dir full for a while", disk_full, None),
+    Fault("preempted by a higher partition", preempted, "stopped: .* is saved", blamed=False),
+    Fault("time limit", time_limit, "stopped: the time limit is near, .* is saved", blamed=False),
+    Fault("time limit again", time_limit, "stopped: the time limit is near, .* is saved", blamed=False),
+    Fault("a rank out of the host's memory", out_of_memory, "rank 1"),
+)
+OF_A_NODE = (
+    Fault("a rank stopped (SIGSTOP)", stopped, "rank 1: Hang: no step for .*rank 1 does not answer"),
+    Fault("a node without power", node_gone, "node .* failed"),
+    Fault("slurmd killed", slurmd_killed, "node .* failed"),
+    Fault("network cut for good", network_gone, "node .* failed"),
+)
+
+
+def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: Any) -> Site:
+    """Where a run goes on by itself; `runs`: on a file system that can be filled."""
+    site = Site(cluster, folder, tiny)
+    site.runs = runs
+    site.profile(
+        requeue=20,
+        env={"DISTFT_HANG_SECONDS": str(HANG_SECONDS)},
+        slurm={"cpus_per_task": 2, "partition": "low", "sbatch": ["--exclusive"]},
+    )
+    site.recipe(**recipe)
+    return site

@@ -49,6 +49,16 @@ def hurry(site: Site, run: RunDir) -> None:
         site.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
 
+def begins_again(site: Site, run: RunDir, attempts: int) -> None:
+    """Wait until more than `attempts` have ended."""
+
+    def does() -> bool:
+        hurry(site, run)
+        return len(run.read_status().get("attempts") or []) > attempts
+
+    until(does, 120, run)
+
+
 def trains_on(site: Site, run: RunDir, after: float = 0, seconds: float = 150) -> dict[str, Any]:
     """Wait until it has made steps after `after` (a time), and saved; returns the line of the first of them."""
     first: dict[str, Any] = {}
@@ -113,6 +123,7 @@ def killed(site: Site, run: RunDir) -> None:
 
 def killed_and_damaged(site: Site, run: RunDir) -> None:
     """The newest checkpoint is cut short too: the one before is taken."""
+    until(lambda: len(checkpoints.complete(run)) > 1, 60, run)
     newest = checkpoints.complete(run)[0]
     shard = max(newest.path.glob("shard-*"), key=lambda path: path.stat().st_size)
     os.kill(ranks_of(run)[1], signal.SIGKILL)

@@ -21,7 +21,7 @@ from test_slurm import Site, cluster, namespaces, small  # noqa: F401 (fixtures)
 from distft.run_dir import RunDir
 
 pytestmark = pytest.mark.slurm
-SAVE_STEPS, STEPS = 20, 1000
+SAVE_STEPS, STEPS = 20, 400
 RECIPE = {
     "training__max_steps": STEPS,
     "training__lr_scheduler_type": "constant",  # so that a shorter run makes the same steps
@@ -78,7 +78,7 @@ def test_one_run_survives_them_all(
             record_property(fault.name, faults.longest_pause(run, at))
             assert attempts(run) == before, fault.name
             continue
-        faults.until(lambda before=before: len(attempts(run)) > len(before), 120, run)
+        faults.begins_again(site, run, len(before))
         again = faults.trains_on(site, run, attempts(run)[-1]["time"])
         record_property(fault.name, again["time"] - at)
         [attempt] = attempts(run)[len(before) :]

@@ -229,7 +229,7 @@ def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: A
     site.profile(
         requeue=20,
         env={"DISTFT_HANG_SECONDS": str(HANG_SECONDS)},
-        slurm={"cpus_per_task": 2, "partition": "low", "sbatch": ["--exclusive"]},
+        slurm={"cpus_per_task": 1, "partition": "low", "sbatch": ["--exclusive"]},
     )
     site.recipe(**recipe)
     return site

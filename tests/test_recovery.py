@@ -21,7 +21,7 @@ from test_slurm import Site, cluster, namespaces, small  # noqa: F401 (fixtures)
 from distft.run_dir import RunDir
 
 pytestmark = pytest.mark.slurm
-SAVE_STEPS, STEPS = 20, 400
+SAVE_STEPS, STEPS = 20, 700
 RECIPE = {
     "training__max_steps": STEPS,
     "training__lr_scheduler_type": "constant",  # so that a shorter run makes the same steps

@@ -61,7 +61,7 @@ class Site:
         self.recipe()
 
     def profile(self, **changes: Any) -> None:
-        base = {"runs_dir": str(self.runs), "node": {"gpus_per_node": 0}, "slurm": {"cpus_per_task": 2}}
+        base = {"runs_dir": str(self.runs), "node": {"gpus_per_node": 0}, "slurm": {"cpus_per_task": 1}}
         # Where all nodes share one network, gloo must not take the name of the machine.
         interface = {"network": {"interface": "lo"}} if self.cluster.mode == "loopback" else {}
         (self.folder / "site.yaml").write_text(yaml.safe_dump({**base, **interface, "preflight": False, **changes}))
@@ -334,7 +334,7 @@ def test_accounting(tiny: Tiny, tmp_path: Path) -> None:
     with Cluster(tmp_path / "slurm", nodes=2, accounting=True, extra_conf=extra) as cluster:
         cluster.run("sacctmgr", "-i", "add", "account", "mine")
         cluster.run("sacctmgr", "-i", "add", "user", "root", "account=mine")
-        site = Site(cluster, tmp_path / "site", tiny, slurm={"account": "mine", "cpus_per_task": 2})
+        site = Site(cluster, tmp_path / "site", tiny, slurm={"account": "mine", "cpus_per_task": 1})
         site.recipe(**LONG)
         run_dir = site.launch("--detach", nodes=1).run_dir
         job = (run_dir / "logs" / "jobs").read_text().split()[0]

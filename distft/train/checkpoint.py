@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
+import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -105,7 +106,9 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo") if distributed else None
         # Written down by the first rank of each attempt, so that one that SLURM lost sight of knows that it is over.
         self.owner = f"{worker.host()} {os.getpid()} {time.time()}"
-        self.thread: threading.Thread | None = None
+        # One thread for all saves: without memory for a new one, Thread.start would wait for ever.
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.pending = self.writer.submit(lambda: None)
         self.problem: str | None = None
         # Of this attempt: step, seconds it took, seconds of them without training.
         self.saves: list[dict[str, Any]] = []
@@ -133,8 +136,7 @@ class Checkpointer:
         staged = self._stage(trainer)
         manifest = self._manifest(trainer, position, staged)
         self.saves.append({"step": position.step, "stall_seconds": time.perf_counter() - began})
-        self.thread = threading.Thread(target=self._write, args=(staged, manifest), name="checkpoint")
-        self.thread.start()
+        self.pending = self.writer.submit(self._write, staged, manifest)
         if wait:
             self.finish()
             if self.problem:
@@ -142,9 +144,7 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Wait for the save that is under way."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.pending.result()
 
     def _stage(self, trainer: Any) -> dict[str, Range]:
         """This rank's part of everything, in the host's memory."""
@@ -203,7 +203,12 @@ class Checkpointer:
                 files = self._read_back(work, staged)
             except (Exception, dcp.api.CheckpointException) as error:  # the latter is none of the former
                 problem = _first_line(error)
-            found = self.gathered((problem, files))
+            try:
+                found = self.gathered((problem, files))
+            except Exception as error:  # the other ranks would wait for this one for ever
+                worker.record_error(self.run, self.rank, error)
+                traceback.print_exc()
+                os._exit(1)
             problem = next((text for text, _ in found if text), None)
             if problem is None and self.rank == 0 and self.owns():
                 manifest["files"] = {name: facts for _, part in found for name, facts in part.items()}

@@ -195,24 +195,31 @@ def disk_full(site: Site, run: RunDir) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """`reason`: a pattern of how status.json explains it; None where the attempt goes on. `blamed`: on that node."""
+    """`reason`: a pattern of how status.json explains it; None where the attempt goes on. `blamed`: on that node.
+
+    `lost_saves`: after so many times save_steps it goes on, at most.
+    """
 
     name: str
     happen: Callable[[Site, RunDir], Callable[[], None] | None]
     reason: str | None
     blamed: bool = True
+    lost_saves: int = 1
 
 
+KILLED = "rank 1 was killed by SIGKILL"
+NEAR_LIMIT = "stopped: the time limit is near, .* is saved"
 # In an order in which no two nodes of the four are excluded.
 OF_A_RANK = (
-    Fault("a rank killed (SIGKILL), the newest checkpoint damaged", killed_and_damaged, "rank 1 was killed by SIGKILL"),
+    Fault("a rank killed (SIGKILL), the newest checkpoint damaged", killed_and_damaged, KILLED, lost_saves=2),
     Fault("slurmctld restarted", controller_restarted, None),
     Fault("network cut for 10 s", network_away, None),
     Fault("runs_dir full for a while", disk_full, None),
-    Fault("preempted by a higher partition", preempted, "stopped: .* is saved", blamed=False),
-    Fault("time limit", time_limit, "stopped: the time limit is near, .* is saved", blamed=False),
-    Fault("time limit again", time_limit, "stopped: the time limit is near, .* is saved", blamed=False),
-    Fault("a rank out of the host's memory", out_of_memory, "rank 1"),
+    Fault("preempted by a higher partition", preempted, "stopped: .* is saved", False, 0),
+    Fault("time limit", time_limit, NEAR_LIMIT, False, 0),
+    Fault("time limit again", time_limit, NEAR_LIMIT, False, 0),
+    # It has no memory to save either.
+    Fault("a rank out of the host's memory", out_of_memory, "rank 1", lost_saves=5),
 )
 OF_A_NODE = (
     Fault("a rank stopped (SIGSTOP)", stopped, "rank 1: Hang: no step for .*rank 1 does not answer"),
@@ -222,14 +229,33 @@ OF_A_NODE = (
 )
 
 
+# Steps of a tiny model last milliseconds: while the file is there, a tenth of a second, that faults fall among them.
+SLOW = """
+import os, sys, time
+def slow(frame, event, argument):
+    if event == "call" and frame.f_code.co_name == "training_step" and os.path.exists({file!r}):
+        time.sleep(0.1)
+if "RANK" in os.environ:
+    sys.setprofile(slow)
+"""
+
+
+def hasten(site: Site) -> None:
+    (site.folder / "slow").unlink()
+
+
 def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: Any) -> Site:
     """Where a run goes on by itself; `runs`: on a file system that can be filled."""
     site = Site(cluster, folder, tiny)
     site.runs = runs
-    site.profile(
-        requeue=20,
-        env={"DISTFT_HANG_SECONDS": str(HANG_SECONDS)},
-        slurm={"cpus_per_task": 1, "partition": "low", "sbatch": ["--exclusive"]},
-    )
+    (folder / "slow").touch()
+    (folder / "sitecustomize.py").write_text(SLOW.format(file=str(folder / "slow")))
+    profile(site)
     site.recipe(**recipe)
     return site
+
+
+def profile(site: Site, requeue: int = 20, **changes: Any) -> None:
+    env = {"DISTFT_HANG_SECONDS": str(HANG_SECONDS), "PYTHONPATH": str(site.folder)}
+    slurm = {"cpus_per_task": 1, "partition": "low", "sbatch": ["--exclusive"]}
+    site.profile(requeue=requeue, env=env, slurm=slurm, **changes)

@@ -205,8 +205,9 @@ class Cluster:
         self._ip(f"link set v-{node} down")
 
     def reconnect(self, node: str) -> None:
-        """The cable is back."""
+        """The cable is back. slurmctld asks a node that it took for down again only after minutes, so it is told."""
         self._ip(f"link set v-{node} up")
+        self._output("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
 
     def restart_controller(self, away: float = 5) -> None:
         """slurmctld is killed, and started again after `away` seconds."""

@@ -249,28 +249,43 @@ def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path
     assert completed.returncode == 2 and "is completed; to train on" in completed.stderr
 
 
-def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> None:
-    """A file in place of the folder of step 3: the run goes on, says so, and saves again at step 4."""
-    recipe = tiny.recipe(checkpoint__save_steps=1, checkpoint__save_total_limit=2)
-    blocked = tmp_path / "runs" / "tiny" / "checkpoints"
+# What happens when a rank flushes its part of the save of step 3.
+AT_STEP_3 = """
+import os
+original = os.fsync
+def fsync(descriptor):
+    if '.step-3.partial/shard' in os.readlink(f'/proc/self/fd/{descriptor}'):
+        WHAT
+    return original(descriptor)
+os.fsync = fsync
+"""
 
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "original = os.fsync\n"
-        "def fsync(fd):\n"
-        "    if '.step-3.partial/shard' in os.readlink(f'/proc/self/fd/{fd}'):\n"
-        "        raise OSError(28, 'No space left on device')\n"
-        "    return original(fd)\n"
-        "os.fsync = fsync\n"
-    )
+
+def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> None:
+    """The run goes on, says so, and saves again at step 4."""
+    (tmp_path / "sitecustomize.py").write_text(AT_STEP_3.replace("WHAT", "raise OSError(30, 'Read-only file system')"))
+    recipe = tiny.recipe(checkpoint__save_steps=1, checkpoint__save_total_limit=2)
     result = launch(recipe, tmp_path, ranks=2, env={"PYTHONPATH": str(tmp_path)})
     assert result.status["state"] == "completed"
-    log = (result.run_dir / "logs" / "rank-0.log").read_text()
-    assert "checkpoint step-3 could not be written (OSError: [Errno 28] No space left on device)" in log.replace(
-        "\n", ""
-    )
+    log = (result.run_dir / "logs" / "rank-0.log").read_text().replace("\n", "")
+    assert "checkpoint step-3 could not be written (OSError: [Errno 30] Read-only file system)" in log
     assert "the last complete one is step-2" in log
-    assert sorted(path.name for path in blocked.iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in (result.run_dir / "checkpoints").iterdir()) == ["step-2", "step-4"]
+
+
+def test_a_rank_killed_while_it_saves(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        AT_STEP_3.replace("WHAT", "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)")
+    )
+    recipe = tiny.recipe(checkpoint__save_steps=1, training__max_steps=1000)
+    result = launch(recipe, tmp_path, ranks=2, env={"PYTHONPATH": str(tmp_path)}, expect=1)
+    assert result.status["reason"] == "rank 1 was killed by SIGKILL"
+    run = RunDir(result.run_dir)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-1", "step-2", ".step-3.partial"}
+    done = distft("resume", "tiny", "--set", "training.max_steps=4", "--force", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on after step 2," in done.stderr
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-1", "step-2", "step-3", "step-4"]
 
 
 def test_a_disk_that_stays_full(tiny: Tiny, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm_cluster
 import yaml
+from slurm_cluster import Cluster
 
 from distft.run_dir import RunDir
 
@@ -181,6 +183,33 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     write_jsonl(path / "heldout.jsonl", [chat_row(chat) for _ in range(11)])
     write_jsonl(path / "text.jsonl", [{"text": sentence(chat, 4, 30)} for _ in range(60)])
     return Tiny(path)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system that is easily filled, on all nodes; a plain folder where nothing can be mounted."""
+    folder = tmp_path_factory.mktemp("small")
+    mounted = slurm_cluster.namespaces_work()
+    if mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Iterator[Cluster]:  # mounted before nodes start
+    if why := slurm_cluster.missing():
+        pytest.skip(why)
+    with Cluster(tmp_path_factory.mktemp("slurm"), mode=os.environ.get("DISTFT_SLURM_MODE")) as started:
+        yield started
+
+
+@pytest.fixture
+def namespaces(cluster: Cluster) -> Cluster:
+    if cluster.mode != "namespaces":
+        pytest.skip("nodes have no mounts and names of their own here: root and namespaces are needed")
+    return cluster
 
 
 def make_tokenizer(folder: Path, pad: bool = True, chat: bool = True) -> None:

@@ -20,7 +20,7 @@ from test_slurm import CLUSTER, Site
 from distft import train_part
 
 light_site = test_light_part.site
-cluster, namespaces, site = test_slurm.cluster, test_slurm.namespaces, test_slurm.site
+site = test_slurm.site
 
 RAISES = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa\\nmore')"
 FUNCTION = "__version__ = '2.8.0'\ndef flash_attn_func(q, k, v, causal):\n    "

@@ -16,8 +16,9 @@ import pytest
 from conftest import Result, Tiny, launch
 from faults import Fault
 from slurm_cluster import Cluster
-from test_slurm import Site, cluster, namespaces, small  # noqa: F401 (fixtures)
+from test_slurm import Site
 
+from distft import checkpoints
 from distft.run_dir import RunDir
 
 pytestmark = pytest.mark.slurm
@@ -32,7 +33,7 @@ RECIPE = {
 
 
 @pytest.fixture
-def site(namespaces: Cluster, small: Path, tiny: Tiny, tmp_path: Path) -> Iterator[Site]:  # noqa: F811
+def site(namespaces: Cluster, small: Path, tiny: Tiny, tmp_path: Path) -> Iterator[Site]:
     yield faults.site_for(namespaces, tmp_path, small / tmp_path.name, tiny, **RECIPE)
     namespaces.run("scancel", "-u", str(os.getuid()), check=False)
     namespaces.wait_idle(90)
@@ -124,6 +125,19 @@ def test_the_same_step_again_and_again(site: Site) -> None:
     assert [attempt["step"] for attempt in attempts(run)] == [7, 7, 7]
     assert [attempt["node"] for attempt in attempts(run)] == ["node2", "node2", "node4"]  # left out after the second
     assert "3 times at the same step" in site.run("logs", str(run.path), "--failed").stdout
+
+
+def test_scancel(site: Site) -> None:
+    """It saves, ends, and does not come back by itself."""
+    run = faults.start(site)
+    site.cluster.run("scancel", run.jobs()[-1])
+    status = faults.ended(site, run)
+    assert status["state"] == "cancelled", status
+    saved = checkpoints.complete(run)[0].step
+    assert saved == run.last_metrics()["step"]
+    faults.hasten(site)
+    site.run("resume", str(run.path), "--set", f"training.max_steps={saved + 10}", "--force", "--json")
+    assert run.last_metrics()["step"] == saved + 10
 
 
 def test_without_a_budget_it_is_preempted_and_resumed_by_hand(site: Site, undisturbed: Result) -> None:

@@ -190,6 +190,58 @@ def test_ctrl_c_saves_at_the_next_step(stopped: tuple[Path, str]) -> None:
     assert status["saves"][-1].keys() == {"step", "stall_seconds", "seconds"}
 
 
+def interrupted(folder: Path, recipe: dict[str, Any], slow: str, when: Callable[[RunDir], bool]) -> tuple[int, str]:
+    """Ctrl-C, as a terminal sends it, once `when` holds, to a launch in which every call of `slow` takes a second."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "sitecustomize.py").write_text(
+        "import sys, threading, time\n"
+        "def wait(frame, event, argument):\n"
+        f"    if event == 'call' and frame.f_code.co_name == {slow!r}:\n"
+        f"        open({str(folder / 'slow')!r}, 'w').close()\n"
+        "        time.sleep(1)\n"
+        "sys.setprofile(wait)\n"
+    )
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(folder), "DISTFT_CACHE": str(folder / "cache")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=folder, env=env, **options)
+    run, deadline = RunDir(folder / "runs" / "tiny"), time.monotonic() + 120
+    while not when(run):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    (folder / "sitecustomize.py").unlink()
+    return process.returncode, said
+
+
+def test_ctrl_c_while_it_tokenizes(tiny: Tiny, tmp_path: Path) -> None:
+    returncode, said = interrupted(tmp_path, tiny.recipe(), "_fit", lambda run: (tmp_path / "slow").exists())
+    assert returncode == 130 and "Traceback" not in said, said
+    assert not (tmp_path / "runs").exists()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_while_it_evaluates(tiny: Tiny, tmp_path: Path) -> None:
+    """At the end: all steps are saved, and what is left is made by `resume`."""
+    recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__micro_batch_size=1)
+
+    def at_the_end(run: RunDir) -> bool:
+        return run.last_metrics().get("step") == 4
+
+    returncode, said = interrupted(tmp_path, recipe, "heldout_loss", at_the_end)
+    run = RunDir(tmp_path / "runs" / "tiny")
+    assert returncode == 1, said
+    assert run.read_status()["reason"] == "stopped: SIGINT; step-4 is saved"
+    assert "heldout_loss_after" not in run.read_status()
+    assert not run.final.exists()
+    lines = run.metrics.read_text()
+    done = distft("resume", "tiny", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "heldout_loss_after" in run.read_status()
+    assert run.metrics.read_text() == lines
+
+
 @pytest.mark.parametrize(
     ("sets", "said"),
     [

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from distft.run_dir import RunDir
 
@@ -24,14 +26,17 @@ HINTS = (
     (LOST_PEER, "a rank lost its peer: look at the other ranks' logs"),
 )
 OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # of the GPU; the host's ends a rank with SIGKILL
+ROOT_CAUSE = re.compile(
+    r"Root Cause.*?\n\s*time\s*: (\S+).*?\n\s*rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: -(\d+)", re.DOTALL
+)
 TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
 class Failure:
-    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and whose fault it is.
+    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and where it ran.
 
-    `host`: None where only the rank is known, "" where another one is to blame.
+    `host`: "" where it is not the one to blame, None where at most its node's number in the job is known: `node`.
 
     `mendable`: by a person alone; another attempt ends the same way.
     """
@@ -41,6 +46,7 @@ class Failure:
     rank: int | None = None
     host: str | None = None
     mendable: bool = False
+    node: int | None = None
 
     @property
     def out_of_memory(self) -> bool:
@@ -52,7 +58,7 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
     errors = run.rank_errors()
     logs = run.job_logs()
     log = "\n".join(path.read_text(errors="replace") for path in logs)
-    killed = _killed_rank(log)
+    killed = _killed_rank(logs)
     # A rank that was killed could write nothing; those that lost it wrote of a network error.
     own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
     if own:
@@ -69,11 +75,12 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         host = "" if re.search(LOST_PEER, first["message"]) else first["host"]
         return Failure(reason, text, first["rank"], host, first["mendable"])
     if killed:
-        rank, number = killed
+        rank, number, node = killed
         reason = f"rank {rank} was killed by {_signal_name(number)}"
         hint = " (the host ran out of memory, or someone killed it)" if number == signal.SIGKILL else ""
         tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
-        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)), rank)
+        host = "" if number == signal.SIGABRT else None
+        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)), rank, host, node=node)
     if bad := _bad_nodes(run):
         lines = [f"preflight: bad node {name}: {why}" for name, why in bad.items()]
         return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight))
@@ -89,16 +96,25 @@ def _bad_nodes(run: RunDir) -> dict[str, str]:
         return {}
 
 
-def _killed_rank(torchrun_log: str) -> tuple[int, int] | None:
-    """Rank and signal of a rank that a signal ended, from torchrun's summary:
+def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
+    """Rank, signal and number of the node of the first rank that a signal ended, from the nodes' torchrun summaries:
 
-        rank      : 1 (local_rank: 1)
-        exitcode  : -9 (pid: 7)
+        Root Cause (first observed failure):
+        [0]:
+          time      : 2026-01-31_23:59:59
+          rank      : 1 (local_rank: 1)
+          exitcode  : -9 (pid: 7)
 
-    SIGTERM is what torchrun itself sends to the others.
+    Other failures in a summary may be ranks that torchrun itself killed. SIGTERM is what it sends to them; with SIGABRT
+    NCCL ends a rank whose peer is gone.
     """
-    ended = re.findall(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*-(\d+)", torchrun_log)
-    return next(((int(rank), int(number)) for rank, number in ended if int(number) != signal.SIGTERM), None)
+    found = []
+    for path in logs:
+        node = re.fullmatch(r"torchrun-(\d+)", path.stem)
+        for time, rank, number in ROOT_CAUSE.findall(path.read_text(errors="replace")):
+            if int(number) != signal.SIGTERM:
+                found.append((int(number) == signal.SIGABRT, time, int(rank), int(number), node and int(node[1])))
+    return min(found)[2:] if found else None
 
 
 def _text(where: str, body: str, searched: str, log: object) -> str:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,8 @@ class Launch:
         run = self.create()
         started(run)
         job = self.job(run)
+        if job.cluster:  # the allocation is the user's: not ours to put into the queue again
+            job = replace(job, cluster=job.cluster.model_copy(update={"requeue": 0}))
         run.fill(render(job), job.name, goes_on=self.run is not None)
         say(console, [self._named(run)])
         if self.detach:

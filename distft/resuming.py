@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from distft import checkpoints, launching, schedulers
 from distft.checkpoints import Checkpoint
-from distft.errors import ClusterError, PlanError, RecipeError
+from distft.errors import ClusterError, DistftError, RecipeError
 from distft.launching import Launch
 from distft.place import Place, plan_recipe
 from distft.run_dir import CLUSTER, RunDir
@@ -68,7 +68,10 @@ def start(resumption: Resumption, console: Console) -> None:
         say(console, [f"goes on after step {newest.step}, saved under {before} on {width} ranks"])
     else:
         say(console, ["no complete checkpoint: it begins anew"])
-    launch.run.update_status(accepted=sorted(resumption.changed))
+    try:
+        launch.run.update_status(accepted=sorted(resumption.changed))
+    except OSError as error:
+        raise RecipeError(f"RUN: {launch.run.path} cannot be written ({error.strerror})") from None
     launch.start(console)
 
 
@@ -98,13 +101,14 @@ def less_memory(run: RunDir) -> str | None:
             change["parallelism.strategy"] = "zero2"
     else:
         return None
-    place = _place(run, Place())
     words = [f"{name}={json.dumps(value)}" for name, value in (sets | change).items()]
     try:
+        place = _place(run, Place())
         recipe, planned = plan_recipe(str(run.recipe), words, place)
-    except PlanError:  # a rule: no offload with this model
+        files = Launch(recipe, planned, place, run=run).job(run).files
+    except DistftError:  # a rule: no offload with this model; or what the profile names is not to be seen from here
         return None
-    run.write(Launch(recipe, planned, place, run=run).job(run).files)
+    run.write(files)
     return ", ".join(f"{name}: {sets[name]} -> {json.dumps(value)}" for name, value in change.items())
 
 

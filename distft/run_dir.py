@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from distft.errors import RecipeError
 RECIPE, PLAN, DS_CONFIG, ACCELERATE = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml"
 SCRIPT, SBATCH, SWEEP, CLUSTER = "job.sh", "job.sbatch", "sweep.json", "cluster.yaml"
 FINISHED = ("completed", "failed", "cancelled", "preempted")
+_WRITING = threading.Lock()  # status.json, by the training and by the thread that saves
 BLOCK = 2**16  # bytes of a file that grows, at a time
 
 
@@ -97,9 +99,6 @@ class RunDir:
         """The job script: job.sbatch of a SLURM job, job.sh of a local one."""
         sbatch = self.path / SBATCH
         return sbatch if sbatch.exists() else self.path / SCRIPT
-
-    def ranks_per_node(self) -> int:
-        return json.loads(self.plan.read_text())["topology"]["nproc_per_node"]
 
     @property
     def metrics(self) -> Path:
@@ -217,8 +216,8 @@ class RunDir:
                 for file in {SCRIPT, SBATCH, DS_CONFIG} - files.keys():  # another place or strategy
                     (self.path / file).unlink(missing_ok=True)
             self.write(files)
-            again = {"ended": None, "reason": None, "job_id": None, "stopped": None, "attempts": []} if goes_on else {}
-            self.update_status(state="queued", name=name, **again)
+            again = dict.fromkeys(("ended", "reason", "job_id", "stopped", "attempts", "exit_status"))
+            self.update_status(state="queued", name=name, **(again if goes_on else {}))
         except OSError as error:
             if not goes_on:
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -265,10 +264,11 @@ class RunDir:
     def update_status(self, **fields: Any) -> dict[str, Any]:
         """Lay `fields` over status.json. Readers see the old or the new file, never half of one."""
         empty = dict.fromkeys(("state", "job_id", "step", "started", "ended", "reason"))
-        status = empty | self.read_status() | fields
-        if status["job_id"] is None and (jobs := self.jobs()):  # a rendered folder that was submitted by hand
-            status["job_id"] = jobs[-1]
-        write_atomically(self.status, json.dumps(status, indent=1) + "\n")
+        with _WRITING:
+            status = empty | self.read_status() | fields
+            if status["job_id"] is None and (jobs := self.jobs()):  # a rendered folder that was submitted by hand
+                status["job_id"] = jobs[-1]
+            write_atomically(self.status, json.dumps(status, indent=1) + "\n")
         return status
 
 

@@ -20,6 +20,8 @@ import yaml
 from conftest import Result, Tiny, distft, launch
 
 from distft import processes
+from distft.failure import first_failure
+from distft.run_dir import RunDir
 
 LONG = {"training__max_steps": 100_000}
 END_SECONDS = 10
@@ -251,6 +253,33 @@ def test_a_killed_rank_is_named(tiny: Tiny, tmp_path: Path) -> None:
     assert status_of(run_dir)["state"] == "failed"
     assert "rank 1 was killed by SIGKILL" in status_of(run_dir)["reason"]
     assert "ChildFailedError" not in out
+
+
+def test_of_several_that_were_killed(tmp_path: Path) -> None:
+    """torchrun kills ranks itself that do not end, and NCCL aborts those that lost a peer."""
+    summary = """
+distft.train FAILED
+Failures:
+[1]:
+  time      : 2026-01-31_12:00:00
+  host      : a
+  rank      : {other} (local_rank: 0)
+  exitcode  : -9 (pid: 7)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-31_{time}
+  host      : a
+  rank      : {rank} (local_rank: 3)
+  exitcode  : -{signal} (pid: 8)
+"""
+    run = RunDir.create(str(tmp_path), "run")
+    (run.logs / "torchrun-0.log").write_text(summary.format(other=0, time="12:00:01", rank=3, signal=6))
+    failure = first_failure(run, 1)
+    assert (failure.reason, failure.host) == ("rank 3 was killed by SIGABRT", "")
+    (run.logs / "torchrun-1.log").write_text(summary.format(other=4, time="12:00:02", rank=5, signal=9))
+    failure = first_failure(run, 1)
+    assert (failure.reason, failure.node, failure.host) == ("rank 5 was killed by SIGKILL", 1, None)
 
 
 def test_the_first_failing_rank_is_shown(tmp_path: Path) -> None:

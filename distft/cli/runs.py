@@ -98,7 +98,7 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
             if not status.get("attempts"):
                 raise RecipeError(f"--failed: {found.path.name} has not failed")
             click.echo("\n".join(_attempts(status | {"run_dir": found.path})))
-        elif "exit_status" in status:
+        elif status.get("exit_status"):
             failure = first_failure(found, status["exit_status"])
             if status["reason"] != failure.reason:  # of several attempts
                 click.echo(status["reason"])

@@ -73,7 +73,7 @@ def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]
     failure = None if stopped else first_failure(run, returncode)
     if failure and failure.out_of_memory and budget and (change := less_memory(run, failure)):
         return change
-    node = _node(run, failure, nodes) if failure else None
+    node = _node(failure, nodes) if failure else None
     attempts = run.add_attempt(stopped or failure.reason, node, fault=not stopped)
     if failure and _is_a_bug(attempts):
         why = f"failed {SAME_STEP} times at the same step, which is no fault of a machine's: {failure.reason}"
@@ -109,6 +109,8 @@ def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
         RunError: the budget is used up.
     """
     status = run.read_status()
+    if status.get("state") == "completed":  # and its nodes were taken away before the job had ended
+        return "done"
     attempts = status.get("attempts") or []
     if status.get("state") == "running":  # the last attempt could not conclude: its nodes were taken away
         # SLURM ends what is left of a job that lost a node with SIGTERM, so that it looks stopped too.
@@ -151,12 +153,11 @@ def _bad(attempts: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(node for node, times in faults.items() if times >= SAME_NODE)
 
 
-def _node(run: RunDir, failure: Failure, nodes: Sequence[str]) -> str | None:
+def _node(failure: Failure, nodes: Sequence[str]) -> str | None:
     """The node to blame."""
-    if failure.host is not None:
-        return failure.host or None
-    ranks = len(nodes) and run.ranks_per_node()
-    return nodes[failure.rank // ranks] if failure.rank is not None and ranks else None
+    if failure.host is None and failure.node is not None:
+        return nodes[failure.node]
+    return failure.host or None
 
 
 def main(folder: str, returncode: str, budget: str, names: str) -> None:

@@ -70,6 +70,8 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
     from distft.failure import first_failure  # not while a script is only rendered
     from distft.schedulers.conclude import less_memory
 
+    if run.read_status().get("state") == "cancelled":
+        raise RunError("cancelled before it started")
     run.update_status(job_id=f"local:{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
     received: list[int] = []
     with _signals(received.append):
@@ -143,6 +145,8 @@ def cancel(run: RunDir) -> dict[str, Any]:
     status = state_now(run)
     if status.get("state") in FINISHED:
         return status
+    if not status.get("job_id"):  # its supervisor is not up yet, or never came
+        return run.update_status(state="cancelled", ended=time.time())
     _, pid, _ = status["job_id"].split(":")
     for _ in range(2):  # at once, without a checkpoint
         with contextlib.suppress(ProcessLookupError):

@@ -23,6 +23,7 @@ def main() -> None:
     except KeyboardInterrupt:
         if stopping.why is None:
             raise
+        sys.exit(1)  # torchrun must end ranks that wait for this one
 
 
 if __name__ == "__main__":

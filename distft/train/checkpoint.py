@@ -15,7 +15,8 @@ import shutil
 import time
 import traceback
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -45,6 +46,7 @@ log = logging.getLogger("distft")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 RNG = "rng"
+SLOWEST_SECONDS = 3600  # a save; one that takes longer is a hang
 SHOWN_SAVES = 10  # in status.json
 
 
@@ -107,7 +109,7 @@ class Checkpointer:
         # Written down by the first rank of each attempt, so that one that SLURM lost sight of knows that it is over.
         self.owner = f"{worker.host()} {os.getpid()} {time.time()}"
         # One thread for all saves: without memory for a new one, Thread.start would wait for ever.
-        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writer = futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending = self.writer.submit(lambda: None)
         self.problem: str | None = None
         # Of this attempt: step, seconds it took, seconds of them without training.
@@ -125,14 +127,18 @@ class Checkpointer:
 
     # ---- saving
 
-    def save(self, trainer: Any, position: Position, *, wait: bool = False) -> None:
+    def save(
+        self, trainer: Any, position: Position, *, wait: bool = False, alive: Callable[[], None] = lambda: None
+    ) -> None:
         """Copy all that the next step needs to the host, and write it; `wait` until it is written.
+
+        `alive` is called while the save before is still being written.
 
         Raises:
             RunError: with `wait`, it could not be written. Without, that is only said: the training goes on.
         """
         began = time.perf_counter()
-        self.finish()
+        self.finish(alive)
         staged = self._stage(trainer)
         manifest = self._manifest(trainer, position, staged)
         self.saves.append({"step": position.step, "stall_seconds": time.perf_counter() - began})
@@ -142,8 +148,12 @@ class Checkpointer:
             if self.problem:
                 raise RunError(self.problem)
 
-    def finish(self) -> None:
-        """Wait for the save that is under way."""
+    def finish(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait for the save that is under way, calling `alive` for as long as a slow file system may take."""
+        deadline = time.monotonic() + SLOWEST_SECONDS
+        while not futures.wait([self.pending], timeout=5).done:
+            if time.monotonic() < deadline:
+                alive()
         self.pending.result()
 
     def _stage(self, trainer: Any) -> dict[str, Range]:
@@ -294,6 +304,10 @@ class Checkpointer:
                 said = f"checkpoint {found.path.name} is damaged ({problem}): the one before it is taken"
                 log.warning("%s", said)
                 self.run.update_status(checkpoint_problem=said)
+                # Out of the way: it must not count as one of those that save_total_limit keeps.
+                aside = found.path.with_name(f"damaged-{found.path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                found.path.rename(aside)
         return None
 
     def position(self, found: Checkpoint | None) -> Position:

@@ -46,7 +46,7 @@ class Stopping:
         os.kill(os.getpid(), signal.SIGINT)  # unwinds the main thread
         time.sleep(UNWIND_SECONDS)
         if not self.training:
-            os._exit(0)
+            os._exit(1)
 
 
 def _siblings() -> int:

@@ -230,12 +230,13 @@ class Recorder(TrainerCallback):
             self.checkpointer.save(self.trainer, self.position, wait=True)
             control.should_training_stop = True
         elif save_steps and step % save_steps == 0:
-            self.checkpointer.save(self.trainer, self.position)
+            self.checkpointer.save(self.trainer, self.position, alive=self.watchdog.alive)
             self.watchdog.alive()
 
     def end(self) -> str | None:
         """The last evaluation. Returns why the run was stopped, None when it is done."""
         self.watchdog.rest()
+        self.checkpointer.finish()
         if not self.stopped:
             loss = self._heldout()
             if self.stopped:  # all steps are made; what is left is this and final/

@@ -135,6 +135,37 @@ def launch(
     return result
 
 
+BEFORE = """
+import os, sys, threading, time
+def before(*args, **kwargs):
+    {code}
+def patch():
+    while True:
+        for module in ({module!r}, "__main__"):
+            owner = sys.modules.get(module)
+            for part in {owners!r}:
+                owner = getattr(owner, part, None)
+            original = getattr(owner, {name!r}, None)
+            if original is not None:
+                def changed(*args, **kwargs):
+                    before(*args, **kwargs)
+                    return original(*args, **kwargs)
+                setattr(owner, {name!r}, changed)
+                return
+        time.sleep(0.005)
+threading.Thread(target=patch, daemon=True).start()
+"""
+
+
+def inject(folder: Path, where: str, code: str) -> dict[str, str]:
+    """Have every Python run `code` before each call of MODULE:NAME, with its `args`. Returns the variables for that."""
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    text = BEFORE.format(module=module, owners=owners, name=name, code=code.replace("\n", "\n    "))
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
 def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
     """A run directory under `folder`, ready to start."""
     from distft import launching

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import Tiny
+from conftest import Tiny, inject
 from slurm_cluster import Cluster
 from test_slurm import Site
 
@@ -229,17 +229,6 @@ OF_A_NODE = (
 )
 
 
-# Steps of a tiny model last milliseconds: while the file is there, a tenth of a second, that faults fall among them.
-SLOW = """
-import os, sys, time
-def slow(frame, event, argument):
-    if event == "call" and frame.f_code.co_name == "training_step" and os.path.exists({file!r}):
-        time.sleep(0.1)
-if "RANK" in os.environ:
-    sys.setprofile(slow)
-"""
-
-
 def hasten(site: Site) -> None:
     (site.folder / "slow").unlink()
 
@@ -248,8 +237,9 @@ def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: A
     """Where a run goes on by itself; `runs`: on a file system that can be filled."""
     site = Site(cluster, folder, tiny)
     site.runs = runs
+    # Steps of a tiny model last milliseconds: while the file is there, longer, so that faults fall among them.
     (folder / "slow").touch()
-    (folder / "sitecustomize.py").write_text(SLOW.format(file=str(folder / "slow")))
+    inject(folder, "transformers.trainer:Trainer.training_step", f"os.path.exists('{folder}/slow') and time.sleep(0.1)")
     profile(site)
     site.recipe(**recipe)
     return site

@@ -13,7 +13,7 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import Result, Tiny, launch
+from conftest import Result, Tiny, inject, launch
 from faults import Fault
 from slurm_cluster import Cluster
 from test_slurm import Site
@@ -109,15 +109,8 @@ def test_one_run_survives_them_all(
 
 def test_the_same_step_again_and_again(site: Site) -> None:
     """A bug is no fault: after the third time at the same step it stops and says so."""
-    site.profile(requeue=10, env={"PYTHONPATH": str(site.folder)})
-    (site.folder / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "def dies(frame, event, argument):\n"
-        "    if frame.f_code.co_name == 'get_batch_samples' and frame.f_locals['self'].state.global_step == 7:\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    sys.setprofile(dies)\n"
-    )
+    dies = "if os.environ['RANK'] == '1' and args[0].state.global_step == 7: os.kill(os.getpid(), 9)"
+    site.profile(requeue=10, env=inject(site.folder, "transformers.trainer:Trainer.training_step", dies))
     run = RunDir(site.launch("--detach", nodes=2).run_dir)
     status = faults.ended(site, run)
     assert status["state"] == "failed"

@@ -194,7 +194,7 @@ def interrupted(folder: Path, recipe: dict[str, Any], slow: str, when: Callable[
     """Ctrl-C, as a terminal sends it, once `when` holds, to a launch in which every call of `slow` takes a second."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     env = inject(folder, slow, f"open('{folder}/slow', 'w').close(); time.sleep(1)")
-    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2"]
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "1"]
     env = {**os.environ, **env, "DISTFT_CACHE": str(folder / "cache")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=folder, env=env, **options)

@@ -140,6 +140,8 @@ class Launch:
     def _start_on_slurm(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
         from distft.progress import say
 
+        if self.place.cluster.requeue and self.script is None and self.settings.checkpoint.save_steps is None:
+            say(console, ["warning: checkpoint.save_steps is not set: after a fault the run begins anew"])
         say(console, [f"  SLURM {schedulers.slurm.test_only(schedulers.slurm.render(self.next_job()))}"])
         self.prepare(console)
         run = self.create()

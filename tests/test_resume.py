@@ -461,6 +461,21 @@ def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
     assert [line["step"] for line in map(json.loads, run.metrics.read_text().splitlines())] == [*range(1, step + 3)]
 
 
+def test_one_that_lost_its_run_to_another_attempt(tiny: Tiny, tmp_path: Path) -> None:
+    """As when SLURM starts the job elsewhere while its old node goes on: it ends, and leaves the run alone."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(training__max_steps=100_000)))
+    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run, deadline = RunDir(tmp_path / "runs" / "tiny"), time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if run.last_metrics():
+            run.update_status(owner="another")
+        time.sleep(0.1)
+    assert process.wait(timeout=1) == 1
+    assert "another attempt goes on with this run; this one ends" in run.rank_log(0).read_text()
+    assert not run.rank_errors()
+
+
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
 def test_starts_from_an_adapter(tiny: Tiny, tmp_path: Path, strategy: str) -> None:
     """Weights alone: the first loss is that of the trained adapter, and the rate begins anew."""

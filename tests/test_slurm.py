@@ -368,6 +368,7 @@ def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, 
     namespaces.mount_over("node2", site.runs)
     try:
         result = site.launch("--detach", nodes=3)
+        assert "warning: checkpoint.save_steps is not set: after a fault the run begins anew" in result.stderr
         # SLURM holds back for two minutes what goes into the queue again.
         site.wait(result.run_dir, lambda status: "BeginTime" in (status["reason"] or ""))
         [job] = {*(result.run_dir / "logs" / "jobs").read_text().split()}

@@ -52,7 +52,8 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
         if named:
             from distft.report import beside_plan_lines
 
-            for line in [*_attempts(run), *beside_plan_lines(named[run["run_dir"]])]:
+            problem = [f"  {run['checkpoint_problem']}"] if run.get("checkpoint_problem") else []
+            for line in [*_attempts(run), *problem, *beside_plan_lines(named[run["run_dir"]])]:
                 click.echo(line)
 
 

@@ -49,10 +49,8 @@ def _end(run: RunDir, **fields: Any) -> None:
     try:
         run.update_status(ended=time.time(), **fields)
     except OSError as error:
-        said = (
-            f"{fields['reason']}; nothing can be written to {run.path} ({error.strerror}): make room, then go on with"
-        )
-        raise RunError(f"{said}: distft resume {quote(str(run.path))}") from None
+        said = f"{fields['reason']}; nothing can be written to {run.path} ({error.strerror})"
+        raise RunError(f"{said}: make room, then go on with: distft resume {quote(str(run.path))}") from None
 
 
 def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]) -> str:

@@ -26,9 +26,10 @@ HINTS = (
     (LOST_PEER, "a rank lost its peer: look at the other ranks' logs"),
 )
 OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # of the GPU; the host's ends a rank with SIGKILL
-ROOT_CAUSE = re.compile(
-    r"Root Cause.*?\n\s*time\s*: (\S+).*?\n\s*rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: -(\d+)", re.DOTALL
+KILLED = re.compile(
+    r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: -(\d+) \(pid: (\d+)\)"
 )
+ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
 TAIL_LINES = 15
 
 
@@ -99,20 +100,20 @@ def _bad_nodes(run: RunDir) -> dict[str, str]:
 def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
     """Rank, signal and number of the node of the first rank that a signal ended, from the nodes' torchrun summaries:
 
-        Root Cause (first observed failure):
-        [0]:
           time      : 2026-01-31_23:59:59
+          host      : node1
           rank      : 1 (local_rank: 1)
           exitcode  : -9 (pid: 7)
 
-    Other failures in a summary may be ranks that torchrun itself killed. SIGTERM is what it sends to them; with SIGABRT
-    NCCL ends a rank whose peer is gone.
+    Their root cause may be a rank that lost this one within the same second. Not those that torchrun ended itself; SLURM
+    does so with SIGTERM too, and with SIGABRT NCCL ends a rank whose peer is gone.
     """
     found = []
     for path in logs:
-        node = re.fullmatch(r"torchrun-(\d+)", path.stem)
-        for time, rank, number in ROOT_CAUSE.findall(path.read_text(errors="replace")):
-            if int(number) != signal.SIGTERM:
+        node, log = re.fullmatch(r"torchrun-(\d+)", path.stem), path.read_text(errors="replace")
+        ended = ENDED_BY_TORCHRUN.findall(log)
+        for time, rank, number, pid in KILLED.findall(log):
+            if int(number) != signal.SIGTERM and pid not in ended:
                 found.append((int(number) == signal.SIGABRT, time, int(rank), int(number), node and int(node[1])))
     return min(found)[2:] if found else None
 

@@ -258,26 +258,34 @@ def test_a_killed_rank_is_named(tiny: Tiny, tmp_path: Path) -> None:
 def test_of_several_that_were_killed(tmp_path: Path) -> None:
     """torchrun kills ranks itself that do not end, and NCCL aborts those that lost a peer."""
     summary = """
+W0131 12:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:1010] Sending process 7 closing signal SIGTERM
 distft.train FAILED
 Failures:
 [1]:
   time      : 2026-01-31_12:00:00
   host      : a
-  rank      : {other} (local_rank: 0)
-  exitcode  : -9 (pid: 7)
+  rank      : 0 (local_rank: 0)
+  exitcode  : -9 (pid: 7) Signal 9 (SIGKILL)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 7
+[2]:
+  time      : 2026-01-31_12:00:05
+  host      : a
+  rank      : {killed} (local_rank: 3)
+  exitcode  : -{signal} (pid: 8) Signal {signal}
 ------------------------------------------------------------
 Root Cause (first observed failure):
 [0]:
-  time      : 2026-01-31_{time}
+  time      : 2026-01-31_12:00:05
   host      : a
-  rank      : {rank} (local_rank: 3)
-  exitcode  : -{signal} (pid: 8)
+  rank      : 1 (local_rank: 1)
+  exitcode  : 1 (pid: 9)
 """
     run = RunDir.create(str(tmp_path), "run")
-    (run.logs / "torchrun-0.log").write_text(summary.format(other=0, time="12:00:01", rank=3, signal=6))
+    (run.logs / "torchrun-0.log").write_text(summary.format(killed=3, signal=6))
     failure = first_failure(run, 1)
     assert (failure.reason, failure.host) == ("rank 3 was killed by SIGABRT", "")
-    (run.logs / "torchrun-1.log").write_text(summary.format(other=4, time="12:00:02", rank=5, signal=9))
+    (run.logs / "torchrun-1.log").write_text(summary.format(killed=5, signal=9))
     failure = first_failure(run, 1)
     assert (failure.reason, failure.node, failure.host) == ("rank 5 was killed by SIGKILL", 1, None)
 

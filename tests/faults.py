@@ -175,8 +175,12 @@ def preempted(site: Site, run: RunDir) -> None:
 
 
 def time_limit(site: Site, run: RunDir) -> None:
-    """SLURM's warning before it, as --signal=B:USR1 has it sent."""
-    site.cluster.run("scancel", "-b", "-s", "USR1", run.jobs()[-1])
+    """Its end comes near. SLURM looks twice a minute, and warns the job by itself."""
+    job, attempts = run.jobs()[-1], len(run.read_status().get("attempts") or [])
+    *_, minutes, _ = site.cluster.run("squeue", "-h", "-j", job, "-o", "%M").stdout.split(":")
+    site.cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={int(minutes) + 2}")
+    until(lambda: run.stop_asked() or len(run.read_status().get("attempts") or []) > attempts, 60, run)
+    site.cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
 
 
 def disk_full(site: Site, run: RunDir) -> None:

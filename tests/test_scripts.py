@@ -58,3 +58,15 @@ def test_a_script_that_exits_by_itself(tmp_path: Path) -> None:
     assert "own.py: error: the following arguments are required: --output" in done.stderr
     assert "exited by itself with status 2" in done.stderr
     assert "To enable traceback" not in done.stderr
+
+
+def test_an_abort_in_a_dying_interpreter(tmp_path: Path) -> None:
+    """As of gloo's threads: a script that ended well has ended well; its exit handlers run, its output is whole."""
+    (tmp_path / "own.py").write_text(
+        "import atexit, os, sys\nclass Aborts:\n    def __del__(self, abort=os.abort):\n        abort()\nsys.kept = Aborts()\n"
+        "atexit.register(sys.stdout.write, 'the handler ran')\n"
+    )
+    done = distft("launch", "--gpus-per-node", "2", "--", "own.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert "the handler ran" in distft("logs", "own", "--rank", rank, cwd=tmp_path).stdout

@@ -105,8 +105,8 @@ def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
           rank      : 1 (local_rank: 1)
           exitcode  : -9 (pid: 7)
 
-    Their root cause may be a rank that lost this one within the same second. Not those that torchrun ended itself; SLURM
-    does so with SIGTERM too, and with SIGABRT NCCL ends a rank whose peer is gone.
+    Their root cause may be a rank that lost this one within the same second. Those that torchrun ended do not count;
+    SLURM does so with SIGTERM too, and with SIGABRT NCCL ends a rank whose peer is gone.
     """
     found = []
     for path in logs:

@@ -63,8 +63,8 @@ def test_a_script_that_exits_by_itself(tmp_path: Path) -> None:
 def test_an_abort_in_a_dying_interpreter(tmp_path: Path) -> None:
     """As of gloo's threads: a script that ended well has ended well; its exit handlers run, its output is whole."""
     (tmp_path / "own.py").write_text(
-        "import atexit, os, sys\nclass Aborts:\n    def __del__(self, abort=os.abort):\n        abort()\nsys.kept = Aborts()\n"
-        "atexit.register(sys.stdout.write, 'the handler ran')\n"
+        "import atexit, os, sys\nclass Aborts:\n    def __del__(self, abort=os.abort):\n        abort()\n"
+        "sys.kept = Aborts()\natexit.register(sys.stdout.write, 'the handler ran')\n"
     )
     done = distft("launch", "--gpus-per-node", "2", "--", "own.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def _leave(ended_well: list[bool]) -> None:
     """End the process of a script that ended well, once its own exit handlers are through, without finalization.
 
     gloo's threads may meet an interpreter half gone there, and abort a rank that has done its work:
-    https://github.com/pytorch/pytorch/pull/179291. A destroyed process group does not help while an engine refers to it.
+    https://github.com/pytorch/pytorch/pull/179291. So do those of a destroyed group, while an engine refers to it.
     """
     if ended_well:
         sys.stdout.flush()

@@ -24,11 +24,15 @@ def main() -> None:
         for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG"))]:
             del os.environ[name]
         plan = worker.enter(run)
-        from accelerate.state import AcceleratorState, GradientState
-        from transformers.integrations import unset_hf_deepspeed_config
+        with worker.importing():
+            from distft.train import cpu_ranks
 
-        from distft.train import trainer
-        from distft.train.run import train
+            cpu_ranks.apply()
+            from accelerate.state import AcceleratorState, GradientState
+            from transformers.integrations import unset_hf_deepspeed_config
+
+            from distft.train import trainer
+            from distft.train.run import leave, train
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -36,9 +40,8 @@ def main() -> None:
         original = original or trainer.RecipeTrainer.get_batch_samples
         trainer.RecipeTrainer.get_batch_samples = recording(run, original)
         train(run, plan, Stopping(run))
-    from distft.train.run import leave
-
     leave()
+    worker.ended_well()
 
 
 def recording(run: RunDir, original: Any) -> Any:

@@ -50,3 +50,12 @@ def found(tmp_path: Path, environment: dict[str, str], remedy: str) -> str:
 def test_remedy(tmp_path: Path, environment: dict[str, str], wanted: str, without: str) -> None:
     assert found(tmp_path, environment, "remedy") == wanted
     assert found(tmp_path, environment, "none") == without, "upstream has changed: is the remedy still needed?"
+
+
+@pytest.mark.parametrize(("remedy", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "remedy"])
+def test_bitsandbytes_compiles_nothing(remedy: str, imported: bool) -> None:
+    code = f"import sys; from distft.train import cpu_ranks; {remedy}; import torch, bitsandbytes; " + (
+        "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{imported} torch\n", done.stderr

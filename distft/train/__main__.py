@@ -16,10 +16,15 @@ def main() -> None:
     plan = worker.enter(run)
     stopping = Stopping(run)
     try:
-        from distft.train.run import leave, train  # only now: what fails to import ends in this rank's log
+        with worker.importing():  # only now: what fails to import ends in this rank's log
+            from distft.train import cpu_ranks
+
+            cpu_ranks.apply()
+            from distft.train.run import leave, train
 
         train(run, plan, stopping)
         leave()
+        worker.ended_well()
     except KeyboardInterrupt:
         if stopping.why is None:
             raise

@@ -1,4 +1,4 @@
-"""The remedy for what accelerate overlooks on CPU ranks. Nothing here changes a run on GPUs.
+"""Remedies for what accelerate, DeepSpeed and bitsandbytes overlook on CPU ranks. Nothing here changes a run on GPUs.
 
 FSDP: AcceleratorState takes the FSDP plugin for MULTI_GPU and its like only (state.py, 1.13 to 1.15), so on gloo ranks
 an FSDP job quietly runs DDP. Everything behind that point works on the CPU; the state is set right after construction.
@@ -9,12 +9,17 @@ a world of 1. The backend is chosen as if the variable were there.
 DeepSpeed's shared-memory all-reduce is left out: it is compiled with g++ while the ranks start (a minute, if there is
 a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever.
 
+bitsandbytes: importing it imports torch's compiler, to compile what its CPU kernels fall back to, whether or not it is
+used: a fifth of a rank's start, and then minutes with g++. These functions run as they are written.
+
 tests/test_cpu_ranks.py fails when upstream no longer needs this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
 from typing import Any
 
@@ -22,11 +27,14 @@ import torch
 
 
 def apply() -> None:
-    """Make accelerate honour FSDP and DeepSpeed on CPU ranks from now on."""
+    """Have CPU ranks do what was asked for from now on. Before anything imports bitsandbytes."""
+    if torch.cuda.is_available():
+        return
+    _import_uncompiled("bitsandbytes")
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    if hasattr(AcceleratorState.__init__, "__wrapped__") or torch.cuda.is_available():
+    if hasattr(AcceleratorState.__init__, "__wrapped__"):
         return
     if _asked("DEEPSPEED"):
         import deepspeed
@@ -51,6 +59,17 @@ def apply() -> None:
 
     AcceleratorState.__init__ = init
     PartialState._prepare_backend = prepare_backend
+
+
+def _import_uncompiled(name: str) -> None:
+    """Import a package, if it is there, for which torch.compile leaves functions as they are."""
+    compiler = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    finally:
+        torch.compile = compiler
 
 
 def _asked(engine: str) -> bool:

@@ -17,7 +17,6 @@ from distft import model_card, train_part
 from distft.loading import load_recipe
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
-from distft.train import cpu_ranks
 from distft.train.checkpoint import Checkpointer
 from distft.train.data import load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
@@ -33,7 +32,6 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     """Train the recipe of a run directory under its plan, from its newest checkpoint on, to the end or to a stop."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    cpu_ranks.apply()
     recipe = load_recipe(run.recipe)
     prepared = load_prepared(recipe)
     tokenizer = load_tokenizer(recipe)

@@ -5,8 +5,6 @@ The script gets its strategy through the environment that accelerate reads, and 
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import os
 import runpy
 import sys
@@ -17,8 +15,6 @@ from distft.train import worker
 
 
 def main() -> None:
-    ended_well: list[bool] = []
-    atexit.register(_leave, ended_well)  # before all others, so that it runs after them
     run = RunDir(Path(sys.argv[1]))
     plan = worker.enter(run)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -35,20 +31,7 @@ def main() -> None:
         if error.code not in (0, None):
             worker.record_error(run, int(os.environ.get("RANK", "0")), error)
             raise
-    ended_well.append(True)
-
-
-def _leave(ended_well: list[bool]) -> None:
-    """End the process of a script that ended well, once its own exit handlers are through, without finalization.
-
-    gloo's threads may meet an interpreter half gone there, and abort a rank that has done its work:
-    https://github.com/pytorch/pytorch/pull/179291. So do those of a destroyed group, while an engine refers to it.
-    """
-    if ended_well:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        ctypes.CDLL(None).fflush(None)
-        os._exit(0)
+    worker.ended_well()
 
 
 if __name__ == "__main__":

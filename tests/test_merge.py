@@ -236,11 +236,11 @@ def test_another_architecture(made: Callable[..., RunDir], tmp_path: Path) -> No
 
 
 def test_memory_is_bounded(made: Callable[..., RunDir], tmp_path: Path) -> None:
-    """A model of 111 MB in one file: far less in memory with shards of 8 MiB, all of it with one shard.
+    """A model of 250 MB in one file: far less in memory with shards of 8 MiB, all of it with one shard.
 
     Anonymous memory, as its parent sees it: pages of mapped files are the kernel's to drop.
     """
-    make_model(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=7)
+    make_model(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=15)
     size = (tmp_path / "base" / "model.safetensors").stat().st_size
     made(tmp_path / "base").path.rename(tmp_path / "large")
     made().path.rename(tmp_path / "small")

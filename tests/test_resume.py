@@ -194,7 +194,8 @@ def interrupted(folder: Path, recipe: dict[str, Any], slow: str, when: Callable[
     """Ctrl-C, as a terminal sends it, once `when` holds, to a launch in which every call of `slow` takes a second."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     env = inject(folder, slow, f"open('{folder}/slow', 'w').close(); time.sleep(1)")
-    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "1"]
+    # The tests may run in the background, where shells ignore SIGINT.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "distft", "launch", "recipe.yaml"]
     env = {**os.environ, **env, "DISTFT_CACHE": str(folder / "cache")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=folder, env=env, **options)
@@ -398,7 +399,7 @@ def test_all_steps_made_and_no_final(stopped: tuple[Path, str], tiny: Tiny, tmp_
     assert (result.run_dir / "metrics.jsonl").read_text() == lines
 
 
-def test_out_of_gpu_memory(tiny: Tiny, tmp_path: Path) -> None:
+def test_out_of_gpu_memory(tiny: Tiny, saved: dict[tuple[str, str], RunDir], tmp_path: Path) -> None:
     """Injected at a step: half the micro-batch, then checkpointing, then offload; the losses stay."""
     fails = (
         "import json, torch\n"
@@ -407,12 +408,11 @@ def test_out_of_gpu_memory(tiny: Tiny, tmp_path: Path) -> None:
         "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')"
     )
     env = inject(tmp_path, "transformers.trainer:Trainer.training_step", fails)
-    recipe = tiny.recipe(training__micro_batch_size=4, checkpoint__save_steps=1, parallelism__strategy="zero2")
+    recipe = tiny.recipe(training__micro_batch_size=2, checkpoint__save_steps=1, parallelism__strategy="zero2")
     result = launch(recipe, tmp_path, ranks=2, env=env)
     assert result.status["state"] == "completed"
     said = [attempt["reason"].split("; ", 1)[1] for attempt in result.status["attempts"]]
     assert said == [
-        "training.micro_batch_size: 4 -> 2",
         "training.micro_batch_size: 2 -> 1",
         "training.gradient_checkpointing: False -> true",
         'parallelism.offload: none -> "optimizer"',
@@ -420,9 +420,9 @@ def test_out_of_gpu_memory(tiny: Tiny, tmp_path: Path) -> None:
     plan = json.loads((result.run_dir / "plan.json").read_text())
     batch = {"global_batch_size": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 4}
     assert (plan["batch"], plan["gradient_checkpointing"], plan["offload"]) == (batch, True, "optimizer")
-    reference = launch(tiny.recipe(), tmp_path / "reference", ranks=1)
-    assert result.column("step") == [1, 2, 3, 4]
-    assert result.column("loss") == pytest.approx(reference.column("loss"), abs=FP32)
+    reference = metrics(saved["ddp-x1", "lora"])
+    assert result.column("step") == [*reference]
+    assert result.column("loss") == pytest.approx([line["loss"] for line in reference.values()], abs=FP32)
 
 
 def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:

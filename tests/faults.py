@@ -243,7 +243,7 @@ def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: A
     site.runs = runs
     # Steps of a tiny model last milliseconds: while the file is there, longer, so that faults fall among them.
     (folder / "slow").touch()
-    inject(folder, "transformers.trainer:Trainer.training_step", f"os.path.exists('{folder}/slow') and time.sleep(0.1)")
+    inject(folder, "transformers.trainer:Trainer.training_step", f"os.path.exists('{folder}/slow') and time.sleep(0.2)")
     profile(site)
     site.recipe(**recipe)
     return site

@@ -52,7 +52,9 @@ def test_remedy(tmp_path: Path, environment: dict[str, str], wanted: str, withou
     assert found(tmp_path, environment, "none") == without, "upstream has changed: is the remedy still needed?"
 
 
-@pytest.mark.parametrize(("remedy", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "remedy"])
+@pytest.mark.parametrize(
+    ("remedy", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "remedy"]
+)
 def test_bitsandbytes_compiles_nothing(remedy: str, imported: bool) -> None:
     code = f"import sys; from distft.train import cpu_ranks; {remedy}; import torch, bitsandbytes; " + (
         "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"

@@ -104,23 +104,21 @@ def one_process(quickstart: Path) -> Result:
     return Result(0, done.stdout, done.stderr, Path(json.loads(done.stdout)["run_dir"]))
 
 
+@pytest.fixture(scope="module")
+def matrix(cluster: Cluster, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One runs_dir for all jobs of the matrix: its cache prepares the data once."""
+    return Site(cluster, tmp_path_factory.mktemp("matrix"), tiny)
+
+
 @pytest.mark.parametrize(("nodes", "ranks"), [(4, 1), (2, 2)])
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp", "hsdp"])
 def test_the_losses_of_one_process(
-    cluster: Cluster,
-    tiny: Tiny,
-    tmp_path: Path,
-    quickstart: Path,
-    one_process: Result,
-    strategy: str,
-    nodes: int,
-    ranks: int,
+    matrix: Site, quickstart: Path, one_process: Result, strategy: str, nodes: int, ranks: int
 ) -> None:
-    site = Site(cluster, tmp_path, tiny)
     shard = ["--set", "parallelism.hsdp_shard_size=2"] if strategy == "hsdp" else []
     sets = [*STEPS, *shard, "--set", f"parallelism.strategy={strategy}"]
     options = ["--cluster", "site.yaml", "--nodes", str(nodes), "--gpus-per-node", str(ranks), "--json", *sets]
-    done = site.run("launch", str(quickstart / "recipe.yaml"), *options, expect=None)
+    done = matrix.run("launch", str(quickstart / "recipe.yaml"), *options, expect=None)
     assert done.returncode == 0, done.stderr
     result = Result(0, done.stdout, done.stderr, Path(json.loads(done.stdout)["run_dir"]))
     ran = result.status["ran"]

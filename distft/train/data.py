@@ -20,6 +20,7 @@ from distft import data_files
 from distft.errors import DataError, DistftError
 from distft.recipe import Recipe
 from distft.run_dir import RunDir
+from distft.train import worker
 from distft.train.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -325,6 +326,9 @@ def main() -> int:
     try:
         recipe = load_recipe(sys.argv[1])
         if not data_files.is_prepared(data_files.cache_folder(recipe)):
+            with worker.importing():
+                from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+                from trl import pack_dataset  # noqa: F401
             load_prepared(recipe)
     except DistftError as error:
         if len(sys.argv) > 2:

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fitcheck", default=shutil.which("fitcheck"), help="fitcheck-llm's command")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled the peers; the first round compiles ours
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
         (Path(folder) / "model" / "config.json").write_text(json.dumps(LLAMA_70B))

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from distft.devices import known_gpu
 from distft.errors import DistftError, PlanError
 from distft.planner import speed
 from distft.run_dir import RunDir, read_metrics
@@ -40,14 +41,15 @@ def planned(run: RunDir) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def flops_per_second(word: str, runs_dir: str) -> float:
+def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
     """What a rank of an earlier run computed a second, counting what checkpointing repeats.
 
     Args:
         word: a run directory, or a run's name in `runs_dir`.
+        gpu: what the plan is for, as in plan.json.
 
     Raises:
-        PlanError: there is no such run, or it says too little.
+        PlanError: there is no such run, it says too little, or it ran on something else.
     """
     try:
         run = RunDir.find(word, runs_dir)
@@ -58,7 +60,18 @@ def flops_per_second(word: str, runs_dir: str) -> float:
     if not found or not per_token:
         what = "it has made no step" if not found else "its plan.json has no time.flops_per_token"
         raise PlanError(f"--calibrate: {run.path} cannot be used: {what}")
+    there = plan["topology"]["gpu"]
+    if _usual_name(there) != _usual_name(gpu):
+        raise PlanError(
+            f"--calibrate: {run.path} ran on {there or 'the CPU'}, and this plan is for {gpu or 'the CPU'}; name that "
+            "with --gpu, or another run"
+        )
     # Communication is in it: a plan for another width adds its own to that, and errs on the slow side.
     per_rank = found.tokens_per_second / plan["topology"]["world_size"]
     trained = plan["model"]["trainable_parameters"] < plan["model"]["parameters"]
     return per_rank * per_token * speed.recomputed(trained, plan["gradient_checkpointing"])
+
+
+def _usual_name(gpu: str | None) -> str | None:
+    """nvidia-smi and profiles call the same GPU by different names."""
+    return gpu and (known_gpu(gpu) or gpu)

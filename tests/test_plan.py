@@ -415,3 +415,5 @@ def test_force_status_and_calibrate(too_large: Path) -> None:
     assert json.loads(calibrated.stdout)["time"]["tokens_per_second_per_gpu"] == pytest.approx(
         found["measured"]["tokens_per_second"], rel=0.05
     )
+    other = distft("plan", "recipe.yaml", "--gpu", "h100", "--calibrate", name, cwd=too_large)
+    assert other.returncode == 2 and "ran on the CPU, and this plan is for H100" in other.stderr

@@ -59,7 +59,10 @@ def plan(
         # transformers and bitsandbytes tell of what does not matter here.
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-    measured = calibration.flops_per_second(calibrate, place.runs_dir(loaded)) if calibrate else None
+    measured = None
+    if calibrate:
+        gpu = where.device.name if where.device.type == "cuda" else None
+        measured = calibration.flops_per_second(calibrate, place.runs_dir(loaded), gpu)
     made = make_plan(loaded, where, compare=True, simulated=simulate, measured=measured)
     if assumed:
         text = f"{USUAL_GPU}: neither --gpu nor --cluster names another; --gpu local is this machine"

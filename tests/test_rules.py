@@ -457,6 +457,16 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"strategy": "hsdp", "nodes": 4, "ranks": 4, "shard": 8}, {"shard": 4}),
         ({"strategy": "hsdp", "nodes": 2, "ranks": 6, "shard": 4, "script": {}}, {"shard": 3}),
     ],
+    "shard-size-is-of-hsdp": [
+        (
+            {**FSDP, "parallelism__hsdp_shard_size": 2, "parallelism__strategy": "fsdp"},
+            {"parallelism__strategy": "auto"},
+        ),
+        (
+            {"script": {"parallelism": {"hsdp_shard_size": 2, "strategy": "zero2"}}},
+            {"script": {"parallelism": {"hsdp_shard_size": 2, "strategy": "hsdp"}}},
+        ),
+    ],
     "bf16-where-it-can-be-had": [({"training__mixed_precision": "fp16"}, {"device": "T4"})],
     "bf16-models-overflow-in-fp16": [
         (
@@ -612,6 +622,7 @@ recipe = group(
     data=group(packing=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
+    parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
 def case(checkpointing):
     return Case("zero3", "none", 2, Topology(1, 2), Device("cuda", "H100", 2**36, 9.0), recipe,

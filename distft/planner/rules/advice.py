@@ -121,6 +121,22 @@ def hsdp_groups_stay_in_a_node(case: Case) -> str | None:
 
 
 @rule(
+    "a parallelism.hsdp_shard_size under another strategy than hsdp",
+    "distft/strategies/accelerate.py: only hsdp has groups",
+    "set parallelism.strategy: hsdp, or leave it out",
+    kind="warning",
+    for_scripts=True,
+)
+def shard_size_is_of_hsdp(case: Case) -> str | None:
+    """The size of a group says nothing to the other strategies, which shard over all ranks or not at all."""
+    settings = case.recipe or case.script
+    asked = settings.parallelism if settings else None
+    if asked and asked.hsdp_shard_size != "auto" and asked.strategy not in ("hsdp", "auto"):
+        return f"parallelism.hsdp_shard_size: {asked.hsdp_shard_size} is not used under {asked.strategy}"
+    return None
+
+
+@rule(
     "training.mixed_precision: fp16 on Ampere or later",
     "NVIDIA A100 and H100 data sheets: equal peak rates in bf16 and fp16; "
     "https://huggingface.co/docs/transformers/perf_train_gpu_one",

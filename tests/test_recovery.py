@@ -148,6 +148,15 @@ def test_without_a_budget_it_is_preempted_and_resumed_by_hand(site: Site, undist
     assert_same_losses(run, undisturbed, 150, tolerance=1e-3)  # sums in another order
 
 
+def test_a_site_that_does_not_requeue(site: Site) -> None:
+    run = faults.start(site)
+    site.cluster.run("scontrol", "update", f"jobid={run.jobs()[-1]}", "Requeue=0")
+    site.cluster.run("scancel", "-b", "-s", "USR1", run.jobs()[-1])
+    status = faults.ended(site, run)
+    assert status["state"] == "preempted"
+    assert re.match("stopped: the time limit is near, .* is saved; SLURM does not requeue it$", status["reason"])
+
+
 APPTAINER = """#!/bin/bash
 # `apptainer exec [--bind A:B]... IMAGE COMMAND...` without the image: processes of its own, as in a container.
 shift

@@ -2,7 +2,8 @@
 
 A step of the job script: `python -m distft.schedulers.conclude RUN_DIR EXIT_STATUS BUDGET NODES` writes it into
 status.json and prints what is next: `done`, `again` (on the same nodes), or `requeue [NODE,...]` (in the queue, without
-these nodes). It fails where the run ends for good. With `begin` for the exit status: SLURM started the job once more.
+these nodes). It fails where the run ends for good. With `begin` for the exit status: SLURM started the job once more;
+with `refused`: it did not take the job back.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from distft import checkpoints, schedulers
 from distft.errors import RunError
@@ -126,6 +127,18 @@ def begin(run: RunDir, budget: int, nodes: Sequence[str]) -> str:
     return "again"
 
 
+def refused(run: RunDir) -> NoReturn:
+    """What a job does that SLURM does not take back (JobRequeue=0, or somebody set the job so): it ends.
+
+    Raises:
+        RunError: always; it says how to go on.
+    """
+    last = next(reversed(run.read_status().get("attempts") or []), None)
+    why = f"{last['reason'] if last else first_failure(run, 1).reason}; SLURM does not requeue it"
+    _end(run, state="preempted" if last and not last["fault"] else "failed", reason=why)
+    raise RunError(f"{why}; go on with: distft resume {quote(str(run.path))}")
+
+
 def _goes_on(run: RunDir) -> str:
     saved = checkpoints.complete(run)
     return f"goes on from step-{saved[0].step}" if saved else "begins anew"
@@ -163,6 +176,8 @@ def main(folder: str, returncode: str, budget: str, names: str) -> None:
     try:
         if returncode == "begin":
             word = begin(run, int(budget), nodes)
+        elif returncode == "refused":
+            refused(run)
         else:
             word = next_attempt(run, int(returncode), int(budget), nodes)
         print(word)

@@ -259,8 +259,8 @@ def content_digest(recipe: Recipe) -> str:
         words += [file_digest(path) for path in files] if files is not None else [source]
     folder = Path(model.name_or_path)
     if folder.is_dir():
-        # All but the weights: which files a tokenizer reads is its own affair.
-        files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin"))
+        # All but weights and model cards: which files a tokenizer reads is its own affair.
+        files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin", ".md"))
         words += [part for path in files for part in (path.name, file_digest(path))]
     else:
         words += [model.name_or_path, model.revision]

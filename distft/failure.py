@@ -19,7 +19,7 @@ HINTS = (
         "out of memory: --set training.micro_batch_size=1, --set training.gradient_checkpointing=true, "
         "--set parallelism.strategy=zero3, or a shorter data.max_length",
     ),
-    (r"(ModuleNotFoundError|ImportError|No module named)", 'a package is missing: pip install "distft[train]"'),
+    (r"(?m)^ *(ModuleNotFoundError|ImportError): ", 'a package is missing: pip install "distft[train]"'),
     (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
     (r"No space left on device", "the disk is full: free some, or set another output_dir"),
     (r"DataError", "a row of the data does not fit: mend it, or set data.long_rows"),

@@ -132,7 +132,7 @@ class Launch:
             schedulers.local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
             return run
-        with Follower(run, console) as follower:
+        with Follower(run, console, goes_on=self.run is not None) as follower:
             schedulers.local.supervise(run, watch=follower.poll)
         say(console, report.result_lines(run))
         return run
@@ -152,7 +152,7 @@ class Launch:
         if self.detach:
             say(console, [f"look after it with: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
-        follow(run, console)
+        follow(run, console, goes_on=self.run is not None)
         return run
 
     def _named(self, run: RunDir) -> str:
@@ -197,7 +197,7 @@ def dependency(word: str, runs_dir: str) -> str | None:
     return None if state == "completed" else run.jobs()[-1]
 
 
-def follow(run: RunDir, console: Console) -> None:
+def follow(run: RunDir, console: Console, goes_on: bool = False) -> None:
     """Show a run of SLURM's to its end. Ctrl-C leaves the job alone.
 
     Raises:
@@ -207,7 +207,7 @@ def follow(run: RunDir, console: Console) -> None:
     from distft.progress import Follower, say
 
     try:
-        with Follower(run, console) as follower:
+        with Follower(run, console, goes_on) as follower:
             asked, wait = 0.0, 1.0
             while True:
                 if time.monotonic() - asked >= wait or run.read_status().get("state") in FINISHED:

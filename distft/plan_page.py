@@ -84,7 +84,7 @@ def _speed(plan: Plan, recipe: Recipe) -> str | None:
     steps = recipe.training.max_steps or 1000
     seconds = steps * s.step_seconds
     gpu_hours = seconds / 3600 * plan.topology.world_size
-    cost = f", {gpu_hours:,.1f} GPU hours" if gpu_hours >= 0.05 else ""
+    cost = f", {gpu_hours:,.1f} GPU hours" if gpu_hours >= 0.05 and plan.device.type == "cuda" else ""
     if plan.price:
         cost += f", {gpu_hours * plan.price:,.2f} at {plan.price:g} a GPU hour"
     mfu = f" (MFU {s.assumed_mfu:.0%})" if s.assumed_mfu else ""
@@ -98,7 +98,7 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{short(seconds)} s"
 
 
 def _table(plan: Plan, width: int) -> Iterator[str]:

@@ -19,15 +19,19 @@ PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds, and always the
 
 
 class Follower:
-    """Shows what has come since the last `poll`. Use as a context manager."""
+    """Shows what has come since the last `poll`. Use as a context manager.
 
-    def __init__(self, run: RunDir, console: Console):
+    Of a run that `goes_on`, what was before is known.
+    """
+
+    def __init__(self, run: RunDir, console: Console, goes_on: bool = False):
         self.run, self.console = run, console
+        self.since = time.time() if goes_on else 0.0
         self.offset, self.latest, self.shown_step, self.shown_at = 0, {}, 0, 0.0
         self.first: dict[str, Any] | None = None
         self.file: int | None = None
         self.max_steps: int | None = None
-        self.said: set[str] = set()
+        self.said: set[str] = {"heldout_loss_before"} if goes_on else set()
         self.description = "starting"
         self.display: Progress | None = None
 
@@ -60,8 +64,12 @@ class Follower:
             self.file, self.offset, self.first = file, 0, None
         lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
         while lines:
-            self.first, self.latest = self.first or lines[0], lines[-1]
+            if new := [line for line in lines if line["time"] >= self.since]:
+                self.first, self.latest = self.first or new[0], new[-1]
             lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
+        if (problem := status.get("checkpoint_problem")) and problem not in self.said:
+            self.said.add(problem)
+            say(self.console, [f"warning: {problem}"])
         if self.display is None:
             self._milestone("heldout_loss_before", status, "held-out loss before training: {:.4f}")
             self._print_step(last)
@@ -97,7 +105,7 @@ class Follower:
             say(self.console, [text])
 
     def _milestone(self, key: str, status: dict[str, Any], text: str) -> None:
-        if key in status and key not in self.said:
+        if status.get(key) is not None and key not in self.said:
             self.said.add(key)
             say(self.console, [text.format(status[key])])
 

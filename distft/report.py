@@ -89,7 +89,7 @@ def result_lines(run: RunDir) -> list[str]:
     """Where the result lies, and what it achieved."""
     status = run.read_status()
     lines = []
-    if "heldout_loss_after" in status:
+    if status.get("heldout_loss_after") is not None:
         lines.append(f"held-out loss: {status['heldout_loss_before']:.4f} -> {status['heldout_loss_after']:.4f}")
     if run.final.is_dir():
         return [*lines, f"done: {run.final}"]

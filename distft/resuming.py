@@ -41,14 +41,14 @@ def plan(run: RunDir, sets: Sequence[str], place: Place, force: bool = False, de
     state = schedulers.state_now(run).get("state")
     if state in ("queued", "running"):
         raise RecipeError(f"RUN: {run.path.name} is {state}; end it first with: distft cancel {run.path}")
-    if state == "completed" and not sets:
-        raise RecipeError(f"RUN: {run.path.name} is completed; to train on: --set training.max_steps=... --force")
     place = _place(run, place)
     recipe, planned = plan_recipe(str(run.recipe), sets, place, need_weights=True)
     if not force:
         launching.must_fit(planned)
     newest = next(iter(checkpoints.complete(run)), None)
     changed = checkpoints.differences(newest.manifest["identity"], checkpoints.identity(recipe)) if newest else {}
+    if state == "completed" and not changed.keys() & {"training.max_steps", "training.num_train_epochs"}:
+        raise RecipeError(f"RUN: {run.path.name} is completed; to train on: --set training.max_steps=... --force")
     fixed = {name: text for name, text in changed.items() if checkpoints.is_fixed(name)}
     if fixed or (changed and not force):
         lines = [f"{name}: {text}" for name, text in (fixed or changed).items()]
@@ -65,7 +65,7 @@ def start(resumption: Resumption, console: Console) -> None:
     say(console, [f"warning: {name} {text}" for name, text in resumption.changed.items()])
     if newest:
         before, width = newest.manifest["strategy"], newest.manifest["world_size"]
-        say(console, [f"goes on after step {newest.step}, saved under {before} on {width} ranks"])
+        say(console, [f"goes on after step {newest.step}, saved under {before} on {width} rank{'s' * (width > 1)}"])
     else:
         say(console, ["no complete checkpoint: it begins anew"])
     try:

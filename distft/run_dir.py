@@ -18,6 +18,17 @@ from distft.errors import RecipeError
 
 RECIPE, PLAN, DS_CONFIG, ACCELERATE = "recipe.yaml", "plan.json", "ds_config.json", "accelerate.yaml"
 SCRIPT, SBATCH, SWEEP, CLUSTER = "job.sh", "job.sbatch", "sweep.json", "cluster.yaml"
+# In status.json: of how a run ended, which is no longer true of one that goes on.
+OF_AN_END = (
+    "ended",
+    "reason",
+    "job_id",
+    "stopped",
+    "attempts",
+    "exit_status",
+    "heldout_loss_after",
+    "checkpoint_problem",
+)
 FINISHED = ("completed", "failed", "cancelled", "preempted")
 _WRITING = threading.Lock()  # status.json, by the training and by the thread that saves
 BLOCK = 2**16  # bytes of a file that grows, at a time
@@ -69,7 +80,11 @@ class RunDir:
             if (path / "status.json").is_file():
                 return cls(path.absolute())
         known = sorted(p.parent.name for p in Path(output_dir).glob("*/status.json"))
-        hint = f"; {output_dir}/ has {', '.join(known[-8:])}" if known else f"; {output_dir}/ has none"
+        import difflib  # only for a name that is wrong
+
+        some = difflib.get_close_matches(word, known, 3, 0.5) or known[-8:]
+        more = f" and {len(known) - len(some)} more" if len(known) > len(some) else ""
+        hint = f"; {output_dir}/ has {', '.join(some)}{more}" if known else f"; {output_dir}/ has none"
         raise RecipeError(f"RUN: got {word!r}, no run directory of that name or path{hint}")
 
     @property
@@ -216,8 +231,8 @@ class RunDir:
                 for file in {SCRIPT, SBATCH, DS_CONFIG} - files.keys():  # another place or strategy
                     (self.path / file).unlink(missing_ok=True)
             self.write(files)
-            again = dict.fromkeys(("ended", "reason", "job_id", "stopped", "attempts", "exit_status"))
-            self.update_status(state="queued", name=name, **(again if goes_on else {}))
+            again = dict.fromkeys(OF_AN_END) if goes_on else {}
+            self.update_status(state="queued", name=name, **again)
         except OSError as error:
             if not goes_on:
                 shutil.rmtree(self.path, ignore_errors=True)

@@ -172,7 +172,7 @@ def table(folder: Path) -> list[str]:
     for run, state, texts in zip(runs_of(folder), schedulers.states_now(runs_of(folder)), sets, strict=True):
         last = run.last_metrics()
         heldout = f"{state['heldout_loss_before']:.4f}" if "heldout_loss_before" in state else ""
-        if "heldout_loss_after" in state:
+        if state.get("heldout_loss_after") is not None:
             heldout += f" -> {state['heldout_loss_after']:.4f}"
         loss = f"{last['loss']:.4f}" if last else ""
         rows.append((run.path.name, str(state["state"]), str(last.get("step", "")), loss, heldout, "  ".join(texts)))

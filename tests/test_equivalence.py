@@ -112,7 +112,8 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job]
             together = [j for j in (*JOBS, *map(alone, TUNINGS)) if j[:2] == job[:2]]
             made = {}
             for j in together:
-                changes = {"parallelism__strategy": j.strategy, **TUNINGS[j.tuning], **j.changes}
+                heldout = {"data__eval": str(tiny.path / "heldout.jsonl")}  # evaluation leaves the training alone
+                changes = {"parallelism__strategy": j.strategy, **heldout, **TUNINGS[j.tuning], **j.changes}
                 made[str(j)] = ready(tiny.recipe(**changes), folder, j.ranks, str(j))
             train_together([*made.values()], job.ranks)
             done.update({name: Result(0, "", "", run.path) for name, run in made.items()})
@@ -156,8 +157,12 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
         assert result.column("loss") == pytest.approx(reference.column("loss"), abs=2e-2)
     else:
         assert_same(result, reference, TOLERANCE.get(job.tuning, FP32))
+        for name in ("heldout_loss_before", "heldout_loss_after"):
+            same = pytest.approx(reference.status[name], abs=TOLERANCE.get(job.tuning, FP32))
+            assert result.status[name] == same, name
     losses = result.column("loss")
     assert losses[-1] < losses[0] - 0.05  # it learns
+    assert result.status["heldout_loss_after"] < result.status["heldout_loss_before"] - 0.05
 
 
 @pytest.mark.parametrize("tuning", ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor"])

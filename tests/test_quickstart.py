@@ -230,3 +230,9 @@ def test_demo_end_to_end_on_fewer_steps(tmp_path: Path) -> None:
         assert part in done.stdout
     again = distft("quickstart", str(target), cwd=tmp_path)
     assert (again.returncode, "holds a quickstart already" in again.stderr) == (2, True)
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    done = distft("quickstart", "/proc/quickstart", cwd=Path("/"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /proc/quickstart: cannot be written") and "Traceback" not in done.stderr

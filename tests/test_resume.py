@@ -262,7 +262,7 @@ def test_what_cannot_be_continued(stopped: tuple[Path, str], sets: list[str], sa
 
 def test_no_run_of_that_name(stopped: tuple[Path, str]) -> None:
     done = distft("resume", "tony", cwd=stopped[0])
-    assert done.returncode == 2 and "runs/ has tiny" in done.stderr
+    assert done.returncode == 2 and "runs/ has tiny\n" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path: Path) -> None:
@@ -283,6 +283,9 @@ def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path
     done = distft("resume", "tiny", *to, "--set", "parallelism.strategy=fsdp", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: training.max_steps was 3000" in done.stdout
+    assert f"warning: checkpoint step-{newest} is damaged (shard-00002" in done.stdout
+    before, after = done.stdout.split("warning: checkpoint step-", 1)
+    assert "\nstep " not in before and f"\nstep {newest + 3}/{newest + 3}" in after  # no steps of before
     assert run.read_status()["state"] == "completed"
     assert f"step-{newest} is damaged (shard-00002" in run.rank_log(0).read_text()
     assert f"continues after step {good} of {newest + 3}" in run.rank_log(0).read_text()
@@ -293,8 +296,9 @@ def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path
         assert new["loss"] == pytest.approx(old["loss"], abs=FP32)
     assert not (run.checkpoints / ".step-99.partial").exists()
     assert (run.checkpoints / f"damaged-step-{newest}").is_dir()  # counts no more for save_total_limit
-    completed = distft("resume", "tiny", cwd=folder)
-    assert completed.returncode == 2 and "is completed; to train on" in completed.stderr
+    for sets in ((), ("--set", "parallelism.strategy=zero3")):
+        completed = distft("resume", "tiny", *sets, cwd=folder)
+        assert completed.returncode == 2 and "is completed; to train on" in completed.stderr
 
 
 # What happens when a rank flushes its part of the save of step 3.

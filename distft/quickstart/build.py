@@ -35,8 +35,11 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "base.yaml").exists())):
         raise RecipeError(f"{folder}: exists and is no quickstart; name a new folder")
     train_part.require()
-    folder.mkdir(parents=True, exist_ok=True)
-    quickstart.write_recipes(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        quickstart.write_recipes(folder)
+    except OSError as error:
+        raise RecipeError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
     counts = quickstart.write_data(folder)
     say(
         console,

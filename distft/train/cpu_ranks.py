@@ -10,14 +10,15 @@ DeepSpeed's shared-memory all-reduce is left out: it is compiled with g++ while 
 a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever.
 
 bitsandbytes: importing it imports torch's compiler, to compile what its CPU kernels fall back to, whether or not it is
-used: a fifth of a rank's start, and then minutes with g++. These functions run as they are written.
+used: a fifth of a rank's start, and then minutes with g++. These functions run as they are written. And in evaluation
+it packs 4-bit weights anew for CPUs with AVX512-BF16, in place, of which ZeRO-3 and FSDP know nothing: after the next
+gathering the weights are broken, silently. They stay as they are.
 
 tests/test_cpu_ranks.py fails when upstream no longer needs this.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
@@ -30,7 +31,8 @@ def apply() -> None:
     """Have CPU ranks do what was asked for from now on. Before anything imports bitsandbytes."""
     if torch.cuda.is_available():
         return
-    _import_uncompiled("bitsandbytes")
+    if bitsandbytes := _import_uncompiled("bitsandbytes"):
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -61,13 +63,14 @@ def apply() -> None:
     PartialState._prepare_backend = prepare_backend
 
 
-def _import_uncompiled(name: str) -> None:
-    """Import a package, if it is there, for which torch.compile leaves functions as they are."""
+def _import_uncompiled(name: str) -> Any:
+    """Import a package for which torch.compile leaves functions as they are; None where it is not installed."""
     compiler = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
     try:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+        return importlib.import_module(name)
+    except ImportError:
+        return None
     finally:
         torch.compile = compiler
 

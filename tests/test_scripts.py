@@ -70,3 +70,10 @@ def test_an_abort_in_a_dying_interpreter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for rank in "01":
         assert "the handler ran" in distft("logs", "own", "--rank", rank, cwd=tmp_path).stdout
+
+
+def test_a_script_in_the_recipes_place(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("print(1)\n")
+    done = distft("launch", "own.py", cwd=tmp_path)
+    assert done.returncode == 2 and "own.py is a script: put -- before it" in done.stderr
+    assert not (tmp_path / "runs").exists()

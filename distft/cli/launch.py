@@ -72,6 +72,8 @@ def launch(
         raise click.UsageError(
             "give a RECIPE, or a script after --" if not recipe else "give a RECIPE or a script, not both"
         )
+    if recipe and recipe.endswith(".py"):
+        raise click.UsageError(f"{recipe} is a script: put -- before it")
     for option, given in (("--after", after), ("--sweep", sweeps)):
         if given and not place.cluster:
             raise click.UsageError(f"{option} needs --cluster PROFILE")

@@ -412,11 +412,12 @@ def test_out_of_gpu_memory(tiny: Tiny, saved: dict[tuple[str, str], RunDir], tmp
         "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')"
     )
     env = inject(tmp_path, "transformers.trainer:Trainer.training_step", fails)
-    recipe = tiny.recipe(training__micro_batch_size=2, checkpoint__save_steps=1, parallelism__strategy="zero2")
+    recipe = tiny.recipe(training__micro_batch_size=4, checkpoint__save_steps=1, parallelism__strategy="zero2")
     result = launch(recipe, tmp_path, ranks=2, env=env)
     assert result.status["state"] == "completed"
     said = [attempt["reason"].split("; ", 1)[1] for attempt in result.status["attempts"]]
     assert said == [
+        "training.micro_batch_size: 4 -> 2",
         "training.micro_batch_size: 2 -> 1",
         "training.gradient_checkpointing: False -> true",
         'parallelism.offload: none -> "optimizer"',

@@ -9,11 +9,11 @@ QUICKSTART ?= quickstart
 RANKS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test check goldens bench clean
+.PHONY: demo test check reference bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
-	@$(BIN)/python -m distft.quickstart.demo $(QUICKSTART) --gpus-per-node $(RANKS)
+	@$(BIN)/python -m distft.cli.demo $(QUICKSTART) --gpus-per-node $(RANKS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -22,9 +22,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-goldens: $(VENV)/.dev
-	$(BIN)/python -m distft.goldens .
-	$(BIN)/python -m distft.reference_docs docs
+reference: $(VENV)/.dev
+	$(BIN)/python tools/reference_files.py .
+	$(BIN)/python tools/generated_docs.py docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cli_latency.py

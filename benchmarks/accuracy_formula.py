@@ -100,9 +100,9 @@ stablelm-3b    full    bf16 zero2*8  sdpa   2x2048 padded recompute
 
 
 def run(folder: Path, only: str) -> dict[str, Any]:
+    from distft.models.shapes import read_model_shape
     from distft.planner.memory import Estimator
-    from distft.planner.model_shapes import read_model_shape
-    from distft.planner.simulate import simulate
+    from distft.simulation.simulate import simulate
 
     rows, spent = [], {"formula": 0.0, "simulation": 0.0}
     print(f"{'':100}{'formula':>9}{'simulated':>11}  GiB{'error':>9}")

@@ -17,9 +17,9 @@ from typing import Any
 from accuracy_rows import Row, parse, recipe_of
 from model_configs import CONFIGS
 
+from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner.memory import Estimator
-from distft.planner.model_shapes import ModelShape, read_model_shape
-from distft.planner.simulate import simulate
+from distft.simulation.simulate import simulate
 
 ROWS = """
 llama-3.2-1b   lora16  bf16 ddp*1   sdpa  4x1024 packed keep

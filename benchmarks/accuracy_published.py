@@ -13,8 +13,8 @@ from typing import Any
 from accuracy_rows import Row, parse, recipe_of
 from model_configs import CONFIGS
 
+from distft.models.shapes import read_model_shape
 from distft.planner.memory import Estimator
-from distft.planner.model_shapes import read_model_shape
 
 FAR = 10.0  # %, from where a row must say why
 
@@ -114,8 +114,8 @@ def _tokens(row: Row) -> int:
 
 
 def _per_block(folder: Path) -> list[dict[str, Any]]:
+    from distft.models.architecture import describe
     from distft.planner.activations import Mode, polynomials, symbols
-    from distft.planner.architecture import describe
 
     rows = []
     print(f"\n{'activations of a block, in 2 T h bytes':40}{'measured':>9}{'distft':>9}{'ratio':>7}")

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from model_configs import CONFIGS
 
-from distft.loading import load_recipe
-from distft.planner.memory import Setting
-from distft.recipe import Recipe
+from distft.config.loading import load_recipe
+from distft.config.recipe import Recipe
+from distft.planner.setting import Setting
 
 ATTENTION = {"flash": "flash_attention_2"}
 

@@ -67,10 +67,11 @@ def _cell(row: dict[str, Any], kind: str) -> str:
 
 def compare(folder: Path, wanted: dict[str, Any], ranks: int) -> dict[str, Any]:
     """A kind → predicted, real and error in percent; `why` where distft refuses the combination."""
-    from distft.launching import prepare_data
-    from distft.loading import load_recipe
-    from distft.planner.memory import Estimator, Setting
-    from distft.planner.model_shapes import read_model_shape
+    from distft.commands.launch import prepare_data
+    from distft.config.loading import load_recipe
+    from distft.models.shapes import read_model_shape
+    from distft.planner.memory import Estimator
+    from distft.planner.setting import Setting
 
     (folder / "recipe.yaml").write_text(yaml.safe_dump(wanted))
     run_dir = folder / f"run-{len(list(folder.glob('run-*')))}"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from distft.run_dir import RunDir
-from distft.train import worker, wrapping
+from distft.runs.directory import RunDir
+from distft.train import strategy_check, worker
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
                 return
             self.counted = True
             found = count(self.model_wrapped, self.optimizer)
-            found["ran"] = wrapping.describe(self.model_wrapped, self.optimizer)
+            found["ran"] = strategy_check.describe(self.model_wrapped, self.optimizer)
             (folder / f"states-{self.args.process_index}.json").write_text(json.dumps(found))
 
     training.RecipeTrainer = Counting

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import yaml
 
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import slurm_cluster
@@ -269,8 +269,8 @@ FOLLOW = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from distft.progress import Follower
-from distft.run_dir import RunDir
+from distft.views.progress import Follower
+from distft.runs.directory import RunDir
 with Follower(RunDir(Path(sys.argv[1])), Console()) as follower:
     follower.poll()
     assert follower.latest["step"] == int(sys.argv[2]), follower.latest

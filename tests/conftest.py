@@ -17,7 +17,7 @@ import slurm_cluster
 import yaml
 from slurm_cluster import Cluster
 
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 
 WORDS = [
     "list",
@@ -168,16 +168,16 @@ def inject(folder: Path, where: str, code: str) -> dict[str, str]:
 
 def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
     """A run directory under `folder`, ready to start."""
-    from distft import launching
-    from distft.place import Place, plan_recipe
+    from distft.commands import launch
+    from distft.jobs.target import Target, plan_recipe
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    place = Place(1, ranks)
-    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), place)
+    target = Target(1, ranks)
+    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
     run = RunDir.create(str(folder), name)
-    job = launching.Launch(loaded, plan, place).job(run)
-    run.fill(launching.render(job), job.name)
+    job = launch.Launch(loaded, plan, target).job(run)
+    run.fill(launch.render(job), job.name)
     return run
 
 

@@ -20,8 +20,8 @@ from conftest import Tiny, inject
 from slurm_cluster import Cluster
 from test_slurm import Site
 
-from distft import checkpoints
-from distft.run_dir import RunDir
+from distft.runs import checkpoints
+from distft.runs.directory import RunDir
 
 HANG_SECONDS = 35  # longer than SlurmdTimeout
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 from distft.train import worker
 from distft.train.stopping import Stopping
 

@@ -205,7 +205,7 @@ def test_no_recipe_or_both(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_long_row_can_be_truncated_dropped_or_split(tiny: Tiny, tmp_path: Path) -> None:
     """One launch for each choice would be slow: preparation alone shows it."""
-    from distft.loading import load_recipe
+    from distft.config.loading import load_recipe
     from distft.train.data import load_prepared
 
     path = data_file(tmp_path, [{"text": "list"}, {"text": "dict " * 300}])

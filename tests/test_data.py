@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import Tiny, write_jsonl
 
-from distft import data_files
-from distft.loading import load_recipe
+from distft.config.loading import load_recipe
+from distft.data.rows import cache_folder
 from distft.train.data import Prepared, load_prepared
 
 PAIRS = [
@@ -81,5 +81,5 @@ def test_prepared_data_is_found_again_by_its_content(tiny: Tiny, tmp_path: Path)
         path.parent.mkdir()
         write_jsonl(path, rows)
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train=str(path))))
-        folders.append(data_files.cache_folder(load_recipe(tmp_path / "recipe.yaml")))
+        folders.append(cache_folder(load_recipe(tmp_path / "recipe.yaml")))
     assert folders[0] == folders[1] != folders[2]

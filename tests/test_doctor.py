@@ -17,7 +17,7 @@ from slurm_cluster import Cluster
 from test_light_part import light
 from test_slurm import CLUSTER, Site
 
-from distft import train_part
+from distft import extras
 
 light_site = test_light_part.site
 site = test_slurm.site
@@ -42,7 +42,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert answer["right"] is True
     states = {check["name"]: check["state"] for check in answer["checks"]}
     said = [check["said"] for check in answer["checks"]]
-    packages = [name for name, _ in train_part.requirements()]
+    packages = [name for name, _ in extras.requirements()]
     assert len(packages) == 10
     assert {f"{name} {metadata.version(name)}" for name in packages} <= {*said}
     for name in ("imports", "products", "bitsandbytes", "all-reduce", "cache", "hub", "hub token"):
@@ -136,7 +136,7 @@ def test_the_nodes_of_a_cluster(site: Site) -> None:
     status = site.status(site.runs / "doctor")
     assert status["state"] == "completed"
     script = (site.runs / "doctor" / "job.sbatch").read_text()
-    assert "distft.train.preflight" in script
+    assert "distft.diagnostics.preflight" in script
     assert "torch.distributed.run" not in script
 
 

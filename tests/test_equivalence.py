@@ -226,7 +226,7 @@ def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> No
     """A hand-written loop without Trainer, padding or packed attention gives the same numbers."""
     import reference_loop
 
-    from distft.loading import load_recipe
+    from distft.config.loading import load_recipe
     from distft.train.data import load_prepared
     from distft.train.sampler import StreamSampler
 

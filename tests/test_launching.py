@@ -19,9 +19,9 @@ import pytest
 import yaml
 from conftest import Result, Tiny, distft, launch
 
-from distft import processes
-from distft.failure import first_failure
-from distft.run_dir import RunDir
+from distft.runs import processes
+from distft.runs.directory import RunDir
+from distft.runs.failure import first_failure
 
 LONG = {"training__max_steps": 100_000}
 END_SECONDS = 10
@@ -114,7 +114,7 @@ def test_heldout_loss(two_at_once: list[Result], tiny: Tiny) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from distft.loading import load_recipe
+    from distft.config.loading import load_recipe
     from distft.train.data import load_prepared
 
     result = two_at_once[0]

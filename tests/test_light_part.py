@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import Tiny
 
-from distft import train_part
+from distft import extras
 from distft.errors import MissingPartError
 
 ROOT = Path(__file__).parent.parent
@@ -71,8 +71,8 @@ def test_a_login_node(site: Path, tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_installed_versions() -> None:
-    found = train_part.installed()
-    for name, _ in train_part.requirements():
+    found = extras.installed()
+    for name, _ in extras.requirements():
         assert found[name] == metadata.version(name)
 
 
@@ -105,8 +105,8 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, name: str, version: str, acce
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda package: version if package == name else installed(package))
     if accepted:
-        train_part.require()
+        extras.require()
         return
     with pytest.raises(MissingPartError, match=f"not known to work: {name} .*works: >=") as error:
-        train_part.require()
+        extras.require()
     assert version in str(error.value)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from distft.config.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, validate
+from distft.config.recipe import Recipe
+from distft.config.schema_text import documented_schema, documented_schema_of
 from distft.errors import RecipeError
-from distft.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, validate
-from distft.recipe import Recipe
-from distft.wording import documented_schema, documented_schema_of
 
 GOOD = """\
 name: demo
@@ -791,7 +791,7 @@ def test_every_field_has_a_description():
     assert [path for path, texts in found.items() if not texts] == []
 
 
-@pytest.mark.parametrize("module", ["distft.loading", "distft.reference_docs", "distft.schedulers.slurm"])
+@pytest.mark.parametrize("module", ["distft.config.loading", "distft.strategies.deepspeed", "distft.schedulers.slurm"])
 def test_light_imports(module):
     code = f"import sys, {module}; print({{'torch', 'transformers', 'jinja2', 'rich', 'deepspeed'}} & set(sys.modules))"
     root = Path(__file__).parent.parent

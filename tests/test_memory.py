@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from distft.loading import load_recipe
+from distft.config.loading import load_recipe
+from distft.models.shapes import read_model_shape
 from distft.planner import activations
 from distft.planner.activations import Mode
-from distft.planner.memory import Estimator, Memory, Setting
-from distft.planner.model_shapes import read_model_shape
+from distft.planner.memory import Estimator, Memory
+from distft.planner.setting import Setting
 
 COMMON = {"vocab_size": 1000, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": None}
 SIZES = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 688}
@@ -71,7 +72,7 @@ SIMULATED = [
 
 @pytest.mark.parametrize(("model", "sets", "options"), SIMULATED, ids=[f"{m}-{'-'.join(s)}" for m, s, _ in SIMULATED])
 def test_formula_is_the_simulation(folder: Path, model: str, sets: list[str], options: dict[str, Any]) -> None:
-    from distft.planner.simulate import simulate
+    from distft.simulation.simulate import simulate
 
     sets = [*sets, f"model.name_or_path={folder / model}"]
     setting = Setting(**{"strategy": "ddp", "micro_batch_size": 1} | options)
@@ -91,7 +92,7 @@ def test_formula_is_the_simulation(folder: Path, model: str, sets: list[str], op
 )
 def test_the_table_is_what_these_classes_give(family: str, mode: Mode) -> None:
     """Fails when a new transformers or peft keeps something else: make the table anew."""
-    from distft.train import activation_table
+    from distft.simulation import activation_table
 
     assert activations.polynomials(family, mode) == activation_table.polynomials(family, mode)
 
@@ -220,9 +221,10 @@ def test_overhead_is_of_the_device(folder: Path) -> None:
 def test_torch_is_not_imported(folder: Path) -> None:
     code = f"""
 import sys
-from distft.loading import load_recipe
-from distft.planner.memory import Estimator, Setting
-from distft.planner.model_shapes import read_model_shape
+from distft.config.loading import load_recipe
+from distft.planner.memory import Estimator
+from distft.planner.setting import Setting
+from distft.models.shapes import read_model_shape
 recipe = load_recipe({str(folder / "recipe.yaml")!r})
 Estimator(recipe, read_model_shape(recipe)).memory(Setting("zero3", shard_size=2))
 sys.exit(bool({{"torch", "transformers", "peft"}} & set(sys.modules)))

@@ -17,10 +17,13 @@ import yaml
 from conftest import Result, Tiny, distft, launch, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from distft import data_files, merging, model_card, train_part
+from distft import extras
+from distft.commands import merge as merge_command
+from distft.config.loading import load_recipe
+from distft.data import rows
 from distft.errors import DataError, DistftError, MissingPartError, RecipeError, RunError
-from distft.loading import load_recipe
-from distft.run_dir import RunDir
+from distft.runs import model_card
+from distft.runs.directory import RunDir
 from distft.train import merge as merging_process
 from distft.train.merge import merge
 
@@ -245,7 +248,7 @@ def test_memory_is_bounded(made: Callable[..., RunDir], tmp_path: Path) -> None:
     made(tmp_path / "base").path.rename(tmp_path / "large")
     made().path.rename(tmp_path / "small")
     code = (
-        "import sys; from pathlib import Path; from distft.run_dir import RunDir\n"
+        "import sys; from pathlib import Path; from distft.runs.directory import RunDir\n"
         "from distft.train import merge as m; m.SHARD_BYTES = int(sys.argv[1])\n"
         "m.merge(RunDir(Path('small')), Path('small-' + sys.argv[1]))\n"  # what it imports on the way
         "print('now', flush=True); sys.stdin.readline()\n"
@@ -314,9 +317,9 @@ def test_without_the_train_part(lora: Result, tmp_path: Path, monkeypatch: pytes
     def missing() -> None:
         raise MissingPartError("training needs torch")
 
-    monkeypatch.setattr(train_part, "require", missing)
+    monkeypatch.setattr(extras, "require", missing)
     with pytest.raises(MissingPartError):
-        merging.merge(RunDir(lora.run_dir), tmp_path / "out")
+        merge_command.merge(RunDir(lora.run_dir), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -398,7 +401,7 @@ def test_a_model_of_converted_tensors(made: Callable[..., RunDir], tmp_path: Pat
     assert said.merged == 4
     assert said.logits_difference is None
     assert "transformers converts " in said.logits_unknown
-    assert any("warning: logits are not compared" in line for line in merging.lines(vars(said)))
+    assert any("warning: logits are not compared" in line for line in merge_command.lines(vars(said)))
     assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
 
 
@@ -432,14 +435,14 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
         "| width | 1 × 2 ranks (CPU) |",
         "| global batch | 8 = 4 micro × 1 accumulation × 2 ranks |",
         "| mixed precision | no |",
-        f"| digest of content, tokenizer and settings | `{data_files.content_digest(recipe)}` |",
+        f"| digest of content, tokenizer and settings | `{rows.content_digest(recipe)}` |",
         "| train | `chat.jsonl` |",
         "| heldout, size | 11 documents, ",
         "| steps | 4 |",
         f"| tokens trained on | {metrics[-1]['tokens']:,} |",
         f"| loss, first and last step | {metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f} |",
         f"| held-out loss | {status['heldout_loss_before']:.4f} → {status['heldout_loss_after']:.4f} |",
-        *(f"| {name} | {train_part.installed()[name]} |" for name in ("torch", "transformers", "peft", "trl")),
+        *(f"| {name} | {extras.installed()[name]} |" for name in ("torch", "transformers", "peft", "trl")),
     ):
         assert said in text
     shown = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])

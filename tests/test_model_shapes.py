@@ -18,13 +18,13 @@ import pytest
 import yaml
 from conftest import Tiny, distft
 
+from distft.config.loading import load_recipe
+from distft.config.recipe import Lora
 from distft.errors import PlanError
-from distft.loading import load_recipe
-from distft.planner.architecture import describe
-from distft.planner.families import FAMILIES
-from distft.planner.lora import lora_parameters
-from distft.planner.model_shapes import ModelShape, read_model_shape
-from distft.recipe import Lora
+from distft.models.architecture import describe
+from distft.models.families import FAMILIES
+from distft.models.lora import lora_parameters
+from distft.models.shapes import ModelShape, read_model_shape
 
 # Sizes that do not divide each other, so that none can stand for another. No pad token: it would have to be < 101.
 BASE = {

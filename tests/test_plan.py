@@ -15,14 +15,14 @@ import pytest
 import yaml
 from conftest import Tiny, distft
 
-from distft.devices import GPUS, known_gpu, named_device
+from distft.config.loading import load_recipe
 from distft.errors import ClusterError, PlanError
-from distft.loading import load_recipe
+from distft.hardware.devices import GPUS, known_gpu, named_device
+from distft.hardware.topology import Topology
 from distft.planner import limits
 from distft.planner.memory import Estimator
 from distft.planner.plan import make_plan
 from distft.planner.search import Where, choose
-from distft.topology import Topology
 
 LLAMA_8B = {
     "model_type": "llama",

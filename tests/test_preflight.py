@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distft.train.preflight import judge, judge_second, rounds, uses_sockets
+from distft.diagnostics.preflight import judge, judge_second, rounds, uses_sockets
 
 NAMES = ["a1", "a2", "a3", "a4"]
 FACTS = {"distft": "1", "python": "3.11", "torch": "2.13", "cuda": "13.0", "driver": "580", "transformers": "5.23"}

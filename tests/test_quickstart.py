@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from conftest import distft
 
-from distft import data_files, quickstart
+from distft import quickstart
+from distft.config.loading import load_recipe
+from distft.data import rows
 from distft.errors import DataError
-from distft.loading import load_recipe
 
 FILES = ("base.jsonl", "heldout.jsonl", "train.jsonl")
 
@@ -65,7 +66,7 @@ def test_rows_are_valid_and_short(made: Made) -> None:
         found = made.rows(name)
         assert len({json.dumps(row) for row in found}) == len(found), "a row stands twice"
         for row in found:
-            assert data_files.problem(row, data_format) is None, row
+            assert rows.problem(row, data_format) is None, row
     for prompt, answer in made.pairs("train.jsonl") + made.pairs("heldout.jsonl"):
         assert len((prompt + answer).encode()) <= quickstart.MAX_ROW_BYTES
         assert "\n" not in answer

@@ -18,8 +18,8 @@ from faults import Fault
 from slurm_cluster import Cluster
 from test_slurm import Site
 
-from distft import checkpoints
-from distft.run_dir import RunDir
+from distft.runs import checkpoints
+from distft.runs.directory import RunDir
 
 pytestmark = pytest.mark.slurm
 SAVE_STEPS, STEPS = 10, 800

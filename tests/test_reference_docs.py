@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distft.cluster import Cluster
-from distft.loading import load_recipe
-from distft.recipe import Recipe
-from distft.reference_docs import EXAMPLE, files
-from distft.wording import schema_of
+from generated_docs import EXAMPLE, files
+
+from distft.config.cluster import Cluster
+from distft.config.loading import load_recipe
+from distft.config.recipe import Recipe
+from distft.config.schema_text import schema_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPE = files()["recipe.md"]
@@ -17,7 +18,7 @@ RECIPE = files()["recipe.md"]
 
 def test_docs_are_the_generators():
     for name, text in files().items():
-        assert (DOCS / name).read_text() == text, "make goldens"
+        assert (DOCS / name).read_text() == text, "make reference"
 
 
 def test_the_example_loads(tmp_path):

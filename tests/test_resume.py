@@ -20,8 +20,8 @@ import yaml
 from conftest import Result, Tiny, distft, inject, launch, ready, train_together
 from slurm_cluster import namespaces_work
 
-from distft import checkpoints, processes
-from distft.run_dir import RunDir
+from distft.runs import checkpoints, processes
+from distft.runs.directory import RunDir
 
 FP32 = 1e-5
 SAVED, STEPS = 2, 4

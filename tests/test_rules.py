@@ -18,22 +18,21 @@ import yaml
 from click.testing import CliRunner
 from conftest import Tiny
 
-from distft import train_part
+from distft import extras, rules
 from distft.cli import main
-from distft.cluster import Cluster
-from distft.devices import Device, named_device
+from distft.config.cluster import Cluster
+from distft.config.recipe import Recipe, ScriptSettings
 from distft.errors import PlanError
-from distft.place import Place, plan_recipe, plan_script
-from distft.planner import rules
-from distft.planner.architecture import Sizes
-from distft.planner.model_shapes import ModelShape
+from distft.hardware.devices import Device, named_device
+from distft.hardware.topology import Topology
+from distft.jobs.target import Target, plan_recipe, plan_script
+from distft.models.architecture import Sizes
+from distft.models.shapes import ModelShape
 from distft.planner.plan import make_plan
-from distft.planner.rules import known
-from distft.planner.rules.configs import PLANNED
-from distft.planner.rules.core import Case, Rule
 from distft.planner.search import Where
-from distft.recipe import Recipe, ScriptSettings
-from distft.topology import Topology
+from distft.rules import upstream
+from distft.rules.core import Case, Rule
+from distft.rules.overrides import PLANNED
 
 ROOT = Path(__file__).parent.parent
 NAMES = {rule.name: rule for rule in rules.RULES}
@@ -507,11 +506,11 @@ PAIRS = [
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that packages are installed in these versions; None: not installed."""
-    installed = train_part.installed()
+    installed = extras.installed()
 
     def versions(**wanted: str | None) -> None:
         found = {name: version for name, version in (installed | wanted).items() if version}
-        monkeypatch.setattr(train_part, "installed", lambda: found)
+        monkeypatch.setattr(extras, "installed", lambda: found)
 
     return versions
 
@@ -599,22 +598,22 @@ def test_what_is_not_installed_says_nothing(pretend: Any, monkeypatch: pytest.Mo
         assert name in fired(breaks, pretend)
         assert name not in fired({**breaks, "installed": {package: None}}, pretend)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    known._source.cache_clear()
+    upstream._source.cache_clear()
     try:
         for name in ("model-must-be-a-causal-lm", "trainer-arguments-must-exist", "trackers-must-be-known"):
             assert name not in fired(TABLE[name][0][0], pretend)
     finally:
-        known._source.cache_clear()
+        upstream._source.cache_clear()
 
 
 def test_quick_and_light() -> None:
     """No torch, no transformers, no importlib.metadata, though a rule asks for a version."""
     program = """
 import sys, types
-from distft.planner.rules import RULES, broken, unwise
-from distft.planner.rules.core import Case
-from distft.devices import Device
-from distft.topology import Topology
+from distft.rules import RULES, broken, unwise
+from distft.rules.core import Case
+from distft.hardware.devices import Device
+from distft.hardware.topology import Topology
 group = types.SimpleNamespace
 recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False),
@@ -664,25 +663,25 @@ def fields_of(path: str, name: str) -> Iterator[tuple[str, str | None]]:
 
 def newest(**packages: str) -> bool:
     """Whether what is installed is as new as what the lists were made with."""
-    return all(train_part.within(metadata.version(name), [(">=", version)]) for name, version in packages.items())
+    return all(extras.within(metadata.version(name), [(">=", version)]) for name, version in packages.items())
 
 
 def test_keys_are_the_packages() -> None:
     fields = list(fields_of("deepspeed/runtime/zero/config.py", "DeepSpeedZeroConfig"))
     names = {word for pair in fields for word in pair if word}
-    assert names <= known.ZERO_KEYS
+    assert names <= upstream.ZERO_KEYS
     arguments = {name for name, _ in fields_of("transformers/training_args.py", "TrainingArguments")}
-    assert {name for name in arguments if not name.startswith("_")} - {"framework"} == known.trainer_arguments()
+    assert {name for name in arguments if not name.startswith("_")} - {"framework"} == upstream.trainer_arguments()
     if newest(deepspeed="0.19.8", transformers="5.23"):
-        assert names == known.ZERO_KEYS
+        assert names == upstream.ZERO_KEYS
         assert PLANNED.keys() <= arguments
     folder = Path(importlib.util.find_spec("deepspeed").origin).parent
     texts = "".join(path.read_text() for path in folder.rglob("*.py") if path.name in DEEPSPEED_FILES)
-    assert [key for key in known.DEEPSPEED_KEYS if f'"{key}"' not in texts and f"'{key}'" not in texts] == []
+    assert [key for key in upstream.DEEPSPEED_KEYS if f'"{key}"' not in texts and f"'{key}'" not in texts] == []
     if newest(accelerate="1.15"):
         text = (Path(importlib.util.find_spec("accelerate").origin).parent / "utils/dataclasses.py").read_text()
         plugin = text[text.index("class FullyShardedDataParallelPlugin") :]
-        keys = (known.FSDP_KEYS | known.FSDP1_KEYS) - FSDP_ALIASES
+        keys = (upstream.FSDP_KEYS | upstream.FSDP1_KEYS) - FSDP_ALIASES
         assert [key for key in keys if f'"{key.removeprefix("fsdp_").upper()}"' not in plugin] == []
 
 
@@ -697,18 +696,18 @@ def test_what_distft_writes_is_known() -> None:
 
     for strategy in ("zero1", "zero2", "zero3"):
         config = portable_config(strategy=strategy, offload="optimizer")
-        assert config.keys() <= known.DEEPSPEED_KEYS
-        assert config["zero_optimization"].keys() <= known.ZERO_KEYS
-    assert fsdp_config(offload="none", device_type="cuda").keys() <= known.FSDP_KEYS
+        assert config.keys() <= upstream.DEEPSPEED_KEYS
+        assert config["zero_optimization"].keys() <= upstream.ZERO_KEYS
+    assert fsdp_config(offload="none", device_type="cuda").keys() <= upstream.FSDP_KEYS
 
 
 def test_model_types_are_transformers() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    assert set(NAMES) == known.causal_lm_types()
+    assert set(NAMES) == upstream.causal_lm_types()
     if newest(transformers="5.23"):
         for name in ("MIXES_BY_MASK", "MIXES_BY_STATE", "NO_ATTENTION", "NO_SDPA", "NO_FLASH", "NO_CHECKPOINTING"):
-            assert getattr(known, name) <= set(NAMES), name
+            assert getattr(upstream, name) <= set(NAMES), name
 
 
 @pytest.mark.parametrize(
@@ -730,7 +729,7 @@ def test_what_classes_say_of_themselves(kind: str, sdpa: bool, flash: bool, chec
         flash,
         checkpointing,
     )
-    lists = (known.NO_SDPA, known.NO_FLASH, known.NO_CHECKPOINTING)
+    lists = (upstream.NO_SDPA, upstream.NO_FLASH, upstream.NO_CHECKPOINTING)
     assert tuple(kind not in each for each in lists) == (sdpa, flash, checkpointing)
 
 
@@ -770,7 +769,7 @@ def test_packed_documents_see_each_other(kind: str, sizes: dict[str, Any], leaks
     with torch.no_grad():
         first, second = (model(ids, position_ids=positions, use_cache=False).logits[:, 12:] for ids in (row, other))
     assert torch.allclose(first, second, atol=1e-4) is not leaks
-    assert (kind in known.MIXES_BY_MASK | known.MIXES_BY_STATE) is leaks
+    assert (kind in upstream.MIXES_BY_MASK | upstream.MIXES_BY_STATE) is leaks
 
 
 # ---- through the planner and the command line
@@ -797,7 +796,7 @@ def test_a_plan_has_the_warnings(tiny: Tiny, tmp_path: Path) -> None:
     rule_names = [text.rpartition("[")[2] for text in plan.warnings]
     assert "max-length-beyond-positions]" in rule_names
     assert "one-rank-has-nothing-to-shard]" in rule_names
-    _, plan = plan_recipe(path, ["data.max_length=256"], Place(1, 2))
+    _, plan = plan_recipe(path, ["data.max_length=256"], Target(1, 2))
     assert [text for text in plan.warnings if "[" in text] == []
 
 
@@ -808,16 +807,16 @@ def test_a_plan_checks_what_it_derived(tiny: Tiny, tmp_path: Path) -> None:
     cluster = Cluster.model_validate(
         {"runs_dir": "/runs", "node": {"gpus_per_node": 2, "gpu": "H100"}, "network": {"bandwidth": 12.5}}
     )
-    _, plan = plan_recipe(path, (), Place(2, 2, cluster))
+    _, plan = plan_recipe(path, (), Target(2, 2, cluster))
     assert len(plan.warnings) == 2
     assert "[adapters-over-slow-links]" in plan.warnings[0]
     assert "micro_batch_size: 1 makes 2 micro-batches a step" in plan.warnings[1]
     with pytest.raises(PlanError, match=r"gradient_accumulation_steps is 4, the recipe's 2;.*with-the-recipe\]"):
-        plan_recipe(path, ["deepspeed.overrides.gradient_accumulation_steps=4"], Place(2, 2, cluster))
+        plan_recipe(path, ["deepspeed.overrides.gradient_accumulation_steps=4"], Target(2, 2, cluster))
 
 
 def test_make_plan_without_a_profile(tiny: Tiny, tmp_path: Path) -> None:
-    from distft.loading import load_recipe
+    from distft.config.loading import load_recipe
 
     recipe = load_recipe(written(tiny, tmp_path))
     assert make_plan(recipe, Where(Topology(1, 2), CPU)).warnings == ()
@@ -853,7 +852,7 @@ def test_scripts_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"stage: got 2, and the strategy is zero3; .* \[the-strategy-is-the-stage\]"):
         plan_script([str(script)], sets)
     saves = "deepspeed.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=false"
-    _, plan = plan_script([str(script)], [sets[0], saves], Place(1, 2))
+    _, plan = plan_script([str(script)], [sets[0], saves], Target(1, 2))
     assert [text.rpartition("[")[2] for text in plan.warnings] == ["zero3-scripts-gather-to-save]"]
     done = run("launch", "--set", sets[0], "--set", saves, "--dry-run", "--", str(script))
     assert "warning: deepspeed.overrides.zero_optimization.stage3_gather" in done.output

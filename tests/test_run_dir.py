@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import distft
 
-from distft.run_dir import BLOCK, RunDir, read_metrics
+from distft.runs.directory import BLOCK, RunDir, read_metrics
 
 
 def test_metrics_in_blocks(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from conftest import Tiny
 from safetensors.torch import load_file, save_file
 
+from distft.config.recipe import Recipe
 from distft.errors import RunError
-from distft.recipe import Recipe
 from distft.train.save import save_trained
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from distft.loading import load_recipe
-from distft.planner.memory import Memory, Setting
-from distft.planner.simulate import simulate
-from distft.train.fake_model import build, sizes_of
-from distft.train.trace import Trace, trace
+from distft.config.loading import load_recipe
+from distft.planner.memory import Memory
+from distft.planner.setting import Setting
+from distft.simulation.fake_model import build, sizes_of
+from distft.simulation.simulate import simulate
+from distft.simulation.trace import Trace, trace
 
 TOKENS, VOCABULARY, HIDDEN = 2 * 64, 480, 64
 
@@ -118,7 +119,7 @@ def test_two_depths_continued_are_the_full_depth(
     options = {"strategy": strategy, "gradient_checkpointing": checkpointing, "world_size": 2, "shard_size": 2}
     sets = [*sets, f"model.name_or_path={folder / 'deep'}"]
     continued = run(folder, *sets, **options)
-    monkeypatch.setattr("distft.planner.simulate.DEPTHS", (7, 7))
+    monkeypatch.setattr("distft.simulation.simulate.DEPTHS", (7, 7))
     assert continued == run(folder, *sets, **options)
 
 
@@ -208,5 +209,5 @@ def test_time(folder: Path, model: str, limit: float) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, distft.planner.simulate, distft.planner.sharding; sys.exit('torch' in sys.modules)"
+    code = "import sys, distft.simulation.simulate, distft.planner.sharding; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

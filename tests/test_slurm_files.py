@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference_files
 import yaml
 from conftest import Tiny, distft
 
-from distft import goldens
-from distft.cluster import load_cluster
+from distft.commands.sweep import combinations
+from distft.config.cluster import load_cluster
 from distft.errors import ClusterError
-from distft.schedulers import site, slurm
+from distft.schedulers import cluster_probe, slurm
 from distft.shell import sbatch_quote
-from distft.sweep import combinations
 
 ROOT = Path(__file__).parent.parent
 PROFILES = sorted((ROOT / "slurm" / "clusters").glob("*.yaml"))
@@ -28,9 +28,9 @@ SCRIPTS = sorted((ROOT / "slurm" / "reference").glob("*.sbatch"))
 def test_every_profile_has_its_script() -> None:
     assert [path.stem for path in PROFILES] == ["apptainer", "bare_metal", "cpu", "pyxis", "requeue"]
     assert {path.stem for path in SCRIPTS} == {path.stem for path in PROFILES} | {"array"}
-    made = goldens.files(ROOT)
+    made = reference_files.files(ROOT)
     for path in SCRIPTS:
-        assert path.read_text() == made[str(path.relative_to(ROOT))], "run make goldens"
+        assert path.read_text() == made[str(path.relative_to(ROOT))], "run make reference"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -83,9 +83,9 @@ def test_what_a_container_is_started_with(tmp_path: Path, runtime: str) -> None:
         (commands / name).write_text(body)
         (commands / name).chmod(0o755)
     run = runs / "job.sbatch"
-    from distft.run_dir import RunDir
+    from distft.runs.directory import RunDir
 
-    run.write_text(slurm.render(goldens._example_job(cluster, RunDir(runs))))
+    run.write_text(slurm.render(reference_files._example_job(cluster, RunDir(runs))))
     env = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record")}
     env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_CPUS_ON_NODE": "8"}
     subprocess.run(["bash", str(run)], check=True, env=env)
@@ -107,9 +107,9 @@ def test_what_a_container_is_started_with(tmp_path: Path, runtime: str) -> None:
 
 def test_render_is_pure() -> None:
     cluster = load_cluster(str(PROFILES[0]))
-    from distft.run_dir import RunDir
+    from distft.runs.directory import RunDir
 
-    job = goldens._example_job(cluster, RunDir(Path("/nowhere/x")))
+    job = reference_files._example_job(cluster, RunDir(Path("/nowhere/x")))
     assert slurm.render(job) == slurm.render(job)
 
 
@@ -135,7 +135,7 @@ def test_sweep_combinations() -> None:
     [("30", 30), ("5:00", 5), ("12:00:00", 720), ("2-00:00:00", 2880), ("1-6", 1800), ("infinite", float("inf"))],
 )
 def test_time_limits(text: str, expected: float) -> None:
-    assert site.minutes(text) == expected
+    assert cluster_probe.minutes(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_time_limits(text: str, expected: float) -> None:
     ],
 )
 def test_gres(text: str, expected: tuple[int, str | None]) -> None:
-    assert site.parse_gres(text) == expected
+    assert cluster_probe.parse_gres(text) == expected
 
 
 SACCT = """\

@@ -13,16 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import reference_files
 import yaml
 
-from distft import goldens
-from distft.planner.batch import Batch
-from distft.planner.model_shapes import ModelShape
-from distft.recipe import Recipe
+from distft.config.batch import Batch
+from distft.config.recipe import Recipe
+from distft.hardware.topology import Topology
 from distft.strategies import merge
 from distft.strategies.accelerate import accelerate_config, accelerate_environment, fsdp_config
 from distft.strategies.deepspeed import LARGEST_BUCKET, SMALLEST_BUCKET, bucket_size, deepspeed_config, portable_config
-from distft.topology import Topology
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("accelerate")
@@ -48,9 +47,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 ROOT = Path(__file__).parents[1]
 OFFLOADS = {"zero1": ("none", "optimizer"), "zero2": ("none", "optimizer"), "zero3": ("none", "optimizer", "all")}
 STRATEGIES = [(strategy, offload) for strategy, offloads in OFFLOADS.items() for offload in offloads]
-LORA = ModelShape("8b-lora", 8_030_261_248 + 41_943_040, 41_943_040, 6_979_321_856, hidden_size=4096)
-FULL = ModelShape("8b", 8_030_261_248, 8_030_261_248, 6_979_321_856, hidden_size=4096)
-TINY = ModelShape("tiny", 1_000_000, 1_000_000, 900_000)
+LORA, FULL, TINY = 41_943_040, 8_030_261_248, 1_000_000  # trained parameters: of an adapter, an 8B model, a toy
 WIDTHS = [(1, Batch(32, 2, 16)), (8, Batch(32, 4, 1)), (48, Batch(96, 1, 2))]  # world size, batch
 
 
@@ -58,7 +55,7 @@ def recipe(**groups) -> Recipe:
     return Recipe.model_validate({"name": "x", "model": {"name_or_path": "m"}, "data": {"train": "d"}, **groups})
 
 
-def run_config(strategy="zero2", offload="none", world_size=8, device_type="cuda", model=FULL, **groups) -> dict:
+def run_config(strategy="zero2", offload="none", world_size=8, device_type="cuda", trainable=FULL, **groups) -> dict:
     return deepspeed_config(
         strategy=strategy,
         offload=offload,
@@ -66,7 +63,7 @@ def run_config(strategy="zero2", offload="none", world_size=8, device_type="cuda
         device_type=device_type,
         recipe=recipe(**groups),
         batch=Batch(4 * world_size, 2, 2),
-        model=model,
+        trainable_parameters=trainable,
     )
 
 
@@ -139,8 +136,8 @@ def test_checker_finds_made_up_keys(monkeypatch):
 
 @pytest.mark.parametrize("strategy, offload", STRATEGIES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
-@pytest.mark.parametrize("model", [LORA, FULL, TINY], ids=lambda m: m.name)
-def test_run_config_over_the_whole_matrix(strategy, offload, precision, model, monkeypatch):
+@pytest.mark.parametrize("trainable", [LORA, FULL, TINY], ids=["lora", "full", "tiny"])
+def test_run_config_over_the_whole_matrix(strategy, offload, precision, trainable, monkeypatch):
     training = {"mixed_precision": precision, "max_grad_norm": 0.7}
     for (world_size, batch), device_type in product(WIDTHS, ("cuda", "cpu")):
         config = deepspeed_config(
@@ -150,7 +147,7 @@ def test_run_config_over_the_whole_matrix(strategy, offload, precision, model, m
             device_type=device_type,
             recipe=recipe(training=training),
             batch=batch,
-            model=model,
+            trainable_parameters=trainable,
         )
         assert "auto" not in leaves(config).values()
         assert json.loads(json.dumps(config)) == config
@@ -277,7 +274,7 @@ def test_buckets_are_sized_to_what_is_trained():
     assert bucket_size(8_030_261_248) == LARGEST_BUCKET
     for trained in (1, 3_999_999, 4_000_001, 20_000_000, 10**12):
         assert bucket_size(trained) % 2 == 0  # stage_1_and_2.py: a multiple of nccl_start_alignment_factor
-    zero = run_config("zero2", model=LORA)["zero_optimization"]
+    zero = run_config("zero2", trainable=LORA)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 11_000_000
 
 
@@ -510,19 +507,19 @@ def test_what_cannot_be_written(change, message):
 # --- files for people ------------------------------------------------------------------------------------------------
 
 
-def test_goldens_are_their_generators():
+def test_reference_files_are_their_generators():
     found = sorted([*ROOT.glob("ds_configs/*.json"), *ROOT.glob("launch/accelerate/*.yaml")])
     assert len(found) == 5 + 6
-    made = {name: text for name, text in goldens.files(ROOT).items() if not name.startswith("slurm/")}
+    made = {name: text for name, text in reference_files.files(ROOT).items() if not name.startswith("slurm/")}
     assert {str(path.relative_to(ROOT)): path.read_text() for path in found} == made
 
 
-def test_goldens_command(tmp_path, capsys):
-    assert goldens.main([str(tmp_path)]) == 0
-    assert goldens.main([str(tmp_path), "--check"]) == 0
+def test_reference_files_command(tmp_path, capsys):
+    assert reference_files.main([str(tmp_path)]) == 0
+    assert reference_files.main([str(tmp_path), "--check"]) == 0
     (tmp_path / "ds_configs/zero2.json").write_text("{}")
     (tmp_path / "launch/accelerate/ddp.yaml").unlink()
-    assert goldens.main([str(tmp_path), "--check"]) == 1
+    assert reference_files.main([str(tmp_path), "--check"]) == 1
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "ds_configs/zero2.json",
         "launch/accelerate/ddp.yaml",
@@ -553,7 +550,8 @@ def test_readme_gives_a_reason_for_each_field():
 
 def test_strategies_import_nothing_heavy():
     code = (
-        "import sys, distft.strategies.deepspeed, distft.strategies.accelerate, distft.goldens\n"
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "import distft.strategies.deepspeed, distft.strategies.accelerate, reference_files\n"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'accelerate') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

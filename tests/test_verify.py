@@ -19,12 +19,12 @@ from click.testing import CliRunner
 from conftest import Tiny, distft
 from rich.console import Console
 
-from distft import verifying
 from distft.cli import main
+from distft.commands import verify
+from distft.commands.launch import Launch
+from distft.commands.verify import Outcome, Result, Trial, Verification
 from distft.errors import RunError
-from distft.launching import Launch
-from distft.run_dir import RunDir
-from distft.verifying import Outcome, Result, Trial, Verification
+from distft.runs.directory import RunDir
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def recipe(tiny: Tiny, tmp_path: Path) -> Path:
 @pytest.fixture
 def planned(recipe: Path) -> Verification:
     """Three runs, of which nothing is started."""
-    return verifying.plan(str(recipe), [], [1, 2], ["zero3"], 4)
+    return verify.plan(str(recipe), [], [1, 2], ["zero3"], 4)
 
 
 def test_the_same_training(recipe: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_the_usual_runs(recipe: Path) -> None:
-    found = verifying.plan(str(recipe), [], [2, 4], None, 4)
+    found = verify.plan(str(recipe), [], [2, 4], None, 4)
     names = [str(trial) for trial in found.trials]
     assert names[0] == "ddp on 2 ranks"  # the first width's is the reference
     assert sorted(names) == sorted(f"{s} on {n} ranks" for s in ("ddp", "zero2", "zero3", "fsdp") for n in (2, 4))
@@ -157,7 +157,7 @@ def test_the_usual_runs(recipe: Path) -> None:
 def test_the_recipes_own_strategy(recipe: Path) -> None:
     """Also with offload, which the reference has not."""
     own = ["parallelism.strategy=zero1", "parallelism.offload=optimizer"]
-    found = verifying.plan(str(recipe), own, [1, 2], None, 4)
+    found = verify.plan(str(recipe), own, [1, 2], None, 4)
     names = [str(trial) for trial in found.trials]
     assert names[0] == "ddp on 1 rank"
     assert "zero1+offload on 2 ranks" in names
@@ -174,11 +174,11 @@ def test_the_recipes_own_strategy(recipe: Path) -> None:
     ],
 )
 def test_what_cannot_be_equal(recipe: Path, sets: list[str], allowed: float, words: str) -> None:
-    found = verifying.plan(str(recipe), sets, [1, 2], ["ddp"], 4)
+    found = verify.plan(str(recipe), sets, [1, 2], ["ddp"], 4)
     assert found.tolerance == allowed
     assert any(note.startswith(words) for note in found.notes)
     assert all(trial.recipe.lora.lora_dropout == 0 for trial in found.trials)
-    assert verifying.plan(str(recipe), sets, [1, 2], ["ddp"], 4, 0.5).tolerance == 0.5
+    assert verify.plan(str(recipe), sets, [1, 2], ["ddp"], 4, 0.5).tolerance == 0.5
 
 
 def test_dropout_of_the_model_itself(recipe: Path, tiny: Tiny, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_dropout_of_the_model_itself(recipe: Path, tiny: Tiny, tmp_path: Path) -
     (folder / "config.json").unlink()
     config = json.loads((tiny.path / "model" / "config.json").read_text()) | {"attention_dropout": 0.1}
     (folder / "config.json").write_text(json.dumps(config))
-    found = verifying.plan(str(recipe), [f"model.name_or_path={folder}"], [1, 2], ["ddp"], 4)
+    found = verify.plan(str(recipe), [f"model.name_or_path={folder}"], [1, 2], ["ddp"], 4)
     assert any("attention_dropout 0.1" in note for note in found.notes)
 
 
@@ -203,21 +203,21 @@ def test_verdicts(planned: Verification) -> None:
     reference, near = outcome(first, 5, 4, 3, 2), outcome(second, 5, 4, 3 + 2e-6, 2)
     result = Result(planned, (reference, near, outcome(third, 5, 4, 3, 2)))
     assert result.same
-    assert verifying.verdict(result) == (
+    assert verify.verdict(result) == (
         "largest difference 2.0e-06 (loss of step 3, zero3 on 1 rank), allowed 1e-05: the same training"
     )
     far = replace(result, outcomes=(reference, near, outcome(third, 5, 4, 3, 2, norm=1.5)))
     assert not far.same
-    assert verifying.verdict(far) == (
+    assert verify.verdict(far) == (
         "largest difference 5.0e-01 (grad_norm of step 1, zero3 on 2 ranks) exceeds 1e-05: not the same training"
     )
     broken = replace(result, outcomes=(reference, near, outcome(third, 5, math.nan, 3, 2)))
     assert not broken.same
-    assert "largest difference inf (loss of step 2, zero3 on 2 ranks) exceeds" in verifying.verdict(broken)
-    found = json.loads(json.dumps(verifying.as_json(broken), allow_nan=False))
+    assert "largest difference inf (loss of step 2, zero3 on 2 ranks) exceeds" in verify.verdict(broken)
+    found = json.loads(json.dumps(verify.as_json(broken), allow_nan=False))
     assert (found["largest"]["difference"], found["runs"][2]["loss"]) == (None, [5, None, 3, 2])
     unmeasured = replace(result, outcomes=(reference, outcome(second, 5, 4, 3, 2, norm=None)))
-    assert verifying.as_json(unmeasured)["runs"][1]["grad_norm_difference"] is None
+    assert verify.as_json(unmeasured)["runs"][1]["grad_norm_difference"] is None
 
 
 def test_a_large_norm_is_compared_relative(planned: Verification) -> None:
@@ -229,7 +229,7 @@ def test_a_large_norm_is_compared_relative(planned: Verification) -> None:
 @pytest.mark.parametrize("width", [60, 120])
 def test_it_fits_the_terminal(planned: Verification, width: int) -> None:
     outcomes = [outcome(trial, 5.25, 4, 3, 2.125) for trial in planned.trials]
-    said = verifying.lines(Result(planned, tuple(outcomes)), width)
+    said = verify.lines(Result(planned, tuple(outcomes)), width)
     assert max(map(len, said)) <= width
     assert sum("FSDPPeftModelForCausalLM" in line for line in said) == 3
     assert sum("5.250000" in line and "2.125000" in line for line in said) == 3
@@ -262,10 +262,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_run_that_fails(planned: Verification, fake: dict[str, Any], tmp_path: Path, keep: bool) -> None:
     """The others are compared all the same."""
     fake["state"] = "failed"
-    result = verifying.run(planned, tmp_path / "runs", Console(quiet=True), keep)
+    result = verify.run(planned, tmp_path / "runs", Console(quiet=True), keep)
     assert [outcome.failure is None for outcome in result.outcomes] == [True, False, False]
     assert not result.same
-    said = "\n".join(verifying.lines(result, 120))
+    said = "\n".join(verify.lines(result, 120))
     assert "failed: zero3 on 1 rank: rank 1: CUDA out of memory\n  the traceback\n" in said
     assert ("log: /gone" in said, "--keep DIR keeps its logs" in said) == (keep, not keep)
     assert said.endswith("nothing was compared: every run but the reference failed")
@@ -274,7 +274,7 @@ def test_a_run_that_fails(planned: Verification, fake: dict[str, Any], tmp_path:
 
 def test_other_rows_are_another_training(planned: Verification, fake: dict[str, Any], tmp_path: Path) -> None:
     fake["tokens"] = 9
-    result = verifying.run(planned, tmp_path / "runs", Console(quiet=True), False)
+    result = verify.run(planned, tmp_path / "runs", Console(quiet=True), False)
     assert not result.same
     assert "saw other rows" in result.failed[0].failure
 
@@ -282,4 +282,4 @@ def test_other_rows_are_another_training(planned: Verification, fake: dict[str, 
 def test_a_stop_ends_it_though_the_run_completed(planned: Verification, fake: dict[str, Any], tmp_path: Path) -> None:
     fake["stop"] = True
     with pytest.raises(RunError, match="stopped at zero3 on 1 rank"):
-        verifying.run(planned, tmp_path / "runs", Console(quiet=True), False)
+        verify.run(planned, tmp_path / "runs", Console(quiet=True), False)

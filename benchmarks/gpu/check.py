@@ -292,7 +292,7 @@ def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from distft.recipe import Recipe
+    from distft.config.recipe import Recipe
     from distft.train.model import add_adapters, compute_dtype, quantization_config
 
     base = {"name_or_path": "random", "quantization": "nf4" if row.method == "qlora" else None}

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from check import FULL, LLAMA_3_8B, RESULTS, SMALL_MODEL, Row, Size, build, describe, train_step
 
-from distft.devices import Device
-from distft.planner.memory import Estimator, Setting
-from distft.planner.model_shapes import read_model_shape
-from distft.recipe import Recipe
+from distft.config.recipe import Recipe
+from distft.hardware.devices import Device
+from distft.models.shapes import read_model_shape
+from distft.planner.memory import Estimator
+from distft.planner.setting import Setting
 
 LLAMA_1B = {**LLAMA_3_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 LLAMA_3B = {**LLAMA_3_8B, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28}

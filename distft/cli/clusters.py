@@ -21,11 +21,11 @@ def init(file: str | None) -> None:
 
     FILE defaults to ~/.config/distft/clusters/NAME.yaml, where `--cluster NAME` finds it.
     """
-    from distft.cluster import profiles_dir
+    from distft.config.cluster import profiles_dir
     from distft.errors import ClusterError
-    from distft.schedulers import site
+    from distft.schedulers import cluster_probe
 
-    name, text = site.draft()
+    name, text = cluster_probe.draft()
     path = Path(file) if file else profiles_dir() / f"{name}.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +44,10 @@ def init(file: str | None) -> None:
 @options.JSON
 def check(profile: str, nodes: int, as_json: bool) -> None:
     """Say what the cluster says of PROFILE, before anything is queued. Exit status 2 if something is wrong."""
-    from distft.cluster import load_cluster
-    from distft.schedulers import site
+    from distft.config.cluster import load_cluster
+    from distft.schedulers import cluster_probe
 
-    said = site.check(load_cluster(profile), nodes)
+    said = cluster_probe.check(load_cluster(profile), nodes)
     right = all(verdict is not False for verdict, _ in said)
     if as_json:
         options.print_json({"right": right, "checks": [{"right": verdict, "said": text} for verdict, text in said]})

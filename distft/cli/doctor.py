@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -17,20 +12,18 @@ from click.core import ParameterSource
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.place import Place
+    from distft.commands.doctor import Check
+    from distft.jobs.target import Target
 
-Check = dict[str, str]  # name, state, said
 COLOURS = {"right": "green", "wrong": "red", "missing": "red", "warning": "yellow", "absent": None}
 BAD = ("wrong", "missing")
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @click.command()
-@options.place
+@options.target
 @options.JSON
 @click.pass_context
-def doctor(context: click.Context, place: Place, as_json: bool) -> None:
+def doctor(context: click.Context, target: Target, as_json: bool) -> None:
     """Check that this machine can train, or, with --cluster, that its nodes can.
 
     Here: packages, GPUs, and whether they compute. With --cluster PROFILE --nodes N: the preflight of N nodes, as a
@@ -39,9 +32,13 @@ def doctor(context: click.Context, place: Place, as_json: bool) -> None:
     # DISTFT_CLUSTER alone, or an allocation, does not turn "this machine" into a job.
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     asked = [name for name in given if name != "as_json"]
-    if asked and not place.cluster:
+    if asked and not target.cluster:
         raise click.UsageError(f"--{asked[0].replace('_', '-')} needs --cluster PROFILE")
-    checks = _nodes(place, as_json) if asked else _local()
+    from rich.console import Console
+
+    from distft.commands.doctor import nodes, this_machine
+
+    checks: Iterable[Check] = nodes(target, Console(stderr=as_json)) if asked else this_machine()
     if not as_json:
         checks = _shown(checks)
     checks = list(checks)
@@ -52,10 +49,6 @@ def doctor(context: click.Context, place: Place, as_json: bool) -> None:
         click.echo(f"to mend: {', '.join(bad)}" if bad else "all is well")
     if bad:
         raise SystemExit(1)
-
-
-def _check(name: str, state: str, said: str) -> Check:
-    return {"name": name, "state": state, "said": said}
 
 
 def _shown(checks: Iterable[Check]) -> Iterator[Check]:
@@ -69,176 +62,3 @@ def _shown(checks: Iterable[Check]) -> Iterator[Check]:
         text = "\n".join(fill(line) for line in f"{state}: {check['said']}".splitlines())
         click.echo(click.style(state, fg=COLOURS[state]) + text.removeprefix(state))
         yield check
-
-
-# ---- this machine
-
-
-def _local() -> Iterator[Check]:
-    """Every check of this machine; the quick ones first. One that fails itself is wrong, and the others go on."""
-    looks: dict[str, Callable[[], Iterable[Check]]] = {
-        "python": _python,
-        "distft[train]": _packages,
-        "gpu": _gpus,
-        "slurm": _slurm,
-        "cache": _cache,
-        "hub": _hub,
-        "training": _training,
-    }
-    for name, look in looks.items():
-        try:
-            yield from look()
-        except Exception as error:
-            text = next(iter(str(error).strip().splitlines()), "")
-            yield _check(name, "wrong", f"{name}: {type(error).__name__}: {text}")
-
-
-def _python() -> Iterator[Check]:
-    import platform
-
-    import distft
-
-    yield _check("python", "right", f"python {platform.python_version()} in {sys.prefix}")
-    yield _check("distft", "right", f"distft {distft.__version__} in {Path(distft.__file__).parent}")
-
-
-def _packages() -> Iterator[Check]:
-    """distft[train] by its metadata: nothing is imported."""
-    from importlib import metadata
-
-    from distft import train_part
-
-    missing = []
-    for name, bounds in train_part.requirements():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.append(name)
-            continue
-        if train_part.within(version, bounds):
-            yield _check(name, "right", f"{name} {version}")
-        else:
-            works = ", ".join(op + bound for op, bound in sorted(bounds, reverse=True))
-            yield _check(name, "wrong", f"{name} {version} (works: {works}): {train_part.INSTALL}")
-    if missing:
-        yield _check("distft[train]", "missing", f"{', '.join(missing)}: {train_part.INSTALL}")
-
-
-def _gpus() -> Iterator[Check]:
-    import subprocess
-
-    from distft.devices import GIB, visible_gpus
-
-    gpus = visible_gpus()
-    for number, gpu in enumerate(gpus):
-        yield _check("gpu", "right", f"GPU {number}: {gpu.name}, {gpu.memory / GIB:.1f} GiB")
-    if gpus:
-        return
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        yield _check("gpu", "absent", "no GPU, as CUDA_VISIBLE_DEVICES says: CPU ranks over gloo")
-        return
-    if shutil.which("nvidia-smi"):
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-        if done.returncode:
-            said = next(iter((done.stdout + done.stderr).strip().splitlines()), f"exit status {done.returncode}")
-            yield _check("gpu", "wrong", f"nvidia-smi: {said}")
-            return
-    yield _check("gpu", "absent", "no NVIDIA GPU: CPU ranks over gloo")
-
-
-def _slurm() -> Iterator[Check]:
-    from distft.schedulers.slurm import client
-
-    if not shutil.which("sbatch"):
-        yield _check("slurm", "absent", "SLURM's client commands: jobs run on this machine only")
-        return
-    version = client("sbatch", "--version", check=None)
-    if "configuration source" in version.stderr:
-        yield _check("slurm", "absent", "SLURM: sbatch is here, and no slurm.conf")
-        return
-    name = version.stdout.strip() or f"sbatch: exit status {version.returncode}"
-    done = client("sinfo", "-h", "-o", "%R", check=None)
-    if done.returncode:
-        said = next(reversed(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
-        yield _check("slurm", "wrong", f"{name}: {said}")
-    else:
-        yield _check("slurm", "right", f"{name}: partitions {', '.join(sorted({*done.stdout.split()})) or '(none)'}")
-
-
-def _cache() -> Iterator[Check]:
-    """The folder of prepared data, or the one that it will be made in, is really written to."""
-    import tempfile
-
-    from distft import data_files
-    from distft.train.checks import GIB, MIN_FREE
-
-    cache = data_files.cache_root()
-    folder = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"distft")
-    except OSError as error:
-        why = f"{folder} cannot be written ({error.strerror})"
-        yield _check("cache", "wrong", f"cache {cache}: {why}; set DISTFT_CACHE")
-        return
-    free = shutil.disk_usage(folder).free
-    yield _check("cache", "right" if free >= MIN_FREE else "wrong", f"cache {cache}: {free / GIB:.1f} GiB free")
-
-
-def _hub() -> Iterator[Check]:
-    """Names of variables only: their values are secrets."""
-    offline = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
-    if offline:
-        yield _check("hub", "right", f"hub: nothing is downloaded ({', '.join(offline)})")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
-    tokens = [*(name for name in TOKENS if os.environ.get(name)), *([str(file)] if file.is_file() else [])]
-    if tokens:
-        yield _check("hub token", "right", f"hub token: in {', '.join(tokens)}")
-    else:
-        yield _check("hub token", "absent", "hub token: gated models and data cannot be downloaded")
-
-
-def _training() -> Iterator[Check]:
-    """What takes torch, in a process of its own: the command line never imports it."""
-    import subprocess
-
-    if importlib.util.find_spec("torch") is None:
-        return  # missing, as was said
-    done = subprocess.run([sys.executable, "-m", "distft.train.doctor"], capture_output=True, text=True)
-    if done.returncode:
-        said = next(reversed(done.stderr.strip().splitlines()), "")
-        yield _check("training", "wrong", f"the checks ended with status {done.returncode}: {said}")
-        return
-    yield from json.loads(done.stdout)
-
-
-# ---- the nodes of a cluster
-
-
-def _nodes(place: Place, as_json: bool) -> Iterator[Check]:
-    """What the preflight of a cluster's nodes found."""
-    from rich.console import Console
-
-    from distft import launching
-    from distft.errors import RunError
-
-    try:
-        found = launching.preflight(place, Console(stderr=as_json))
-    except RunError as error:
-        yield _check("job", "wrong", str(error))
-        return
-    for name, why in found["bad"].items():
-        yield _check(name, "wrong", f"{name}: {why}")
-    for text in found["warnings"]:
-        yield _check("warning", "warning", text)
-    well = [report for report in found["reports"] if found["nodes"][report["rank"]] not in found["bad"]]
-    if well:
-        facts = [report["facts"] for report in well]
-        what = f"python {facts[0]['python']}, torch {facts[0]['torch']}"
-        if facts[0]["device"] == "cuda":
-            what += f", {min(fact['tflops'] for fact in facts):.0f} TFLOP/s at least"
-        yield _check("nodes", "right", f"nodes that are well: {len(well)} ({what})")
-    speeds = [pair["gb_per_s"] for report in well for pair in report.get("pairs", ()) if "gb_per_s" in pair]
-    if speeds:
-        yield _check("network", "right", f"all-reduce between neighbours: {min(speeds):.2f} GB/s at least")

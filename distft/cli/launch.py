@@ -9,8 +9,8 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.job import Job
-    from distft.place import Place
+    from distft.jobs.job import Job
+    from distft.jobs.target import Target
     from distft.planner.plan import Plan
 
 
@@ -31,7 +31,7 @@ class _LaunchCommand(click.Command):
 
 @click.command(cls=_LaunchCommand)
 @click.argument("recipe", required=False)
-@options.place
+@options.target
 @options.SETS
 @click.option("--after", metavar="JOB", help="Start when this job of SLURM's, or this run, has ended well.")
 @click.option(
@@ -49,7 +49,7 @@ class _LaunchCommand(click.Command):
 def launch(
     context: click.Context,
     recipe: str | None,
-    place: Place,
+    target: Target,
     sets: tuple[str, ...],
     after: str | None,
     sweeps: tuple[str, ...],
@@ -63,9 +63,10 @@ def launch(
     Here, Ctrl-C saves at the next step and ends the run, and once more ends it at once; a cluster's job goes on. Exit
     status: 0 done, 1 the run failed, 2 what was asked is wrong.
     """
-    from distft import launching
-    from distft.place import plan_recipe, plan_script
-    from distft.run_dir import RunDir
+    from distft.commands.follow import describe_run
+    from distft.commands.launch import Launch, dependency, must_fit
+    from distft.jobs.target import plan_recipe, plan_script
+    from distft.runs.directory import RunDir
 
     script = context.meta.get("script")
     if bool(recipe) == bool(script):
@@ -75,21 +76,21 @@ def launch(
     if recipe and recipe.endswith(".py"):
         raise click.UsageError(f"{recipe} is a script: put -- before it")
     for option, given in (("--after", after), ("--sweep", sweeps)):
-        if given and not place.cluster:
+        if given and not target.cluster:
             raise click.UsageError(f"{option} needs --cluster PROFILE")
     if sweeps:
         if script:
             raise click.UsageError("--sweep is for a RECIPE, not for a script")
-        _sweep(recipe, place, sets, sweeps, after, force, dry_run, detach, as_json)
+        _sweep(recipe, target, sets, sweeps, after, force, dry_run, detach, as_json)
         return
     if script:
-        settings, plan = plan_script(script, sets, place)
+        settings, plan = plan_script(script, sets, target)
     else:
-        settings, plan = plan_recipe(recipe, sets, place, need_weights=not dry_run)
+        settings, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run)
         if not (dry_run or force):
-            launching.must_fit(plan)
-    after = after and launching.dependency(after, place.runs_dir(settings))
-    planned = launching.Launch(settings, plan, place, script, after, detach)
+            must_fit(plan)
+    after = after and dependency(after, target.runs_dir(settings))
+    planned = Launch(settings, plan, target, script, after, detach)
     if dry_run:
         _show(planned.next_job(), plan, as_json)
         return
@@ -100,12 +101,12 @@ def launch(
         planned.start(Console(stderr=as_json), runs.append)
     finally:
         if as_json and runs and runs[0].path.exists():
-            options.print_json(launching.describe_run(runs[0]))
+            options.print_json(describe_run(runs[0]))
 
 
 def _sweep(
     recipe: str,
-    place: Place,
+    target: Target,
     sets: tuple[str, ...],
     sweeps: tuple[str, ...],
     after: str | None,
@@ -118,15 +119,17 @@ def _sweep(
 
     from rich.console import Console
 
-    from distft import launching, sweep
+    from distft.commands import sweep
+    from distft.commands.follow import describe_runs
+    from distft.commands.launch import dependency, must_fit
 
-    after = after and launching.dependency(after, place.cluster.runs_dir)
-    planned = sweep.plan(recipe, sets, sweeps, place, after, need_weights=not dry_run)
+    after = after and dependency(after, target.cluster.runs_dir)
+    planned = sweep.plan(recipe, sets, sweeps, target, after, need_weights=not dry_run)
     if not (dry_run or force):
         for launch in planned.launches:
-            launching.must_fit(launch.plan)
+            must_fit(launch.plan)
     if dry_run:
-        folder = Path(place.cluster.runs_dir) / f"{planned.name}-sweep"
+        folder = Path(target.cluster.runs_dir) / f"{planned.name}-sweep"
         if as_json:
             options.print_json({"sweep": str(folder), "sets": planned.sets, "script": planned.script(folder)})
         else:
@@ -135,44 +138,46 @@ def _sweep(
         return
     folder = planned.start(Console(stderr=as_json), detach)
     if as_json:
-        options.print_json({"sweep": str(folder), "runs": launching.describe_runs(sweep.runs_of(folder))})
+        options.print_json({"sweep": str(folder), "runs": describe_runs(sweep.runs_of(folder))})
 
 
 @click.command()
 @click.argument("recipe")
-@options.place
+@options.target
 @options.SETS
 @click.option("-o", "--output", required=True, metavar="DIR", help="A new folder for the files.")
-def render(recipe: str, place: Place, sets: tuple[str, ...], output: str) -> None:
+def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> None:
     """Write all that launch would write into DIR; `bash DIR/job.sh` or `sbatch DIR/job.sbatch` starts it."""
     from pathlib import Path
 
-    from distft import launching
-    from distft.place import plan_recipe
-    from distft.run_dir import RunDir
+    from distft.commands.launch import Launch
+    from distft.commands.launch import render as rendered
+    from distft.jobs.target import plan_recipe
+    from distft.runs.directory import RunDir
     from distft.shell import quote
 
-    loaded, plan = plan_recipe(recipe, sets, place)
-    target = Path(output).absolute()
-    planned = launching.Launch(loaded, plan, place)
-    launching.render(planned.job(RunDir(target)))  # before anything is written: the template may be wrong
-    run = RunDir.create(str(target.parent), target.name, exact=True)
-    run.fill(launching.render(planned.job(run)), loaded.name)
-    how = "sbatch" if place.cluster else "bash"
+    loaded, plan = plan_recipe(recipe, sets, target)
+    folder = Path(output).absolute()
+    planned = Launch(loaded, plan, target)
+    rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong
+    run = RunDir.create(str(folder.parent), folder.name, exact=True)
+    run.fill(rendered(planned.job(run)), loaded.name)
+    how = "sbatch" if target.cluster else "bash"
     click.echo(f"wrote {run.path}; start it with: {how} {quote(str(run.script))}")
 
 
 def _show(job: Job, plan: Plan, as_json: bool) -> None:
     """The dry run: the very object that would be submitted."""
-    from distft import launching, report
-    from distft.run_dir import SBATCH, SCRIPT
+    from distft.commands.launch import render as rendered
+    from distft.runs.directory import SBATCH, SCRIPT
     from distft.shell import quote
+    from distft.views import summary
 
-    files = launching.render(job)
+    files = rendered(job)
     if as_json:
         options.print_json({"run_dir": str(job.run.path), "argv": list(job.argv), "env": dict(job.env), "files": files})
         return
-    click.echo("\n".join(report.plan_lines(plan)))
+    click.echo("\n".join(summary.plan_lines(plan)))
     for name, text in files.items():
         click.secho(f"\n# {job.run.path / name}", bold=True)
         click.echo(text.rstrip("\n"))

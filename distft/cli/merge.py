@@ -20,11 +20,11 @@ def merge(run: str, output: str, step: int | None, output_dir: str, as_json: boo
 
     On the CPU, a tensor at a time. The result is compared with what was trained before DIR appears.
     """
-    from distft import merging
-    from distft.run_dir import RunDir
+    from distft.commands import merge
+    from distft.runs.directory import RunDir
 
-    merged = merging.merge(RunDir.find(run, output_dir), Path(output), step)
+    merged = merge.merge(RunDir.find(run, output_dir), Path(output), step)
     if as_json:
         options.print_json(merged)
     else:
-        click.echo("\n".join(merging.lines(merged)))
+        click.echo("\n".join(merge.lines(merged)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from distft.place import Place
+    from distft.jobs.target import Target
 
 SETS = click.option(
     "--set",
@@ -37,7 +37,7 @@ def runs_dir(command: Callable) -> Callable:
     @functools.wraps(command)
     def with_folder(*args: Any, output_dir: str | None, cluster: str | None, **kwargs: Any) -> Any:
         if output_dir is None and cluster:
-            from distft.cluster import load_cluster
+            from distft.config.cluster import load_cluster
 
             output_dir = load_cluster(cluster).runs_dir
         return command(*args, output_dir=output_dir or "runs", **kwargs)
@@ -58,11 +58,11 @@ def runs_dir(command: Callable) -> Callable:
 SLURM = ("time", "partition", "account", "qos", "constraint", "reservation")
 
 
-def place(command: Callable) -> Callable:
+def target(command: Callable) -> Callable:
     """--nodes, --gpus-per-node, --cluster and what overrides the profile; the command gets one `place`."""
 
     @functools.wraps(command)
-    def with_place(
+    def with_target(
         *args: Any,
         nodes: int | None,
         gpus_per_node: int | None,
@@ -74,38 +74,39 @@ def place(command: Callable) -> Callable:
         given = {key: value for key, value in overrides.items() if value is not None}
         if template:
             given["template"] = str(Path(template).absolute())
-        return command(*args, place=_place(nodes, gpus_per_node, cluster, given), **kwargs)
+        return command(*args, target=_target(nodes, gpus_per_node, cluster, given), **kwargs)
 
     for name in reversed(SLURM):
-        with_place = click.option(f"--{name}", metavar=name.upper(), help=f"Instead of slurm.{name} of the profile.")(
-            with_place
+        with_target = click.option(f"--{name}", metavar=name.upper(), help=f"Instead of slurm.{name} of the profile.")(
+            with_target
         )
-    with_place = click.option("--template", metavar="FILE", help="Instead of the profile's job template.")(with_place)
-    with_place = click.option(
+    with_target = click.option("--template", metavar="FILE", help="Instead of the profile's job template.")(with_target)
+    with_target = click.option(
         "--cluster",
         envvar="DISTFT_CLUSTER",
         show_envvar=True,
         metavar="PROFILE",
         help="A site profile, by path or by its name in ~/.config/distft/clusters: SLURM runs the job.",
-    )(with_place)
-    with_place = RANKS(with_place)
-    return click.option("--nodes", type=int, help="Nodes. Default: 1, or all of the allocation.")(with_place)
+    )(with_target)
+    with_target = RANKS(with_target)
+    return click.option("--nodes", type=int, help="Nodes. Default: 1, or all of the allocation.")(with_target)
 
 
-def _place(nodes: int | None, gpus_per_node: int | None, cluster: str | None, given: dict[str, str]) -> Place:
-    from distft.place import Place
+def _target(nodes: int | None, gpus_per_node: int | None, cluster: str | None, given: dict[str, str]) -> Target:
+    from distft.jobs.target import Target
 
     allocated = "SLURM_JOB_ID" in os.environ and _in_allocation()
     if given and not cluster and not allocated:
         option = next(iter(given)).removeprefix("slurm.")
         raise click.UsageError(f"--{option} needs --cluster PROFILE")
     if not cluster and not allocated:
-        return Place(nodes, gpus_per_node)
-    from distft.cluster import allocated_cluster, load_cluster  # only here: its models take a moment to build
+        return Target(nodes, gpus_per_node)
+    from distft.config.cluster import load_cluster  # only here: its models take a moment to build
+    from distft.jobs.target import allocated_cluster
 
     if allocated and nodes is None:
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    return Place(nodes, gpus_per_node, load_cluster(cluster, given) if cluster else allocated_cluster())
+    return Target(nodes, gpus_per_node, load_cluster(cluster, given) if cluster else allocated_cluster())
 
 
 def _in_allocation() -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -13,20 +11,17 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.place import Place
-
-# What is planned for where neither --gpu nor --cluster says: nothing is looked for on this machine unless asked.
-USUAL_GPU = "H100"
+    from distft.jobs.target import Target
 
 
 @click.command()
 @click.argument("recipe")
 @options.SETS
-@options.place
+@options.target
 @click.option(
     "--gpu",
     metavar="NAME",
-    help=f"A GPU (h100-80gb, rtx4090, ...), a size (48GiB), or `local`. Default: the profile's, or {USUAL_GPU}.",
+    help="A GPU (h100-80gb, rtx4090, ...), a size (48GiB), or `local`. Default: the profile's, or H100.",
 )
 @click.option("--simulate", is_flag=True, help="Count the memory of the chosen way on fake tensors: exact, in seconds.")
 @click.option("--calibrate", metavar="RUN", help="Take the speed that this run had, instead of a usual one.")
@@ -36,7 +31,7 @@ def plan(
     context: click.Context,
     recipe: str,
     sets: tuple[str, ...],
-    place: Place,
+    target: Target,
     gpu: str | None,
     simulate: bool,
     calibrate: str | None,
@@ -46,34 +41,16 @@ def plan(
 
     Exit status: 0 it fits, 1 it does not, 2 what was asked is wrong.
     """
-    from distft import calibration, plan_page, train_part
-    from distft.loading import load_recipe
-    from distft.planner import limits
-    from distft.planner.plan import make_plan, plan_json
+    from distft.commands.plan import plan as planned
+    from distft.planner.plan import plan_json
+    from distft.views import plan_page
 
-    loaded = load_recipe(recipe, sets)
-    assumed = gpu is None and not place.cluster
-    where = replace(place, gpu=USUAL_GPU if assumed else gpu).where()
-    if simulate:
-        train_part.require()
-        # transformers and bitsandbytes tell of what does not matter here.
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-    measured = None
-    if calibrate:
-        gpu = where.device.name if where.device.type == "cuda" else None
-        measured = calibration.flops_per_second(calibrate, place.runs_dir(loaded), gpu)
-    made = make_plan(loaded, where, compare=True, simulated=simulate, measured=measured)
-    if assumed:
-        text = f"{USUAL_GPU}: neither --gpu nor --cluster names another; --gpu local is this machine"
-        made = replace(made, assumptions=(text, *made.assumptions))
-    around = limits.limits(made.search, made.chosen)
-    mends = [] if made.fits else limits.would_fit(made.search)
+    found = planned(recipe, sets, target, gpu, simulate, calibrate)
     if as_json:
-        found = asdict(around) | {"would_fit": mends}
-        options.print_json(plan_json(made, loaded.name) | {"limits": found})
+        around = asdict(found.limits) | {"would_fit": found.would_fit}
+        options.print_json(plan_json(found.plan, found.recipe.name) | {"limits": around})
     else:
         width = max(60, min(shutil.get_terminal_size().columns, 200))
-        click.echo("\n".join(plan_page.lines(made, loaded, around, mends, width)))
-    if not made.fits:
+        click.echo("\n".join(plan_page.lines(found.plan, found.recipe, found.limits, found.would_fit, width)))
+    if not found.plan.fits:
         context.exit(1)

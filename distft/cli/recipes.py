@@ -10,22 +10,22 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.place import Place
+    from distft.jobs.target import Target
 
 
 @click.command()
 @click.argument("recipe")
 @options.SETS
-@options.place
+@options.target
 @options.JSON
-def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) -> None:
+def validate(recipe: str, sets: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Check RECIPE, its model, data and width, without torch.
 
     All problems of the recipe come at once. Tokens are counted by `launch` alone: rows that are too long show there.
     """
-    from distft.place import plan_recipe
+    from distft.jobs.target import plan_recipe
 
-    loaded, plan = plan_recipe(recipe, sets, place)
+    loaded, plan = plan_recipe(recipe, sets, target)
     if as_json:
         options.print_json({"recipe": recipe, "name": loaded.name, "valid": True, "warnings": list(plan.warnings)})
         return
@@ -38,7 +38,7 @@ def validate(recipe: str, sets: tuple[str, ...], place: Place, as_json: bool) ->
 @click.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
-    from distft.recipe import Recipe
-    from distft.wording import documented_schema
+    from distft.config.recipe import Recipe
+    from distft.config.schema_text import documented_schema
 
     click.echo(json.dumps(documented_schema(Recipe), indent=2))

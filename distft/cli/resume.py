@@ -9,12 +9,12 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.place import Place
+    from distft.jobs.target import Target
 
 
 @click.command()
 @click.argument("run")
-@options.place
+@options.target
 @options.SETS
 @click.option(
     "--output-dir", metavar="DIR", help="Where a RUN is looked for by its name. Default: the profile's, or runs."
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @options.JSON
 def resume(
     run: str,
-    place: Place,
+    target: Target,
     sets: tuple[str, ...],
     output_dir: str | None,
     force: bool,
@@ -39,14 +39,15 @@ def resume(
     """
     from rich.console import Console
 
-    from distft import launching, resuming
-    from distft.run_dir import RunDir
+    from distft.commands.follow import describe_run
+    from distft.commands.resume import plan, start
+    from distft.runs.directory import RunDir
 
-    folder = output_dir or (place.cluster.runs_dir if place.cluster else "runs")
+    folder = output_dir or (target.cluster.runs_dir if target.cluster else "runs")
     found = RunDir.find(run, folder)
-    planned = resuming.plan(found, sets, place, force, detach)
+    planned = plan(found, sets, target, force, detach)
     try:
-        resuming.start(planned, Console(stderr=as_json))
+        start(planned, Console(stderr=as_json))
     finally:
         if as_json:
-            options.print_json(launching.describe_run(found))
+            options.print_json(describe_run(found))

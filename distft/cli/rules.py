@@ -10,7 +10,7 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
-    from distft.planner.rules import Rule
+    from distft.rules import Rule
 
 
 @click.command()
@@ -22,7 +22,7 @@ def rules(name: str | None, as_json: bool) -> None:
     The names stand in brackets behind errors and warnings.
     """
     from distft.errors import DistftError
-    from distft.planner.rules import RULES
+    from distft.rules import RULES
 
     if name is None:
         found = sorted(RULES, key=lambda rule: (rule.kind, rule.name))

@@ -20,9 +20,9 @@ FOLLOW_SECONDS = 0.3
 @options.JSON
 def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
     """Say how RUN, a sweep, or every run of the output folder is doing."""
-    from distft import sweep
-    from distft.launching import describe_runs
-    from distft.run_dir import SWEEP, RunDir
+    from distft.commands import sweep
+    from distft.commands.follow import describe_runs
+    from distft.runs.directory import SWEEP, RunDir
 
     folder = Path(output_dir)
     places = dict.fromkeys(path for word in runs for path in (Path(word), folder / word))
@@ -40,7 +40,7 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
     described = describe_runs(found)
     named = {str(run.path): run for run in found} if runs else {}  # of all runs it would take seconds
     if as_json:
-        from distft.report import beside_plan
+        from distft.views.summary import beside_plan
 
         described = [run | (beside_plan(named[run["run_dir"]]) if named else {}) for run in described]
         options.print_json({"runs": described})
@@ -50,7 +50,7 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
     for run in described:
         click.echo(_line(run))
         if named:
-            from distft.report import beside_plan_lines
+            from distft.views.summary import beside_plan_lines
 
             problem = [f"  {run['checkpoint_problem']}"] if run.get("checkpoint_problem") else []
             for line in [*_attempts(run), *problem, *beside_plan_lines(named[run["run_dir"]])]:
@@ -86,11 +86,11 @@ def _attempts(run: dict[str, Any]) -> list[str]:
 @options.runs_dir
 def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
     """Print the log of a rank of RUN; of its job, while there are no ranks yet."""
+    from distft.commands.follow import SLURM_SECONDS
     from distft.errors import RecipeError
-    from distft.failure import first_failure
-    from distft.launching import SLURM_SECONDS
-    from distft.run_dir import FINISHED, RunDir, read_blocks
-    from distft.schedulers import state_now
+    from distft.runs.directory import FINISHED, RunDir, read_blocks
+    from distft.runs.failure import first_failure
+    from distft.schedulers.dispatch import state_now
 
     found = RunDir.find(run, output_dir)
     if failed:
@@ -138,12 +138,12 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
 @options.JSON
 def cancel(run: str, output_dir: str, as_json: bool) -> None:
     """End RUN and all its processes."""
-    from distft import schedulers
-    from distft.launching import describe_run
-    from distft.run_dir import RunDir
+    from distft.commands.follow import describe_run
+    from distft.runs.directory import RunDir
+    from distft.schedulers import dispatch
 
     found = RunDir.find(run, output_dir)
-    schedulers.cancel(found)
+    dispatch.cancel(found)
     described = describe_run(found)
     if as_json:
         options.print_json(described)

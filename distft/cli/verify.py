@@ -56,19 +56,19 @@ def verify(
     """
     from rich.console import Console
 
-    from distft import verifying
+    from distft.commands import verify
 
-    asked = verifying.parse_strategies(strategies) if strategies is not None else None
-    planned = verifying.plan(recipe, sets, verifying.parse_widths(widths), asked, steps, tolerance)
+    asked = verify.parse_strategies(strategies) if strategies is not None else None
+    planned = verify.plan(recipe, sets, verify.parse_widths(widths), asked, steps, tolerance)
     kept = _new_folder(keep) if keep else None
     with tempfile.TemporaryDirectory(prefix="distft-") as temporary:
         os.environ["TMPDIR"] = temporary  # of what runs: torchrun leaves a folder there
-        result = verifying.run(planned, kept or Path(temporary), Console(stderr=True), keep=kept is not None)
+        result = verify.run(planned, kept or Path(temporary), Console(stderr=True), keep=kept is not None)
     if as_json:
-        options.print_json({"recipe": recipe} | verifying.as_json(result))
+        options.print_json({"recipe": recipe} | verify.as_json(result))
     else:
         width = max(60, min(shutil.get_terminal_size().columns, 120))
-        click.echo("\n".join(verifying.lines(result, width)))
+        click.echo("\n".join(verify.lines(result, width)))
     if not result.same:
         context.exit(1)
 

@@ -1,6 +1,6 @@
 """What a training step keeps beside the states: polynomials in a model's sizes, by family and mode.
 
-The table is activations.txt, which distft/train/activation_table.py makes of the real classes. Symbols: T tokens of a
+The table is activations.txt, which simulation/activation_table.py makes from the real classes. Symbols: T tokens of a
 micro-batch, s tokens of a row, h hidden size, q and kv the widths of queries and of keys, a heads, d head size, f MLP,
 V words, r LoRA's rank; of a mixture m one expert's MLP, n its shared MLP, e experts, k experts of a token. Coefficients
 are bytes.
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distft.planner.layout import Tensor
-    from distft.planner.memory import Setting
-    from distft.planner.model_shapes import ModelShape
-    from distft.recipe import Recipe
+    from distft.config.recipe import Recipe
+    from distft.models.layout import Tensor
+    from distft.models.shapes import ModelShape
+    from distft.planner.setting import Setting
 
 FILE = Path(__file__).parent / "activations.txt"
 MOMENTS = ("base", "saved", "forward", "loss", "head", "top", "bottom")

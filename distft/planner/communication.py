@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distft.planner.memory import Setting
+from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes
 
 # Of a link's data sheet: 361 to 367 of 450 GB/s on a node of 8 H200 (ml-engineering, network/benchmarks).

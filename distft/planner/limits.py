@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from distft.config import batch as batches
+from distft.config.batch import Batch
+from distft.config.recipe import Lora, Recipe
 from distft.errors import PlanError
-from distft.planner import batch as batches
-from distft.planner.batch import Batch
-from distft.planner.search import Candidate, Search, choose, gib
-from distft.recipe import Lora, Recipe
-from distft.topology import Topology
+from distft.hardware.topology import Topology
+from distft.planner.search import Candidate, Search, choose
+from distft.units import gib
 
 LONGEST, LARGEST = 2**20, 2**12  # where looking for more ends
 NODES = 128

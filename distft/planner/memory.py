@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from distft.config.recipe import Recipe
+from distft.models.layout import Tensor, blocks
+from distft.models.lora import adapters
+from distft.models.shapes import ModelShape
 from distft.planner import activations, sharding
-from distft.planner.layout import Tensor, blocks
-from distft.planner.lora import adapters
-from distft.planner.model_shapes import ModelShape
-from distft.planner.rules.known import NOT_QUANTISED
+from distft.planner.setting import Setting
 from distft.planner.sharding import Share, Sizes, Unit
-from distft.recipe import Recipe
+from distft.rules.upstream import NOT_QUANTISED
+from distft.units import GIB
 
 # Outside torch's allocator: the CUDA context (0.47 GiB, A100, lazy module loading), NCCL's buffers (the first
 # collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator in parts of the peak (fitcheck-llm, 69
 # measured rows: 5%). On a CPU: torch, transformers and peft imported (benchmarks/plan_accuracy.py measures it).
-CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * 2**30), 2**30, 0.05, int(0.75 * 2**30)
+CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * GIB), GIB, 0.05, int(0.75 * GIB)
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
 Peaks = Mapping[tuple[str, "int | None"], Counter]
@@ -60,27 +62,6 @@ class Memory:
     def process(self) -> int:
         """Comparable with nvidia-smi."""
         return self.peak + self.overhead
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What decides about the memory of a rank, beside recipe and model; `shard_size` ranks share one copy of what the
-    strategy shards."""
-
-    strategy: str
-    offload: str = "none"
-    shard_size: int = 1
-    world_size: int = 1
-    nproc_per_node: int = 1
-    micro_batch_size: int = 1
-    gradient_checkpointing: bool = False
-    attn_implementation: str = "sdpa"
-    device_type: str = "cuda"
-
-    @property
-    def layout(self) -> str:
-        """What the strategy computes with: see train/fake_model.py, build."""
-        return "autocast" if self.strategy == "ddp" else "zero" if self.strategy.startswith("zero") else "fsdp"
 
 
 class Estimator:
@@ -184,7 +165,7 @@ def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, An
     """ds_config.json's zero_optimization, as the run will have it; None for FSDP."""
     if setting.layout != "zero":
         return None
-    from distft.planner.batch import Batch
+    from distft.config.batch import Batch
     from distft.strategies.deepspeed import deepspeed_config
 
     config = deepspeed_config(
@@ -194,7 +175,7 @@ def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, An
         device_type="cuda",
         recipe=recipe,
         batch=Batch(1, 1, 1),
-        model=ModelShape(recipe.model.name_or_path, sizes.parameters, sizes.trained, 0),
+        trainable_parameters=sizes.trained,
     )
     return config["zero_optimization"]
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distft.devices import GPUS, Device
+from distft import rules
+from distft.config.batch import Batch
+from distft.config.recipe import Recipe, ScriptSettings
 from distft.errors import PlanError
-from distft.planner import rules, speed
-from distft.planner.batch import Batch
+from distft.hardware.devices import GPUS, Device
+from distft.hardware.topology import Topology
+from distft.models.shapes import ModelShape, check_start, read_model_shape
+from distft.planner import speed
 from distft.planner.memory import Memory
-from distft.planner.model_shapes import ModelShape, check_start, read_model_shape
-from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, gib, shard_size, short
+from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, shard_size
+from distft.planner.setting import Setting
 from distft.planner.speed import Speed
-from distft.recipe import Recipe, ScriptSettings
-from distft.topology import Topology
+from distft.units import gib, short
 
 PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
 
@@ -58,7 +62,8 @@ def make_plan(
     need_weights: bool = False,
     *,
     compare: bool = False,
-    simulated: bool = False,
+    count: Callable[[Recipe, Setting], Memory] | None = None,
+    model: ModelShape | None = None,
     measured: float | None = None,
 ) -> Plan:
     """Derive everything that the recipe leaves open.
@@ -66,19 +71,20 @@ def make_plan(
     Args:
         need_weights: refuse a model that has only a config.json.
         compare: look at other strategies too where the recipe names one.
-        simulated: count the memory of what is chosen (simulate.py); takes seconds, and torch.
-        measured: FLOP/s of a rank in an earlier run (calibration.py).
+        count: counts the memory of what is chosen (simulation/simulate.py); takes seconds, and torch.
+        model: read from the recipe's unless given.
+        measured: FLOP/s of a rank in an earlier run (calibrate.py).
 
     Raises:
         PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
     """
-    model = _model(recipe, need_weights, simulated)
+    model = model or read_model_shape(recipe, need_weights)
     if recipe.lora and recipe.lora.start_from:
         check_start(recipe.lora, model.trainable_parameters)
     search = Search.of(recipe, model, where, measured)
     reasons, warnings = [], _warnings(where.topology, where.device)
     if model.model_type and not model.is_known:
-        counted = "the chosen way alone was counted" if simulated else "--simulate counts those of the chosen way"
+        counted = "the chosen way alone was counted" if count else "--simulate counts those of the chosen way"
         warnings.append(
             f"model_type {model.model_type} is not known here: activations are estimated as Llama's; {counted}"
         )
@@ -96,10 +102,10 @@ def make_plan(
         if chosen is None:
             raise PlanError("\n".join(candidates[0].broken))
         reasons += _reasons(chosen, candidates)
-    if simulated and recipe.training.use_liger_kernel:
+    if count and recipe.training.use_liger_kernel:
         warnings.append("training.use_liger_kernel: the simulation counts transformers' own kernels, which keep more")
-    if simulated:
-        chosen, candidates = _simulate(recipe, chosen, candidates, free=not strategy)
+    if count:
+        chosen, candidates = _simulate(recipe, chosen, candidates, count, free=not strategy)
     setting, batch = chosen.setting, chosen.batch
     reasons += _details(recipe, chosen, search)
     warnings += rules.warnings(search.case_of(chosen))
@@ -124,7 +130,7 @@ def make_plan(
         _assumptions(recipe, search, chosen),
         chosen,
         search,
-        simulated,
+        count is not None,
         where.price,
     )
 
@@ -141,23 +147,14 @@ def misfit(chosen: Candidate) -> str:
     return f"will run out of memory: {'; '.join(found)}"
 
 
-def _model(recipe: Recipe, need_weights: bool, simulated: bool) -> ModelShape:
-    try:
-        return read_model_shape(recipe, need_weights)
-    except PlanError:
-        if not simulated:
-            raise
-        from distft.planner.simulate import model_shape
-
-        return model_shape(recipe)
-
-
 def _simulate(
-    recipe: Recipe, chosen: Candidate, candidates: list[Candidate], free: bool
+    recipe: Recipe,
+    chosen: Candidate,
+    candidates: list[Candidate],
+    count: Callable[[Recipe, Setting], Memory],
+    free: bool,
 ) -> tuple[Candidate, list[Candidate]]:
     """The choice with its memory counted; where that does not fit after all, the next that does."""
-    from distft.planner.simulate import simulate
-
     order = [chosen]
     if free:
         order += [
@@ -165,7 +162,7 @@ def _simulate(
         ]
     counted = {}
     for candidate in order:
-        found = replace(candidate, memory=simulate(recipe, candidate.setting))
+        found = replace(candidate, memory=count(recipe, candidate.setting))
         counted[id(candidate)] = found
         if found.fits:
             break

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from distft.devices import GIB, GPUS, Device
-from distft.planner import batch as batches
-from distft.planner import rules, speed
-from distft.planner.batch import Batch
+from distft import rules
+from distft.config import batch as batches
+from distft.config.batch import Batch
+from distft.config.recipe import Parallelism, Recipe
+from distft.hardware.devices import GPUS, Device
+from distft.hardware.topology import Topology
+from distft.models.shapes import ModelShape
+from distft.planner import speed
 from distft.planner.communication import Links
-from distft.planner.memory import Estimator, Memory, Setting
-from distft.planner.model_shapes import ModelShape
+from distft.planner.memory import Estimator, Memory
+from distft.planner.setting import Setting
 from distft.planner.speed import Speed
-from distft.recipe import Parallelism, Recipe
-from distft.topology import Topology
+from distft.units import gib
 
 # Simpler ones first: of candidates about as fast, the first is taken. DDP and ZeRO-2 are the best defaults for LoRA
 # (Singh et al., arXiv 2406.02290); offload is the last resort.
@@ -273,13 +276,3 @@ def cost(candidate: Candidate) -> float:
     if not candidate.seconds:  # no time can be estimated
         return 0.0 if candidate.roomy else 1.0
     return candidate.seconds * (1.0 if candidate.roomy else TIGHT)
-
-
-def short(seconds: float) -> str:
-    """Seconds to three figures, without an exponent."""
-    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
-
-
-def gib(size: float) -> str:
-    """A size for people; MiB where it is small."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

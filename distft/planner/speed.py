@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distft.devices import GPUS, Device, Gpu
+from distft.config.recipe import Recipe
+from distft.hardware.devices import GPUS, Device, Gpu
+from distft.models.architecture import Sizes as ModelSizes
+from distft.models.layout import Tensor
+from distft.models.shapes import ModelShape
 from distft.planner import communication
-from distft.planner.architecture import Sizes as ModelSizes
 from distft.planner.communication import Communication, Links
-from distft.planner.layout import Tensor
-from distft.planner.memory import Setting
-from distft.planner.model_shapes import ModelShape
+from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes
-from distft.recipe import Recipe
 
 # Matmul rate that can be reached where none was measured, in parts of the data sheet (A100 0.87, H100 0.80, B200 0.78).
 ACHIEVABLE = 0.8

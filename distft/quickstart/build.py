@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft import launching, quickstart, train_part
-from distft.devices import visible_gpus
+from distft import extras, quickstart
+from distft.commands import launch
 from distft.errors import RecipeError, RunError
-from distft.place import Place, plan_recipe
-from distft.progress import say
-from distft.run_dir import read_metrics
+from distft.hardware.devices import visible_gpus
+from distft.jobs.target import Target, plan_recipe
+from distft.runs.directory import read_metrics
+from distft.views.progress import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,7 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
         raise RecipeError(f"{folder}: holds a quickstart already; train it with: distft launch {folder}/recipe.yaml")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "base.yaml").exists())):
         raise RecipeError(f"{folder}: exists and is no quickstart; name a new folder")
-    train_part.require()
+    extras.require()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         quickstart.write_recipes(folder)
@@ -58,8 +59,8 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     if gpus_per_node is None and not visible_gpus():
         gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-    recipe, plan = plan_recipe(str(folder / "base.yaml"), sets, Place(gpus_per_node=gpus_per_node))
-    run = launching.Launch(recipe, plan).start(console)
+    recipe, plan = plan_recipe(str(folder / "base.yaml"), sets, Target(gpus_per_node=gpus_per_node))
+    run = launch.Launch(recipe, plan).start(console)
     losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
     shutil.copytree(run.final, folder / "base")
     say(

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distft import processes
 from distft.errors import RunError
-from distft.job import Job
-from distft.run_dir import FINISHED, RunDir
+from distft.jobs.job import Job
+from distft.runs import processes
+from distft.runs.directory import FINISHED, RunDir
 from distft.shell import command_line, quote
 
 STOP_SECONDS = 30  # as SLURM's KillWait
@@ -67,8 +67,8 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str
     Raises:
         RunError: the run failed or was cancelled; the message says why.
     """
-    from distft.failure import first_failure  # not while a script is only rendered
-    from distft.schedulers.conclude import less_memory
+    from distft.runs.failure import first_failure  # not while a script is only rendered
+    from distft.schedulers.attempts import less_memory
 
     if run.read_status().get("state") == "cancelled":
         raise RunError("cancelled before it started")
@@ -115,7 +115,7 @@ def _attempt(run: RunDir, watch: Callable[[], None], received: list[int]) -> int
 
 
 def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:
-    from distft.schedulers.conclude import conclude
+    from distft.schedulers.attempts import conclude
 
     status = run.read_status()
     if received and status.get("state") != "completed" and not status.get("stopped"):

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.errors import ClusterError, RunError, SubmitError
-from distft.job import Job, cluster_python
-from distft.run_dir import FINISHED, RECIPE, SBATCH, RunDir
+from distft.jobs.job import Job, cluster_python
+from distft.runs.directory import FINISHED, RECIPE, SBATCH, RunDir
 from distft.shell import quote, sbatch_quote
 
 if TYPE_CHECKING:
-    from distft.cluster import Cluster
+    from distft.config.cluster import Cluster
 
 CLIENT_SECONDS = 30
 TEMPLATE = "job.sbatch"
@@ -202,12 +202,12 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         "setup": cluster.setup,
         "step_flags": step_flags,
         "requeue": cluster.requeue,
-        "preflight": [*inside, python, "-m", "distft.train.preflight", str(run.path), str(gpus)]
+        "preflight": [*inside, python, "-m", "distft.diagnostics.preflight", str(run.path), str(gpus)]
         if cluster.preflight
         else None,
         "prepare": [*inside, python, "-m", "distft.train.data", recipe] if recipe else None,
         "train": [*inside, *job.argv] if job.argv else None,
-        "conclude": [*inside, python, "-m", "distft.schedulers.conclude", str(run.path)],
+        "conclude": [*inside, python, "-m", "distft.schedulers.attempts", str(run.path)],
         "torchrun_log": str(run.logs).replace("%", "%%") + "/torchrun-%n.log",
     }
 

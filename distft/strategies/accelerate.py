@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from distft.hardware.topology import Topology
 from distft.strategies import merge
-from distft.topology import Topology
 
 
 def accelerate_config(

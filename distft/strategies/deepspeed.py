@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.planner.batch import Batch
-from distft.planner.model_shapes import ModelShape
-from distft.recipe import Recipe
+from distft.config.batch import Batch
+from distft.config.recipe import Recipe
 from distft.strategies import merge
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -45,7 +44,7 @@ def deepspeed_config(
     device_type: str,
     recipe: Recipe,
     batch: Batch,
-    model: ModelShape,
+    trainable_parameters: int,
 ) -> dict[str, Any]:
     """ds_config.json of a run: no "auto", no default relied on; `deepspeed.overrides` of the recipe lie on top.
 
@@ -66,7 +65,7 @@ def deepspeed_config(
         "zero_optimization": _zero_optimization(
             STAGES[strategy],
             offload,
-            bucket=bucket_size(model.trainable_parameters),
+            bucket=bucket_size(trainable_parameters),
             pin_memory=device_type == "cuda",
             # The trainer gathers what is trained, tensor by tensor; DeepSpeed would gather the base model too.
             gather_on_save=False,

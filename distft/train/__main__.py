@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 from distft.train import worker
 from distft.train.stopping import Stopping
 

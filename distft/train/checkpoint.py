@@ -31,15 +31,15 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from distft import checkpoints
-from distft.checkpoints import MANIFEST, SCHEMA, Checkpoint
-from distft.data_files import file_digest
+from distft.config.recipe import Recipe
+from distft.data.rows import file_digest
 from distft.errors import RunError
-from distft.recipe import Recipe
-from distft.run_dir import RunDir
+from distft.runs import checkpoints
+from distft.runs.checkpoints import MANIFEST, SCHEMA, Checkpoint
+from distft.runs.directory import RunDir
 from distft.train import worker
 from distft.train.save import unwrapped
-from distft.train.shares import Share, Shares
+from distft.train.shards import Share, Shares
 
 log = logging.getLogger("distft")
 # Said of every save of one process, and of every load: each rank reads what it needs by itself.
@@ -176,7 +176,7 @@ class Checkpointer:
         return staged
 
     def _manifest(self, trainer: Any, position: Position, staged: dict[str, Range]) -> dict[str, Any]:
-        from distft import train_part
+        from distft import extras
 
         return {
             "schema": SCHEMA,
@@ -189,7 +189,7 @@ class Checkpointer:
             "scaler": _scaler_state(trainer),
             "strategy": self.plan["strategy"],
             "world_size": self.world,
-            "versions": {name: train_part.installed().get(name) for name in ("torch", "transformers", "peft")},
+            "versions": {name: extras.installed().get(name) for name in ("torch", "transformers", "peft")},
             "time": time.time(),
         }
 

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft import data_files
+from distft.config.recipe import Recipe
+from distft.data import rows
 from distft.errors import DataError, DistftError
-from distft.recipe import Recipe
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 from distft.train import worker
 from distft.train.stopping import Stopping
 
@@ -89,20 +89,20 @@ def load_prepared(recipe: Recipe) -> Prepared:
     """
     import datasets
 
-    folder = data_files.cache_folder(recipe)
-    if not data_files.is_prepared(folder):
+    folder = rows.cache_folder(recipe)
+    if not rows.is_prepared(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"DISTFT_CACHE: {folder.parent} cannot be written ({error.strerror})") from None
         with (folder.parent / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not data_files.is_prepared(folder):
+            if not rows.is_prepared(folder):
                 _prepare(recipe, folder)
     splits = {
         name: datasets.load_from_disk(str(folder / name)) for name in ("train", "heldout") if (folder / name).is_dir()
     }
-    return Prepared(splits["train"], splits.get("heldout"), data_files.read_counts(folder))
+    return Prepared(splits["train"], splits.get("heldout"), rows.read_counts(folder))
 
 
 def _prepare(recipe: Recipe, folder: Path) -> None:
@@ -114,12 +114,12 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
         counts = {"train": _prepare_split(recipe, tokenizer, recipe.data.train, work, "train")}
         if recipe.data.eval:
             counts["heldout"] = _prepare_split(recipe, tokenizer, recipe.data.eval, work, "heldout")
-        (work / data_files.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
+        (work / rows.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:
             work.rename(folder)
         except OSError:  # another node was quicker on a shared file system: the same content by its name
-            if not data_files.is_prepared(folder):
+            if not rows.is_prepared(folder):
                 raise
     except OSError as error:
         raise DataError(f"DISTFT_CACHE: {folder.parent} cannot be written ({error.strerror or error})") from None
@@ -152,17 +152,17 @@ def _prepare_split(
     from datasets.arrow_writer import ArrowWriter
     from trl import pack_dataset
 
-    what, sources = "data.train" if split == "train" else "data.eval", data_files.as_list(sources)
+    what, sources = "data.train" if split == "train" else "data.eval", rows.as_list(sources)
     data_format = recipe.data.format
     if data_format == "auto":
-        data_format = data_files.first_format(sources)
+        data_format = rows.first_format(sources)
     encode = _ENCODERS[data_format](tokenizer, recipe)
-    rows = data_files.check_rows(data_files.read_rows(sources), data_format, what)
+    checked = rows.check_rows(rows.read_rows(sources), data_format, what)
     done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
     counts, temporary = Counts(done=done), work / "tmp" / split
 
     def documents() -> Iterator[dict[str, list[int]]]:
-        for place, row in rows:
+        for place, row in checked:
             for ids, trained in _fit(place, encode(place, row), recipe, data_format, counts):
                 # The first token of a document has nothing before it to predict it from: in a packed row the model
                 # would learn to guess it from the document before.
@@ -199,7 +199,7 @@ def _fit(place: str, tokens: Tokens, recipe: Recipe, data_format: str, counts: C
     if len(ids) > limit:
         counts.long_rows += 1
         counts.longest = max(counts.longest, len(ids))
-        if len(counts.examples) < data_files.SHOWN_PROBLEMS:
+        if len(counts.examples) < rows.SHOWN_PROBLEMS:
             counts.examples.append(f"{place}: {len(ids)} tokens")
         if how in ("drop", "error"):
             return
@@ -318,14 +318,14 @@ def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 def main() -> int:
     """`python -m distft.train.data RECIPE [PROBLEM]`: prepare. What is wrong with the data goes to the file PROBLEM."""
-    from distft.loading import load_recipe
+    from distft.config.loading import load_recipe
 
     run = RunDir(Path(sys.argv[1]).parent)
     if run.stop.exists():  # a step of a job
         Stopping(run)
     try:
         recipe = load_recipe(sys.argv[1])
-        if not data_files.is_prepared(data_files.cache_folder(recipe)):
+        if not rows.is_prepared(rows.cache_folder(recipe)):
             with worker.importing():
                 from transformers import AutoConfig, AutoTokenizer  # noqa: F401
                 from trl import pack_dataset  # noqa: F401

@@ -34,12 +34,12 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from distft import checkpoints, model_card
-from distft.checkpoints import Checkpoint
+from distft.config.loading import load_yaml, validate
+from distft.config.recipe import Recipe
 from distft.errors import DataError, DistftError, RecipeError, RunError
-from distft.loading import load_yaml, validate
-from distft.recipe import Recipe
-from distft.run_dir import RunDir
+from distft.runs import checkpoints, model_card
+from distft.runs.checkpoints import Checkpoint
+from distft.runs.directory import RunDir
 from distft.train.checkpoint import read_weights
 from distft.train.data import load_tokenizer
 from distft.train.model import add_adapters, compute_dtype, quantization_config

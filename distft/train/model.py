@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
 
+from distft.config.recipe import Recipe
 from distft.errors import DataError
-from distft.planner.lora import ADAPTER_WEIGHTS
-from distft.recipe import Recipe
+from distft.models.lora import ADAPTER_WEIGHTS
 
 log = logging.getLogger("distft")
 

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback
 
-from distft import model_card, train_part
-from distft.loading import load_recipe
-from distft.recipe import Recipe
-from distft.run_dir import RunDir
+from distft import extras
+from distft.config.loading import load_recipe
+from distft.config.recipe import Recipe
+from distft.runs import model_card
+from distft.runs.directory import RunDir
 from distft.train.checkpoint import Checkpointer
 from distft.train.data import load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
@@ -62,7 +63,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             data=prepared.counts,
             identity=checkpointer.identity,
             owner=checkpointer.owner,
-            versions={name: train_part.installed().get(name) for name in model_card.PACKAGES},
+            versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
         if found:

@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 from distft.train import worker
 
 

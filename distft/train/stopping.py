@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 
 POLL_SECONDS = 0.5
 UNWIND_SECONDS = 3  # for a start that is stopped: temporary files go, and a rank that waits for others is ended

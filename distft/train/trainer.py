@@ -21,11 +21,11 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from distft.checkpoints import Checkpoint
-from distft.recipe import Recipe
-from distft.run_dir import RunDir
+from distft.config.recipe import Recipe
+from distft.runs.checkpoints import Checkpoint
+from distft.runs.directory import RunDir
 from distft.strategies import merge
-from distft.train import worker, wrapping
+from distft.train import strategy_check, worker
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import IGNORE
 from distft.train.sampler import StreamSampler
@@ -201,9 +201,9 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopping.training = True
-        ran = wrapping.describe(self.trainer.model_wrapped, self.trainer.optimizer)
+        ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         self._status(ran=ran)
-        wrapping.check(self.plan, ran)
+        strategy_check.check(self.plan, ran)
         if self.found is not None:
             began = time.perf_counter()
             self.checkpointer.restore(self.found, self.trainer)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 
 from distft.errors import Hang
-from distft.run_dir import RunDir
+from distft.runs.directory import RunDir
 from distft.train import worker
 
 FACTOR = 20  # times the median step

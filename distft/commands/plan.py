@@ -1,0 +1,82 @@
+"""`distft plan`: the plan of a recipe, how far it carries, and what would fit where it does not."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distft import extras
+from distft.config.loading import load_recipe
+from distft.config.recipe import Recipe
+from distft.errors import PlanError
+from distft.jobs.target import Target
+from distft.models.shapes import ModelShape, read_model_shape
+from distft.planner import calibrate, limits
+from distft.planner.plan import Plan, make_plan
+from distft.planner.search import Where
+
+# Planned for where neither --gpu nor --cluster names a GPU: this machine is looked at only when asked.
+USUAL_GPU = "H100"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe with its plan and the limits around it; `would_fit` has changes that fit where the plan does not."""
+
+    recipe: Recipe
+    plan: Plan
+    limits: limits.Limits
+    would_fit: list[str]
+
+
+def plan(
+    path: str,
+    sets: Sequence[str],
+    target: Target,
+    gpu: str | None = None,
+    simulate: bool = False,
+    calibrate_with: str | None = None,
+) -> Planned:
+    """Plan a recipe for a GPU, a cluster or this machine.
+
+    Args:
+        gpu: see hardware.devices.named_device; the profile's, or USUAL_GPU, unless given.
+        simulate: count the memory of the chosen way; needs torch.
+        calibrate_with: a run whose speed is taken.
+
+    Raises:
+        DistftError: what was asked is wrong.
+    """
+    recipe = load_recipe(path, sets)
+    assumed = gpu is None and not target.cluster
+    where = replace(target, gpu=USUAL_GPU if assumed else gpu).where()
+    measured = None
+    if calibrate_with:
+        name = where.device.name if where.device.type == "cuda" else None
+        measured = calibrate.flops_per_second(calibrate_with, target.runs_dir(recipe), name)
+    if simulate:
+        made = _simulated(recipe, where, measured)
+    else:
+        made = make_plan(recipe, where, compare=True, measured=measured)
+    if assumed:
+        text = f"{USUAL_GPU}: neither --gpu nor --cluster names another; --gpu local is this machine"
+        made = replace(made, assumptions=(text, *made.assumptions))
+    around = limits.limits(made.search, made.chosen)
+    return Planned(recipe, made, around, [] if made.fits else limits.would_fit(made.search))
+
+
+def _simulated(recipe: Recipe, where: Where, measured: float | None) -> Plan:
+    """The plan with its memory counted, also of a model whose config.json the planner cannot read."""
+    extras.require()
+    # transformers and bitsandbytes tell of what does not matter here.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from distft.simulation.simulate import model_shape, simulate
+
+    try:
+        model: ModelShape = read_model_shape(recipe)
+    except PlanError:
+        model = model_shape(recipe)
+    return make_plan(recipe, where, compare=True, count=simulate, model=model, measured=measured)

@@ -1,0 +1,1 @@
+"""YAML to a Recipe or a Cluster, with all problems at once."""

@@ -1,0 +1,1 @@
+"""Training data as it lies on disk, without torch."""

@@ -1,0 +1,309 @@
+"""Training data as it lies on disk: rows with their place, and the check of every row. No torch, no transformers.
+
+A row that does not fit is named by file, line and field before anything starts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from distft.config.recipe import Recipe
+from distft.errors import DataError, MissingPartError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SHOWN_PROBLEMS = 5
+# Raise it when prepare() would make other rows of the same input.
+PREPARATION_VERSION = 1
+COUNTS = "counts.json"
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands ("train.jsonl:7"), and its fields
+
+
+def as_list(sources: str | list[str] | None) -> list[str]:
+    return [] if sources is None else [sources] if isinstance(sources, str) else list(sources)
+
+
+def local_files(source: str) -> list[Path] | None:
+    """The files of a source; None for a hub id.
+
+    Raises:
+        DataError: a folder without data files, or a file of another kind.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise DataError(f"{source}: no data file in this folder; need {', '.join(SUFFIXES)}")
+        return files
+    if not path.is_file():
+        return None
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{source}: got a {path.suffix or 'suffix-less'} file, need {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def read_rows(sources: Iterable[str]) -> Iterator[Row]:
+    """All rows, in order.
+
+    Raises:
+        DataError: a file that is not what its suffix says, naming the line.
+    """
+    for source in sources:
+        files = local_files(source)
+        if files is None:
+            yield from _read_hub(source)
+        else:
+            for path in files:
+                yield from _READERS[path.suffix](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    name = str(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                yield _object(f"{name}:{number}", line)
+
+
+def _object(place: str, text: bytes | str) -> Row:
+    try:
+        row = json.loads(text if isinstance(text, str) else text.decode())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise DataError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: got a JSON {type(row).__name__}, need an object with fields")
+    return place, row
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); one object a line is .jsonl") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: need a list of objects")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}:[{number}]", row
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{reader.line_num}: not as many fields as the header has")
+                yield f"{path}:{reader.line_num}", row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not CSV in UTF-8 ({error})") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingPartError(f'{path}: reading parquet needs pip install "distft[train]"') from None
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:[{number}]", row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not parquet ({error})") from None
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _read_hub(source: str) -> Iterator[Row]:
+    """Rows of a hub data set, `owner/name` or `owner/name:split`."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPartError(f'{source}: a hub data set needs pip install "distft[train]"') from None
+    name, _, split = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        # datasets raises its own, the hub client's and OSError's errors; the user can mend only the name or the net.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{source}: this hub data set could not be read ({reason[0]})") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{source}[{number}]", row
+
+
+def detect_format(row: Row) -> str:
+    """messages, prompt_completion or text, by the fields of a row.
+
+    Raises:
+        DataError: none of them.
+    """
+    place, fields = row
+    if "messages" in fields:
+        return "messages"
+    if "prompt" in fields and "completion" in fields:
+        return "prompt_completion"
+    if "text" in fields:
+        return "text"
+    raise DataError(
+        f"{place}: got the fields {', '.join(fields) or '(none)'}; need messages, prompt + completion or text"
+    )
+
+
+def problem(row: Mapping[str, Any], data_format: str) -> str | None:
+    """What is wrong with a row, naming the field; None when nothing is."""
+    if data_format == "messages":
+        return _messages_problem(row.get("messages"))
+    names = ("prompt", "completion") if data_format == "prompt_completion" else ("text",)
+    for name in names:
+        if name not in row:
+            return f"{name}: missing; the row has {', '.join(row) or 'nothing'}"
+        if not isinstance(row[name], str):
+            return f"{name}: got {_shown(row[name])}, need a string"
+    if not row[names[-1]].strip():
+        return f"{names[-1]}: empty"
+    return None
+
+
+def _messages_problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f"messages: got {_shown(messages)}, need a list of {{role, content}}"
+    for index, message in enumerate(messages):
+        for field in ("role", "content"):
+            value = message.get(field) if isinstance(message, dict) else None
+            if not isinstance(value, str):
+                return f"messages[{index}].{field}: got {_shown(value)}, need a string"
+    if not any(message["role"] == "assistant" for message in messages):
+        return "messages: no turn of the assistant, so nothing to train on"
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_rows(rows: Iterable[Row], data_format: str, what: str) -> Iterator[Row]:
+    """Pass the rows on, and at the end report all that do not fit.
+
+    Raises:
+        DataError: the first problems and their number, or no row at all.
+    """
+    rows, problems, total = iter(rows), [], 0
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{what}: no rows")
+    if data_format == "auto":
+        data_format = detect_format(first)
+    for place, row in (pair for part in ((first,), rows) for pair in part):
+        total += 1
+        if found := problem(row, data_format):
+            problems.append(f"{place}: {found}")
+        else:
+            yield place, row
+    if problems:
+        more = [f"... and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise DataError("\n".join([*problems[:SHOWN_PROBLEMS], *more, f"{len(problems)} of {total} rows do not fit"]))
+
+
+def check_files(recipe: Recipe) -> None:
+    """Check every row of the recipe's local files. Hub data sets are checked when they are read.
+
+    Raises:
+        DataError: see check_rows.
+    """
+    for what, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        local = [source for source in as_list(sources) if local_files(source) is not None]
+        if local:
+            for _ in check_rows(read_rows(local), recipe.data.format, what):
+                pass
+
+
+def first_format(sources: list[str]) -> str:
+    """The format that `auto` stands for."""
+    row = next(islice(read_rows(sources), 1), None)
+    return detect_format(row) if row else "text"
+
+
+def cache_root() -> Path:
+    """distft's cache: DISTFT_CACHE, else the user's."""
+    own = os.environ.get("DISTFT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+
+
+def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
+    """Where the prepared data of a recipe lies: a name made of the content of all that goes into it.
+
+    Under `root`, else `cache_root()`.
+    """
+    versions = (_version(package) for package in ("transformers", "tokenizers", "trl"))
+    name = _digest(PREPARATION_VERSION, content_digest(recipe), *versions)
+    return (Path(root) if root else cache_root()) / "data" / name
+
+
+def content_digest(recipe: Recipe) -> str:
+    """What the data of a recipe is made of: its files' content, the tokenizer's, and the settings."""
+    data, model = recipe.data, recipe.model
+    words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
+    words += [model.pad_token, model.trust_remote_code]
+    for source in (*as_list(data.train), None, *as_list(data.eval)):
+        files = local_files(source) if source else []
+        words += [file_digest(path) for path in files] if files is not None else [source]
+    folder = Path(model.name_or_path)
+    if folder.is_dir():
+        # All but weights and model cards: which files a tokenizer reads is its own affair.
+        files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin", ".md"))
+        words += [part for path in files for part in (path.name, file_digest(path))]
+    else:
+        words += [model.name_or_path, model.revision]
+    if data.chat_template:
+        words.append(Path(data.chat_template).read_bytes())
+    return _digest(*words)
+
+
+def _digest(*words: object) -> str:
+    import hashlib  # only here: it loads OpenSSL, which takes longer than a plan
+
+    digest = hashlib.sha256()
+    for word in words:
+        data = word if isinstance(word, bytes) else str(word).encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:32]
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file."""
+    import hashlib
+
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a cache folder is whole: it appears by a rename, with its counts inside."""
+    return (folder / COUNTS).is_file()
+
+
+def read_counts(folder: Path) -> dict[str, dict[str, Any]]:
+    """What preparation counted, by split (train/data.py, Counts)."""
+    return json.loads((folder / COUNTS).read_text())

@@ -1,0 +1,1 @@
+"""Whether machines can train: the preflight of a job, and `distft doctor`."""

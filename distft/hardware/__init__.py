@@ -1,0 +1,1 @@
+"""Devices and topologies: what a rank computes on, and how many ranks there are."""

@@ -1,0 +1,160 @@
+"""What a rank computes on: this machine's devices, and the GPUs that a cluster profile can name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from distft.errors import ClusterError
+from distft.hardware.topology import Topology
+from distft.units import GIB
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank computes on. `memory` in bytes; for `cpu` it is the rank's share of the host's memory."""
+
+    type: str  # "cuda" or "cpu"
+    name: str
+    memory: int
+    compute_capability: float | None = None  # 8.0 is Ampere; None for a CPU
+    cores: int | None = None  # of the whole node, where known
+
+
+class Gpu(NamedTuple):
+    """Data sheet of one GPU: memory in GiB, compute capability, dense TFLOP/s in 16 bit and in float32, TB/s of its
+    memory, GB/s to the other GPUs of its node in one direction, and the matmul TFLOP/s that were measured, if any."""
+
+    memory: float
+    compute_capability: float
+    tflops: float
+    float32_tflops: float
+    memory_bandwidth: float
+    link: float
+    measured_tflops: float | None = None
+
+
+# A profile's name of a GPU → its data sheet. Memory: data sheets' sizes less 1.1%, which the driver keeps (A100-80GB:
+# 79.15 GiB seen by torch; T4 with ECC: 14.9). Links: NVLink, else PCIe. Measured: the "maximum achievable matmul FLOPS"
+# of https://github.com/stas00/ml-engineering, compute/accelerator/benchmarks.
+GPUS = {
+    "V100-16GB": Gpu(15.8, 7.0, 125, 15.7, 0.90, 150),
+    "V100-32GB": Gpu(31.6, 7.0, 125, 15.7, 0.90, 150),
+    "T4": Gpu(14.9, 7.5, 65, 8.1, 0.32, 13),
+    "A100-40GB": Gpu(39.5, 8.0, 312, 19.5, 1.555, 300, 271.2),
+    "A100-80GB": Gpu(79.15, 8.0, 312, 19.5, 2.0, 300, 271.2),
+    "A10G": Gpu(23.7, 8.6, 70, 31.2, 0.60, 31),
+    "RTX-3090": Gpu(23.7, 8.6, 71, 35.6, 0.94, 31),
+    "RTX-A6000": Gpu(47.4, 8.6, 155, 38.7, 0.77, 31),
+    "L4": Gpu(23.7, 8.9, 121, 30.3, 0.30, 31),
+    "L40S": Gpu(47.4, 8.9, 362, 91.6, 0.86, 31),
+    "RTX-4090": Gpu(23.7, 8.9, 165, 82.6, 1.01, 31),
+    "H100-PCIE": Gpu(79.1, 9.0, 756, 51, 2.0, 63),
+    "H100": Gpu(79.1, 9.0, 989, 67, 3.35, 450, 794.5),
+    "H200": Gpu(139.4, 9.0, 989, 67, 4.8, 450, 794.5),
+    "B200": Gpu(178.0, 10.0, 2250, 80, 8.0, 900, 1745),
+    "RTX-5090": Gpu(31.6, 12.0, 209, 105, 1.79, 63),
+}
+
+
+LARGEST_GPU = 4096  # GiB; more is a slip of the pen
+
+
+def known_gpu(name: str) -> str | None:
+    """The name in GPUS of a GPU that is called `name` by a person (h100-80gb, rtx4090) or by nvidia-smi (NVIDIA A100-
+    SXM4-80GB)."""
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    whole = "".join(re.findall(r"[a-z0-9]+", name.lower()))
+    for known in sorted(GPUS, key=len, reverse=True):
+        parts = known.lower().split("-")
+        if set(parts) <= words or "".join(parts) == whole:
+            return known
+    return None
+
+
+def named_device(name: str, nproc_per_node: int) -> Device:
+    """The device that `--gpu` names: a GPU, a size such as 48GiB, or `local` for this machine's.
+
+    Raises:
+        ClusterError: it is none of these.
+    """
+    if name == "local":
+        return local_device(nproc_per_node)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb)", name.strip().lower())
+    if size and 1 <= float(size[1]) <= LARGEST_GPU:
+        memory = float(size[1]) * (GIB if size[2] == "gib" else 10**9)
+        return Device("cuda", f"{size[1]} {'GiB' if size[2] == 'gib' else 'GB'} GPU", int(memory))
+    if known := known_gpu(name):
+        return Device("cuda", known, int(GPUS[known].memory * GIB), GPUS[known].compute_capability)
+    word = "".join(re.findall(r"[a-z0-9]+", name.lower()))
+    near = [known for known in GPUS if word and word in known.lower().replace("-", "")]
+    guess = f"did you mean {' or '.join(near)}? Give" if near else "give"
+    raise ClusterError(f"--gpu: got {name!r}; {guess} one of {', '.join(GPUS)}, a size such as 48GiB or 80GB, or local")
+
+
+@lru_cache
+def visible_gpus() -> tuple[Device, ...]:
+    """The NVIDIA GPUs of this machine as nvidia-smi tells them, without torch; () where there are none.
+
+    CUDA_VISIBLE_DEVICES narrows them, as it will for the ranks.
+    """
+    if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ()
+    import subprocess  # only here: a plan for another machine takes less time than this import
+
+    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # a driver that does not answer: no usable GPU
+        return ()
+    gpus = []
+    for line in answer.splitlines():
+        uuid, name, mib, capability = (field.strip() for field in line.split(","))
+        gpus.append((uuid, Device("cuda", name, int(mib) * 2**20, float(capability))))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return tuple(gpu for _, gpu in gpus)
+    wanted = [word.strip() for word in chosen.split(",")]
+    by_name = {str(index): gpu for index, (_, gpu) in enumerate(gpus)} | dict(gpus)
+    return tuple(by_name[word] for word in wanted if word in by_name)
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def local_device(nproc_per_node: int) -> Device:
+    """The device of one rank when `nproc_per_node` ranks run on this machine.
+
+    Raises:
+        ClusterError: more ranks than GPUs, on a machine with GPUs.
+    """
+    gpus = visible_gpus()
+    if not gpus:
+        return Device("cpu", "cpu", physical_memory() // nproc_per_node, cores=len(os.sched_getaffinity(0)))
+    if nproc_per_node > len(gpus):
+        raise ClusterError(
+            f"--gpus-per-node: got {nproc_per_node}, this machine has {len(gpus)} ({gpus[0].name}); "
+            f"ask for at most {len(gpus)}, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    return min(gpus[:nproc_per_node], key=lambda gpu: gpu.memory)
+
+
+def topology_here(nodes: int | None, gpus_per_node: int | None) -> Topology:
+    """Nodes like this machine: one, with every GPU, unless told otherwise (one process on a machine without GPUs)."""
+    ranks = gpus_per_node if gpus_per_node is not None else len(visible_gpus()) or 1
+    return Topology(nodes if nodes is not None else 1, ranks)
+
+
+def only_this_machine(topology: Topology) -> None:
+    """Raises ClusterError for more than one node: from here only this machine can be started."""
+    if topology.nnodes != 1:
+        raise ClusterError(
+            f"--nodes: got {topology.nnodes}, and only this machine can be started from here; "
+            "--cluster has SLURM start them, or render and start each by hand (launch/multinode.sh)"
+        )

@@ -1,0 +1,47 @@
+"""A job that needs less GPU memory, after one that ran out of it."""
+
+from __future__ import annotations
+
+import json
+
+from distft.errors import DistftError
+from distft.jobs.job import recipe_job
+from distft.jobs.target import Target, plan_recipe, target_of
+from distft.runs.directory import RunDir
+
+
+def less_memory(run: RunDir) -> str | None:
+    """Have a run that ran out of GPU memory need less of it, with the same global batch, and say what was changed.
+
+    First a smaller micro-batch, then gradient checkpointing, then offload; None when all that is used up. Recipe, plan
+    and configs in the run directory are written anew.
+    """
+    plan = json.loads(run.plan.read_text())
+    batch, topology, strategy = plan["batch"], plan["topology"], plan["strategy"]
+    micro, share = batch["micro_batch_size"], batch["global_batch_size"] // topology["world_size"]
+    sets = {
+        "training.micro_batch_size": micro,
+        "training.gradient_checkpointing": plan["gradient_checkpointing"],
+        "parallelism.strategy": strategy,
+        "parallelism.offload": plan["offload"],
+    }
+    if micro > 1:
+        smaller = max(n for n in range(1, micro // 2 + 1) if share % n == 0)
+        change = {"training.micro_batch_size": smaller}
+    elif not plan["gradient_checkpointing"]:
+        change = {"training.gradient_checkpointing": True}
+    elif plan["offload"] == "none":
+        change = {"parallelism.offload": "all" if strategy in ("zero3", "fsdp", "hsdp") else "optimizer"}
+        if strategy == "ddp":
+            change["parallelism.strategy"] = "zero2"
+    else:
+        return None
+    words = [f"{name}={json.dumps(value)}" for name, value in (sets | change).items()]
+    try:
+        target = target_of(run, Target())
+        recipe, planned = plan_recipe(str(run.recipe), words, target)
+        files = recipe_job(recipe, planned, run, target.cluster).files
+    except DistftError:  # a rule: no offload with this model; or what the profile names is not to be seen from here
+        return None
+    run.write(files)
+    return ", ".join(f"{name}: {sets[name]} -> {json.dumps(value)}" for name, value in change.items())

@@ -1,0 +1,1 @@
+"""config.json to the names and shapes of all parameters, without torch."""

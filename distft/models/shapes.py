@@ -1,0 +1,252 @@
+"""What the model of a recipe is: its parameters and sizes, from config.json and the headers of its weights.
+
+Reading a header takes no torch: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from distft.config.recipe import Lora, Recipe
+from distft.errors import MissingPartError, PlanError
+from distft.models.architecture import Sizes, describe, guess_sizes, is_known
+from distft.models.layout import Tensor
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parameters
+
+# A header is JSON of some hundred bytes a tensor; what claims more is not a safetensors file.
+MAX_HEADER_BYTES = 100_000_000
+
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Counts in elements. The sizes are None where config.json has no such entry."""
+
+    name: str
+    parameters: int
+    trainable_parameters: int
+    linear_parameters: int  # weights of linear layers but the output layer: what quantization stores in fewer bits
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    vocab_size: int | None = None
+    head_dim: int | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    tensors: tuple[Tensor, ...] = field(default=(), repr=False)  # every parameter of the base model, tied ones once
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json
+    peft_experts: str | None = None  # see families.Family
+    tied: tuple[Tensor, ...] = field(default=(), repr=False)  # weights that are another's of `tensors`
+
+    @property
+    def model_type(self) -> str | None:
+        return self.config.get("model_type")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its family is one of families.py."""
+        return is_known(self.config)
+
+
+def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
+    """The model of a recipe, from its local folder or the hub.
+
+    Of a known family, exactly what transformers builds from config.json: a checkpoint may hold other things (buffers,
+    a tied weight twice, experts one by one). Of any other, what the headers of the weights hold.
+
+    Args:
+        need_weights: refuse a model that could be planned but not loaded.
+
+    Raises:
+        PlanError: no config.json, a file that is not what its name says, or weights that are needed and not there.
+        MissingPartError: a hub id, without huggingface_hub installed.
+    """
+    name = recipe.model.name_or_path
+    folder = Path(name)
+    config, header = _read_folder(folder, need_weights) if folder.is_dir() else _read_hub(recipe, need_weights)
+    tied: tuple[Tensor, ...] = ()
+    experts = None
+    if is_known(config):
+        model = describe(config)
+        sizes, tensors, tied, experts = model.sizes, model.tensors, model.tied, model.peft_experts
+        if header and "quantization_config" not in config:  # which packs weights into other shapes
+            tensors = tuple(t._replace(shape=header.get(t.name, t.shape)) for t in tensors)
+    elif header is not None:
+        sizes, tensors = guess_sizes(config), tuple(Tensor(n, s, _guess_kind(n, s)) for n, s in header.items())
+    else:
+        kind = config.get("model_type")
+        raise PlanError(
+            f"model.name_or_path: {name} has no weights (*.safetensors), and "
+            + (f"model_type {kind} is not known here" if kind else "its config.json has no model_type")
+            + "; add the weights, or plan with --simulate, which takes any transformers model"
+        )
+    return shape_of(recipe, tensors, tied, sizes, config, experts)
+
+
+def shape_of(
+    recipe: Recipe,
+    tensors: tuple[Tensor, ...],
+    tied: tuple[Tensor, ...],
+    sizes: Sizes,
+    config: Mapping[str, Any],
+    peft_experts: str | None = None,
+) -> ModelShape:
+    """The counts of a model with these parameters.
+
+    Raises:
+        PlanError: lora.target_modules names none of its layers.
+    """
+    parameters = sum(tensor.size for tensor in tensors)
+    trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts) if recipe.lora else parameters
+    return ModelShape(
+        name=recipe.model.name_or_path,
+        parameters=parameters,
+        trainable_parameters=trained,
+        linear_parameters=sum(tensor.size for tensor in tensors if tensor.is_linear),
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        vocab_size=sizes.vocab_size,
+        head_dim=sizes.head_dim,
+        sizes=sizes,
+        tensors=tensors,
+        config=config,
+        peft_experts=peft_experts,
+        tied=tied,
+    )
+
+
+def _guess_kind(name: str, shape: tuple[int, ...]) -> str:
+    """The kind of a tensor of an unknown family: a matrix in a numbered block is a linear layer's."""
+    if name.endswith(".bias"):
+        return "bias"
+    if len(shape) == 3 and "expert" in name:
+        return "experts"
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return "norm" if len(shape) == 1 else "param"
+    if any(part.isdigit() for part in name.split(".")):
+        return "linear"
+    return "output" if name in ("lm_head.weight", "embed_out.weight") else "embedding"
+
+
+def _read_folder(folder: Path, need_weights: bool) -> tuple[dict, Shapes | None]:
+    """Config of a model folder, and the tensors of its weights; None where there are none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise PlanError(f"model.name_or_path: {folder} has no config.json; it is not a transformers model") from None
+    except ValueError as error:
+        raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not a JSON object")
+    files, missing = _weight_files(folder)
+    if (missing or not files) and not need_weights:
+        return config, None
+    if missing and files:
+        raise PlanError(f"model.name_or_path: {folder} lacks {', '.join(missing[:3])}, which its index names")
+    if not files:
+        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        found = (
+            f"found {', '.join(other[:3])}, which is a pickle and is not loaded: convert it" if other else "add them"
+        )
+        raise PlanError(f"model.name_or_path: {folder} has no weights (*.safetensors); {found}")
+    tensors: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        tensors |= read_safetensors_header(file)
+    return config, tensors
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files that transformers loads: model.safetensors, or those of the index; else all. And which are missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors")), []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PlanError(f"model.name_or_path: {index} is no index of weights") from None
+    return [file for file in files if file.exists()], [file.name for file in files if not file.exists()]
+
+
+def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a file.
+
+    Raises:
+        PlanError: the file is not safetensors, or is cut short.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if path.stat().st_size != end:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes and should have {end:,}: a broken copy?")
+        return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"model.name_or_path: {path} is not a whole safetensors file ({error})") from None
+
+
+def check_start(lora: Lora, parameters: int) -> None:
+    """Raises PlanError where `lora.start_from` is no adapter such as this recipe's, of so many parameters."""
+    folder = Path(lora.start_from)
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, PlanError) as error:
+        raise PlanError(f"lora.start_from: {folder} is no peft adapter in safetensors ({error})") from None
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if config.get(name) != getattr(lora, name):
+            raise PlanError(
+                f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
+                f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
+            )
+    found = sum(prod(shape) for shape in header.values())
+    if found != parameters:
+        raise PlanError(
+            f"lora.start_from: the adapter has {found:,} parameters, and this one would have {parameters:,}: another "
+            "model, or other lora.target_modules"
+        )
+
+
+def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict, Shapes | None]:
+    """The same from the hub's cache where the model lies there, else from the hub itself, without the weights."""
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise MissingPartError(
+            f"model.name_or_path: {recipe.model.name_or_path} is a hub id; reading it needs "
+            'pip install "distft[train]" (or name a local folder)'
+        ) from None
+    name, revision = recipe.model.name_or_path, recipe.model.revision
+    try:
+        cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str):
+            config, header = _read_folder(Path(cached).parent, need_weights=False)
+            if header is not None or (is_known(config) and not need_weights):
+                return config, header
+        if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            raise OSError("HF_HUB_OFFLINE is set, and it is not in the hub's cache")
+        config = json.loads(Path(hub.hf_hub_download(name, "config.json", revision=revision)).read_text())
+        if is_known(config) and not need_weights:
+            return config, None
+        metadata = hub.get_safetensors_metadata(name, revision=revision)
+    except PlanError:
+        raise
+    except Exception as error:
+        # huggingface_hub raises its own, httpx's and OSError's errors here; all mean the same to the user.
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise PlanError(
+            f"model.name_or_path: {name} is neither a folder beside the recipe nor a hub model that can be read "
+            f"({reason})"
+        ) from None
+    return config, {n: tuple(t.shape) for f in metadata.files_metadata.values() for n, t in f.tensors.items()}

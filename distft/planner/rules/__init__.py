@@ -1,9 +1,0 @@
-"""What cannot be combined, and what is unwise: named rules, each a small function with its source and its mend.
-
-`distft rules` lists them; docs/rules.md is made from them.
-"""
-
-from distft.planner.rules import advice, combinations, configs, models  # noqa: F401 (each registers its rules)
-from distft.planner.rules.core import RULES, Case, Rule, apply, broken, sentences, unwise, warnings
-
-__all__ = ["RULES", "Case", "Rule", "apply", "broken", "sentences", "unwise", "warnings"]

@@ -1,0 +1,129 @@
+"""checkpoints/step-N: which are complete, and what may continue them. Without torch, for `resume` and `status`.
+
+A folder counts once its manifest.json lies in it, and that is written last: before it every file was flushed to disk,
+read back and compared, and the folder had another name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.config.recipe import Recipe
+from distft.data import rows
+from distft.runs.directory import RunDir
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+SAMPLE = 2**16  # bytes of a weights file's ends that tell it from another
+# What a checkpoint holds belongs to these: no --force makes another adapter fit it.
+FIXED = ("model", "lora", "training.optim")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    def damage(self, part: int = 0, parts: int = 1) -> str | None:
+        """What is wrong with its files, by their checksums; of every `parts`-th file from `part` on."""
+        for name, facts in sorted(self.manifest["files"].items())[part::parts]:
+            try:
+                digest = rows.file_digest(self.path / name).hex()
+            except OSError as error:
+                return f"{name}: {error.strerror}"
+            if digest != facts["sha256"]:
+                return f"{name}: its checksum is not the manifest's"
+        return None
+
+
+def complete(run: RunDir) -> list[Checkpoint]:
+    """The complete checkpoints of a run, the newest first. Checksums are not looked at (Checkpoint.damage)."""
+    found = []
+    for path in run.checkpoints.glob("step-*"):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            whole = all((path / name).stat().st_size == facts["bytes"] for name, facts in manifest["files"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if whole and manifest.get("schema") == SCHEMA:
+            found.append(Checkpoint(path, manifest))
+    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint and its continuation have in common, by the recipe's dotted names.
+
+    Not among it: strategy, width, micro-batch, checkpointing and all else that leaves the maths alone.
+    """
+    training = recipe.training
+    return {
+        **model_identity(recipe),
+        **(
+            {f"lora.{k}": v for k, v in recipe.lora.model_dump(mode="json", exclude={"start_from"}).items()}
+            if recipe.lora
+            else {"lora": None}
+        ),
+        "data": rows.content_digest(recipe),
+        **{
+            f"training.{name}": getattr(training, name)
+            for name in (
+                "optim",
+                "global_batch_size",
+                "max_steps",
+                "num_train_epochs",
+                "learning_rate",
+                "lr_scheduler_type",
+                "warmup_ratio",
+                "weight_decay",
+                "max_grad_norm",
+                "mixed_precision",
+                "seed",
+            )
+        },
+    }
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What differs, by dotted name, in words."""
+    found = {}
+    for name in sorted(saved.keys() | now.keys()):
+        before, after = saved.get(name), now.get(name)
+        if before != after:
+            hidden = name in ("data", "model.config", "model.weights")  # digests
+            found[name] = "its content is another" if hidden else f"was {before!r}, is {after!r}"
+    return found
+
+
+def is_fixed(name: str) -> bool:
+    """Whether no --force lets a checkpoint go on with another value of this."""
+    return any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED)
+
+
+def model_identity(recipe: Recipe) -> dict[str, Any]:
+    """A hub id by its name and revision; a folder, wherever it lies, by its configuration and its weights' ends."""
+    model, folder = recipe.model, Path(recipe.model.name_or_path)
+    found: dict[str, Any] = {"model.quantization": model.quantization}
+    if not folder.is_dir():
+        return found | {"model.name_or_path": model.name_or_path, "model.revision": model.revision}
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, max(0, size - SAMPLE)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    config = folder / "config.json"
+    found["model.config"] = rows.file_digest(config).hex() if config.is_file() else None
+    return found | {"model.weights": digest.hexdigest()}

@@ -1,0 +1,139 @@
+"""Why a run failed: the first failing rank's own words, and what people usually do about it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distft.runs.directory import RunDir
+
+LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
+# Pattern in the error → what mends it. The first that matches is shown.
+HINTS = (
+    (
+        r"OutOfMemoryError|CUDA out of memory|can't allocate memory|Cannot allocate memory|std::bad_alloc",
+        "out of memory: --set training.micro_batch_size=1, --set training.gradient_checkpointing=true, "
+        "--set parallelism.strategy=zero3, or a shorter data.max_length",
+    ),
+    (r"(?m)^ *(ModuleNotFoundError|ImportError): ", 'a package is missing: pip install "distft[train]"'),
+    (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
+    (r"No space left on device", "the disk is full: free some, or set another output_dir"),
+    (r"DataError", "a row of the data does not fit: mend it, or set data.long_rows"),
+    (LOST_PEER, "a rank lost its peer: look at the other ranks' logs"),
+)
+OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # of the GPU; the host's ends a rank with SIGKILL
+KILLED = re.compile(
+    r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: -(\d+) \(pid: (\d+)\)"
+)
+ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
+TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and where it ran.
+
+    `host`: "" where it is not the one to blame, None where at most its node's number in the job is known: `node`.
+
+    `mendable`: by a person alone; another attempt ends the same way.
+    """
+
+    reason: str
+    text: str
+    rank: int | None = None
+    host: str | None = None
+    mendable: bool = False
+    node: int | None = None
+
+    @property
+    def out_of_memory(self) -> bool:
+        return re.search(OUT_OF_MEMORY, self.reason) is not None
+
+
+def first_failure(run: RunDir, returncode: int) -> Failure:
+    """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last words."""
+    errors = run.rank_errors()
+    logs = run.job_logs()
+    log = "\n".join(path.read_text(errors="replace") for path in logs)
+    killed = _killed_rank(logs)
+    # A rank that was killed could write nothing; those that lost it wrote of a network error.
+    own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
+    if own:
+        first = own[0]
+        rank_log = run.rank_log(first["rank"])
+        reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
+        where = f"rank {first['rank']}" + (f" on {first['host']}" if first["host"] else "") + " failed first"
+        # What a person can mend needs no traceback, and a script that exits by itself has printed why.
+        body = first["message"] if first["mendable"] else first["traceback"].rstrip()
+        if first["type"] == "SystemExit":
+            reason = f"rank {first['rank']} exited by itself with status {first['message']}"
+            where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
+        text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]))
+        host = "" if re.search(LOST_PEER, first["message"]) else first["host"]
+        return Failure(reason, text, first["rank"], host, first["mendable"])
+    if killed:
+        rank, number, node = killed
+        reason = f"rank {rank} was killed by {_signal_name(number)}"
+        hint = " (the host ran out of memory, or someone killed it)" if number == signal.SIGKILL else ""
+        tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
+        host = "" if number == signal.SIGABRT else None
+        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)), rank, host, node=node)
+    if bad := _bad_nodes(run):
+        lines = [f"preflight: bad node {name}: {why}" for name, why in bad.items()]
+        return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight))
+    reason = f"ended with status {returncode} before it was done"
+    return Failure(reason, _text(reason, _tail(log), log, logs[-1] if logs else run.logs))
+
+
+def _bad_nodes(run: RunDir) -> dict[str, str]:
+    """Nodes that the preflight found bad, with the reason."""
+    try:
+        return json.loads(run.preflight.read_text())["bad"]
+    except (OSError, ValueError):
+        return {}
+
+
+def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
+    """Rank, signal and number of the node of the first rank that a signal ended, from the nodes' torchrun summaries:
+
+          time      : 2026-01-31_23:59:59
+          host      : node1
+          rank      : 1 (local_rank: 1)
+          exitcode  : -9 (pid: 7)
+
+    Their root cause may be a rank that lost this one within the same second. Those that torchrun ended do not count;
+    SLURM does so with SIGTERM too, and with SIGABRT NCCL ends a rank whose peer is gone.
+    """
+    found = []
+    for path in logs:
+        node, log = re.fullmatch(r"torchrun-(\d+)", path.stem), path.read_text(errors="replace")
+        ended = ENDED_BY_TORCHRUN.findall(log)
+        for time, rank, number, pid in KILLED.findall(log):
+            if int(number) != signal.SIGTERM and pid not in ended:
+                found.append((int(number) == signal.SIGABRT, time, int(rank), int(number), node and int(node[1])))
+    return min(found)[2:] if found else None
+
+
+def _text(where: str, body: str, searched: str, log: object) -> str:
+    hint = next((mend for pattern, mend in HINTS if re.search(pattern, searched)), None)
+    lines = [where, *(f"  {line}" for line in body.splitlines()), f"log: {log}"]
+    return "\n".join([*lines, f"hint: {hint}"] if hint else lines)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.rstrip().splitlines()[-TAIL_LINES:])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,148 @@
+"""The README.md of a trained model: what it was made of, how, and what came of it. No torch, no clock, no environment.
+
+All of it comes from the run directory. Local paths are shortened to their names: a card is made to be published.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distft import __version__
+from distft.config.loading import load_yaml, validate
+from distft.config.recipe import Recipe
+from distft.runs.directory import RunDir, read_metrics
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "bitsandbytes")
+FIRST_BYTES = 2**14  # of metrics.jsonl: more than its first line
+
+
+def text(run: RunDir, *, merged: bool = False, step: int | None = None) -> str:
+    """Markdown with the YAML front matter that the hub reads.
+
+    Of what a run has trained: final/, or the checkpoint of `step`; `merged`: the adapter is in the base's weights.
+    """
+    recipe = validate(load_yaml(run.recipe, Recipe))
+    adapter = recipe.lora is not None and not merged
+    sections = [
+        f"# {recipe.name}",
+        _what(recipe, adapter, merged, step),
+        "## Use\n\n" + _use(recipe, adapter),
+        "## Result\n\n" + _table(_result(run, step)),
+        "## Data\n\n" + _table(_data(run, recipe)),
+        "## Plan\n\n" + _table(_plan(run, recipe)),
+        "## Recipe\n\n```yaml\n" + _yaml(_shortened(recipe.model_dump(mode="json"))) + "```",
+        "## Versions\n\n" + _table(_versions(run)),
+    ]
+    return "---\n" + _yaml(_front_matter(recipe, adapter, merged)) + "---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _front_matter(recipe: Recipe, adapter: bool, merged: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    base = recipe.model.name_or_path
+    if not _is_local(base):
+        found |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    return found | {"tags": ["distft", *(["lora"] if recipe.lora else []), *(["merged"] if merged else [])]}
+
+
+def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
+    base, lora = f"`{_name(recipe.model.name_or_path)}`", recipe.lora
+    if lora is None:
+        said = f"All weights of {base}, fine-tuned"
+    else:
+        kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+        beside = f", trained beside {recipe.model.quantization} weights" if recipe.model.quantization else ""
+        made = f"{kind} adapter (r {lora.r}) of {base}{beside}"
+        into = " as they are after quantising and dequantising" if recipe.model.quantization else ""
+        said = f"{made}, merged into its weights{into}" if merged else made
+    at = f", at step {step}" if step is not None else ""
+    return f"{said}{at}. Made with distft {__version__}."
+
+
+def _use(recipe: Recipe, adapter: bool) -> str:
+    kind, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
+    code = f'```python\nfrom {package} import {kind}\nmodel = {kind}.from_pretrained("FOLDER")\n```'
+    if adapter and recipe.model.quantization == "nf4":
+        code += (
+            "\n\nIt was trained beside 4-bit weights; for the same outputs load the base with "
+            '`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
+        )
+    return code
+
+
+def _result(run: RunDir, step: int | None) -> list[tuple[str, object]]:
+    status, last = run.read_status(), run.last_metrics()
+    if step is not None and last.get("step") != step:
+        last = next((line for line in read_metrics(run.metrics)[0] if line["step"] == step), {})
+    first = next(iter(read_metrics(run.metrics, 0, FIRST_BYTES)[0]), {})
+    found: list[tuple[str, object]] = []
+    if last:
+        found += [("steps", f"{last['step']:,}"), ("tokens trained on", f"{last['tokens']:,}")]
+        found.append(("loss, first and last step", f"{first['loss']:.4f} → {last['loss']:.4f}"))
+    before, after = status.get("heldout_loss_before"), status.get("heldout_loss_after")
+    if step is None and before is not None and after is not None:
+        found.append(("held-out loss", f"{before:.4f} → {after:.4f}"))
+    return found
+
+
+def _data(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
+    status, found = run.read_status(), []
+    for split, sources in (("train", recipe.data.train), ("heldout", recipe.data.eval)):
+        if sources:
+            names = [sources] if isinstance(sources, str) else sources
+            found.append((split, ", ".join(f"`{_name(source)}`" for source in names)))
+        if count := (status.get("data") or {}).get(split):
+            size = f"{count['documents']:,} documents, {count['rows']:,} rows, {count['tokens']:,} tokens"
+            found.append((f"{split}, size", size))
+    if digest := (status.get("identity") or {}).get("data"):
+        found.append(("digest of content, tokenizer and settings", f"`{digest}`"))
+    return found
+
+
+def _plan(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
+    plan = json.loads(run.plan.read_text())
+    topology, batch = plan["topology"], plan["batch"]
+    offload = f", offload {plan['offload']}" if plan["offload"] != "none" else ""
+    parts = f"{batch['micro_batch_size']} micro × {batch['gradient_accumulation_steps']} accumulation"
+    return [
+        ("strategy", f"{plan['strategy']}{offload}"),
+        ("width", f"{topology['nnodes']} × {topology['nproc_per_node']} ranks ({topology['gpu'] or 'CPU'})"),
+        ("global batch", f"{batch['global_batch_size']} = {parts} × {topology['world_size']} ranks"),
+        ("mixed precision", recipe.training.mixed_precision),
+        ("gradient checkpointing", "yes" if plan["gradient_checkpointing"] else "no"),
+    ]
+
+
+def _versions(run: RunDir) -> list[tuple[str, object]]:
+    """As they were when it was trained."""
+    versions = run.read_status().get("versions") or {}
+    return [("distft", __version__), *((name, version) for name, version in versions.items() if version)]
+
+
+def _table(rows: list[tuple[str, object]]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).is_absolute()  # what is local in a run's recipe; the folder itself may be gone
+
+
+def _name(source: str) -> str:
+    return Path(source).name if _is_local(source) else source
+
+
+def _shortened(value: Any) -> Any:
+    """A recipe's values with absolute paths cut to their names."""
+    if isinstance(value, dict):
+        return {name: _shortened(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_shortened(inner) for inner in value]
+    return _name(value) if isinstance(value, str) else value

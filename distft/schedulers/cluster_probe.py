@@ -1,0 +1,220 @@
+"""What a cluster says of itself: a first profile for it, and a profile held against it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from distft.config.cluster import Cluster
+from distft.errors import DistftError, SubmitError
+from distft.hardware.devices import GPUS
+from distft.hardware.topology import Topology
+from distft.jobs.job import Job
+from distft.runs.directory import RunDir
+from distft.schedulers import slurm
+
+SINFO = "%P|%a|%l|%D|%c|%m|%G|%f"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes of one kind in a partition, as sinfo lists them."""
+
+    partition: str
+    default: bool
+    up: bool
+    time: str  # "infinite", "5:00", "2-00:00:00"
+    count: int
+    cpus: int
+    memory_mb: int
+    gpus: int
+    gpu_type: str | None
+    features: str | None
+
+
+def partitions() -> list[Nodes]:
+    """Every kind of node in every partition.
+
+    Raises:
+        SubmitError: SLURM does not answer.
+    """
+    found = []
+    for line in slurm.client("sinfo", "-h", "-a", "-e", "-o", SINFO).stdout.splitlines():
+        name, available, time, count, cpus, memory, gres, features = line.split("|")
+        gpus, gpu_type = parse_gres(gres)
+        numbers = (int(re.sub(r"\D.*", "", text) or 0) for text in (count, cpus, memory))  # "128+": at least
+        features = None if features == "(null)" else features
+        found.append(
+            Nodes(name.rstrip("*"), name.endswith("*"), available == "up", time, *numbers, gpus, gpu_type, features)
+        )
+    return found
+
+
+def parse_gres(text: str) -> tuple[int, str | None]:
+    """GPUs and their type: `gpu:h100:8(S:0-1),nvme:1` is (8, "h100"), `gpu:4` is (4, None)."""
+    total, kind = 0, None
+    for entry in re.sub(r"\([^)]*\)", "", text).split(","):
+        parts = entry.split(":")
+        if parts[0] == "gpu":
+            total += int(parts[-1]) if parts[-1].isdigit() else 1
+            kind = parts[1] if len(parts) == 3 else kind
+    return total, kind
+
+
+def minutes(text: str) -> float:
+    """A time limit of SLURM's in minutes: `30`, `12:00:00`, `2-00:00:00`, `5:00` (minutes:seconds), `infinite`."""
+    if text.lower() in ("infinite", "unlimited", "n/a"):
+        return float("inf")
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, mins, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, mins, seconds = {1: (0, *parts, 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
+def accounts() -> list[tuple[str, str]] | None:
+    """The user's (account, qos list) pairs; None where the cluster keeps no accounts."""
+    if not shutil.which("sacctmgr"):
+        return None
+    user = f"user={getpass.getuser()}"
+    done = slurm.client("sacctmgr", "-n", "-P", "show", "associations", user, "format=account,qos", check=None)
+    if done.returncode:
+        return None
+    return [tuple(line.split("|")[:2]) for line in done.stdout.splitlines() if "|" in line]
+
+
+def config() -> dict[str, str]:
+    """`scontrol show config` by key."""
+    lines = slurm.client("scontrol", "show", "config").stdout.splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+
+
+def draft() -> tuple[str, str]:
+    """The cluster's name and a first profile for it, as YAML with comments.
+
+    Raises:
+        SubmitError: SLURM does not answer.
+    """
+    nodes = partitions()
+    if not nodes:
+        raise SubmitError("sinfo lists no partition that you may use")
+    # The default partition if it has GPUs, else the one with the most, else the default.
+    chosen = max(nodes, key=lambda n: (n.up, n.gpus > 0, n.default, n.gpus * n.count))
+    settings = config()
+    known = accounts()
+    gpu = next((name for name in GPUS if name.lower() == (chosen.gpu_type or "").lower()), None)
+    limit = "1-00:00:00" if minutes(chosen.time) >= 1440 else chosen.time
+    runs = next((f"${name}/distft" for name in ("SCRATCH", "WORK", "PROJECT") if os.environ.get(name)), "~/distft-runs")
+    others = ", ".join(sorted({n.partition for n in nodes} - {chosen.partition}))
+    gpu_type = f"\n  gpu_type: {chosen.gpu_type}" if chosen.gpu_type else ""
+    model = f"gpu: {gpu}" if gpu else f"# gpu: {'A100-80GB' if chosen.gpus else 'H100'}"
+    account = f"account: {known[0][0]}" if known else "# account: mine"
+    lines = [
+        f"# Profile of the cluster {settings.get('ClusterName', '')}, from sinfo and scontrol (SLURM "
+        f"{settings.get('SLURM_VERSION', '?')}). Look it over: what is behind a # is not known or not needed.",
+        "",
+        "# A folder on the file system that all nodes share, for run directories and prepared data.",
+        f"runs_dir: {runs}",
+        "",
+        "node:",
+        f"  gpus_per_node: {chosen.gpus}",
+        f"  # Known: {', '.join(GPUS)}. Of another give gpu_memory in GiB.",
+        f"  {model}{gpu_type}",
+        f"  memory: {chosen.memory_mb // 1024}  # GiB of the host",
+        "",
+        "slurm:",
+        f"  partition: {chosen.partition}" + (f"  # others: {others}" if others else ""),
+        f"  {account}" + (f"  # yours: {', '.join(a for a, _ in known)}" if known and len(known) > 1 else ""),
+        f"  time: {limit}  # the partition's limit is {chosen.time}",
+        f"  cpus_per_task: {chosen.cpus}",
+        "  # gpus_as: gres       # where --gpus-per-node is not taken",
+        "  # exclusive: true",
+        "",
+        "# network: {interface: ib0, bandwidth: 50}   # of one node, GB/s",
+        "",
+        "# setup:                # shell lines before the training; none: the Python that runs distft, by its path",
+        "#   - module load cuda",
+        "#   - source /path/to/venv/bin/activate",
+        "# requeue: 1            # submit again without nodes that fail the preflight",
+        "",
+    ]
+    return re.sub(r"[^\w.-]", "-", settings.get("ClusterName") or "cluster"), "\n".join(lines)
+
+
+def check(cluster: Cluster, nodes: int = 1) -> list[tuple[bool | None, str]]:
+    """What the cluster says of a profile: a verdict (None: it cannot be checked here) and a sentence each.
+
+    Raises:
+        SubmitError: SLURM does not answer.
+    """
+    listed, said = partitions(), []
+    s, names = cluster.slurm, sorted({n.partition for n in listed})
+    wanted = s.partition.split(",") if s.partition else [n.partition for n in listed if n.default]
+    for name in wanted:
+        said.append((name in names, f"partition {name}" if name in names else f"partition {name}: {_none_of(names)}"))
+    mine = [n for n in listed if n.partition in wanted]
+    if mine:
+        down = not any(n.up for n in mine)
+        said += [(False, f"partition {', '.join(wanted)} is down")] if down else []
+        said.append(_within("node.gpus_per_node", cluster.node.gpus_per_node, max(n.gpus for n in mine), "GPUs a node"))
+        if cluster.node.gpu_type:
+            kinds = sorted({n.gpu_type for n in mine if n.gpu_type})
+            right = cluster.node.gpu_type in kinds
+            said.append((right, f"node.gpu_type {cluster.node.gpu_type}" + ("" if right else f": {_none_of(kinds)}")))
+        if s.cpus_per_task:
+            said.append(_within("slurm.cpus_per_task", s.cpus_per_task, max(n.cpus for n in mine), "cores a node"))
+        if s.time:
+            longest = max(mine, key=lambda n: minutes(n.time)).time
+            right = minutes(str(s.time)) <= minutes(longest)
+            said.append((right, f"slurm.time {s.time}, the partition allows {longest}"))
+        said.append(_within("nodes", nodes, sum(n.count for n in mine if n.up), "nodes"))
+    said += _accounts(cluster)
+    runs = Path(cluster.runs_dir)
+    above = next(folder for folder in (runs, *runs.parents) if folder.exists())
+    writable = os.access(above, os.W_OK)
+    said.append((writable, f"runs_dir {runs} {_where(runs, above, writable)}"))
+    try:
+        topology = Topology(nodes, cluster.node.gpus_per_node or 1)
+        job = Job("check", RunDir(runs / "check"), topology, ("true",), {}, {}, cluster)
+        said.append((True, f"sbatch --test-only: {slurm.test_only(slurm.render(job))}"))
+    except DistftError as error:
+        said.append((False, f"sbatch --test-only: {error}"))
+    return said
+
+
+def _where(runs: Path, above: Path, writable: bool) -> str:
+    if not writable:
+        return f"cannot be written: {above} is not yours"
+    return "can be written from here" if above == runs else f"is not there yet, and can be made in {above}"
+
+
+def _within(what: str, got: int, most: int, of: str) -> tuple[bool, str]:
+    return got <= most, f"{what} {got}, the partition has {most} {of}"
+
+
+def _none_of(names: list[str]) -> str:
+    return f"not one of {', '.join(names)}" if names else "the cluster lists none"
+
+
+def _accounts(cluster: Cluster) -> list[tuple[bool | None, str]]:
+    known, s = accounts(), cluster.slurm
+    if known is None:
+        return (
+            [(None, "account and qos: the cluster keeps no accounts that can be asked")] if s.account or s.qos else []
+        )
+    said = []
+    if s.account:
+        names = sorted({account for account, _ in known})
+        right = s.account in names
+        said.append((right, f"slurm.account {s.account}" + ("" if right else f": {_none_of(names)}")))
+    if s.qos:
+        names = sorted({name for account, names in known if s.account in (None, account) for name in names.split(",")})
+        right = s.qos in names
+        said.append((right, f"slurm.qos {s.qos}" + ("" if right else f": {_none_of(names)}")))
+    return said

@@ -1,0 +1,1 @@
+"""Memory counted on fake tensors: the real model class, no weights, no GPU. Needs torch."""

@@ -1,0 +1,220 @@
+"""The model of a recipe without its weights: on the meta device, then with fake (or zero) tensors in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes as bnb
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distft.config.recipe import Recipe
+from distft.errors import PlanError
+from distft.planner import memory
+from distft.planner.sharding import PERSISTENT, Sizes, Unit
+from distft.train.model import add_adapters, compute_dtype
+
+
+def build(recipe: Recipe, layout: str, attn_implementation: str, depth: int | None = None, plain: bool = False) -> Any:
+    """The model as distft/train/model.py makes it, on the meta device: `depth` blocks of it; `plain`: the base alone.
+
+    `layout` is what the strategy computes with. `autocast` (DDP): what is trained is float32, and autocast casts on
+    the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, autocast is on too (accelerate). `zero`:
+    DeepSpeed casts the module to the compute dtype, no autocast.
+    """
+    dtype = compute_dtype(recipe)
+    name, revision, trust = recipe.model.name_or_path, recipe.model.revision, recipe.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype if recipe.lora else torch.float32,
+                attn_implementation=_attention(attn_implementation),
+                trust_remote_code=trust,
+            )
+    except KeyError:  # Falcon has a table of attention classes of its own
+        why = f"{config.model_type} has no {attn_implementation} that runs without its kernel"
+        raise PlanError(f"model.name_or_path: {name} cannot be simulated ({why})") from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"model.name_or_path: {name} cannot be simulated ({str(error).splitlines()[0]})") from None
+    model.config.use_cache = False
+    if depth is not None:
+        del blocks_of(model)[depth:]
+    if plain:
+        return model
+    if recipe.model.quantization:
+        from transformers import BitsAndBytesConfig
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+        four = recipe.model.quantization == "nf4"
+        settings = BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        keep = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
+    if recipe.lora:
+        with torch.device("meta"), dequantised_for_dora():
+            model = add_adapters(model, recipe)
+    if layout != "autocast":
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and _stored_bytes(parameter) is None:
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def dequantised_for_dora() -> Any:
+    """DoRA takes the norms of the weights; bitsandbytes cannot dequantise what holds no values. A patch."""
+
+    def dequantised(module: Any) -> torch.Tensor:
+        if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            return module.weight
+        dtype = getattr(module, "compute_dtype", torch.float16)  # LLM.int8()'s, whatever the input
+        return torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
+
+    return patch("peft.tuners.lora.dora.dequantize_module_weight", dequantised)
+
+
+def _attention(name: str) -> str:
+    """FlashAttention-2 by a name under which SDPA runs without a mask; flash-attn itself need not be there.
+
+    No "flash" in the name: transformers would look for such a kernel.
+    """
+    if name != "flash_attention_2":
+        return "sdpa" if name == "auto" else name
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)  # which refuses softcap; FlashAttention keeps nothing for it
+
+    ALL_ATTENTION_FUNCTIONS.register("distft_unmasked", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("distft_unmasked", lambda *args, **kwargs: None)
+    return "distft_unmasked"
+
+
+def blocks_of(model: Any) -> Any:
+    """The ModuleList of the decoder's blocks: the longest one whose entries transformers does not split."""
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    return max(lists, key=lambda blocks: (type(blocks[0]).__name__ in whole, len(blocks)))
+
+
+def alike(blocks: Any) -> bool:
+    """Whether all blocks have the same modules, shapes, dtypes and settings, so that one stands for any."""
+
+    def signature(block: Any) -> list:
+        shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+        settings = [
+            (name, type(module).__name__, key, value)
+            for name, module in block.named_modules()
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, (bool, int, float, str)) and key not in ("layer_idx", "layer_id", "layer_number")
+        ]
+        return shapes + settings
+
+    first = signature(blocks[0])
+    return all(signature(block) == first for block in blocks)
+
+
+def materialise(model: Any) -> None:
+    """Put tensors in the place of meta parameters and buffers: fake ones under a FakeTensorMode, else zeros."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        kind = type(module)
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    shape, dtype = old.shape, old.dtype
+                    if kind is bnb.nn.Linear4bit and name == "weight":
+                        shape, dtype = ((old.numel() + 1) // 2, 1), torch.uint8
+                    elif kind is bnb.nn.Linear8bitLt and name == "weight":
+                        dtype = torch.int8
+                    new = torch.zeros(shape, dtype=dtype, device="cpu")
+                    made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if store is module._parameters else new
+                store[name] = made[id(old)]
+        if kind is bnb.nn.Linear4bit:
+            _quantise_nf4(module)
+        elif kind is bnb.nn.Linear8bitLt:
+            _quantise_int8(module)
+
+
+def _quantise_nf4(linear: Any) -> None:
+    """NF4 with double quantisation: an 8-bit scale per 64 weights, a float32 one per 256 scales: 0.516 bytes a weight
+    (bitsandbytes functional.py, quantize_4bit)."""
+    from bitsandbytes.functional import QuantState
+
+    shape = (linear.out_features, linear.in_features)
+    scales = -(-shape[0] * shape[1] // 64)
+
+    def zeros(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device="cpu")
+
+    second = QuantState(absmax=zeros(-(-scales // 256)), code=zeros(256), blocksize=256, dtype=torch.float32)
+    linear.weight.quant_state = QuantState(
+        absmax=zeros(scales, torch.uint8),
+        shape=torch.Size(shape),
+        code=zeros(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=linear.compute_dtype,
+        offset=zeros(1)[0],
+        state2=second,
+    )
+    linear.compute_type_is_set = True
+
+
+def _quantise_int8(linear: Any) -> None:
+    """LLM.int8(): CUDA's autograd function (bitsandbytes takes another on a CPU), without outlier columns."""
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    state, weight = linear.state, linear.weight
+    state.CB, state.SCB = weight.data, torch.zeros(linear.out_features, device="cpu")
+    state.threshold, state.has_fp16_weights = 0.0, False
+    linear.forward = lambda x: MatMul8bitLt.apply(x, weight, None, linear.bias, state)
+
+
+def sizes_of(recipe: Recipe, model: Any) -> Sizes:
+    """What there is to divide, by units that are gathered together. `model` is on the meta device."""
+    low = compute_dtype(recipe).itemsize
+    blocks, embedding, head = blocks_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+
+    def size(p: Any) -> int:
+        return _stored_bytes(p) or low * p.numel()
+
+    def unit(parameters: list) -> Unit:
+        return Unit(sum(map(size, parameters)), sum(p.numel() for p in parameters if p.requires_grad))
+
+    everything = list(model.parameters())
+    inside = {id(p) for p in blocks.parameters()} | (set() if tied else {id(p) for p in embedding.parameters()})
+    trained = [p for p in everything if p.requires_grad]
+    return Sizes(
+        parameters=sum(p.numel() for p in everything if not p.requires_grad or not recipe.lora),
+        frozen_bytes=sum(size(p) for p in everything if not p.requires_grad),
+        trained=sum(p.numel() for p in trained),
+        largest_trained=max(p.numel() for p in trained),
+        low=low,
+        embedding=unit([] if tied else list(embedding.parameters())),
+        block=max((unit(list(block.parameters())) for block in blocks), key=lambda unit: unit.bytes),
+        tail=unit([p for p in everything if id(p) not in inside]),
+        largest_module=max(sum(size(p) for p in module.parameters(recurse=False)) for module in model.modules()),
+        small_bytes=low * sum(p.numel() for p in everything if p.numel() < PERSISTENT),
+        bnb_bytes=sum(memory.bnb_state_bytes(recipe.training.optim, p.numel(), p is embedding.weight) for p in trained),
+        tied=tied,
+    )
+
+
+def _stored_bytes(parameter: Any) -> int | None:
+    """Of a quantised weight."""
+    kind = {"Params4bit": "nf4", "Int8Params": "int8"}.get(type(parameter).__name__)
+    return memory.stored_bytes(kind, parameter.numel(), parameter.shape[0]) if kind else None

@@ -1,0 +1,341 @@
+"""One training step under a ledger of live storages: on fake tensors (the planner's simulation) or on real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from distft.config.recipe import Recipe
+from distft.simulation.fake_model import blocks_of, dequantised_for_dora, materialise
+from distft.train.model import compute_dtype
+
+# (moment, block or None); blocks 0 and 1 count from the bottom, the others from the top (-1 is the last).
+Segment = tuple[str, "int | None"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Live bytes by kind at the peak of every segment of a step."""
+
+    peaks: dict[Segment, Counter]
+    states: Counter  # all parameters, gradients, optimizer states and buffers, in bytes
+
+    def total(self, segment: Segment) -> int:
+        return sum(self.peaks[segment].values())
+
+
+class Ledger(TorchDispatchMode):
+    """Counts live storages, each once however many views it has.
+
+    Storages and not tensors, by weak reference: a storage's Python object lives as long as the storage.
+    """
+
+    def __init__(self, vocab_size: int, tokens: int) -> None:
+        super().__init__()
+        self.vocab_size, self.entries = vocab_size, tokens * vocab_size
+        self.live: dict[int, list] = {}  # id of the storage → [weak reference, bytes, kind]
+        self.bytes: Counter = Counter()
+        self.total = 0
+        self.segment: Segment = ("forward", None)
+        self.peaks: dict[Segment, tuple[int, Counter]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                logits = leaf.dim() > 1 and leaf.shape[-1] == self.vocab_size and leaf.numel() >= self.entries
+                self.count(leaf, "logits" if logits else "activations")
+        self.look(_workspace(func, args))
+        return result
+
+    def count(self, tensor: torch.Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self.live:
+            return
+        key, size = id(storage), storage.nbytes()
+        self.live[key] = [weakref.ref(storage, lambda _: self.free(key)), size, kind]
+        self.bytes[kind] += size
+        self.total += size
+        self.look()
+
+    def free(self, key: int) -> None:
+        _, size, kind = self.live.pop(key)
+        self.bytes[kind] -= size
+        self.total -= size
+
+    def call(self, tensor: torch.Tensor, kind: str) -> None:
+        """Say what a tensor is."""
+        self.count(tensor, kind)
+        entry = self.live[id(tensor.untyped_storage())]
+        self.bytes[entry[2]] -= entry[1]
+        self.bytes[kind] += entry[1]
+        entry[2] = kind
+
+    def enter(self, moment: str, block: int | None = None) -> None:
+        self.segment = (moment, block)
+        self.look()
+
+    def look(self, workspace: int = 0) -> None:
+        if self.total + workspace > self.peaks.get(self.segment, (-1,))[0]:
+            self.peaks[self.segment] = (self.total + workspace, Counter(self.bytes))
+            self.peaks[self.segment][1]["activations"] += workspace
+
+
+def _workspace(func: Any, args: tuple) -> int:
+    """Large temporaries inside one operator, which no dispatch mode sees.
+
+    bitsandbytes gemm_4bit turns the matrix into the compute dtype for more than some 1500 tokens (backends/cuda/ops.py,
+    _dequant_linear_fallback). FlashAttention-2's backward sums dq in float32 and, with fewer key than query heads,
+    makes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded).
+    """
+    name = func.name()
+    if name == "bitsandbytes::gemm_4bit":
+        return args[2][0] * args[2][1] * args[0].element_size()
+    if name == "aten::_scaled_dot_product_flash_attention_backward":
+        query, key = args[1], args[2]
+        expanded = 2 * query.numel() * query.element_size() if key.shape[1] != query.shape[1] else 0
+        return 4 * query.numel() + expanded
+    return 0
+
+
+_NAMES = "softmax log_softmax layer_norm group_norm pow rsqrt exp expm1 log log1p cumsum cumprod sum prod norm"
+_NAMES += " softplus cosh sinh tan acos asin cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss kl_div"
+_OWNERS = (torch, torch.Tensor, F, torch._C._nn)
+# What CUDA's autocast computes in float32 (ATen autocast_mode.h, AT_FORALL_FP32 and its set_opt_dtype).
+FLOAT32 = {getattr(owner, name) for name in _NAMES.split() for owner in _OWNERS if hasattr(owner, name)}
+FLOAT32 |= {torch.Tensor.__pow__, torch.Tensor.__rpow__}
+
+
+class CudaKernels(TorchFunctionMode):
+    """CPU tensors take the shapes and dtypes that a CUDA GPU would give them.
+
+    Fake CUDA tensors do not do: without a GPU autograd ends the process ("PyTorch is not linked with support for cuda
+    devices"), and torch.autocast turns itself off.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(torch.Tensor, _float32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: Any,
+) -> Any:
+    """FlashAttention keeps q, k, v, the output and float32 log-sums. With a mask, or in float32, the memory-efficient
+    kernel keeps the mask too, turned into the compute dtype anew in every layer (ATen
+    native/transformers/attention.cpp, convert_boolean_attn_mask)."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    aten, scale = torch.ops.aten, rest.get("scale")
+    if attn_mask is None and dtype is not torch.float32 and value.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if rest.get("enable_gqa"):
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = torch.where(attn_mask, torch.zeros((), dtype=dtype), torch.full((), -torch.inf, dtype=dtype))
+        attn_mask = attn_mask.to(dtype).expand(query.shape[0], query.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """CUDA keeps a bool mask, the CPU one in the input's dtype."""
+    return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def make_optimizer(name: str, parameters: list) -> Any | None:
+    """The class that transformers makes of `training.optim`; None where states are counted by formula.
+
+    transformers 5 trainer_optimizer.py. On a GPU adamw_torch is torch's foreach version, whose square roots of all
+    second moments are alive at once (torch/optim/adam.py, _multi_tensor_adam).
+    """
+
+    if name.startswith("adamw_torch"):
+        fused = name == "adamw_torch_fused"
+        return torch.optim.AdamW(parameters, fused=fused, foreach=not fused)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
+    return None
+
+
+def trace(
+    recipe: Recipe,
+    model: Any,
+    *,
+    layout: str,
+    micro_batch_size: int,
+    gradient_checkpointing: bool,
+    attn_implementation: str,
+    accumulating: bool = False,
+    fake: bool = True,
+    cuda: bool = True,
+) -> Trace:
+    """One optimizer step and one training step of a model from `build`, which is used up.
+
+    `accumulating`: gradients of earlier micro-batches are there. `fake=False` runs it for real, on zeros; `cuda=False`
+    keeps the CPU's own kernels.
+    """
+
+    flash = attn_implementation == "flash_attention_2"
+    length, dtype = recipe.data.max_length, compute_dtype(recipe)
+    # FlashAttention gets the micro-batch as one row (distft/train/trainer.py, Collator).
+    rows, columns = (1, micro_batch_size * length) if flash else (micro_batch_size, length)
+    config = model.config.get_text_config()
+    book = Ledger(config.vocab_size, rows * columns)
+    with contextlib.ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(dequantised_for_dora())
+        stack.enter_context(book)
+        if cuda:
+            stack.enter_context(CudaKernels())
+            # peft asks for CUDA's autocast by default (tuners/lora/bnb.py, requires_conversion).
+            enabled = torch.is_autocast_enabled
+            stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)))
+        if not (recipe.data.packing or flash):
+            # Looks at the position ids, and where it cannot (they are fake) takes rows for packed ones.
+            stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
+        materialise(model)
+        for tensor in model.parameters():
+            book.call(tensor, "parameters")
+        for tensor in _quantisation_states(model):
+            book.call(tensor, "parameters")
+        for tensor in model.buffers():
+            book.call(tensor, "buffers")
+        model.train()
+        if gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.register_post_accumulate_grad_hook(lambda p: book.call(p.grad, "gradients"))
+        optimizer = _optimizer_step(recipe, trained, book)
+        states = Counter(book.bytes)
+        if not accumulating:
+            for p in trained:
+                p.grad = None
+
+        _watch_blocks(model, book)
+        forward = model.forward
+        if layout != "zero" and dtype is not torch.float32:
+            # accelerate/accelerator.py, prepare_model: autocast, and the outputs turned into float32.
+            forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(forward))
+        book.enter("forward")
+        ids = torch.zeros(rows, columns, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        if recipe.data.packing or flash:
+            batch["position_ids"] = torch.zeros_like(ids)
+        elif rows > 1:
+            batch["attention_mask"] = torch.ones_like(ids)
+        loss = _loss(forward, batch, torch.ones((), dtype=torch.long))
+        book.enter("backward")
+        # What loss.backward() does; that would turn the function mode off, and checkpointed blocks are computed again
+        # in here.
+        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+        del loss, batch, ids, optimizer
+        book.segment = ("end", None)
+    return Trace({segment: bytes for segment, (_, bytes) in book.peaks.items()}, states)
+
+
+def _loss(forward: Any, batch: dict[str, Any], tokens: Any) -> Any:
+    """Trainer.compute_loss: the model's outputs, logits among them, live until it returns."""
+
+    accepts = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    return forward(**batch, **({"num_items_in_batch": tokens} if accepts else {})).loss
+
+
+def _optimizer_step(recipe: Recipe, trained: list, book: Any) -> Any | None:
+    """The states of a step before, and the peak of a step ("optimizer"); leaves the gradients."""
+
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+        book.call(p.grad, "gradients")
+    optimizer = make_optimizer(recipe.training.optim, trained)
+    if optimizer is None:
+        book.enter("optimizer")
+        return None
+    book.segment = ("warm-up", None)
+    optimizer.step()
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                book.call(value, "optimizer")
+    book.enter("optimizer")
+    optimizer.step()
+    return optimizer
+
+
+def _watch_blocks(model: Any, book: Any) -> None:
+    """Tell the ledger which block is worked on: forward by a hook before it, backward by its output's gradient."""
+
+    blocks = blocks_of(model)
+
+    def before(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            if book.segment[0] == "forward":  # not when a checkpointed block is computed again
+                book.enter("forward", index)
+
+        return hook
+
+    def after(index: int, last: bool) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            if book.segment[0] != "forward":
+                return
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: book.enter("backward", index))
+            if last:
+                book.enter("loss")
+
+        return hook
+
+    for position, block in enumerate(blocks):
+        index = position if position < 2 else position - len(blocks)
+        block.register_forward_pre_hook(before(index))
+        block.register_forward_hook(after(index, block is blocks[-1]))
+
+
+def _quantisation_states(model: Any) -> Iterator[Any]:
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        state = getattr(module, "state", None)
+        if getattr(state, "SCB", None) is not None:
+            yield state.SCB

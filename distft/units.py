@@ -1,0 +1,15 @@
+"""Sizes and times for people."""
+
+from __future__ import annotations
+
+GIB = 2**30
+
+
+def gib(size: float) -> str:
+    """Bytes as text, in MiB where that is more readable."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def short(seconds: float) -> str:
+    """Seconds to three significant figures, without an exponent."""
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"

@@ -1,0 +1,201 @@
+"""`distft plan` as a page of text: verdict, candidates, memory by component, limits, reasons."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+import click
+
+from distft.config.recipe import Recipe
+from distft.planner.limits import Limits
+from distft.planner.plan import PRECISIONS, Plan
+from distft.planner.search import ABOUT
+from distft.units import GIB, gib, short
+
+COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
+COLOURS = ("blue", "cyan", "magenta", "yellow", "red", "green", "white")
+MARKS = "█▓▒░█▓▒"  # without colours, neighbours differ still
+
+
+def lines(plan: Plan, recipe: Recipe, limits: Limits, mends: Sequence[str], width: int) -> Iterator[str]:
+    """The page, `width` columns wide."""
+    first, *more = _wrapped(_verdict(plan), width)
+    word, colon, rest = first.partition(":")
+    yield click.style(word, fg="green" if plan.fits else "red", bold=True) + colon + rest
+    yield from more
+    for mend in mends:
+        yield from _wrapped(f"would fit: {mend}", width, "  ")
+    yield ""
+    yield from _job(plan, recipe, width)
+    yield from _table(plan, width)
+    yield from _memory(plan, width)
+    for title, sentences in (
+        ("limits", list(_limits(plan, limits))),
+        ("why", plan.reasons),
+        ("what would change it", list(_changes(plan))),
+        ("assumed (times are estimates)" if plan.assumptions else "", plan.assumptions),
+    ):
+        if sentences:
+            yield ""
+            yield click.style(title, bold=True)
+            for sentence in sentences:
+                yield from _wrapped(sentence, width, "  ")
+    for warning in plan.warnings:
+        yield ""
+        yield from _wrapped(f"warning: {warning}", width, "")
+
+
+def _verdict(plan: Plan) -> str:
+    where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
+    how = "counted" if plan.simulated else "estimated"
+    need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} a rank"
+    if host := plan.memory.host_per_node:
+        known = plan.chosen.host_memory
+        need += f" and {gib(host)}{f' of {gib(known)}' if known else ''} of the host's"
+    said = f": {plan.chosen.name} on {where}, {need} ({how})"
+    if not plan.fits:
+        return "does not fit" + said
+    return ("fits" if plan.chosen.roomy else "fits tightly") + said
+
+
+def _job(plan: Plan, recipe: Recipe, width: int) -> Iterator[str]:
+    m, b, adapters = plan.model, plan.batch, f"LoRA r {recipe.lora.r}" if recipe.lora else "full fine-tuning"
+    quantized = f" on {recipe.model.quantization}" if recipe.model.quantization else ""
+    yield from _wrapped(
+        f"{m.name}: {m.parameters:,} parameters, {m.trainable_parameters:,} trained "
+        f"({adapters}{quantized}, {PRECISIONS[plan.mixed_precision]}, {recipe.training.optim})",
+        width,
+    )
+    ranks = plan.topology.world_size
+    yield from _wrapped(
+        f"global batch {b.global_batch_size} = {b.micro_batch_size} micro x {b.gradient_accumulation_steps} "
+        f"accumulation x {ranks} rank{'s' * (ranks > 1)}, rows of {recipe.data.max_length:,} tokens",
+        width,
+    )
+    if speed := _speed(plan, recipe):
+        yield from _wrapped(speed, width)
+
+
+def _speed(plan: Plan, recipe: Recipe) -> str | None:
+    s = plan.speed
+    if s.step_seconds is None:
+        return None
+    steps = recipe.training.max_steps or 1000
+    seconds = steps * s.step_seconds
+    gpu_hours = seconds / 3600 * plan.topology.world_size
+    cost = f", {gpu_hours:,.1f} GPU hours" if gpu_hours >= 0.05 and plan.device.type == "cuda" else ""
+    if plan.price:
+        cost += f", {gpu_hours * plan.price:,.2f} at {plan.price:g} a GPU hour"
+    mfu = f" (MFU {s.assumed_mfu:.0%})" if s.assumed_mfu else ""
+    return (
+        f"about {short(s.step_seconds)} s a step, {s.tokens_per_second_per_gpu:,.0f} tokens/s a rank{mfu}; "
+        f"{steps:,} steps: {_duration(seconds)}{cost}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{short(seconds)} s"
+
+
+def _table(plan: Plan, width: int) -> Iterator[str]:
+    yield ""
+    rows = [("candidate", "recompute", "micro", "GiB a rank", "s a step", "")]
+    chosen = plan.chosen
+    for c in plan.candidates:
+        seconds = "" if c.speed.step_seconds is None else short(c.seconds)
+        note = "chosen" if c is chosen else ""
+        if c.broken:
+            note = f"rule {c.broken[0].rpartition('[')[2].rstrip(']')}"
+        elif c.missing:
+            note = c.missing
+        rows.append(
+            (
+                ("> " if c is chosen else "  ") + c.name,
+                "on" if c.setting.gradient_checkpointing else "off",
+                str(c.batch.micro_batch_size),
+                f"{c.memory.process / GIB:.1f}",
+                seconds,
+                note,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for index, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        cells += [row[i].rjust(widths[i]) for i in (2, 3, 4)]
+        text = "  ".join(cells)
+        line = f"{text}  {row[5]}".rstrip()
+        if len(line) > width:  # a narrow window: the note below
+            yield text.rstrip()
+            line = f"      {row[5]}"
+        yield click.style(line, bold=True) if index == 0 or row[5] == "chosen" else line
+
+
+def _memory(plan: Plan, width: int) -> Iterator[str]:
+    m, capacity = plan.memory, plan.device.memory
+    sizes = [getattr(m, component) for component in COMPONENTS]
+    # Gradients that are not there yet at the peak: what is shown adds up to it.
+    sizes[1] = max(0, m.peak - (sum(sizes[:6]) - sizes[1]))
+    yield ""
+    yield click.style(f"memory of a rank at its peak ({m.moment}), of {gib(capacity)}", bold=True)
+    room = max(20, width - 4)
+    scale = room / max(capacity, m.process)
+    bar, used = "", 0
+    for index in range(len(sizes)):
+        end = round(sum(sizes[: index + 1]) * scale)
+        bar += click.style(MARKS[index] * (end - used), fg=COLOURS[index])
+        used = max(used, end)
+    limit = round(capacity * scale)
+    bar += "·" * (limit - used)
+    yield f"  {bar}" + ("|" if used <= limit else "")
+    if used > limit:
+        yield " " * (2 + limit) + "^ capacity"
+    pieces = [
+        (f"{MARKS[i]} {component} {gib(size)}", COLOURS[i])
+        for i, (component, size) in enumerate(zip(COMPONENTS, sizes, strict=True))
+        if size
+    ]
+    pieces.append((f"· free {gib(max(0, capacity - m.process))}", "white"))
+    line, length = "", 0
+    for text, colour in pieces:
+        if length + len(text) + 3 > width:
+            yield f"  {line}".rstrip()
+            line, length = "", 0
+        line += click.style(text[0], fg=colour) + text[1:] + "   "
+        length += len(text) + 3
+    yield f"  {line}".rstrip()
+    if m.host_per_node:
+        yield f"  host memory a node: {gib(m.host_per_node)}"
+
+
+def _limits(plan: Plan, limits: Limits) -> Iterator[str]:
+    f = limits.fewest_gpus
+    if f:
+        shape = f"{f.world_size} ({f.nnodes} x {f.nproc_per_node})"
+        yield f"fewest such GPUs that it fits on without more offload: {shape}"
+    else:
+        yield "without more offload it fits on no number of such GPUs that divides the global batch"
+    how = "with recompute" if plan.search.recipe.training.gradient_checkpointing == "auto" else "as asked"
+    if length := limits.max_length:
+        positions = plan.model.config.get("max_position_embeddings")
+        beyond = isinstance(positions, int) and positions < length
+        more = f", though the model knows {positions:,} positions" if beyond else ""
+        yield f"longest rows that fit here, one at a time, {how}: {length:,} tokens in steps of 64{more}"
+    if limits.micro_batch_size:
+        yield f"largest micro-batch that fits here, {how}: {limits.micro_batch_size}"
+
+
+def _changes(plan: Plan) -> Iterator[str]:
+    """Faster ways that miss by little, and what they lack."""
+    chosen = plan.chosen
+    for c in plan.candidates:
+        faster = c.speed.step_seconds and chosen.speed.step_seconds and c.seconds < chosen.seconds / ABOUT
+        if faster and not c.rejected and not c.host_excess and 0 < c.excess < c.capacity / 2:
+            yield f"{gib(c.excess)} more a rank would let {c.name} run, at about {short(c.seconds)} s a step"
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)

@@ -1,0 +1,96 @@
+"""What distft says of a plan, of data and of a finished run: lines for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distft.planner.plan import Plan
+from distft.runs import measured
+from distft.runs.directory import RunDir
+from distft.shell import quote
+from distft.units import gib, short
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Strategy, batch, reasons, warnings."""
+    devices = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
+    name = plan.chosen.name if plan.chosen else plan.strategy
+    lines = [f"plan: {name} on {devices}, mixed precision {plan.mixed_precision}"]
+    if plan.batch:
+        b = plan.batch
+        lines.append(
+            f"  global batch {b.global_batch_size} = {b.micro_batch_size} micro x {b.gradient_accumulation_steps} "
+            f"accumulation x {plan.topology.world_size} rank{'s' * (plan.topology.world_size > 1)}"
+        )
+    if plan.model:
+        m = plan.model
+        lines.append(f"  {m.parameters:,} parameters, {m.trainable_parameters:,} trained")
+    if plan.memory:
+        speed = plan.speed.step_seconds
+        host = f", {gib(plan.memory.host_per_node)} of a node's own" if plan.memory.host_per_node else ""
+        lines.append(
+            f"  estimated: {gib(plan.memory.process)} of {gib(plan.device.memory)} a rank{host}"
+            + (f", {short(speed)} s a step" if speed else "")
+        )
+    return [*lines, *(f"  {reason}" for reason in plan.reasons), *(f"warning: {text}" for text in plan.warnings)]
+
+
+def beside_plan(run: RunDir) -> dict[str, dict[str, float | None]]:
+    """What the plan of a run said and what was measured; {} before the first step. Memory is torch's peak on a GPU, the
+    process on a CPU."""
+    found, plan = measured.measured(run), measured.planned(run)
+    if not found or not plan:
+        return {}
+    memory = plan["memory"]["peak" if plan["topology"]["gpu"] else "process"]
+    speed = plan["time"]["tokens_per_second_per_gpu"]
+    return {
+        "predicted": {
+            "memory_bytes": memory,
+            "tokens_per_second": speed and speed * plan["topology"]["world_size"],
+        },
+        "measured": {"memory_bytes": found.peak_memory, "tokens_per_second": found.tokens_per_second},
+    }
+
+
+def beside_plan_lines(run: RunDir) -> list[str]:
+    """The same for people."""
+    found = beside_plan(run)
+    if not found:
+        return []
+    said, got = found["predicted"], found["measured"]
+    lines = []
+    if said["memory_bytes"] is not None:
+        ratio = got["memory_bytes"] / said["memory_bytes"]
+        lines.append(
+            f"  memory of a rank: {gib(got['memory_bytes'])}, predicted {gib(said['memory_bytes'])} ({ratio:.0%} of it)"
+        )
+    speed = f", predicted {said['tokens_per_second']:,.0f}" if said["tokens_per_second"] else ""
+    return [*lines, f"  tokens/s of all ranks: {got['tokens_per_second']:,.0f}{speed}"]
+
+
+def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
+    """Documents, rows and tokens of each split, and what was too long."""
+    lines = []
+    for split, count in counts.items():
+        packed = f" in {count['rows']:,} packed rows" if count["rows"] != count["documents"] else ""
+        lines.append(
+            f"{split}: {count['documents']:,} documents{packed}, {count['tokens']:,} tokens "
+            f"({count['trained_tokens']:,} trained on)"
+        )
+        if count["long_rows"]:
+            lines.append(
+                f"warning: {count['long_rows']:,} rows of {split} were longer than max_length (the longest "
+                f"{count['longest']:,} tokens) and {count['done']}; the first: {count['examples'][0]}"
+            )
+    return lines
+
+
+def result_lines(run: RunDir) -> list[str]:
+    """Where the result lies, and what it achieved."""
+    status = run.read_status()
+    lines = []
+    if status.get("heldout_loss_after") is not None:
+        lines.append(f"held-out loss: {status['heldout_loss_before']:.4f} -> {status['heldout_loss_after']:.4f}")
+    if run.final.is_dir():
+        return [*lines, f"done: {run.final}"]
+    return [*lines, f"done; what it printed: distft logs {quote(str(run.path))}"]  # a script of one's own

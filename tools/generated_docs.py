@@ -1,0 +1,188 @@
+"""docs/recipe.md and docs/profile.md from the docstrings of their fields, docs/rules.md from the rules':
+`python tools/generated_docs.py docs`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from distft.config.cluster import Cluster
+from distft.config.recipe import Recipe
+from distft.config.schema_text import describe, documented_schema_of, options, show
+from distft.rules import RULES, Rule
+
+EXAMPLE = """\
+name: my-run                  # becomes runs/my-run
+
+model:
+  name_or_path: Qwen/Qwen2.5-7B       # a hub id, or a folder: ./my-model
+  revision: null                      # a commit of the hub id, for a run that must be repeatable
+  attn_implementation: auto           # FlashAttention-2 where it can be had, else SDPA
+  quantization: null                  # nf4: QLoRA
+  pad_token: null                     # only for a tokenizer without one
+  trust_remote_code: false
+
+lora:                         # null: train all weights
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.0
+  target_modules: all-linear          # or names: [q_proj, v_proj]
+  use_rslora: false
+  use_dora: false
+  start_from: null                    # the folder of a peft adapter to begin with
+
+data:
+  train: data/train.jsonl             # relative to this file; or a list of them; or a hub id: owner/name:train
+  eval: data/heldout.jsonl            # null: none
+  format: auto                        # by the fields of the first row
+  max_length: 2048                    # tokens
+  packing: true
+  long_rows: error                    # or truncate, drop, split
+  chat_template: null                 # a Jinja file, for a tokenizer without a template
+
+training:
+  global_batch_size: 32               # over the whole job, however many GPUs it has
+  micro_batch_size: auto              # per GPU: the largest that fits
+  num_train_epochs: 3                 # or max_steps: 1000
+  learning_rate: auto                 # 2e-4 with LoRA, 2e-5 without
+  lr_scheduler_type: cosine
+  warmup_ratio: 0.03
+  weight_decay: 0.0
+  max_grad_norm: 1.0
+  optim: adamw_torch_fused
+  mixed_precision: bf16
+  gradient_checkpointing: auto        # only where it is needed to fit
+  use_liger_kernel: false
+  eval_steps: 100
+  seed: 42
+  report_to: [tensorboard]
+
+parallelism:
+  strategy: auto                      # the fastest that fits
+  offload: none
+  hsdp_shard_size: auto               # a node
+
+checkpoint:
+  save_steps: 500
+  save_total_limit: 2
+
+deepspeed:                    # laid over what distft generates
+  overrides: {zero_optimization: {reduce_bucket_size: 100000000}}
+fsdp:
+  overrides: {}
+trainer:
+  overrides: {logging_steps: 10}
+
+output_dir: runs              # relative to where distft is run
+"""
+
+INTRO = """\
+<!-- Made by tools/generated_docs.py from distft/config/recipe.py. -->
+# The recipe
+
+A recipe says what is trained, and never names a machine. `name`, `model.name_or_path` and `data.train` are required,
+all else has a default. A key that is not listed here is an error, and so is a value of another type; all problems
+are reported at once, with their lines.
+
+The file is YAML 1.2: only `true` and `false` are booleans (`mixed_precision: no` is the word), `1e-4` is a number, and
+anchors, aliases and merge keys (`<<`) work. `--set training.max_steps=100` lays one value over the file's: the key in
+dots, the value in YAML.
+"""
+
+
+PROFILE_INTRO = """\
+<!-- Made by tools/generated_docs.py from distft/config/cluster.py. -->
+# The site profile
+
+A profile says what a cluster is, once, for all recipes; it never names a model. `distft cluster init` writes a first
+one, `distft cluster check` holds it against the cluster, [slurm/clusters/](../slurm/clusters) has examples. It is given
+by its path (`--cluster site.yaml`), or by its name when it lies in `~/.config/distft/clusters/`; the variable
+`DISTFT_CLUSTER` stands for the option. `runs_dir` and `node.gpus_per_node` are required. Errors are reported like a
+recipe's, all at once.
+"""
+
+
+RULES_INTRO = """\
+<!-- Made by tools/generated_docs.py from distft/rules/. -->
+# The rules
+
+What cannot be combined, and what is unwise. `validate`, `render` and `launch` apply all rules to a recipe, or to a
+script of one's own, without torch. An error is refused, all of them at once; a warning is printed and stands in
+plan.json. Each ends with the rule's name in brackets: `distft rules NAME` explains it. Rules for certain versions look
+at what is installed where distft runs, and are silent where that package is not.
+"""
+FAMILY_TITLES = {
+    "combinations": "Strategy, offload, optimizer, precision, device",
+    "models": "Models",
+    "configs": "Overrides",
+    "advice": "Advice",
+}
+
+
+def files() -> dict[str, str]:
+    """File under docs/ → contents."""
+    example = ["## Example", "Every field, most at its default.", f"```yaml\n{EXAMPLE}```\n"]
+    return {
+        "recipe.md": _markdown(Recipe, INTRO, example),
+        "profile.md": _markdown(Cluster, PROFILE_INTRO, []),
+        "rules.md": _rules(),
+    }
+
+
+def _rules() -> str:
+    """A section a family, an entry a rule."""
+    parts = [RULES_INTRO]
+    for family, title in FAMILY_TITLES.items():
+        parts.append(f"## {title}")
+        parts += [_rule(rule) for rule in RULES if rule.family == family]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _rule(rule: Rule) -> str:
+    kind = rule.kind + (", for scripts too" if rule.for_scripts else "")
+    versions = f" Holds for {', '.join(f'`{text}`' for text in rule.versions)}." if rule.versions else ""
+    lines = [
+        f"### {rule.name}",
+        f"*{kind}:* {rule.when}.",
+        f"{rule.explanation}{versions}",
+        f"- Mend: {rule.mend}.\n- Source: {rule.source}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _markdown(model: type[BaseModel], intro: str, more: list[str]) -> str:
+    """The reference of all fields."""
+    schema = documented_schema_of(model)
+    groups = {name: _group(below) for name, below in schema["properties"].items() if _group(below)}
+    plain = {name: below for name, below in schema["properties"].items() if name not in groups}
+    parts = [intro, "## Top level", _table({**schema, "properties": plain})]
+    for name, group in groups.items():
+        about = schema["properties"][name].get("description") or group["description"]
+        parts += [f"## {name}", about, _table(group)]
+    return "\n\n".join(part.rstrip("\n") for part in [*parts, *more]) + "\n"
+
+
+def _group(schema: dict[str, Any]) -> dict[str, Any] | None:
+    return next((option for option in options(schema) if "properties" in option), None)
+
+
+def _table(group: dict[str, Any]) -> str:
+    rows = ["| Field | Value | Default | Meaning |", "|---|---|---|---|"]
+    for name, schema in group["properties"].items():
+        default = "required" if name in group.get("required", ()) else f"`{_plain(schema['default'])}`"
+        meaning = schema.get("description", "").replace("\n", " ").replace("|", "\\|")
+        rows.append(f"| `{name}` | {describe(schema, '`{}`'.format)} | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else show(value)
+
+
+if __name__ == "__main__":
+    for name, text in files().items():
+        (Path(sys.argv[1]) / name).write_text(text)

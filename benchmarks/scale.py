@@ -342,7 +342,7 @@ def failed(folder: Path, rounds: int) -> Iterator[Figure]:
         trace = "Traceback (most recent call last):\n" + '  File "trainer.py", line 7, in step\n    loss()\n' * 30
         trace += f"{kind}: {message}\n"
         record = {"rank": rank, "host": f"big{rank // GPUS + 1}", "time": 1.7e9 + (rank != guilty) + rank / RANKS}
-        record |= {"type": kind, "message": message, "mendable": False, "traceback": trace}
+        record |= {"type": kind, "message": message, "user_error": False, "traceback": trace}
         made.rank_log(rank).write_text(f"rank {rank} starts\n" * 20 + trace)
         made.rank_error(rank).write_text(json.dumps(record))
     for node in range(NODES[-1]):

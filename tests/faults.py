@@ -249,7 +249,7 @@ def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: A
     return site
 
 
-def profile(site: Site, requeue: int = 20, **changes: Any) -> None:
+def profile(site: Site, max_requeues: int = 20, **changes: Any) -> None:
     env = {"DISTFT_HANG_SECONDS": str(HANG_SECONDS), "PYTHONPATH": str(site.folder)}
     slurm = {"cpus_per_task": 1, "partition": "low", "sbatch": ["--exclusive"]}
-    site.profile(requeue=requeue, env=env, slurm=slurm, **changes)
+    site.profile(max_requeues=max_requeues, env=env, slurm=slurm, **changes)

@@ -143,7 +143,7 @@ def test_the_nodes_of_a_cluster(site: Site) -> None:
 @pytest.mark.slurm
 def test_a_bad_node_is_named(namespaces: Cluster, site: Site) -> None:
     site.runs.mkdir()
-    site.profile(requeue=1)
+    site.profile(max_requeues=1)
     namespaces.mount_over("node2", site.runs)
     try:
         done = site.run("doctor", *CLUSTER, "--nodes", "3", "--json", expect=1)

@@ -157,12 +157,12 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
         assert result.column("loss") == pytest.approx(reference.column("loss"), abs=2e-2)
     else:
         assert_same(result, reference, TOLERANCE.get(job.tuning, FP32))
-        for name in ("heldout_loss_before", "heldout_loss_after"):
+        for name in ("eval_loss_before", "eval_loss_after"):
             same = pytest.approx(reference.status[name], abs=TOLERANCE.get(job.tuning, FP32))
             assert result.status[name] == same, name
     losses = result.column("loss")
     assert losses[-1] < losses[0] - 0.05  # it learns
-    assert result.status["heldout_loss_after"] < result.status["heldout_loss_before"] - 0.05
+    assert result.status["eval_loss_after"] < result.status["eval_loss_before"] - 0.05
 
 
 @pytest.mark.parametrize("tuning", ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor"])

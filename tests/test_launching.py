@@ -108,7 +108,7 @@ def test_run_directory(two_at_once: list[Result]) -> None:
     assert plan["memory"]["capacity"] > plan["memory"]["peak"] > 0
 
 
-def test_heldout_loss(two_at_once: list[Result], tiny: Tiny) -> None:
+def test_eval_loss(two_at_once: list[Result], tiny: Tiny) -> None:
     """Measured before and after, and at eval_steps; equal to a plain loop's over the same rows."""
     import torch
     from peft import PeftModel
@@ -119,11 +119,11 @@ def test_heldout_loss(two_at_once: list[Result], tiny: Tiny) -> None:
 
     result = two_at_once[0]
     status = result.status
-    assert status["heldout_loss_after"] < status["heldout_loss_before"]
-    assert [line["step"] for line in result.metrics if "heldout_loss" in line] == [2, 4]
-    assert result.metrics[-1]["heldout_loss"] == pytest.approx(status["heldout_loss_after"], abs=1e-6)
+    assert status["eval_loss_after"] < status["eval_loss_before"]
+    assert [line["step"] for line in result.metrics if "eval_loss" in line] == [2, 4]
+    assert result.metrics[-1]["eval_loss"] == pytest.approx(status["eval_loss_after"], abs=1e-6)
     base = AutoModelForCausalLM.from_pretrained(tiny.path / "model")
-    heldout = load_prepared(load_recipe(result.run_dir / "recipe.yaml")).heldout
+    heldout = load_prepared(load_recipe(result.run_dir / "recipe.yaml")).eval
 
     def loss(model: Any) -> float:
         total, count = 0.0, 0
@@ -139,9 +139,9 @@ def test_heldout_loss(two_at_once: list[Result], tiny: Tiny) -> None:
         return total / count
 
     with torch.no_grad():
-        assert loss(base) == pytest.approx(status["heldout_loss_before"], abs=1e-5)
+        assert loss(base) == pytest.approx(status["eval_loss_before"], abs=1e-5)
         assert loss(PeftModel.from_pretrained(base, result.run_dir / "final")) == pytest.approx(
-            status["heldout_loss_after"], abs=1e-5
+            status["eval_loss_after"], abs=1e-5
         )
 
 

@@ -145,7 +145,7 @@ def test_a_step(lora: Result, tmp_path: Path) -> None:
     card = (first / "README.md").read_text()
     assert "at step 2." in card
     assert f"| loss, first and last step | {lora.metrics[0]['loss']:.4f} → {lora.metrics[1]['loss']:.4f} |" in card
-    assert "held-out loss" not in card
+    assert "eval loss" not in card
 
 
 def test_qlora(qlora: Result, tmp_path: Path) -> None:
@@ -437,11 +437,11 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
         "| mixed precision | no |",
         f"| digest of content, tokenizer and settings | `{rows.content_digest(recipe)}` |",
         "| train | `chat.jsonl` |",
-        "| heldout, size | 11 documents, ",
+        "| eval, size | 11 documents, ",
         "| steps | 4 |",
         f"| tokens trained on | {metrics[-1]['tokens']:,} |",
         f"| loss, first and last step | {metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f} |",
-        f"| held-out loss | {status['heldout_loss_before']:.4f} → {status['heldout_loss_after']:.4f} |",
+        f"| eval loss | {status['eval_loss_before']:.4f} → {status['eval_loss_after']:.4f} |",
         *(f"| {name} | {extras.installed()[name]} |" for name in ("torch", "transformers", "peft", "trl")),
     ):
         assert said in text

@@ -205,7 +205,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
 
 
 def test_demo_end_to_end_on_fewer_steps(tmp_path: Path) -> None:
-    """`make demo` with its steps cut: the base is trained, LoRA lowers the held-out loss, a sample is shown."""
+    """`make demo` with its steps cut: the base is trained, LoRA lowers the eval loss, a sample is shown."""
     target = tmp_path / "demo"
     code = (
         "import sys, pathlib\n"
@@ -225,8 +225,8 @@ def test_demo_end_to_end_on_fewer_steps(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     status = json.loads((target / "runs" / "quickstart" / "status.json").read_text())
-    assert status["heldout_loss_after"] < status["heldout_loss_before"] - 0.2
-    assert f"{status['heldout_loss_before']:.4f} -> {status['heldout_loss_after']:.4f}" in done.stdout
+    assert status["eval_loss_after"] < status["eval_loss_before"] - 0.2
+    assert f"{status['eval_loss_before']:.4f} -> {status['eval_loss_after']:.4f}" in done.stdout
     for part in ("base model: loss", "fine-tuned:", "written by people:", "PeftModel.from_pretrained"):
         assert part in done.stdout
     again = distft("quickstart", str(target), cwd=tmp_path)

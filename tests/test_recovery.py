@@ -111,7 +111,7 @@ def test_one_run_survives_them_all(
 def test_the_same_step_again_and_again(site: Site) -> None:
     """A bug is no fault: after the third time at the same step it stops and says so."""
     dies = "if os.environ['RANK'] == '1' and args[0].state.global_step == 7: os.kill(os.getpid(), 9)"
-    site.profile(requeue=10, env=inject(site.folder, "transformers.trainer:Trainer.training_step", dies))
+    site.profile(max_requeues=10, env=inject(site.folder, "transformers.trainer:Trainer.training_step", dies))
     run = RunDir(site.launch("--detach", nodes=2).run_dir)
     status = faults.ended(site, run)
     assert status["state"] == "failed"
@@ -135,7 +135,7 @@ def test_scancel(site: Site) -> None:
 
 
 def test_without_a_budget_it_is_preempted_and_resumed_by_hand(site: Site, undisturbed: Result) -> None:
-    faults.profile(site, requeue=0)
+    faults.profile(site, max_requeues=0)
     run = faults.start(site, "--set", "training.max_steps=150")
     site.cluster.run("scancel", "-b", "-s", "USR1", run.jobs()[-1])
     status = faults.ended(site, run)
@@ -174,7 +174,7 @@ def test_an_element_of_an_array_in_a_container(site: Site, undisturbed: Result) 
     (commands / "apptainer").write_text(APPTAINER.format(bin=Path(sys.executable).parent))
     (commands / "apptainer").chmod(0o755)
     container = {"runtime": "apptainer", "image": "image.sif"}
-    faults.profile(site, requeue=1, container=container, setup=[f"export PATH={commands}:$PATH"])
+    faults.profile(site, max_requeues=1, container=container, setup=[f"export PATH={commands}:$PATH"])
     sweep = ["--sweep", "training.learning_rate=0.001,0.002", "--set", "training.max_steps=150"]
     options = ["--cluster", "site.yaml", "--nodes", "2", "--detach", "--json"]
     answer = json.loads(site.run("launch", "recipe.yaml", *sweep, *options).stdout)

@@ -106,15 +106,15 @@ def assert_same_tensors(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir], make: Callable[..., RunDir]) -> None:
-    goes_on = {}
+    resumed = {}
     for (source, tuning), run in saved.items():
         if tuning in tunings(case):
             again = make(case, tuning, f"{source}-to-{case}")
             shutil.copytree(run.checkpoint(SAVED), again.checkpoint(SAVED))
             shutil.copy(run.metrics, again.metrics)  # with the steps after the checkpoint, which come once more
-            goes_on[source, tuning] = again
-    train_together(list(goes_on.values()), case.ranks)
-    for (source, tuning), run in goes_on.items():
+            resumed[source, tuning] = again
+    train_together(list(resumed.values()), case.ranks)
+    for (source, tuning), run in resumed.items():
         found, reference = metrics(run), metrics(saved["ddp-x1", tuning])
         assert [*found] == [*range(1, STEPS + 1)], (source, tuning)
         status = run.read_status()
@@ -225,16 +225,16 @@ def test_ctrl_c_while_it_evaluates(tiny: Tiny, tmp_path: Path) -> None:
     def at_the_end(run: RunDir) -> bool:
         return run.last_metrics().get("step") == 4
 
-    returncode, said = interrupted(tmp_path, recipe, "distft.train.trainer:RecipeTrainer.heldout_loss", at_the_end)
+    returncode, said = interrupted(tmp_path, recipe, "distft.train.trainer:RecipeTrainer.eval_loss", at_the_end)
     run = RunDir(tmp_path / "runs" / "tiny")
     assert returncode == 1, said
     assert run.read_status()["reason"] == "stopped: SIGINT; step-4 is saved"
-    assert "heldout_loss_after" not in run.read_status()
+    assert "eval_loss_after" not in run.read_status()
     assert not run.final.exists()
     lines = run.metrics.read_text()
     done = distft("resume", "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "heldout_loss_after" in run.read_status()
+    assert "eval_loss_after" in run.read_status()
     assert run.metrics.read_text() == lines
 
 
@@ -488,8 +488,8 @@ def test_starts_from_an_adapter(tiny: Tiny, tmp_path: Path, strategy: str) -> No
     recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), parallelism__strategy=strategy)
     recipe["lora"]["start_from"] = str(first.run_dir / "final")
     second = launch(recipe, tmp_path / "second", ranks=2)
-    before = second.status["heldout_loss_before"]
-    assert before == pytest.approx(first.status["heldout_loss_after"], abs=1e-4)
+    before = second.status["eval_loss_before"]
+    assert before == pytest.approx(first.status["eval_loss_after"], abs=1e-4)
     assert second.column("learning_rate") == first.column("learning_rate")
     assert "starts from the weights of" in (second.run_dir / "logs" / "rank-0.log").read_text()
 

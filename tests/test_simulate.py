@@ -56,9 +56,9 @@ def run(folder: Path, *sets: str, **options: Any) -> Memory:
 
 def traced(folder: Path, *sets: str, **options: Any) -> Trace:
     wanted = recipe(folder, *sets)
-    options = {"layout": "autocast", "micro_batch_size": 2, "gradient_checkpointing": False} | options
+    options = {"dtype_regime": "autocast", "micro_batch_size": 2, "gradient_checkpointing": False} | options
     # Eager attention: which kernel SDPA takes on a CPU differs between fake and real tensors.
-    model = build(wanted, options["layout"], "eager")
+    model = build(wanted, options["dtype_regime"], "eager")
     return trace(wanted, model, attn_implementation="eager", **options)
 
 

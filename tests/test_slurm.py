@@ -361,7 +361,7 @@ def test_all_problems_of_a_profile(site: Site) -> None:
 
 def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, site: Site) -> None:
     site.runs.mkdir()
-    site.profile(preflight=True, requeue=1)
+    site.profile(preflight=True, max_requeues=1)
     site.recipe(training__global_batch_size=12)
     namespaces.mount_over("node2", site.runs)
     try:

@@ -41,7 +41,7 @@ def planned(recipe: Path) -> Verification:
 
 
 def test_the_same_training(recipe: Path, tmp_path: Path) -> None:
-    options = ["--widths", "1,2", "--strategies", "zero3,hsdp", "--json"]
+    options = ["--world-sizes", "1,2", "--strategies", "zero3,hsdp", "--json"]
     done = distft("verify", recipe.name, *options, cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -72,7 +72,7 @@ def test_the_same_training(recipe: Path, tmp_path: Path) -> None:
 
 def test_above_the_tolerance(recipe: Path, tmp_path: Path) -> None:
     """Two widths of bf16 round otherwise: never equal to the last bit."""
-    options = ["--widths", "1,2", "--strategies", "ddp", "--tolerance", "0", "--steps", "3", "--keep", "kept"]
+    options = ["--world-sizes", "1,2", "--strategies", "ddp", "--tolerance", "0", "--steps", "3", "--keep", "kept"]
     sets = ["--set", "training.mixed_precision=bf16"]
     done = distft("verify", recipe.name, *options, *sets, cwd=tmp_path, env={"COLUMNS": "100"})
     assert done.returncode == 1, done.stdout + done.stderr
@@ -98,12 +98,12 @@ def test_above_the_tolerance(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--widths", "0"], "--widths: got '0', need numbers of ranks >= 1"),
-        (["--widths", "x,2"], "--widths: got 'x'"),
-        (["--widths", "1,,2"], "--widths: got ''"),
-        (["--widths", "1,2,2"], "--widths: got '2' twice"),
-        (["--widths", "1,3,5"], "--widths: 5: training.global_batch_size: got 8"),
-        (["--widths", "1"], "zero2, zero3, fsdp on 1 rank: one rank has nothing to shard"),
+        (["--world-sizes", "0"], "--world-sizes: got '0', need numbers of ranks >= 1"),
+        (["--world-sizes", "x,2"], "--world-sizes: got 'x'"),
+        (["--world-sizes", "1,,2"], "--world-sizes: got ''"),
+        (["--world-sizes", "1,2,2"], "--world-sizes: got '2' twice"),
+        (["--world-sizes", "1,3,5"], "--world-sizes: 5: training.global_batch_size: got 8"),
+        (["--world-sizes", "1"], "zero2, zero3, fsdp on 1 rank: one rank has nothing to shard"),
         (["--strategies", "zero9"], "--strategies: got 'zero9', need some of ddp, zero1"),
         (["--strategies", "ddp,ddp"], "--strategies: got 'ddp' twice"),
         (["--steps", "2"], "2 is not in the range x>=3"),
@@ -128,7 +128,7 @@ def test_what_is_wrong_starts_nothing(
 def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    command = [sys.executable, "-m", "distft", "verify", recipe.name, "--widths", "1,2"]
+    command = [sys.executable, "-m", "distft", "verify", recipe.name, "--world-sizes", "1,2"]
     env = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

@@ -118,7 +118,7 @@ at what is installed where distft runs, and are silent where that package is not
 FAMILY_TITLES = {
     "combinations": "Strategy, offload, optimizer, precision, device",
     "models": "Models",
-    "configs": "Overrides",
+    "overrides": "Overrides",
     "advice": "Advice",
 }
 

@@ -59,11 +59,11 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
 
 def _line(run: dict[str, Any]) -> str:
     step = f"step {run['step']}/{run['max_steps']}" if run.get("max_steps") else ""
-    heldout = f"held-out loss {run['heldout_loss_before']:.4f}" if "heldout_loss_before" in run else ""
-    if run.get("heldout_loss_after") is not None:
-        heldout += f" -> {run['heldout_loss_after']:.4f}"
+    eval_loss = f"eval loss {run['eval_loss_before']:.4f}" if "eval_loss_before" in run else ""
+    if run.get("eval_loss_after") is not None:
+        eval_loss += f" -> {run['eval_loss_after']:.4f}"
     expected = f"expected to start {run['expected_start']}" if run.get("expected_start") else ""
-    parts = [f"{run['run']:<24} {run['state'] or 'unknown':<10}", step, heldout, run.get("reason") or "", expected]
+    parts = [f"{run['run']:<24} {run['state'] or 'unknown':<10}", step, eval_loss, run.get("reason") or "", expected]
     return "  ".join(part for part in parts if part).rstrip()
 
 

@@ -15,7 +15,7 @@ from distft.cli import options
 @click.command()
 @click.argument("recipe")
 @click.option(
-    "--widths",
+    "--world-sizes",
     default="1,2,4",
     show_default=True,
     metavar="N,N...",
@@ -59,7 +59,7 @@ def verify(
     from distft.commands import verify
 
     asked = verify.parse_strategies(strategies) if strategies is not None else None
-    planned = verify.plan(recipe, sets, verify.parse_widths(widths), asked, steps, tolerance)
+    planned = verify.plan(recipe, sets, verify.parse_world_sizes(widths), asked, steps, tolerance)
     kept = _new_folder(keep) if keep else None
     with tempfile.TemporaryDirectory(prefix="distft-") as temporary:
         os.environ["TMPDIR"] = temporary  # of what runs: torchrun leaves a folder there

@@ -210,7 +210,7 @@ def preflight(target: Target, console: Console) -> dict[str, Any]:
     """
     from distft.views.progress import say
 
-    cluster = target.cluster.model_copy(update={"preflight": True, "requeue": 0})
+    cluster = target.cluster.model_copy(update={"preflight": True, "max_requeues": 0})
     run = RunDir.create(cluster.runs_dir, "doctor")
     job = Job("doctor", run, target.topology(), argv=(), env={}, files={}, cluster=cluster)
     ended = None

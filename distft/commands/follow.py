@@ -19,7 +19,7 @@ FOLLOW_SECONDS = 0.3
 SLURM_SECONDS = 15.0  # the longest between two questions to SLURM: controllers suffer from those who ask often
 
 
-def follow(run: RunDir, console: Console, goes_on: bool = False) -> None:
+def follow(run: RunDir, console: Console, resumed: bool = False) -> None:
     """Show a run of SLURM's to its end. Ctrl-C leaves the job alone.
 
     Raises:
@@ -29,7 +29,7 @@ def follow(run: RunDir, console: Console, goes_on: bool = False) -> None:
     from distft.views.progress import Follower, say
 
     try:
-        with Follower(run, console, goes_on) as follower:
+        with Follower(run, console, resumed) as follower:
             asked, wait = 0.0, 1.0
             while True:
                 if time.monotonic() - asked >= wait or run.read_status().get("state") in FINISHED:

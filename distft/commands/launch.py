@@ -124,14 +124,14 @@ class Launch:
         started(run)
         job = self.job(run)
         if job.cluster:  # the allocation is the user's: not ours to put into the queue again
-            job = replace(job, cluster=job.cluster.model_copy(update={"requeue": 0}))
-        run.fill(render(job), job.name, goes_on=self.run is not None)
+            job = replace(job, cluster=job.cluster.model_copy(update={"max_requeues": 0}))
+        run.fill(render(job), job.name, resumed=self.run is not None)
         say(console, [self._named(run)])
         if self.detach:
             local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
             return run
-        with Follower(run, console, goes_on=self.run is not None) as follower:
+        with Follower(run, console, resumed=self.run is not None) as follower:
             local.supervise(run, watch=follower.poll)
         say(console, summary.result_lines(run))
         return run
@@ -139,19 +139,19 @@ class Launch:
     def _start_on_slurm(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
         from distft.views.progress import say
 
-        if self.target.cluster.requeue and self.script is None and self.settings.checkpoint.save_steps is None:
+        if self.target.cluster.max_requeues and self.script is None and self.settings.checkpoint.save_steps is None:
             say(console, ["warning: checkpoint.save_steps is not set: after a fault the run begins anew"])
         say(console, [f"  SLURM {slurm.test_only(slurm.render(self.next_job()))}"])
         self.prepare(console)
         run = self.create()
         started(run)
-        job_id = slurm.submit(self.job(run), goes_on=self.run is not None)
+        job_id = slurm.submit(self.job(run), resumed=self.run is not None)
         name = quote(str(run.path))
         say(console, [self._named(run), f"job {job_id} is queued"])
         if self.detach:
             say(console, [f"look after it with: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
-        follow(run, console, goes_on=self.run is not None)
+        follow(run, console, resumed=self.run is not None)
         return run
 
     def _named(self, run: RunDir) -> str:

@@ -168,15 +168,15 @@ def follow(folder: Path, console: Console) -> None:
 
 
 def table(folder: Path) -> list[str]:
-    """A line a run: number, state, last loss, held-out loss before and after, and what was set."""
+    """A line a run: number, state, last loss, eval loss before and after, and what was set."""
     sets = json.loads((folder / SWEEP).read_text())["sets"]
-    rows = [("run", "state", "step", "loss", "held-out loss", "set")]
+    rows = [("run", "state", "step", "loss", "eval loss", "set")]
     for run, state, texts in zip(runs_of(folder), dispatch.states_now(runs_of(folder)), sets, strict=True):
         last = run.last_metrics()
-        heldout = f"{state['heldout_loss_before']:.4f}" if "heldout_loss_before" in state else ""
-        if state.get("heldout_loss_after") is not None:
-            heldout += f" -> {state['heldout_loss_after']:.4f}"
+        eval_loss = f"{state['eval_loss_before']:.4f}" if "eval_loss_before" in state else ""
+        if state.get("eval_loss_after") is not None:
+            eval_loss += f" -> {state['eval_loss_after']:.4f}"
         loss = f"{last['loss']:.4f}" if last else ""
-        rows.append((run.path.name, str(state["state"]), str(last.get("step", "")), loss, heldout, "  ".join(texts)))
+        rows.append((run.path.name, str(state["state"]), str(last.get("step", "")), loss, eval_loss, "  ".join(texts)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -147,16 +147,16 @@ class Result:
 # ---- what is asked
 
 
-def parse_widths(text: str) -> list[int]:
+def parse_world_sizes(text: str) -> list[int]:
     """`1,2,4` → numbers of ranks.
 
     Raises:
         DistftError: a word that is no width, or one that comes twice.
     """
-    words = _words("--widths", text)
+    words = _words("--world-sizes", text)
     for word in words:
         if not re.fullmatch(r"[1-9][0-9]{0,5}", word):
-            raise DistftError(f"--widths: got {word!r}, need numbers of ranks >= 1, such as 1,2,4")
+            raise DistftError(f"--world-sizes: got {word!r}, need numbers of ranks >= 1, such as 1,2,4")
     return [int(word) for word in words]
 
 
@@ -205,7 +205,7 @@ def plan(
         DistftError: a recipe, width, model or data that cannot be used, or fewer than two runs to compare.
     """
     recipe = load_recipe(path, sets)
-    _check_widths(recipe, widths)
+    _check_world_sizes(recipe, widths)
     model = read_model_shape(recipe, need_weights=True)
     rows.check_files(recipe)
     allowed, notes, mends = _unequal(recipe, model)
@@ -229,7 +229,7 @@ def plan(
         raise PlanError(
             "\n".join(
                 [
-                    "nothing to compare: fewer than two runs are left; name other --widths or --strategies",
+                    "nothing to compare: fewer than two runs are left; name other --world-sizes or --strategies",
                     *_left_out_lines(left_out),
                 ]
             )
@@ -237,7 +237,7 @@ def plan(
     return Verification(tuple(trials.values()), left_out, steps, allowed if tolerance is None else tolerance, notes)
 
 
-def _check_widths(recipe: Recipe, widths: Sequence[int]) -> None:
+def _check_world_sizes(recipe: Recipe, widths: Sequence[int]) -> None:
     """Raises PlanError with all widths that this machine or the batch does not allow."""
     total, micro, problems = recipe.training.global_batch_size, recipe.training.micro_batch_size, []
     for ranks in widths:
@@ -245,7 +245,7 @@ def _check_widths(recipe: Recipe, widths: Sequence[int]) -> None:
             Target(1, ranks).where()
             batch.per_rank(total, ranks) if micro == "auto" else batch.fixed(total, micro, ranks)
         except DistftError as error:
-            problems.append(f"--widths: {ranks}: {error}")
+            problems.append(f"--world-sizes: {ranks}: {error}")
     if problems:
         raise PlanError("\n".join(problems))
 

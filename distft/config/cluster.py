@@ -142,11 +142,11 @@ class Cluster(Group):
     preflight: bool = True
     """Check all nodes for a few seconds before the training step."""
 
-    requeue: Annotated[int, Field(ge=0)] = 0
+    max_requeues: Annotated[int, Field(ge=0)] = 0
     """How often a run may go on by itself, from its newest checkpoint: after the time limit, preemption, a fault, or on
     other nodes than those that failed the preflight."""
 
-    stop_seconds: Annotated[int, Field(ge=0, le=65535)] = 120
+    signal_seconds: Annotated[int, Field(ge=0, le=65535)] = 120
     """How long before the time limit, or before it is preempted, a run is told to save and stop. 0: it is not."""
 
     price_per_gpu_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None

@@ -157,7 +157,7 @@ class Training(Group):
     """Fused kernels of liger-kernel (a CUDA GPU and the package are needed)."""
 
     eval_steps: PositiveInt | None = None
-    """Measure the held-out loss every so many steps, besides before and after."""
+    """Measure the eval loss every so many steps, besides before and after."""
 
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the data order and of fresh weights."""

@@ -30,14 +30,14 @@ Polynomial = dict[str, float]  # monomial → bytes
 class Mode:
     """What changes what a step keeps."""
 
-    layout: str  # autocast (DDP) | low (ZeRO and FSDP compute in 16 bit) | float32
+    dtype_regime: str  # autocast (DDP) | low (ZeRO and FSDP compute in 16 bit) | float32
     adapters: str  # full | lora | nf4 | int8
     attention: str  # flash | masked | eager
     checkpointing: bool
 
     @property
     def key(self) -> str:
-        return f"{self.layout} {self.adapters} {self.attention} {'recompute' if self.checkpointing else 'keep'}"
+        return f"{self.dtype_regime} {self.adapters} {self.attention} {'recompute' if self.checkpointing else 'keep'}"
 
 
 def symbols(sizes: Any, tokens: int, row: int, rank: int) -> dict[str, int]:
@@ -85,12 +85,12 @@ def kept_in_backward(saved: Polynomial, checkpointing: bool) -> Polynomial:
 def mode_of(recipe: Recipe, setting: Setting) -> Mode:
     """The table's mode for a run."""
     low = recipe.training.mixed_precision != "no"
-    layout = ("autocast" if setting.layout == "autocast" else "low") if low else "float32"
+    regime = ("autocast" if setting.dtype_regime == "autocast" else "low") if low else "float32"
     attention = {"flash_attention_2": "flash", "eager": "eager"}.get(setting.attn_implementation, "masked")
     if attention == "masked" and low and not needs_mask(recipe, setting):
         attention = "flash"  # what SDPA takes where there is no mask
     adapters = (recipe.model.quantization or "lora") if recipe.lora else "full"
-    return Mode(layout, adapters, attention, setting.gradient_checkpointing)
+    return Mode(regime, adapters, attention, setting.gradient_checkpointing)
 
 
 def needs_mask(recipe: Recipe, setting: Setting) -> bool:
@@ -104,9 +104,9 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
     without its mask, Gemma 2's SDPA for eager; mixtures cannot be traced in float32), an unknown family for Llama's."""
     # The language model of Gemma 3 is the same beside images.
     family = "gemma3_text" if family == "gemma3" else family
-    for name, layout in ((family, mode.layout), (family, "low"), ("llama", mode.layout)):
+    for name, regime in ((family, mode.dtype_regime), (family, "low"), ("llama", mode.dtype_regime)):
         for attention in ATTENTIONS[ATTENTIONS.index(mode.attention) :]:
-            if found := _table().get((replace(mode, layout=layout, attention=attention).key, name)):
+            if found := _table().get((replace(mode, dtype_regime=regime, attention=attention).key, name)):
                 without = ("T·s", "s·s") if mode.attention == "flash" and attention == "masked" else ()
                 return {
                     moment: [_parse(text, without) for text in peaks.split(";")]
@@ -181,14 +181,16 @@ def peaks(
                 # What the block computes once more, and a layer's matrices beside it.
                 whole = polynomials(model.model_type or "", replace(mode, checkpointing=False))["saved"][0]
                 wide = 0
-                if mode.layout == "autocast" and mode.adapters in ("nf4", "int8") and recipe.lora.use_dora:
+                if mode.dtype_regime == "autocast" and mode.adapters in ("nf4", "int8") and recipe.lora.use_dora:
                     # All in float32 (see `difference`): as much again, and the gradients of the MLP.
                     wide = sum(_evaluate(value, ((whole, 1),))) + 12 * value.get("T·f", 0)
                 again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices + wide
                 rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
         found[moment] = rest, logits
     if recipe.training.use_liger_kernel:
-        logits = _liger_logits(value["T"], sizes.hidden_size, sizes.vocab_size, 4 if mode.layout == "float32" else 2)
+        logits = _liger_logits(
+            value["T"], sizes.hidden_size, sizes.vocab_size, 4 if mode.dtype_regime == "float32" else 2
+        )
         found |= {moment: (found[moment][0], logits) for moment in ("loss", "head")}
     return found
 
@@ -221,12 +223,12 @@ def difference(
     inputs itself. DoRA keeps the results of layer and adapter, and makes the adapter's matrix, from an identity, and
     its sum with the weight (peft tuners/lora/dora.py).
     """
-    low, lora = 4 if mode.layout == "float32" else 2, recipe.lora
+    low, lora = 4 if mode.dtype_regime == "float32" else 2, recipe.lora
     views = _views(model, mode) * low * tokens
     if lora is None or (lora.target_modules == "all-linear" and not lora.use_dora):
         return Difference(views, 0, 0) if views else None
     linear = [tensor for tensor in block if tensor.is_linear]
-    float32_norms = mode.layout == "autocast" and any(
+    float32_norms = mode.dtype_regime == "autocast" and any(
         tensor.kind == "bias" and ("norm" in tensor.name or ".ln_" in tensor.name) for tensor in block
     )
     inputs = products = weights = results = matrices = 0
@@ -239,21 +241,21 @@ def difference(
             if tensor.name in chosen:
                 if lora.use_dora:
                     results += 2 * low * tokens * width_out
-                    if mode.layout == "autocast" and mode.adapters != "lora":
+                    if mode.dtype_regime == "autocast" and mode.adapters != "lora":
                         # The magnitude's float32 is not cast back: what follows is float32, and int8 casts it again.
                         results += 4 * tokens * width_out + (2 * tokens * width_in if mode.adapters == "int8" else 0)
                     square, size = width_in * width_in, width_in * width_out
                     matrices = max(matrices, low * (square + 3 * size))
-                    if mode.layout == "autocast":
+                    if mode.dtype_regime == "autocast":
                         matrices = max(matrices, 6 * square + 2 * size, 2 * square + 16 * size)
                 continue
             products += low * tokens * lora.r
-            if mode.layout == "autocast":
+            if mode.dtype_regime == "autocast":
                 weights += 2 * lora.r * (width_in + width_out)
             if mode.adapters == "int8":
                 continue
             last = tensor is layers[-1] and len(layers) > 1
-            if (mode.layout == "autocast" and mode.adapters == "lora") or (float32_norms and not last):
+            if (mode.dtype_regime == "autocast" and mode.adapters == "lora") or (float32_norms and not last):
                 inputs += 2 * tokens * width_in
             elif last:
                 inputs += 0 if "att" in parent and mode.attention != "eager" else low * tokens * width_in

@@ -163,7 +163,7 @@ def put_together(
 
 def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:
     """ds_config.json's zero_optimization, as the run will have it; None for FSDP."""
-    if setting.layout != "zero":
+    if setting.dtype_regime != "zero":
         return None
     from distft.config.batch import Batch
     from distft.strategies.deepspeed import deepspeed_config

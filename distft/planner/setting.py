@@ -21,6 +21,6 @@ class Setting:
     device_type: str = "cuda"
 
     @property
-    def layout(self) -> str:
+    def dtype_regime(self) -> str:
         """What the strategy computes with: see train/fake_model.py, build."""
         return "autocast" if self.strategy == "ddp" else "zero" if self.strategy.startswith("zero") else "fsdp"

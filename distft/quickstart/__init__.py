@@ -2,7 +2,7 @@
 
 Every machine with Python has real text: the standard library's sources. A small base model is trained on them from
 scratch (base.yaml), then a LoRA run (recipe.yaml) teaches it to describe a signature in one line. Whole files are held
-out, so the held-out loss says something. This module needs the standard library only; model.py needs torch.
+out, so the eval loss says something. This module needs the standard library only; model.py needs torch.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ OF_AN_END = (
     "stopped",
     "attempts",
     "exit_status",
-    "heldout_loss_after",
+    "eval_loss_after",
     "checkpoint_problem",
 )
 FINISHED = ("completed", "failed", "cancelled", "preempted")
@@ -219,22 +219,22 @@ class RunDir:
         with (self.logs / "jobs").open("a") as file:
             file.write(f"{job_id}\n")
 
-    def fill(self, files: Mapping[str, str], name: str, goes_on: bool = False) -> None:
-        """Write the files of a run that is to start, by name, and its first status; or of one that `goes_on`.
+    def fill(self, files: Mapping[str, str], name: str, resumed: bool = False) -> None:
+        """Write the files of a run that is to start, by name, and its first status; or of one that `resumed`.
 
         Raises:
             RecipeError: they cannot be written; the run directory is removed, unless it has a past.
         """
         try:
-            if goes_on:
+            if resumed:
                 self.set_aside()
                 for file in {SCRIPT, SBATCH, DS_CONFIG} - files.keys():  # another place or strategy
                     (self.path / file).unlink(missing_ok=True)
             self.write(files)
-            again = dict.fromkeys(OF_AN_END) if goes_on else {}
+            again = dict.fromkeys(OF_AN_END) if resumed else {}
             self.update_status(state="queued", name=name, **again)
         except OSError as error:
-            if not goes_on:
+            if not resumed:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise RecipeError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
 

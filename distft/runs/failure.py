@@ -39,14 +39,14 @@ class Failure:
 
     `host`: "" where it is not the one to blame, None where at most its node's number in the job is known: `node`.
 
-    `mendable`: by a person alone; another attempt ends the same way.
+    `user_error`: by a person alone; another attempt ends the same way.
     """
 
     reason: str
     text: str
     rank: int | None = None
     host: str | None = None
-    mendable: bool = False
+    user_error: bool = False
     node: int | None = None
 
     @property
@@ -68,13 +68,13 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
         where = f"rank {first['rank']}" + (f" on {first['host']}" if first["host"] else "") + " failed first"
         # What a person can mend needs no traceback, and a script that exits by itself has printed why.
-        body = first["message"] if first["mendable"] else first["traceback"].rstrip()
+        body = first["message"] if first["user_error"] else first["traceback"].rstrip()
         if first["type"] == "SystemExit":
             reason = f"rank {first['rank']} exited by itself with status {first['message']}"
             where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
         text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]))
         host = "" if re.search(LOST_PEER, first["message"]) else first["host"]
-        return Failure(reason, text, first["rank"], host, first["mendable"])
+        return Failure(reason, text, first["rank"], host, first["user_error"])
     if killed:
         rank, number, node = killed
         reason = f"rank {rank} was killed by {_signal_name(number)}"

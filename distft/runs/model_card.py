@@ -86,15 +86,15 @@ def _result(run: RunDir, step: int | None) -> list[tuple[str, object]]:
     if last:
         found += [("steps", f"{last['step']:,}"), ("tokens trained on", f"{last['tokens']:,}")]
         found.append(("loss, first and last step", f"{first['loss']:.4f} → {last['loss']:.4f}"))
-    before, after = status.get("heldout_loss_before"), status.get("heldout_loss_after")
+    before, after = status.get("eval_loss_before"), status.get("eval_loss_after")
     if step is None and before is not None and after is not None:
-        found.append(("held-out loss", f"{before:.4f} → {after:.4f}"))
+        found.append(("eval loss", f"{before:.4f} → {after:.4f}"))
     return found
 
 
 def _data(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
     status, found = run.read_status(), []
-    for split, sources in (("train", recipe.data.train), ("heldout", recipe.data.eval)):
+    for split, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if sources:
             names = [sources] if isinstance(sources, str) else sources
             found.append((split, ", ".join(f"`{_name(source)}`" for source in names)))

@@ -80,7 +80,7 @@ def next_attempt(run: RunDir, returncode: int, budget: int, nodes: Sequence[str]
         why = f"failed {SAME_STEP} times at the same step, which is no fault of a machine's: {failure.reason}"
         _end(run, state="failed", reason=why, exit_status=returncode)
         raise RunError(why)
-    if len(attempts) > budget or (failure and failure.mendable):
+    if len(attempts) > budget or (failure and failure.user_error):
         conclude(run, returncode)
     run.set_aside()
     bad = _bad(attempts)

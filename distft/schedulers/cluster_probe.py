@@ -141,7 +141,7 @@ def draft() -> tuple[str, str]:
         "# setup:                # shell lines before the training; none: the Python that runs distft, by its path",
         "#   - module load cuda",
         "#   - source /path/to/venv/bin/activate",
-        "# requeue: 1            # submit again without nodes that fail the preflight",
+        "# max_requeues: 1       # submit again without nodes that fail the preflight",
         "",
     ]
     return re.sub(r"[^\w.-]", "-", settings.get("ClusterName") or "cluster"), "\n".join(lines)

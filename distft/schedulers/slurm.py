@@ -100,9 +100,9 @@ def directives(job: Job) -> list[str]:
         "output": f"{log}/slurm-%j.log",
     }
     lines = [f"--{flag}={sbatch_quote(str(value))}" for flag, value in flags.items() if value is not None]
-    fixed = ["--open-mode=append", "--requeue" if cluster.requeue else "--no-requeue"]
-    if RECIPE in job.files and cluster.stop_seconds:  # a script of one's own would not hear of it
-        fixed.append(f"--signal=B:USR1@{cluster.stop_seconds}")
+    fixed = ["--open-mode=append", "--requeue" if cluster.max_requeues else "--no-requeue"]
+    if RECIPE in job.files and cluster.signal_seconds:  # a script of one's own would not hear of it
+        fixed.append(f"--signal=B:USR1@{cluster.signal_seconds}")
     if s.exclusive:
         fixed.append("--exclusive")
     if job.after:  # without it the job would wait for ever once the other has failed
@@ -201,7 +201,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         "variables": sorted(env),
         "setup": cluster.setup,
         "step_flags": step_flags,
-        "requeue": cluster.requeue,
+        "max_requeues": cluster.max_requeues,
         "preflight": [*inside, python, "-m", "distft.diagnostics.preflight", str(run.path), str(gpus)]
         if cluster.preflight
         else None,
@@ -274,17 +274,17 @@ def test_only(script: str) -> str:
     return f"would start it at {start[1]} on {start[2]}, partition {start[3]}" if start else f"says: {said}"
 
 
-def submit(job: Job, goes_on: bool = False) -> str:
-    """Write the files of a run and queue it. The run directory exists, empty unless it `goes_on`. Returns the job's id.
+def submit(job: Job, resumed: bool = False) -> str:
+    """Write the files of a run and queue it. The run directory exists, empty unless it `resumed`. Returns the job's id.
 
     Raises:
         SubmitError: SLURM refused it; the run directory is removed, unless it has a past.
     """
-    job.run.fill({**job.files, SBATCH: render(job)}, job.name, goes_on)
+    job.run.fill({**job.files, SBATCH: render(job)}, job.name, resumed)
     try:
         job_id = client("sbatch", "--parsable", str(job.run.path / SBATCH)).stdout.strip().split(";")[0]
     except SubmitError as error:
-        if goes_on:
+        if resumed:
             job.run.update_status(state="failed", reason=str(error).splitlines()[0])
         else:
             shutil.rmtree(job.run.path, ignore_errors=True)

@@ -71,12 +71,12 @@ PROBES = (
 
 def modes() -> Iterator[Mode]:
     """Every combination that exists. fp16 keeps what bf16 does, and FSDP what ZeRO does."""
-    for layout, adapters, attention, checkpointing in itertools.product(
+    for regime, adapters, attention, checkpointing in itertools.product(
         ("autocast", "low", "float32"), ("full", "lora", "nf4", "int8"), ("flash", "masked", "eager"), (False, True)
     ):
-        if layout == "float32" and (attention == "flash" or adapters == "int8"):
+        if regime == "float32" and (attention == "flash" or adapters == "int8"):
             continue
-        yield Mode(layout, adapters, attention, checkpointing)
+        yield Mode(regime, adapters, attention, checkpointing)
 
 
 class Symbols(trace.Ledger):
@@ -185,7 +185,7 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
         (Path(folder) / "data.jsonl").write_text("{}\n")
         (Path(folder) / "recipe.yaml").write_text(json.dumps(_recipe(mode)))
         recipe = load_recipe(str(Path(folder) / "recipe.yaml"))
-        kind = {"low": "zero"}.get(mode.layout, "autocast")
+        kind = {"low": "zero"}.get(mode.dtype_regime, "autocast")
         attention = {"flash": "flash_attention_2", "masked": "sdpa", "eager": "eager"}[mode.attention]
         model = fake_model.build(recipe, kind, attention)
         Symbols.names = _names(symbols(describe(config).sizes, LENGTH * ROWS, LENGTH, RANK))
@@ -200,7 +200,7 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
             trace.trace(
                 recipe,
                 model,
-                layout=kind,
+                dtype_regime=kind,
                 micro_batch_size=ROWS,
                 gradient_checkpointing=mode.checkpointing,
                 attn_implementation=attention,
@@ -215,7 +215,7 @@ def _recipe(mode: Mode) -> dict[str, Any]:
         "model": {"name_or_path": ".", "quantization": quantization},
         "lora": None if mode.adapters == "full" else {"r": RANK},
         "data": {"train": ["data.jsonl"], "max_length": LENGTH, "packing": True},
-        "training": {"mixed_precision": "no" if mode.layout == "float32" else "bf16", "global_batch_size": ROWS},
+        "training": {"mixed_precision": "no" if mode.dtype_regime == "float32" else "bf16", "global_batch_size": ROWS},
     }
 
 

@@ -16,11 +16,13 @@ from distft.planner.sharding import PERSISTENT, Sizes, Unit
 from distft.train.model import add_adapters, compute_dtype
 
 
-def build(recipe: Recipe, layout: str, attn_implementation: str, depth: int | None = None, plain: bool = False) -> Any:
+def build(
+    recipe: Recipe, dtype_regime: str, attn_implementation: str, depth: int | None = None, plain: bool = False
+) -> Any:
     """The model as distft/train/model.py makes it, on the meta device: `depth` blocks of it; `plain`: the base alone.
 
-    `layout` is what the strategy computes with. `autocast` (DDP): what is trained is float32, and autocast casts on
-    the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, autocast is on too (accelerate). `zero`:
+    `dtype_regime` is what the strategy computes with. `autocast` (DDP): what is trained is float32, and autocast casts
+    on the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, autocast is on too (accelerate). `zero`:
     DeepSpeed casts the module to the compute dtype, no autocast.
     """
     dtype = compute_dtype(recipe)
@@ -62,7 +64,7 @@ def build(recipe: Recipe, layout: str, attn_implementation: str, depth: int | No
     if recipe.lora:
         with torch.device("meta"), dequantised_for_dora():
             model = add_adapters(model, recipe)
-    if layout != "autocast":
+    if dtype_regime != "autocast":
         for parameter in model.parameters():
             if parameter.is_floating_point() and _stored_bytes(parameter) is None:
                 parameter.data = parameter.data.to(dtype)

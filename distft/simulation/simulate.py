@@ -47,23 +47,23 @@ def simulate(recipe: Recipe, setting: Setting) -> Memory:
     from distft.simulation.fake_model import alike, blocks_of, build, sizes_of
     from distft.simulation.trace import trace
 
-    layout, attention = setting.layout, setting.attn_implementation
-    blocks = blocks_of(build(recipe, layout, attention, plain=True))
+    regime, attention = setting.dtype_regime, setting.attn_implementation
+    blocks = blocks_of(build(recipe, regime, attention, plain=True))
     depths = DEPTHS if len(blocks) > DEPTHS[-1] and alike(blocks) else (len(blocks),)
     accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
     found = []
     for depth in depths:
-        model = build(recipe, layout, attention, depth)
+        model = build(recipe, regime, attention, depth)
         sizes = sizes_of(recipe, model)
         try:
             steps = trace(
                 recipe,
                 model,
-                layout=layout,
+                dtype_regime=regime,
                 micro_batch_size=setting.micro_batch_size,
                 gradient_checkpointing=setting.gradient_checkpointing,
                 attn_implementation=attention,
-                accumulating=accumulating and layout == "autocast",
+                accumulating=accumulating and regime == "autocast",
             )
         except RuntimeError as error:  # a shape that depends on values, an operator that fake tensors lack
             name, why = recipe.model.name_or_path, str(error).splitlines()[0]

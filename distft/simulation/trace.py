@@ -197,7 +197,7 @@ def trace(
     recipe: Recipe,
     model: Any,
     *,
-    layout: str,
+    dtype_regime: str,
     micro_batch_size: int,
     gradient_checkpointing: bool,
     attn_implementation: str,
@@ -253,7 +253,7 @@ def trace(
 
         _watch_blocks(model, book)
         forward = model.forward
-        if layout != "zero" and dtype is not torch.float32:
+        if dtype_regime != "zero" and dtype is not torch.float32:
             # accelerate/accelerator.py, prepare_model: autocast, and the outputs turned into float32.
             forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(forward))
         book.enter("forward")

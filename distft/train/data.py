@@ -47,10 +47,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized data: `train`, and `heldout` where the recipe names some. Columns: input_ids, labels, seq_lengths."""
+    """Tokenized data: `train`, and `eval` where the recipe names some. Columns: input_ids, labels, seq_lengths."""
 
     train: Dataset
-    heldout: Dataset | None
+    eval: Dataset | None
     counts: dict[str, dict[str, Any]]
 
 
@@ -100,20 +100,20 @@ def load_prepared(recipe: Recipe) -> Prepared:
             if not rows.is_prepared(folder):
                 _prepare(recipe, folder)
     splits = {
-        name: datasets.load_from_disk(str(folder / name)) for name in ("train", "heldout") if (folder / name).is_dir()
+        name: datasets.load_from_disk(str(folder / name)) for name in ("train", "eval") if (folder / name).is_dir()
     }
-    return Prepared(splits["train"], splits.get("heldout"), rows.read_counts(folder))
+    return Prepared(splits["train"], splits.get("eval"), rows.read_counts(folder))
 
 
 def _prepare(recipe: Recipe, folder: Path) -> None:
-    """Write train/, heldout/ and counts.json into `folder`, all or nothing."""
+    """Write train/, eval/ and counts.json into `folder`, all or nothing."""
     tokenizer = load_tokenizer(recipe)
     _check_model_code(recipe)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
         counts = {"train": _prepare_split(recipe, tokenizer, recipe.data.train, work, "train")}
         if recipe.data.eval:
-            counts["heldout"] = _prepare_split(recipe, tokenizer, recipe.data.eval, work, "heldout")
+            counts["eval"] = _prepare_split(recipe, tokenizer, recipe.data.eval, work, "eval")
         (work / rows.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:

@@ -75,7 +75,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         model=model,
         args=arguments,
         train_dataset=prepared.train,
-        eval_dataset=prepared.heldout,
+        eval_dataset=prepared.eval,
         data_collator=Collator(
             tokenizer.pad_token_id, recipe.data.packing, choose_attention(recipe) == "flash_attention_2"
         ),

@@ -1,4 +1,4 @@
-"""transformers.Trainer with distft's data order, held-out loss and metrics."""
+"""transformers.Trainer with distft's data order, eval loss and metrics."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class RecipeTrainer(Trainer):
         return samples, tokens.long() if torch.is_tensor(tokens) else tokens
 
     @torch.no_grad()
-    def heldout_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
+    def eval_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
         """Mean loss a trained token over the held-out rows; collective, equal on all ranks. None when `interrupted`."""
         rows, micro = self.eval_dataset, self.args.per_device_eval_batch_size
         rank, world = self.args.process_index, self.args.world_size
@@ -194,7 +194,7 @@ class Recorder(TrainerCallback):
         self.first = self.position.step  # steps made before
         self.step_tokens = _tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
         self.stopped: str | None = None
-        self.heldout: float | None = None
+        self.eval_loss: float | None = None
         self.last_status = 0.0
         self.writes = trainer.is_world_process_zero()
         self.metrics = _Lines(run.metrics) if self.writes else None
@@ -211,8 +211,8 @@ class Recorder(TrainerCallback):
             state.global_step = self.trainer._globalstep_last_logged = self.position.step
             if state.global_step >= state.max_steps:
                 raise NothingLeft
-        elif (loss := self._heldout()) is not None:
-            self._status(heldout_loss_before=loss)
+        elif (loss := self._eval_loss()) is not None:
+            self._status(eval_loss_before=loss)
         self.clock = time.perf_counter()
         if self.stopped:
             raise NothingLeft
@@ -223,7 +223,7 @@ class Recorder(TrainerCallback):
         tokens = self.step_tokens[step - 1 - self.first]
         self.position = Position(step, self.position.samples + batch, self.position.tokens + tokens)
         if every and step % every == 0:
-            self.heldout = self._heldout()
+            self.eval_loss = self._eval_loss()
         self.watchdog.step()
         if self._interrupted():
             self.watchdog.rest()
@@ -238,16 +238,16 @@ class Recorder(TrainerCallback):
         self.watchdog.rest()
         self.checkpointer.finish()
         if not self.stopped:
-            loss = self._heldout()
+            loss = self._eval_loss()
             if self.stopped:  # all steps are made; what is left is this and final/
                 self.checkpointer.save(self.trainer, self.position, wait=True)
             elif loss is not None:
-                self._status(heldout_loss_after=loss)
+                self._status(eval_loss_after=loss)
         self._status(step=self.position.step)
         return self.stopped
 
-    def _heldout(self) -> float | None:
-        return None if self.trainer.eval_dataset is None else self.trainer.heldout_loss(self._interrupted)
+    def _eval_loss(self) -> float | None:
+        return None if self.trainer.eval_dataset is None else self.trainer.eval_loss(self._interrupted)
 
     def _interrupted(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all."""
@@ -272,8 +272,8 @@ class Recorder(TrainerCallback):
             "time": time.time(),
         }
         self.clock = now
-        if self.heldout is not None:
-            line["heldout_loss"], self.heldout = self.heldout, None
+        if self.eval_loss is not None:
+            line["eval_loss"], self.eval_loss = self.eval_loss, None
         if self.writes:
             self.metrics.write(json.dumps(line) + "\n")
             if now - self.last_status > 1:

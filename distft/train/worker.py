@@ -113,7 +113,7 @@ def record_error(run: RunDir, rank: int, error: BaseException, where: str | None
         "time": time.time(),
         "type": type(error).__name__,
         "message": str(error),
-        "mendable": isinstance(error, DistftError) and not isinstance(error, Hang),
+        "user_error": isinstance(error, DistftError) and not isinstance(error, Hang),
         "traceback": "".join(traceback.format_exception(error)),
     }
     with contextlib.suppress(OSError):  # a full disk may be the very error

@@ -21,17 +21,17 @@ PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds, and always the
 class Follower:
     """Shows what has come since the last `poll`. Use as a context manager.
 
-    Of a run that `goes_on`, what was before is known.
+    Of a run that `resumed`, what was before is known.
     """
 
-    def __init__(self, run: RunDir, console: Console, goes_on: bool = False):
+    def __init__(self, run: RunDir, console: Console, resumed: bool = False):
         self.run, self.console = run, console
-        self.since = time.time() if goes_on else 0.0
+        self.since = time.time() if resumed else 0.0
         self.offset, self.latest, self.shown_step, self.shown_at = 0, {}, 0, 0.0
         self.first: dict[str, Any] | None = None
         self.file: int | None = None
         self.max_steps: int | None = None
-        self.said: set[str] = {"heldout_loss_before"} if goes_on else set()
+        self.said: set[str] = {"eval_loss_before"} if resumed else set()
         self.description = "starting"
         self.display: Progress | None = None
 
@@ -71,9 +71,9 @@ class Follower:
             self.said.add(problem)
             say(self.console, [f"warning: {problem}"])
         if self.display is None:
-            self._milestone("heldout_loss_before", status, "held-out loss before training: {:.4f}")
+            self._milestone("eval_loss_before", status, "eval loss before training: {:.4f}")
             self._print_step(last)
-            self._milestone("heldout_loss_after", status, "held-out loss after training: {:.4f}")
+            self._milestone("eval_loss_after", status, "eval loss after training: {:.4f}")
             return
         description, step = self.description, self.latest.get("step", 0)
         if step:

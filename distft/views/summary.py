@@ -89,8 +89,8 @@ def result_lines(run: RunDir) -> list[str]:
     """Where the result lies, and what it achieved."""
     status = run.read_status()
     lines = []
-    if status.get("heldout_loss_after") is not None:
-        lines.append(f"held-out loss: {status['heldout_loss_before']:.4f} -> {status['heldout_loss_after']:.4f}")
+    if status.get("eval_loss_after") is not None:
+        lines.append(f"eval loss: {status['eval_loss_before']:.4f} -> {status['eval_loss_after']:.4f}")
     if run.final.is_dir():
         return [*lines, f"done: {run.final}"]
     return [*lines, f"done; what it printed: distft logs {quote(str(run.path))}"]  # a script of one's own

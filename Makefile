@@ -1,4 +1,4 @@
-# make demo: from a fresh machine to a fine-tuned adapter. make test: the whole suite.
+# make demo: from a fresh machine to a fine-tuned adapter. make test: the whole suite; make test-fast: its unit tests.
 # TORCH names another torch, TORCH_SOURCE options of pip that say where from:
 #   make demo TORCH_SOURCE="--index-url URL"
 PYTHON ?= python3
@@ -9,7 +9,7 @@ QUICKSTART ?= quickstart
 RANKS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test check reference bench clean
+.PHONY: demo test test-fast check reference bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -17,6 +17,9 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py [--json]
 
-The faults happen one after the other to two runs of tests/test_recovery.py, which assert that they end as the
+The faults happen one after the other to two runs of tests/slurm/test_recovery.py, which assert that they end as the
 undisturbed run does. SLURM holds a requeued job back for two minutes, from which the tests let it off: the figures are
 without them. Where the job goes on by itself, they are the longest pause between two steps.
 """
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-TESTS = Path(__file__).parent.parent / "tests" / "test_recovery.py"
+TESTS = Path(__file__).parent.parent / "tests" / "slurm" / "test_recovery.py"
 
 
 def measure() -> dict[str, float]:

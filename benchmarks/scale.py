@@ -4,7 +4,7 @@
 
 Times are the whole process's wall time, the best of the rounds; the median and the least CPU time stand beside it, and
 tell on a busy machine what is distft's. Exit status 1: a bound is missed. Launches are measured where a SLURM
-controller can be started (tests/slurm_cluster.py). Its 1,024 nodes are not real, so jobs are held; sbatch's own time is
+controller can be started (slurm_cluster.py). Its 1,024 nodes are not real, so jobs are held; sbatch's own time is
 taken off.
 """
 
@@ -32,7 +32,7 @@ import yaml
 
 from distft.runs.directory import RunDir
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "slurm"))
 import slurm_cluster
 from slurm_cluster import Cluster
 

@@ -1,7 +1,7 @@
 """The families of models that are planned from config.json alone, as data: layouts, and defaults of config classes.
 
 Sources: configuration_*.py and modeling_*.py of transformers 5, of the classes that AutoModelForCausalLM picks by
-model_type. tests/test_model_shapes.py holds each family equal to them, name by name, and each default to its class's.
+model_type. test_model_shapes.py holds each family equal to them, name by name, and each default to its class's.
 """
 
 from __future__ import annotations

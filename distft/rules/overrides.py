@@ -84,7 +84,7 @@ def offload_is_planned(case: Case) -> str | None:
 @rule(
     "round_robin_gradients under zero1 or zero2",
     "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py:824 (_link_all_hp_params goes by the groups' order, "
-    "the flat masters by the round robin's); tests/test_resume.py",
+    "the flat masters by the round robin's); tests/integration/test_resume.py",
     "leave it out",
     for_scripts=True,
 )

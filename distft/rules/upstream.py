@@ -1,6 +1,6 @@
 """What the rules know by name: model types, keys of configs, and how to look into the packages installed here.
 
-tests/test_rules.py holds lists against the installed packages. Nothing here imports these: what can be read off their
+test_rules.py holds lists against the installed packages. Nothing here imports these: what can be read off their
 sources is read as text, so that it is right for the version that will run.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Model types of transformers 5.17 to 5.23 in which a token of a packed row sees the document before it, although its
 # position ids start again there: tiny models of every type, the first document changed, the second looked at
-# (tests/test_rules.py does so for some).
+# (test_rules.py does so for some).
 # Attention that does not make its mask from position ids:
 MIXES_BY_MASK = frozenset(
     [

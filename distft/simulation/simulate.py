@@ -9,7 +9,7 @@ Depth. Identical blocks need not all be traced: live bytes while block k of L is
 (each block below adds the same activations, each above the same gradients), so the peak over all k lies at one of the
 ends. `simulate` traces 4 and 5 blocks, takes the two lowest and the two highest (the outermost differ: a frozen
 embedding needs no gradient), and continues each of these peaks linearly to the full depth. Blocks that differ in any
-shape or setting (fake_model.alike) are all traced. tests/test_simulate.py holds it against the full depth, to the byte.
+shape or setting (fake_model.alike) are all traced. test_simulate.py holds it against the full depth, to the byte.
 
 Approximations: rows are all max_length long; workspaces inside an operator are counted for FlashAttention's backward
 and NF4's matrices only (not cuBLAS's); LLM.int8()'s outlier columns are taken as none; clipping and fp16's scaler are

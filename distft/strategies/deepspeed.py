@@ -2,7 +2,7 @@
 
 Keys and defaults are those of deepspeed 0.19.8 (runtime/config.py, runtime/precision_config.py, runtime/zero/config.py,
 runtime/zero/offload_config.py). The documented defaults differ from the code's, and DeepSpeed takes a misspelt
-top-level key for an absent one, so a run's file relies on neither; tests/test_strategies.py holds every key against
+top-level key for an absent one, so a run's file relies on neither; test_strategies.py holds every key against
 those modules. Bucket sizes and thresholds count ELEMENTS, not bytes. ds_configs/README.md gives each field's reason.
 """
 

@@ -14,7 +14,7 @@ used: a fifth of a rank's start, and then minutes with g++. These functions run 
 it packs 4-bit weights anew for CPUs with AVX512-BF16, in place, of which ZeRO-3 and FSDP know nothing: after the next
 gathering the weights are broken, silently. They stay as they are.
 
-tests/test_cpu_ranks.py fails when upstream no longer needs this.
+tests/integration/test_cpu_ranks.py fails when upstream no longer needs this.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Result, Tiny, launch, ready, train_together
+from running import Result, launch, ready, train_together
+from tiny import Tiny
 
 FP32 = 1e-5
 # kind of `ran` → the class that must wrap the model; {} stands for the model's own class.

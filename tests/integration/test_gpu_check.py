@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECK = Path(__file__).parent.parent / "benchmarks" / "gpu" / "check.py"
+CHECK = Path(__file__).parents[2] / "benchmarks" / "gpu" / "check.py"
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Tiny
+from tiny import Tiny
 
-LADDER = Path(__file__).parent.parent / "launch"
+LADDER = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LADDER.glob("*.sh"))
 
 

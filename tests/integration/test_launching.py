@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Result, Tiny, distft, launch
+from running import Result, distft, launch
+from tiny import Tiny
 
 from distft.runs import processes
 from distft.runs.directory import RunDir

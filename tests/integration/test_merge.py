@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Result, Tiny, distft, launch, make_model, make_tokenizer
+from running import Result, distft, launch
 from safetensors.torch import load_file, save_file
+from tiny import Tiny, make_model, make_tokenizer
 
 from distft import extras
 from distft.commands import merge as merge_command

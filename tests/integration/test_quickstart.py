@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import distft
+from running import distft
 
 from distft import quickstart
 from distft.config.loading import load_recipe

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import Result, Tiny, distft, inject, launch, ready, train_together
+from running import Result, distft, inject, launch, ready, train_together
 from slurm_cluster import namespaces_work
+from tiny import Tiny
 
 from distft.runs import checkpoints, processes
 from distft.runs.directory import RunDir

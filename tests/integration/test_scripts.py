@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Tiny, distft
+from running import distft
+from tiny import Tiny
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WRAPPED = {
     "ddp": "DistributedDataParallel",
     "zero2": "DeepSpeedEngine",

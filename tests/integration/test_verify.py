@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import Tiny, distft
 from rich.console import Console
+from running import distft
+from tiny import Tiny
 
 from distft.cli import main
 from distft.commands import verify

@@ -1,4 +1,4 @@
-"""What can happen to a run on a cluster, for tests/test_recovery.py.
+"""What can happen to a run on a cluster, for tests/slurm/test_recovery.py.
 
 Each fault lets it happen to a run that trains on two nodes, and says how the attempt ends, if it does.
 """
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import Tiny, inject
+from running import inject
 from slurm_cluster import Cluster
 from test_slurm import Site
+from tiny import Tiny
 
 from distft.runs import checkpoints
 from distft.runs.directory import RunDir

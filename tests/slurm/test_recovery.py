@@ -13,10 +13,11 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import Result, Tiny, inject, launch
 from faults import Fault
+from running import Result, inject, launch
 from slurm_cluster import Cluster
 from test_slurm import Site
+from tiny import Tiny
 
 from distft.runs import checkpoints
 from distft.runs.directory import RunDir

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import slurm_cluster
 import yaml
-from conftest import Result, Tiny, distft
+from running import Result, distft
 from slurm_cluster import Cluster
+from tiny import Tiny
 
 pytestmark = pytest.mark.slurm
 CLUSTER = ("--cluster", "site.yaml")
@@ -459,7 +460,7 @@ def test_inside_an_allocation(site: Site) -> None:
 
 def test_launch_slurm_sh(site: Site) -> None:
     """The ladder's last step: a plain sbatch script, no profile."""
-    script = Path(__file__).parent.parent / "launch" / "slurm.sh"
+    script = Path(__file__).parents[2] / "launch" / "slurm.sh"
     bin_folder = site.folder / "bin"
     bin_folder.mkdir()
     (bin_folder / "distft").write_text(f'#!/bin/sh\nexec {sys.executable} -m distft "$@"\n')

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 import yaml
-from conftest import Tiny
+from tiny import Tiny
 
 pytestmark = pytest.mark.slurm
-PAGE = (Path(__file__).parent.parent / "docs" / "slurm.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 
 
 def test_every_command(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Tiny, distft, launch, make_model, make_tokenizer, write_jsonl
+from running import distft, launch
+from tiny import Tiny, make_model, make_tokenizer, write_jsonl
 
 ROW = {"messages": [{"role": "user", "content": "read file"}, {"role": "assistant", "content": "open path"}]}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Tiny, write_jsonl
+from tiny import Tiny, write_jsonl
 
 from distft.config.loading import load_recipe
 from distft.data.rows import cache_folder

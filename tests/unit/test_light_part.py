@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -11,57 +10,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Tiny
+from light_install import light
+from tiny import Tiny
 
 from distft import extras
 from distft.errors import MissingPartError
 
-ROOT = Path(__file__).parent.parent
 
-
-def requirements(name: str) -> set[str]:
-    """A package and all that it needs without extras."""
-    found, todo = set(), [name]
-    while todo:
-        package = todo.pop()
-        try:
-            lines = metadata.requires(package) or []
-        except metadata.PackageNotFoundError:  # for another platform or Python
-            continue
-        found.add(package)
-        names = {line.split(";")[0].split("[")[0] for line in lines if "extra ==" not in line}
-        todo += {name.rstrip("0123456789.,<>=!~ ()") for name in names} - found
-    return found
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of packages as `pip install distft` would make it, of links to those installed here."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "distft").symlink_to(ROOT / "distft")
-    for name in requirements("distft"):
-        distribution = metadata.distribution(name)
-        for top in {path.parts[0] for path in distribution.files or [] if path.parts[0] not in ("..", "__pycache__")}:
-            if not (folder / top).exists() and not top.startswith("__editable__"):
-                (folder / top).symlink_to(distribution.locate_file(top))
-    return folder
-
-
-def light(site: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    # -S: the packages of this environment are out of reach.
-    command = [sys.executable, "-S", "-m", "distft", *arguments]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
-
-
-def test_a_login_node(site: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_login_node(light_site: Path, tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe()))
-    assert not list(site.glob("torch*"))
-    assert not list(site.glob("transformers*"))
-    done = light(site, "validate", "recipe.yaml", "--json", cwd=tmp_path)
+    assert not list(light_site.glob("torch*"))
+    assert not list(light_site.glob("transformers*"))
+    done = light(light_site, "validate", "recipe.yaml", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["valid"] is True, done.stderr
-    assert light(site, "render", "recipe.yaml", "--nodes", "4", "-o", "out", cwd=tmp_path).returncode == 0
+    assert light(light_site, "render", "recipe.yaml", "--nodes", "4", "-o", "out", cwd=tmp_path).returncode == 0
     assert (tmp_path / "out" / "plan.json").is_file()
-    done = light(site, "launch", "recipe.yaml", cwd=tmp_path)
+    done = light(light_site, "launch", "recipe.yaml", cwd=tmp_path)
     assert done.returncode == 2
     error = done.stderr.splitlines()
     assert len(error) == 1

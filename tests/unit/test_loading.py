@@ -794,7 +794,7 @@ def test_every_field_has_a_description():
 @pytest.mark.parametrize("module", ["distft.config.loading", "distft.strategies.deepspeed", "distft.schedulers.slurm"])
 def test_light_imports(module):
     code = f"import sys, {module}; print({{'torch', 'transformers', 'jinja2', 'rich', 'deepspeed'}} & set(sys.modules))"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
     )

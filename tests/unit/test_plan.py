@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Tiny, distft
+from running import distft
+from tiny import Tiny
 
 from distft.config.loading import load_recipe
 from distft.errors import ClusterError, PlanError

@@ -12,7 +12,7 @@ from distft.config.loading import load_recipe
 from distft.config.recipe import Recipe
 from distft.config.schema_text import schema_of
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 RECIPE = files()["recipe.md"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import Tiny
+from tiny import Tiny
 
 from distft import extras, rules
 from distft.cli import main
@@ -34,7 +34,7 @@ from distft.rules import upstream
 from distft.rules.core import Case, Rule
 from distft.rules.overrides import PLANNED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = {rule.name: rule for rule in rules.RULES}
 CPU = Device("cpu", "cpu", 2**33, cores=2)
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import distft
+from running import distft
 
 from distft.runs.directory import BLOCK, RunDir, read_metrics
 

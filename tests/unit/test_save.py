@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
 from safetensors.torch import load_file, save_file
+from tiny import Tiny
 
 from distft.config.recipe import Recipe
 from distft.errors import RunError

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import reference_files
 import yaml
-from conftest import Tiny, distft
+from running import distft
+from tiny import Tiny
 
 from distft.commands.sweep import combinations
 from distft.config.cluster import load_cluster
@@ -20,7 +21,7 @@ from distft.errors import ClusterError
 from distft.schedulers import cluster_probe, slurm
 from distft.shell import sbatch_quote
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROFILES = sorted((ROOT / "slurm" / "clusters").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "slurm" / "reference").glob("*.sbatch"))
 

@@ -44,7 +44,7 @@ from deepspeed.runtime.zero.offload_config import (
 from pydantic import ValidationError
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OFFLOADS = {"zero1": ("none", "optimizer"), "zero2": ("none", "optimizer"), "zero3": ("none", "optimizer", "all")}
 STRATEGIES = [(strategy, offload) for strategy, offloads in OFFLOADS.items() for offload in offloads]
 LORA, FULL, TINY = 41_943_040, 8_030_261_248, 1_000_000  # trained parameters: of an adapter, an 8B model, a toy

@@ -1,0 +1,124 @@
+"""The command line as a user runs it, real launches, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distft.runs.directory import RunDir
+
+
+@dataclass(frozen=True)
+class Result:
+    """A launch that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    run_dir: Path | None
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def column(self, name: str) -> list[float]:
+        return [line[name] for line in self.metrics]
+
+    def log(self) -> str:
+        """All that was logged, for a failed assertion."""
+        logs = sorted((self.run_dir / "logs").glob("*.log")) if self.run_dir else []
+        return "\n".join([self.stdout, self.stderr, *(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in logs)])
+
+
+def distft(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run the command line as a user would."""
+    command = [sys.executable, "-m", "distft", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def launch(
+    recipe: dict[str, Any],
+    folder: Path,
+    *arguments: str,
+    ranks: int = 1,
+    expect: int = 0,
+    env: dict[str, str] | None = None,
+) -> Result:
+    """`distft launch` of a recipe in `folder`, to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--gpus-per-node", str(ranks), "--json", *arguments]
+    done = distft("launch", "recipe.yaml", *options, cwd=folder, env=env)
+    run_dir = Path(json.loads(done.stdout)["run_dir"]) if done.stdout.startswith("{") else None
+    result = Result(done.returncode, done.stdout, done.stderr, run_dir)
+    assert done.returncode == expect, result.log()
+    return result
+
+
+BEFORE = """
+import os, sys, threading, time
+def before(*args, **kwargs):
+    {code}
+def patch():
+    while True:
+        for module in ({module!r}, "__main__"):
+            owner = sys.modules.get(module)
+            for part in {owners!r}:
+                owner = getattr(owner, part, None)
+            original = getattr(owner, {name!r}, None)
+            if original is not None:
+                def changed(*args, **kwargs):
+                    before(*args, **kwargs)
+                    return original(*args, **kwargs)
+                setattr(owner, {name!r}, changed)
+                return
+        time.sleep(0.005)
+threading.Thread(target=patch, daemon=True).start()
+"""
+
+
+def inject(folder: Path, where: str, code: str) -> dict[str, str]:
+    """Have every Python run `code` before each call of MODULE:NAME, with its `args`. Returns the variables for that."""
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    text = BEFORE.format(module=module, owners=owners, name=name, code=code.replace("\n", "\n    "))
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
+def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
+    """A run directory under `folder`, ready to start."""
+    from distft.commands import launch
+    from distft.jobs.target import Target, plan_recipe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    target = Target(1, ranks)
+    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
+    run = RunDir.create(str(folder), name)
+    job = launch.Launch(loaded, plan, target).job(run)
+    run.fill(launch.render(job), job.name)
+    return run
+
+
+def train_together(runs: list[RunDir], ranks: int) -> None:
+    """Train runs of one strategy one after the other in the same ranks (several_runs.py)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = Path(__file__).parent / "integration" / "several_runs.py"
+    done = subprocess.run([*command, str(script), *(str(run.path) for run in runs)], capture_output=True, text=True)
+    logs = "\n".join(path.read_text()[-2000:] for run in runs for path in run.logs.glob("rank-*.log"))
+    assert done.returncode == 0, done.stderr[-1000:] + logs

@@ -42,7 +42,7 @@ from distft.cli import options
 def verify(
     context: click.Context,
     recipe: str,
-    widths: str,
+    world_sizes: str,
     strategies: str | None,
     steps: int,
     tolerance: float | None,
@@ -59,7 +59,7 @@ def verify(
     from distft.commands import verify
 
     asked = verify.parse_strategies(strategies) if strategies is not None else None
-    planned = verify.plan(recipe, sets, verify.parse_world_sizes(widths), asked, steps, tolerance)
+    planned = verify.plan(recipe, sets, verify.parse_world_sizes(world_sizes), asked, steps, tolerance)
     kept = _new_folder(keep) if keep else None
     with tempfile.TemporaryDirectory(prefix="distft-") as temporary:
         os.environ["TMPDIR"] = temporary  # of what runs: torchrun leaves a folder there

@@ -76,7 +76,7 @@ def test_flash_attention_is_run(tmp_path: Path, text: str, state: str, said: str
 
     if state == "absent" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    program = "import torch; from distft.train import doctor; print(*doctor.apart(doctor.flash_attention))"
+    program = "import torch; from distft.diagnostics import doctor; print(*doctor.apart(doctor.flash_attention))"
     env = {**os.environ, **fake(tmp_path, text)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.startswith(f"{state} flash-att"), done.stderr

@@ -22,8 +22,7 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit
 
 check: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@tools/check.sh $(BIN)
 
 reference: $(VENV)/.dev
 	$(BIN)/python tools/reference_files.py .

@@ -1,10 +1,12 @@
-"""docs/recipe.md and docs/profile.md from the docstrings of their fields, docs/rules.md from the rules':
-`python tools/generated_docs.py docs`.
+"""docs/recipe.md and docs/profile.md from the docstrings of their fields, docs/rules.md from the rules.
+
+python tools/generated_docs.py docs            write them
+python tools/generated_docs.py docs --check    list those that differ; exit status 1 if any does
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,21 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python tools/generated_docs.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the repository's docs/")
+    parser.add_argument("--check", action="store_true", help="write nothing; list what differs")
+    options = parser.parse_args(argv)
+    status = 0
     for name, text in files().items():
-        (Path(sys.argv[1]) / name).write_text(text)
+        path = options.folder / name
+        if not options.check:
+            path.write_text(text)
+        elif not path.is_file() or path.read_text() != text:
+            print(f"{path}: differs from its generator; run: make reference")
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """The files for people in ds_configs/, launch/accelerate/ and slurm/reference/: made here, never read by distft.
 
 python tools/reference_files.py ROOT           write them
-python tools/reference_files.py ROOT --check   say which differ; exit status 1 if any does
+python tools/reference_files.py ROOT --check   list those that differ; exit status 1 if any does
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _yaml(strategy: str, topology: Topology) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/reference_files.py", description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="the repository's root")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="write nothing; list what differs")
     options = parser.parse_args(argv)
     status = 0
     for name, text in files(options.root).items():
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         elif not path.is_file() or path.read_text() != text:
-            print(f"{name}: differs from its generator; run python tools/reference_files.py {options.root}")
+            print(f"{name}: differs from its generator; run: make reference")
             status = 1
     return status
 

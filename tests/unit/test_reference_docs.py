@@ -1,11 +1,11 @@
-"""docs/recipe.md and docs/profile.md are the generator's, and the recipe's example is a recipe."""
+"""The generated pages of docs/ are what their generator makes, and the recipe's example is a recipe."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from generated_docs import EXAMPLE, files
+from generated_docs import EXAMPLE, files, main
 
 from distft.config.cluster import Cluster
 from distft.config.loading import load_recipe
@@ -19,6 +19,17 @@ RECIPE = files()["recipe.md"]
 def test_docs_are_the_generators():
     for name, text in files().items():
         assert (DOCS / name).read_text() == text, "make reference"
+
+
+def test_check_names_what_differs(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--check"]) == 0
+    (tmp_path / "profile.md").write_text("by hand\n")
+    (tmp_path / "rules.md").unlink()
+    assert main([str(tmp_path), "--check"]) == 1
+    shown = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown == [f"{tmp_path}/profile.md", f"{tmp_path}/rules.md"]
+    assert (tmp_path / "profile.md").read_text() == "by hand\n"
 
 
 def test_the_example_loads(tmp_path):

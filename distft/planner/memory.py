@@ -28,7 +28,7 @@ from distft.units import GIB
 CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * GIB), GIB, 0.05, int(0.75 * GIB)
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
-Peaks = Mapping[tuple[str, "int | None"], Counter]
+Peaks = Mapping[tuple[str, "int | None"], "Counter[str]"]
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,19 @@ def put_together(
         )
     # Paged states are CUDA managed memory, which torch's allocator does not count (bitsandbytes get_state_buffer).
     paged = mine.optimizer if "paged" in optim and ddp else 0
-    totals: dict[str, tuple[int, Counter]] = {}
+    totals: dict[str, tuple[int, Counter[str]]] = {}
     for (moment, block), live in peaks.items():
         if moment not in ("forward", "loss", "backward", "optimizer"):
             continue
-        if moment == "optimizer":
-            live = Counter(live, activations=live["activations"] // (1 if ddp else setting.shard_size))
+        if moment == "optimizer" and not ddp:
+            # The optimizer's temporaries: of this rank's shard, and where the states are offloaded on the host.
+            here = live["activations"] // setting.shard_size if setting.offload == "none" else 0
+            live = _replaced(live, activations=here)
         buffers = live["buffers"] + mine.buffers["head" if moment == "backward" and block is None else moment]
         gradients = live["gradients"] if ddp else mine.gradients
         total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
         if total > totals.get(moment, (-1,))[0]:
-            totals[moment] = total, Counter(live, buffers=buffers)
+            totals[moment] = total, _replaced(live, buffers=buffers)
     moment = max(totals, key=lambda moment: totals[moment][0])
     peak, live = totals[moment]
     overhead = CPU_PROCESS
@@ -159,6 +161,11 @@ def put_together(
         model_parameters=sizes.parameters,
         trainable_parameters=sizes.trained,
     )
+
+
+def _replaced(live: Counter[str], **kinds: int) -> Counter[str]:
+    """`live` with other values. Counter(live, **kinds) would ADD them."""
+    return Counter({**live, **kinds})
 
 
 def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:

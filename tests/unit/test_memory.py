@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from distft.config.loading import load_recipe
 from distft.models.shapes import read_model_shape
 from distft.planner import activations
 from distft.planner.activations import Mode
-from distft.planner.memory import Estimator, Memory
+from distft.planner.memory import Estimator, Memory, bnb_state_bytes, put_together, stored_bytes
 from distft.planner.setting import Setting
+from distft.planner.sharding import Sizes, Unit, share
 
 COMMON = {"vocab_size": 1000, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": None}
 SIZES = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 688}
@@ -56,6 +59,205 @@ def parameters() -> int:
     h, f, vocab = 256, 688, 1000
     return 2 * vocab * h + 6 * (2 * h * h + 2 * h * h // 4 + 3 * h * f + 2 * h) + h
 
+
+# ---- by hand. Formula and simulation share sharding.py and put_together, so their agreement proves nothing about these
+# two: here every number is written out from the definitions.
+
+
+def test_the_optimizer_step_of_a_known_model(folder: Path) -> None:
+    """Llama-3.1-8B, all weights, torch's foreach AdamW, ZeRO-3 over 8 ranks."""
+    h, f, vocab, layers, kv = 4096, 14336, 128256, 32, 1024
+    count = 2 * vocab * h + layers * (2 * h * h + 2 * h * kv + 3 * h * f + 2 * h) + h
+    assert count == 8_030_261_248
+    config = {"model_type": "llama", "hidden_size": h, "intermediate_size": f, "vocab_size": vocab}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (folder / "8b").mkdir(exist_ok=True)
+    (folder / "8b" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    sets = (FULL, BF16, "training.optim=adamw_torch", f"model.name_or_path={folder / '8b'}")
+    options = {"strategy": "zero3", "shard_size": 8, "world_size": 8, "nproc_per_node": 8}
+    found = estimate(folder, *sets, **options, gradient_checkpointing=True)
+    assert found.peaks["optimizer"] == sum(
+        (
+            2 * count // 8,  # weights in 16 bit
+            2 * (2 * layers + 1) * h,  # norms, which ZeRO-3 leaves whole
+            4 * count // 8,  # gradients
+            (4 + 4 + 4) * count // 8,  # float32 weights, and two moments
+            4 * 50_000_000,  # the bucket that gradients are reduced in
+            4 * 100_000_000,  # float32 gradients of one sub-group
+            4 * count // 8,  # square roots of all second moments of this rank
+        )
+    )
+    assert found.peaks["optimizer"] / 2**30 == pytest.approx(21.1, abs=0.05)
+    offloaded = estimate(folder, *sets, **options, offload="optimizer")
+    fused = estimate(folder, *sets, "training.optim=adamw_torch_fused", **options, offload="optimizer")
+    assert offloaded.peaks["optimizer"] == fused.peaks["optimizer"]  # it steps on the host
+
+
+MILLION = 1_000_000
+# A model with adapters: 4 million frozen weights in 16 bit, and 0.4 million trained ones: 0.1 for each of 4 ranks.
+BY_HAND = Sizes(
+    parameters=4 * MILLION,
+    frozen_bytes=8 * MILLION,
+    trained=400_000,
+    largest_trained=150_000,
+    low=2,
+    largest_module=1 * MILLION,
+    bnb_bytes=0,
+    embedding=Unit(1_500_000, 0),
+    block=Unit(2 * MILLION, 100_000),
+    tail=Unit(1_600_000, 50_000),
+    small_bytes=40_000,
+    tied=False,
+)
+ZERO = {"reduce_bucket_size": 200_000, "overlap_comm": True, "sub_group_size": 60_000}
+ZERO |= {"stage3_prefetch_bucket_size": 300_000, "stage3_max_reuse_distance": MILLION}
+ZERO |= {"stage3_max_live_parameters": 3 * MILLION}
+# What the step itself keeps, without states and the strategy's buffers; the foreach AdamW's square roots last.
+STEP = {
+    ("forward", -1): Counter(activations=1_000_000),
+    ("loss", None): Counter(activations=800_000, logits=700_000),
+    ("backward", None): Counter(activations=600_000, logits=900_000, gradients=100_000),
+    ("backward", -1): Counter(activations=1_200_000, gradients=200_000),
+    ("backward", 0): Counter(activations=300_000, gradients=1_600_000),
+    ("optimizer", None): Counter(activations=1_600_000, gradients=1_600_000),
+}
+HEAD, TOP = 600_000 + 900_000, 1_200_000  # activations and logits of two of these
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload", "precision", "states", "host", "buffers"),
+    [  # states: parameters, gradients, optimizer. buffers: forward, loss, head, backward, optimizer
+        # The adapter in float32; a bucketed copy of all gradients.
+        ("ddp", "none", "bf16", (9_600_000, 1_600_000, 3_200_000), 0, [1_600_000] * 5),
+        # The adapter in 16 bit, its float32 copy and moments divided by 4; in the step, a flat copy of all gradients.
+        ("zero1", "none", "bf16", (8_800_000, 1_600_000, 1_200_000), 0, [0, 0, 0, 0, 1_600_000]),
+        # fp16: two buckets of 200,000 in float32, and the message.
+        ("zero1", "none", "fp16", (8_800_000, 1_600_000, 1_200_000), 0, [0, 0, 2_400_000, 2_400_000, 0]),
+        # Gradients divided; two buckets in 16 bit, and the message in float32.
+        ("zero2", "none", "bf16", (8_800_000, 400_000, 1_200_000), 0, [0, 0, 1_600_000, 1_600_000, 0]),
+        # On the host: float32 gradients, optimizer states, and 16-bit sums of gradients over micro-batches.
+        ("zero2", "optimizer", "bf16", (8_800_000, 0, 0), 1_800_000, [0, 0, 1_600_000, 1_600_000, 0]),
+        # A quarter of the parameters and the small ones whole. Gathered: half of the reuse distance, the prefetch and
+        # a module, 1.0 + 0.6 + 1.0; the float32 bucket 0.8; the message 0.8. In the step: the bucket and a sub-group.
+        (
+            "zero3",
+            "none",
+            "bf16",
+            (2_240_000, 400_000, 1_200_000),
+            0,
+            [3_400_000, 3_400_000, 4_200_000, 4_200_000, 1_040_000],
+        ),
+        (
+            "zero3",
+            "all",
+            "bf16",
+            (40_000, 0, 0),
+            2_200_000 + 400_000 + 1_200_000,
+            [3_400_000, 3_400_000, 4_200_000, 4_200_000, 1_040_000],
+        ),
+        # All divided by 4, the adapter in float32. Gathered: two blocks (4.0); twice the tail (3.2) or block and tail
+        # (3.6); block and tail (3.6) and the tail's gradients (0.3); two blocks and a block's gradients (0.6).
+        (
+            "fsdp",
+            "none",
+            "bf16",
+            (2_400_000, 400_000, 800_000),
+            0,
+            [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0],
+        ),
+        ("fsdp", "all", "bf16", (0, 0, 0), 3_600_000, [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0]),
+        # Groups of 2 of the 4 ranks.
+        (
+            "hsdp",
+            "none",
+            "bf16",
+            (4_800_000, 800_000, 1_600_000),
+            0,
+            [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0],
+        ),
+    ],
+)
+def test_strategies_by_hand(
+    folder: Path,
+    strategy: str,
+    offload: str,
+    precision: str,
+    states: tuple[int, int, int],
+    host: int,
+    buffers: list[int],
+) -> None:
+    recipe = load_recipe(
+        folder / "recipe.yaml", [f"training.mixed_precision={precision}", "training.optim=adamw_torch"]
+    )
+    shards = {"ddp": 1, "hsdp": 2}.get(strategy, 4)
+    setting = Setting(strategy, offload, shard_size=shards, world_size=4, nproc_per_node=4)
+    zero = ZERO if strategy.startswith("zero") else None
+    undivided = {"parameters": 9_600_000, "gradients": 1_600_000, "optimizer": 3_200_000}
+    found = put_together(recipe, BY_HAND, undivided, STEP, setting, zero)
+    assert (found.parameters, found.gradients, found.optimizer) == states
+    assert found.host_per_node == 4 * host
+    forward, loss, head, backward, optimizer = buffers
+    kept = states[0] + states[2]  # all the time; gradients come one by one under DDP alone
+    some, few, all_ = (100_000, 200_000, 1_600_000) if strategy == "ddp" else [states[1]] * 3
+    temporaries = 0 if offload != "none" else 1_600_000 // shards
+    assert found.peaks == {
+        "forward": kept + (0 if strategy == "ddp" else states[1]) + 1_000_000 + forward,
+        "loss": kept + (0 if strategy == "ddp" else states[1]) + 1_500_000 + loss,
+        "backward": kept + max(some + HEAD + head, few + TOP + backward, all_ + 300_000 + backward),
+        "optimizer": kept + all_ + temporaries + optimizer,
+    }
+    # What is reported adds up to the peak.
+    assert found.peak == max(found.peaks.values()) == found.peaks[found.moment]
+    there = found.peak - (found.parameters + found.optimizer + found.activations + found.logits + found.buffers)
+    assert there in (some, few, all_)
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [  # of 100,000 elements: the float32 weights, and two moments
+        ("adamw_torch_fused", 400_000 + 2 * 400_000),
+        ("paged_adamw_32bit", 400_000 + 2 * 400_000),
+        ("adamw_bnb_8bit", 400_000 + 2 * 100_000 + 3_125),  # 8 bit, with a float32 scale a moment and 256 elements
+        ("paged_adamw_8bit", 400_000 + 2 * 100_000 + 3_125),
+    ],
+)
+def test_optimizer_states_of_a_shard_by_hand(folder: Path, optim: str, expected: int) -> None:
+    recipe = load_recipe(folder / "recipe.yaml", ["training.mixed_precision=bf16", f"training.optim={optim}"])
+    setting = Setting("zero2", shard_size=4, world_size=4)
+    sizes = replace(BY_HAND, bnb_bytes=0 if optim == "adamw_torch_fused" else 1)
+    assert put_together(recipe, sizes, {}, STEP, setting, ZERO).optimizer == expected
+
+
+def test_a_tied_embedding_is_gathered_throughout() -> None:
+    """FSDP2 has it in one unit with the final norm (1.6 MB here), which stays gathered to the end of the step."""
+    buffers = share("fsdp", "none", 4, replace(BY_HAND, tied=True), 8.0, None, bf16=True).buffers
+    assert buffers["forward"] == 2 * 2_000_000 + 1_600_000
+    # Two blocks, a block's gradients in 16 bit and float32; the unit, and its gradients in 16 bit.
+    assert buffers["backward"] == 2 * 2_000_000 + 6 * 100_000 + 1_600_000 + 2 * 50_000
+
+
+def test_bytes_of_a_quantised_weight_by_hand() -> None:
+    rows, columns = 1024, 4096
+    nf4 = rows * columns // 2 + rows * columns // 64 + 4 * (rows * columns // (64 * 256))
+    assert stored_bytes("nf4", rows * columns, rows) == nf4 == 2_097_152 + 65_536 + 1_024
+    assert stored_bytes("int8", rows * columns, rows) == 4_194_304 + 4 * rows
+    assert bnb_state_bytes("adamw_bnb_8bit", 65_536, embedding=False) == 2 * (65_536 + 4 * 256)
+    assert bnb_state_bytes("adamw_bnb_8bit", 4_095, embedding=False) == 8 * 4_095  # float32: it is small
+    assert bnb_state_bytes("adamw_bnb_8bit", 65_536, embedding=True) == 8 * 65_536
+    assert bnb_state_bytes("adamw_torch", 65_536, embedding=False) == 0
+
+
+def test_buffers_of_the_model_are_counted_once(folder: Path) -> None:
+    """Such as rotary frequencies, which the simulation finds beside those of the strategy."""
+    recipe = load_recipe(folder / "recipe.yaml", ["training.mixed_precision=bf16"])
+    step = {("forward", -1): Counter(activations=1_000, buffers=500), ("optimizer", None): Counter()}
+    undivided = {"parameters": 4_000, "gradients": 1_600_000, "optimizer": 3_200}
+    found = put_together(recipe, BY_HAND, undivided, step, Setting("ddp", world_size=4), None)
+    assert found.moment == "forward"
+    assert (found.activations, found.buffers, found.peak) == (1_000, 1_600_500, 4_000 + 3_200 + 1_000 + 1_600_500)
+
+
+# ---- against the simulation
 
 SIMULATED = [
     ("llama", [FULL, BF16], {"gradient_checkpointing": True}),

@@ -218,10 +218,17 @@ def test_speed_is_near_what_is_published(folder: Path) -> None:
 def test_communication_volumes(folder: Path) -> None:
     sets = ("training.micro_batch_size=4", "training.global_batch_size=64", "lora=null")
     sent = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
-    parameters, ring = 8_030_261_248, 15 / 16
+    parameters, ring = 8_030_261_248, 15 / 16  # gradients travel in float32, weights in 16 bit
     assert sent["ddp"] == pytest.approx(2 * 4 * parameters * ring, rel=1e-6)
-    assert sent["fsdp"] == pytest.approx((2 * 2 + 4) * parameters * ring, rel=1e-6)
+    assert sent["zero1"] == sent["zero2"] == pytest.approx((2 * 4 + 2) * parameters * ring, rel=1e-6)
+    assert sent["zero3"] == sent["fsdp"] == pytest.approx((2 * 2 + 4) * parameters * ring, rel=1e-6)
     assert sent["hsdp"] == pytest.approx((8 * 7 / 8 + 2 * 4 / 8 / 2) * parameters, rel=1e-6)
+    # Two micro-batches: DDP still sums once and ZeRO-1 too, ZeRO-2 sums and ZeRO-3 gathers and sums twice.
+    sets = (*sets[:1], "training.global_batch_size=128", "lora=null")
+    twice = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
+    assert (twice["ddp"], twice["zero1"]) == (sent["ddp"], sent["zero1"])
+    assert twice["zero2"] == pytest.approx((2 * 2 * 4 + 2) * parameters * ring, rel=1e-6)
+    assert (twice["zero3"], twice["hsdp"]) == (2 * sent["zero3"], 2 * sent["hsdp"])
 
 
 def test_the_plan_is_as_much_work_at_any_width(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

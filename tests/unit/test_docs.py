@@ -44,7 +44,8 @@ def test_pages_are_found() -> None:
     assert {"README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/index.md", "tests/README.md"} <= set(map(name, PAGES))
     assert len((ROOT / "README.md").read_text().splitlines()) < 160
     index = (ROOT / "docs" / "index.md").read_text()
-    assert [page.name for page in PAGES if page.parent == ROOT / "docs" and f"({page.name})" not in index] == ["index.md"]
+    unlisted = [page.name for page in PAGES if page.parent == ROOT / "docs" and f"({page.name})" not in index]
+    assert unlisted == ["index.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

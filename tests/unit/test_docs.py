@@ -77,3 +77,10 @@ def test_commands_are_found() -> None:
     found = [words[0] for page in PAGES for words in commands(page)]
     assert len(found) > 60
     assert {"launch", "plan", "resume", "merge", "verify", "cluster"} <= set(found)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+def test_files_exist(page: Path) -> None:
+    """Files of this repository in code within sentences: by their path from its root, or from distft/."""
+    words = re.findall(r"`([\w./]+/[\w.]*\.(?:py|txt|sh|jinja|toml))`", FENCED.sub("", page.read_text()))
+    assert [word for word in words if not (ROOT / word).exists() and not (ROOT / "distft" / word).exists()] == []

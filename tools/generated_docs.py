@@ -92,7 +92,8 @@ are reported at once, with their lines.
 
 The file is YAML 1.2: only `true` and `false` are booleans (`mixed_precision: no` is the word), `1e-4` is a number, and
 anchors, aliases and merge keys (`<<`) work. `--set training.max_steps=100` lays one value over the file's: the key in
-dots, the value in YAML.
+dots, the value in YAML. Of `max_steps` and `num_train_epochs`, one given so replaces the other of the file, with a
+warning.
 """
 
 

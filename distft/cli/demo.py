@@ -35,7 +35,9 @@ def demo(folder: Path, gpus_per_node: int | None) -> None:
             build(folder, gpus_per_node, console)
         say(console, ["", "2. fine-tune it with LoRA to describe a signature in one line"])
         sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-        recipe, plan = plan_recipe(str(folder / "recipe.yaml"), sets, Target(gpus_per_node=gpus_per_node))
+        recipe, plan = plan_recipe(
+            str(folder / "recipe.yaml"), sets, Target(gpus_per_node=gpus_per_node), for_launch=True
+        )
         run = launch.Launch(recipe, plan).start(console)
         say(console, ["", "3. one held-out row, before and after"])
         command = [sys.executable, "-m", "distft.quickstart.sample", str(folder), str(run.final)]

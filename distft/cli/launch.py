@@ -86,7 +86,7 @@ def launch(
     if script:
         settings, plan = plan_script(script, sets, target)
     else:
-        settings, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run)
+        settings, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True)
         if not (dry_run or force):
             must_fit(plan)
     after = after and dependency(after, target.runs_dir(settings))
@@ -162,6 +162,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
     rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong
     run = RunDir.create(str(folder.parent), folder.name, exact=True)
     run.fill(rendered(planned.job(run)), loaded.name)
+    options.print_warnings(plan.warnings)
     how = "sbatch" if target.cluster else "bash"
     click.echo(f"wrote {run.path}; start it with: {how} {quote(str(run.script))}")
 

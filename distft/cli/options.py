@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,12 @@ def _in_allocation() -> bool:
     from distft.schedulers import slurm
 
     return slurm.allocation() is not None
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """On standard error: what a command prints is its answer."""
+    for text in warnings:
+        click.echo(f"warning: {text}", err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -29,8 +29,7 @@ def validate(recipe: str, sets: tuple[str, ...], target: Target, as_json: bool) 
     if as_json:
         options.print_json({"recipe": recipe, "name": loaded.name, "valid": True, "warnings": list(plan.warnings)})
         return
-    for warning in plan.warnings:
-        click.echo(f"warning: {warning}", err=True)
+    options.print_warnings(plan.warnings)
     width = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
     click.echo(f"{recipe}: valid on {width}")
 

@@ -16,9 +16,9 @@ from distft.commands.follow import follow
 from distft.config.loading import dump_recipe
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.data import rows
-from distft.errors import DataError, MissingPartError, PlanError, RunError, SubmitError
+from distft.errors import DataError, PlanError, RunError, SubmitError
 from distft.hardware.devices import only_this_machine
-from distft.jobs.job import Job, cluster_python, recipe_job, script_job
+from distft.jobs.job import Job, recipe_job, script_job
 from distft.jobs.target import HERE, Target
 from distft.planner.plan import Plan
 from distft.runs.directory import SBATCH, SCRIPT, RunDir
@@ -159,22 +159,16 @@ class Launch:
         return f"run: {run.path}" + ("" if self.run or run.path.name == name else f" ({name} is taken)")
 
     def prepare(self, console: Console) -> None:
-        """Prepare the data where that can be done here; else the job does it, on its first node."""
+        """Prepare the data where that is done here; else the job does it, on its first node."""
         from distft.views.progress import say
 
         cluster = self.target.cluster
-        if cluster is None:
-            if self.script is None:
-                say(console, summary.data_lines(prepare_data(self.settings)))
-            else:
+        if self.script is not None:
+            if cluster is None:
                 extras.require()
-        elif self.script is None and cluster_python(cluster) == sys.executable:
-            try:
-                extras.require()
-            except MissingPartError:  # a login node with the light part
-                return
-            cache = Path(cluster.runs_dir) / ".cache"
-            say(console, summary.data_lines(prepare_data(self.settings, str(cache))))
+        elif self.target.prepares_data():
+            cache = str(Path(cluster.runs_dir) / ".cache") if cluster else None
+            say(console, summary.data_lines(prepare_data(self.settings, cache)))
 
 
 def dependency(word: str, runs_dir: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distft import extras
-from distft.config.loading import load_recipe
+from distft.config.loading import read_recipe
 from distft.config.recipe import Recipe
 from distft.errors import PlanError
 from distft.jobs.target import Target
@@ -49,7 +49,8 @@ def plan(
     Raises:
         DistftError: what was asked is wrong.
     """
-    recipe = load_recipe(path, sets)
+    loaded = read_recipe(path, sets)
+    recipe = loaded.recipe
     assumed = gpu is None and not target.cluster
     where = replace(target, gpu=USUAL_GPU if assumed else gpu).where()
     measured = None
@@ -63,6 +64,7 @@ def plan(
     if assumed:
         text = f"{USUAL_GPU}: neither --gpu nor --cluster names another; --gpu local is this machine"
         made = replace(made, assumptions=(text, *made.assumptions))
+    made = replace(made, warnings=(*loaded.notes, *made.warnings))
     around = limits.limits(made.search, made.chosen)
     return Planned(recipe, made, around, [] if made.fits else limits.would_fit(made.search))
 

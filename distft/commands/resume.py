@@ -41,11 +41,11 @@ def plan(run: RunDir, sets: Sequence[str], target: Target, force: bool = False, 
     if state in ("queued", "running"):
         raise RecipeError(f"RUN: {run.path.name} is {state}; end it first with: distft cancel {run.path}")
     target = target_of(run, target)
-    recipe, planned = plan_recipe(str(run.recipe), sets, target, need_weights=True)
+    recipe, planned = plan_recipe(str(run.recipe), sets, target, need_weights=True, for_launch=True)
     if not force:
         must_fit(planned)
     newest = next(iter(checkpoints.complete(run)), None)
-    changed = checkpoints.differences(newest.manifest["identity"], checkpoints.identity(recipe)) if newest else {}
+    changed = checkpoints.changes(newest, recipe) if newest else {}
     if state == "completed" and not changed.keys() & {"training.max_steps", "training.num_train_epochs"}:
         raise RecipeError(f"RUN: {run.path.name} is completed; to train on: --set training.max_steps=... --force")
     fixed = {name: text for name, text in changed.items() if checkpoints.is_fixed(name)}

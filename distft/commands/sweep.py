@@ -125,7 +125,7 @@ def plan(
     """
     chosen = combinations(sweeps)
     launches = [
-        launch.Launch(*plan_recipe(recipe, [*sets, *combination], target, need_weights), target, None, after)
+        launch.Launch(*plan_recipe(recipe, [*sets, *combination], target, need_weights, True), target, None, after)
         for combination in chosen
     ]
     return Sweep(launches[0].settings.name, chosen, launches)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from distft.commands.launch import Launch
 from distft.config import batch
-from distft.config.loading import load_recipe
+from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe, Strategy
 from distft.config.schema_text import closest, did_you_mean
 from distft.data import rows
@@ -204,7 +204,7 @@ def plan(
     Raises:
         DistftError: a recipe, width, model or data that cannot be used, or fewer than two runs to compare.
     """
-    recipe = load_recipe(path, sets)
+    recipe = load_recipe(path, sets, needed=DATA_FILES)
     _check_world_sizes(recipe, widths)
     model = read_model_shape(recipe, need_weights=True)
     rows.check_files(recipe)

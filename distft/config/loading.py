@@ -7,17 +7,19 @@ nothing here. `load_yaml` and `validate` serve any model; `load_recipe` adds wha
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distft.config.recipe import Recipe
+from distft.config import paths
+from distft.config.paths import PATH_FIELDS
+from distft.config.recipe import EXCLUSIVE_FIELDS, Recipe
 from distft.config.schema_text import (
     KINDS,
     NOUNS,
@@ -39,6 +41,8 @@ from distft.config.schema_text import (
 from distft.errors import RecipeError
 
 M = TypeVar("M", bound=BaseModel)
+
+DATA_FILES = ("data.train", "data.eval", "data.chat_template")
 
 MAX_BYTES = 2**18  # PyYAML reads some 100 kB a second
 MAX_VALUES = 20_000  # with every alias unfolded: ten lines of nested aliases unfold to billions
@@ -114,20 +118,27 @@ class Document(Generic[M]):
             value = value[step]
         return value
 
-    def problem(self, steps: Steps, text: str, line: int | None = None) -> None:
-        """Note what is wrong with the value at `steps`, and where it or `line` is."""
+    def place(self, steps: Steps) -> int | str:
+        """Where the value at `steps` comes from: a line of the file, or the override."""
         known = steps
         while known not in self.places:
             known = known[:-1]
-        place = self.origin or line or self.places[known]
+        return self.origin or self.places[known]
+
+    def where(self, steps: Steps) -> str:
+        """The same for people: `recipe.yaml:12`, `--set lora.r=8`."""
+        return self._where(self.place(steps))
+
+    def problem(self, steps: Steps, text: str, line: int | None = None) -> None:
+        """Note what is wrong with the value at `steps`, and where it or `line` is."""
+        place = self.origin or line or self.place(steps)
         path = f"{dotted(steps)}: " if steps else ""
         self.problems.append((place if isinstance(place, int) else math.inf, f"{path}{text} ({self._where(place)})"))
         self.wrong.add(steps)
 
-    def raise_problems(self) -> None:
-        """RecipeError with all of them, in the order of the file, if there are any."""
-        if self.problems:
-            raise RecipeError([text for _, text in sorted(self.problems, key=lambda problem: problem[0])])
+    def error(self) -> RecipeError:
+        """All problems, in the order of the file."""
+        return RecipeError([text for _, text in sorted(self.problems, key=lambda problem: problem[0])])
 
     def read(self, path: str | Path) -> None:
         """Take the data of a file; RecipeError at once where it is no YAML mapping."""
@@ -136,7 +147,7 @@ class Document(Generic[M]):
                 raw = file.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = (getattr(error, "strerror", None) or str(error)).lower()
-            near = _nearby(Path(path)) if isinstance(error, FileNotFoundError) else None
+            near = paths.nearby(Path(path)) if isinstance(error, FileNotFoundError) else None
             raise RecipeError(f"cannot read {self.name}: {reason}{did_you_mean(near)}") from None
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
@@ -198,10 +209,12 @@ class Document(Generic[M]):
         try:
             return yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
-            line = (error.problem_mark or error.context_mark).line + 1
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
             since = f" in line {error.context_mark.line + 1}" if error.context_mark else ""
             context = f"{error.context}{since}, " if error.context else ""
-            reason = context + error.problem + "; indent with spaces" * (repr("\t") in error.problem)
+            problem = error.problem or ""
+            reason = context + problem + "; indent with spaces" * (repr("\t") in problem)
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             reason = f"character U+{error.character:04X} is not allowed"
@@ -221,6 +234,7 @@ class Document(Generic[M]):
         if isinstance(node, yaml.SequenceNode):
             self._note({(*steps, n): _line(item) for n, item in enumerate(node.value)})
             return [self._build(item, (*steps, n)) for n, item in enumerate(node.value)]
+        assert isinstance(node, yaml.MappingNode)
         below: dict[str, yaml.Node] = {}
         lines: dict[str, int] = {}
         own_lines: dict[str, int] = {}
@@ -305,25 +319,42 @@ def validate(document: Document[M]) -> M:
     Raises:
         RecipeError: all problems: those noted in the document before, and the model's.
     """
-    model = None
     try:
         model = document.model.model_validate(document.data)
     except ValidationError as error:
         _explain(document, error)
-    document.raise_problems()
+        raise document.error() from None
+    if document.problems:
+        raise document.error()
     return model
 
 
-def load_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, and sentences on what the user should know of how it was read."""
+
+    recipe: Recipe
+    notes: tuple[str, ...]
+
+
+def read_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[str] = ()) -> LoadedRecipe:
     """Read a recipe and lay `dotted.key=value` overrides over it. Local paths (relative to its folder) become absolute.
+
+    Args:
+        needed: fields among DATA_FILES whose files must be here; without it one that is not is a note.
 
     Raises:
         RecipeError: all problems at once.
     """
     document = load_yaml(path, Recipe, sets)
-    _resolve_paths(document, Path(path).parent)
+    notes = [*_replace_exclusive(document), *_resolve_paths(document, Path(path).parent, needed)]
     _check_together(document)
-    return validate(document)
+    return LoadedRecipe(validate(document), tuple(notes))
+
+
+def load_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[str] = ()) -> Recipe:
+    """The recipe alone: see read_recipe."""
+    return read_recipe(path, sets, needed).recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -336,7 +367,7 @@ def dump_yaml(model: BaseModel) -> str:
     return yaml.dump(model.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
-def _explain(document: Document, error: ValidationError) -> None:
+def _explain(document: Document[Any], error: ValidationError) -> None:
     """Note pydantic's errors in our words, and one per value where each member of a union has its own complaint."""
     found: dict[Steps, Any] = {}
     for item in error.errors(include_url=False):
@@ -365,11 +396,12 @@ def _explain(document: Document, error: ValidationError) -> None:
 
 def _unknown(schema: dict[str, Any], steps: Steps) -> str:
     """An unknown key: where it belongs, else what it may have been, else what there is."""
-    for *group, name in keys(schema):
-        if name == steps[-1]:
-            return f"unknown key; it belongs in {dotted(group) or 'the top level'}"
+    name = str(steps[-1])
+    for known_steps in keys(schema):
+        if known_steps[-1] == name:
+            return f"unknown key; it belongs in {dotted(known_steps[:-1]) or 'the top level'}"
     known = [key for option in options(field(schema, steps[:-1])) for key in option.get("properties", ())]
-    return "unknown key" + (did_you_mean(closest(steps[-1], known)) or f"; allowed: {', '.join(known)}")
+    return "unknown key" + (did_you_mean(closest(name, known)) or f"; allowed: {', '.join(known)}")
 
 
 def _got(schema: dict[str, Any], value: Any) -> str:
@@ -384,70 +416,55 @@ def _got(schema: dict[str, Any], value: Any) -> str:
     return f"got {show(value)}{noun}, need {need}{did_you_mean(near)}"
 
 
-# What a path of a recipe must be, and the hub ids that may stand there instead.
-_HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-_HUB_DATA = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^/\s]+)?", re.ASCII)
-_PATHS: tuple[tuple[Steps, Callable[[Path], bool], re.Pattern[str] | None], ...] = (
-    (("model", "name_or_path"), Path.is_dir, _HUB_MODEL),
-    (("lora", "start_from"), Path.is_dir, None),
-    (("data", "train"), Path.exists, _HUB_DATA),
-    (("data", "eval"), Path.exists, _HUB_DATA),
-    (("data", "chat_template"), Path.is_file, None),
-)
-_FILE = re.compile(r"\.(jsonl?|csv|parquet|jinja)([.:]|$)")
-_URL = re.compile(r"[a-zA-Z][\w+.-]*://")
-
-
-def _resolve_paths(document: Document, folder: Path) -> None:
-    """Make local paths absolute, and note those that are not there."""
-    for key, test, hub in _PATHS:
-        value = document.get(key)
-        for steps in [(*key, n) for n in range(len(value))] if isinstance(value, list) else [key]:
+def _resolve_paths(document: Document[Recipe], folder: Path, needed: Collection[str]) -> list[str]:
+    """Make local paths absolute. Returns a note on each that is not here; it is a problem where it is `needed`."""
+    notes = []
+    for path_field in PATH_FIELDS:
+        value = document.get(path_field.steps)
+        several = isinstance(value, list)
+        for steps in [(*path_field.steps, n) for n in range(len(value))] if several else [path_field.steps]:
             text = document.get(steps)
             if not isinstance(text, str) or not text:
                 continue
-            path = _locate(folder, text)
-            if _holds(test, path):
-                document.get(steps[:-1])[steps[-1]] = str(path)
-            elif _URL.match(text):
-                document.problem(steps, f"got {show(text)}, URLs are not supported: download it and give its path")
-            elif not hub or not hub.fullmatch(text) or _FILE.search(text):
-                kind = "folder" if test is Path.is_dir else "file"
-                word = hub and not re.search(r"/|\.", text)
-                mend = did_you_mean(_nearby(path)) or "; a hub id is owner/name" * bool(word)
-                document.problem(steps, f"no such {kind}: {clip(clean(str(path)), 300)}{mend}")
+            path = paths.locate(folder, text)
+            if not paths.holds(path_field.is_there, path):
+                if paths.is_url(text):
+                    document.problem(steps, f"got {show(text)}, URLs are not supported: download it and give its path")
+                    continue
+                if paths.is_hub_id(text, path_field):
+                    continue
+                shown, hint = clip(clean(str(path)), 300), paths.hint(path, text, path_field)
+                if path_field.absent is None or dotted(path_field.steps) in needed or paths.holds(Path.exists, path):
+                    document.problem(steps, f"no such {path_field.kind}: {shown}{hint}")
+                    continue
+                notes.append(f"{dotted(steps)}: {shown} is not here{path_field.absent}{hint}")
+            document.get(steps[:-1])[steps[-1]] = str(path)
+    return notes
 
 
-def _locate(folder: Path, text: str) -> Path:
-    """The absolute path. Its last part stays as it is: a link in the hub's cache points to a name without a suffix."""
-    try:
-        path = folder / Path(text).expanduser()
-        return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
-    except (OSError, ValueError, RuntimeError):  # a NUL, links in a circle, ~ of nobody
-        return folder.absolute() / text
+def _replace_exclusive(document: Document[Recipe]) -> list[str]:
+    """Where an override sets one of several exclusive fields, take away what the file has for the others.
+
+    Returns a note on each that was replaced. Two from the same source stay, as a problem.
+    """
+    notes = []
+    for names in EXCLUSIVE_FIELDS:
+        fields: list[Steps] = [tuple(name.split(".")) for name in names]
+        given = [steps for steps in fields if document.get(steps) is not None]
+        overrides = [steps for steps in given if isinstance(document.place(steps), str)]
+        if len(overrides) == 1:
+            for steps in given:
+                if steps not in overrides:
+                    had = f"{dotted(steps)}: {show(document.get(steps))} ({document.where(steps)})"
+                    notes.append(f"{had} is replaced by {document.where(overrides[0])}")
+                    document.get(steps[:-1])[steps[-1]] = None
+        elif len(given) > 1:
+            document.problem(given[-1], f"cannot be given with {dotted(given[0])}; set one of them to null")
+    return notes
 
 
-def _holds(test: Callable[[Path], bool], path: Path) -> bool:
-    try:
-        return test(path)
-    except (OSError, ValueError):  # too long, a NUL, a folder that may not be entered
-        return False
-
-
-def _nearby(path: Path) -> str | None:
-    """The name beside a missing path that is most like its own."""
-    try:
-        names = [other.name for other in itertools.islice(path.parent.iterdir(), 5000)]
-        return closest(path.name, [name for name in names if name != path.name])
-    except (OSError, ValueError):
-        return None
-
-
-def _check_together(document: Document) -> None:
+def _check_together(document: Document[Recipe]) -> None:
     """What two fields say together. On the data, so that these problems come with all others."""
-    steps, epochs = document.get(("training", "max_steps")), document.get(("training", "num_train_epochs"))
-    if steps is not None and epochs is not None:
-        document.problem(("training", "num_train_epochs"), "cannot be given with max_steps; set one of them to null")
     if ("lora",) in document.blank and document.get(("lora",)) is None:
         # All lines below it commented out would quietly train all weights.
         document.problem(("lora",), "nothing is below it; write null to train all weights, or leave the key out")

@@ -21,6 +21,9 @@ RunName = Annotated[
     Field(json_schema_extra={"x-pattern": "of letters, digits, `.`, `_` and `-`, not starting with `.` or `-`"}),
 ]
 
+# Of each line at most one is set: an override of one replaces what the file has for another.
+EXCLUSIVE_FIELDS = (("training.max_steps", "training.num_train_epochs"),)
+
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
 Optim = Literal[
     "adamw_torch_fused",
@@ -91,7 +94,8 @@ class Data(Group):
 
     train: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
     """File (.jsonl, .json, .csv, .parquet), folder of such files, or hub id (`owner/name` or `owner/name:split`);
-    or a list of them. Paths are relative to the recipe's folder."""
+    or a list of them. Paths are relative to the recipe's folder. Data that is not on this machine is a warning of
+    `plan`, `validate` and `render`; `launch` refuses it only where it would read it from here."""
 
     eval: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Held-out data, same forms. Its loss is measured before and after training, and every `training.eval_steps`."""
@@ -111,7 +115,7 @@ class Data(Group):
 
     chat_template: NonEmpty | None = None
     """A file with a Jinja chat template, for a tokenizer that has none (or to use another). A template with
-    `{% generation %}` marks says itself which tokens are trained on."""
+    `{% generation %}` marks says itself which tokens are trained on. `launch` needs it on this machine."""
 
 
 class Training(Group):

@@ -38,8 +38,9 @@ def documented_schema(model: type[BaseModel]) -> dict[str, Any]:
     pydantic's use_attribute_docstrings does it for every command, and reads the sources each time.
     """
     schema = model.model_json_schema()
+    module = inspect.getmodule(model)
     documented: dict[str, dict[str, str]] = {}
-    for group in ast.parse(inspect.getsource(inspect.getmodule(model))).body:
+    for group in ast.parse(inspect.getsource(module) if module else "").body:
         if isinstance(group, ast.ClassDef):
             inherited = {k: v for base in group.bases for k, v in documented.get(ast.unparse(base), {}).items()}
             documented[group.name] = inherited | _field_docstrings(group)
@@ -50,23 +51,25 @@ def documented_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _field_docstrings(group: ast.ClassDef) -> dict[str, str]:
-    return {
-        field.target.id: inspect.cleandoc(below.value.value)
-        for field, below in itertools.pairwise(group.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    }
+    found = {}
+    for field, below in itertools.pairwise(group.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = inspect.cleandoc(text)
+    return found
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     def inline(value: Any) -> Any:
         if isinstance(value, list):
             return [inline(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        target = inline(schema["$defs"][value["$ref"].rpartition("/")[2]]) if "$ref" in value else {}
-        return target | {key: inline(item) for key, item in value.items() if key not in ("$ref", "$defs")}
+        return inline_group(value) if isinstance(value, dict) else value
 
-    return inline(schema)
+    def inline_group(group: dict[str, Any]) -> dict[str, Any]:
+        target = inline_group(schema["$defs"][group["$ref"].rpartition("/")[2]]) if "$ref" in group else {}
+        return target | {key: inline(item) for key, item in group.items() if key not in ("$ref", "$defs")}
+
+    return inline_group(schema)
 
 
 def options(schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -163,7 +166,7 @@ def clip(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 4]}...{text[-1]}"
 
 
-def keys(schema: dict[str, Any], above: Steps = ()) -> Iterator[Steps]:
+def keys(schema: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The steps to every field of a model."""
     for option in options(schema):
         for name, below in option.get("properties", {}).items():

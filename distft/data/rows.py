@@ -30,19 +30,21 @@ def as_list(sources: str | list[str] | None) -> list[str]:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files of a source; None for a hub id.
+    """The files of a source as load_recipe leaves it; None for a hub id, which is no absolute path.
 
     Raises:
-        DataError: a folder without data files, or a file of another kind.
+        DataError: no such file, a folder without data files, or a file of another kind.
     """
     path = Path(source)
+    if not path.is_absolute():
+        return None
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise DataError(f"{source}: no data file in this folder; need {', '.join(SUFFIXES)}")
         return files
     if not path.is_file():
-        return None
+        raise DataError(f"{source}: no such file")
     if path.suffix not in SUFFIXES:
         raise DataError(f"{source}: got a {path.suffix or 'suffix-less'} file, need {', '.join(SUFFIXES)}")
     return [path]
@@ -214,16 +216,27 @@ def check_rows(rows: Iterable[Row], data_format: str, what: str) -> Iterator[Row
         raise DataError("\n".join([*problems[:SHOWN_PROBLEMS], *more, f"{len(problems)} of {total} rows do not fit"]))
 
 
+def is_absent(source: str) -> bool:
+    """Whether a source is a path that is not on this machine."""
+    path = Path(source)
+    return path.is_absolute() and not path.exists()
+
+
+def are_here(recipe: Recipe) -> bool:
+    """Whether all local data of a recipe is on this machine."""
+    return not any(is_absent(source) for source in (*as_list(recipe.data.train), *as_list(recipe.data.eval)))
+
+
 def check_files(recipe: Recipe) -> None:
-    """Check every row of the recipe's local files. Hub data sets are checked when they are read.
+    """Check every row of the recipe's files that are on this machine. Hub data sets are checked when they are read.
 
     Raises:
         DataError: see check_rows.
     """
     for what, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-        local = [source for source in as_list(sources) if local_files(source) is not None]
-        if local:
-            for _ in check_rows(read_rows(local), recipe.data.format, what):
+        here = [source for source in as_list(sources) if not is_absent(source) and local_files(source) is not None]
+        if here:
+            for _ in check_rows(read_rows(here), recipe.data.format, what):
                 pass
 
 
@@ -255,8 +268,8 @@ def content_digest(recipe: Recipe) -> str:
     words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
     words += [model.pad_token, model.trust_remote_code]
     for source in (*as_list(data.train), None, *as_list(data.eval)):
-        files = local_files(source) if source else []
-        words += [file_digest(path) for path in files] if files is not None else [source]
+        found = local_files(source) if source else []
+        words += [file_digest(path) for path in found] if found is not None else [source]
     folder = Path(model.name_or_path)
     if folder.is_dir():
         # All but weights and model cards: which files a tokenizer reads is its own affair.
@@ -306,4 +319,5 @@ def is_prepared(folder: Path) -> bool:
 
 def read_counts(folder: Path) -> dict[str, dict[str, Any]]:
     """What preparation counted, by split (train/data.py, Counts)."""
-    return json.loads((folder / COUNTS).read_text())
+    counts: dict[str, dict[str, Any]] = json.loads((folder / COUNTS).read_text())
+    return counts

@@ -14,6 +14,7 @@ import yaml
 from distft.config.loading import dump_recipe, dump_yaml
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.hardware.topology import Topology
+from distft.jobs.target import cluster_python
 from distft.jobs.torchrun import RANK_ENVIRONMENT, threads_here, torchrun_argv
 from distft.planner.plan import Plan, plan_json
 from distft.runs import directory as names
@@ -83,11 +84,6 @@ def _job(
         python, env = cluster_python(cluster), {"DISTFT_CACHE": str(Path(cluster.runs_dir) / ".cache")}
     argv = torchrun_argv(python, plan.topology, module, arguments)
     return Job(name, run, plan.topology, tuple(argv), RANK_ENVIRONMENT | env, files, cluster, after)
-
-
-def cluster_python(cluster: Cluster) -> str:
-    """The Python of the nodes."""
-    return cluster.python or ("python" if cluster.setup or cluster.container else sys.executable)
 
 
 def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) -> dict[str, str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft.config.loading import Document, load_recipe, validate
+from distft import extras
+from distft.config.loading import DATA_FILES, Document, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.data import rows
-from distft.errors import ClusterError, RecipeError
+from distft.errors import ClusterError, MissingPartError, RecipeError
 from distft.hardware.devices import (
     GPUS,
     Device,
@@ -72,21 +74,47 @@ class Target:
     def runs_dir(self, settings: Recipe | ScriptSettings) -> str:
         return self.cluster.runs_dir if self.cluster else settings.output_dir
 
+    def prepares_data(self) -> bool:
+        """Whether `launch` itself prepares the data, on this machine; else the job does it, on its first node."""
+        if self.cluster is None:
+            return True
+        if cluster_python(self.cluster) != sys.executable:
+            return False
+        try:
+            extras.require()
+        except MissingPartError:  # a login node with the light part
+            return False
+        return True
+
+    def needed_files(self) -> Sequence[str]:
+        """Fields of a recipe whose files must be on this machine for a launch."""
+        return DATA_FILES if self.prepares_data() else ("data.chat_template",)
+
 
 HERE = Target()
 
 
-def plan_recipe(
-    path: str, sets: Sequence[str] = (), target: Target = HERE, need_weights: bool = False
-) -> tuple[Recipe, Plan]:
-    """Load, plan, and check every row of the data that lies here.
+def cluster_python(cluster: Cluster) -> str:
+    """The Python of the nodes."""
+    return cluster.python or ("python" if cluster.setup or cluster.container else sys.executable)
 
-    A plan takes the model's config.json alone; what is to be started needs its weights.
+
+def plan_recipe(
+    path: str, sets: Sequence[str] = (), target: Target = HERE, need_weights: bool = False, for_launch: bool = False
+) -> tuple[Recipe, Plan]:
+    """Load, plan, and check every row of the data that is on this machine.
+
+    Args:
+        need_weights: a plan takes the model's config.json alone; what is started needs its weights.
+        for_launch: refuse data that is not here where the launch would read it from here; else that is a warning.
+
+    Raises:
+        DistftError: what is asked is wrong.
     """
-    recipe = load_recipe(path, sets)
-    plan = make_plan(recipe, target.where(), need_weights)
-    rows.check_files(recipe)
-    return recipe, plan
+    loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
+    plan = make_plan(loaded.recipe, target.where(), need_weights)
+    rows.check_files(loaded.recipe)
+    return loaded.recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings))
 
 
 def plan_script(script: Sequence[str], sets: Sequence[str] = (), target: Target = HERE) -> tuple[ScriptSettings, Plan]:

@@ -59,7 +59,8 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     if gpus_per_node is None and not visible_gpus():
         gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
-    recipe, plan = plan_recipe(str(folder / "base.yaml"), sets, Target(gpus_per_node=gpus_per_node))
+    target = Target(gpus_per_node=gpus_per_node)
+    recipe, plan = plan_recipe(str(folder / "base.yaml"), sets, target, for_launch=True)
     run = launch.Launch(recipe, plan).start(console)
     losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
     shutil.copytree(run.final, folder / "base")

@@ -59,7 +59,18 @@ def complete(run: RunDir) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
+def changes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
+    """What differs between a checkpoint and the recipe that continues it, by dotted name.
+
+    Data that is not on this machine is not compared: the ranks do that.
+    """
+    saved, here = checkpoint.manifest["identity"], rows.are_here(recipe)
+    if not here:
+        saved = {name: value for name, value in saved.items() if name != "data"}
+    return differences(saved, identity(recipe, with_data=here))
+
+
+def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
     """What a checkpoint and its continuation have in common, by the recipe's dotted names.
 
     Not among it: strategy, width, micro-batch, checkpointing and all else that leaves the maths alone.
@@ -72,7 +83,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
             if recipe.lora
             else {"lora": None}
         ),
-        "data": rows.content_digest(recipe),
+        **({"data": rows.content_digest(recipe)} if with_data else {}),
         **{
             f"training.{name}": getattr(training, name)
             for name in (

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.errors import ClusterError, RunError, SubmitError
-from distft.jobs.job import Job, cluster_python
+from distft.jobs.job import Job
+from distft.jobs.target import cluster_python
 from distft.runs.directory import FINISHED, RECIPE, SBATCH, RunDir
 from distft.shell import quote, sbatch_quote
 

@@ -318,13 +318,13 @@ def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 def main() -> int:
     """`python -m distft.train.data RECIPE [PROBLEM]`: prepare. What is wrong with the data goes to the file PROBLEM."""
-    from distft.config.loading import load_recipe
+    from distft.config.loading import DATA_FILES, load_recipe
 
     run = RunDir(Path(sys.argv[1]).parent)
     if run.stop.exists():  # a step of a job
         Stopping(run)
     try:
-        recipe = load_recipe(sys.argv[1])
+        recipe = load_recipe(sys.argv[1], needed=DATA_FILES)
         if not rows.is_prepared(rows.cache_folder(recipe)):
             with worker.importing():
                 from transformers import AutoConfig, AutoTokenizer  # noqa: F401

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback
 
 from distft import extras
-from distft.config.loading import load_recipe
+from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.runs import model_card
 from distft.runs.directory import RunDir
@@ -33,7 +33,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     """Train the recipe of a run directory under its plan, from its newest checkpoint on, to the end or to a stop."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    recipe = load_recipe(run.recipe)
+    recipe = load_recipe(run.recipe, needed=DATA_FILES)
     prepared = load_prepared(recipe)
     tokenizer = load_tokenizer(recipe)
     batch_size = recipe.training.global_batch_size

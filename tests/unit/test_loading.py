@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from distft.config.loading import MAX_BYTES, Document, dump_recipe, load_recipe, load_yaml, validate
-from distft.config.recipe import Recipe
+from distft.config.loading import (
+    DATA_FILES,
+    MAX_BYTES,
+    Document,
+    dump_recipe,
+    load_recipe,
+    load_yaml,
+    read_recipe,
+    validate,
+)
+from distft.config.recipe import EXCLUSIVE_FIELDS, Recipe
 from distft.config.schema_text import documented_schema, documented_schema_of
 from distft.errors import RecipeError
 
@@ -36,14 +45,21 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(text: str | bytes, *sets: str) -> Recipe:
+def load(text: str | bytes, *sets: str, needed: tuple[str, ...] = ()) -> Recipe:
     Path("recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load_recipe("recipe.yaml", sets)
+    return load_recipe("recipe.yaml", sets, needed)
+
+
+def notes(text: str, *sets: str) -> list[str]:
+    """What is worth telling of a recipe that can be read."""
+    Path("recipe.yaml").write_text(text)
+    return list(read_recipe("recipe.yaml", sets).notes)
 
 
 def problems(text: str | bytes, *sets: str) -> list[str]:
+    """Of a recipe whose data must be here."""
     with pytest.raises(RecipeError) as caught:
-        load(text, *sets)
+        load(text, *sets, needed=DATA_FILES)
     assert str(caught.value) == "\n".join(caught.value.problems)
     return caught.value.problems
 
@@ -228,7 +244,7 @@ training:
   seed: 1.5
 """
     here = Path.cwd()
-    assert problems(text, "training.max_steps=ten", "foo", "lora.r=-1") == [
+    assert problems(text, "training.learning_rate=ten", "foo", "lora.r=-1") == [
         "model.name_or_path: missing, need a string (recipe.yaml:3)",
         "model.revison: unknown key; did you mean revision? (recipe.yaml:4)",
         f"data.train[0]: no such file: {here}/data/trian.jsonl; did you mean train.jsonl? (recipe.yaml:5)",
@@ -236,11 +252,11 @@ training:
         "data.long_rows: split needs format text, got messages; use error, truncate or drop (recipe.yaml:7)",
         "lora.target_modules[1]: got 3 (an integer), need a string (recipe.yaml:11)",
         "training.learning_rte: unknown key; did you mean learning_rate? (recipe.yaml:14)",
-        "training.num_train_epochs: cannot be given with max_steps; set one of them to null (recipe.yaml:16)",
+        "training.num_train_epochs: cannot be given with training.max_steps; set one of them to null (recipe.yaml:16)",
         "training.seed: given twice, first in line 17 (recipe.yaml:18)",
         "no = in it, need dotted.key=value (--set foo)",
         "lora.r: got -1, need >= 1 (--set lora.r=-1)",
-        'training.max_steps: got "ten" (a string), need an integer >= 1 (--set training.max_steps=ten)',
+        'training.learning_rate: got "ten", need auto or a number > 0 (--set training.learning_rate=ten)',
     ]
 
 
@@ -551,6 +567,46 @@ def test_paths_that_are_not_there(key, value, expected):
     assert problem(text) == f"{key}: {expected.format(here=Path.cwd())} (recipe.yaml:{line})"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("data.train", "/lustre/x.jsonl", "/lustre/x.jsonl is not here; its rows are not checked"),
+        ("data.train", "data/train.json", "{here}/data/train.json is not here; its rows are not checked; "
+            "did you mean train.jsonl?"),
+        ("data.train", "alpaca", "{here}/alpaca is not here; its rows are not checked; a hub id is owner/name"),
+        ("data.eval", "held.jsonl", "{here}/held.jsonl is not here; its rows are not checked"),
+        ("data.chat_template", "templat.jinja", "{here}/templat.jinja is not here; launch needs it; "
+            "did you mean template.jinja?"),
+    ],
+)  # fmt: skip
+def test_data_that_is_not_here_is_a_note_unless_it_is_needed(key, value, expected):
+    text, _ = recipe_with(key, json.dumps(value))
+    assert notes(text) == [f"{key}: {expected.format(here=Path.cwd())}"]
+    group, name = key.split(".")
+    assert getattr(getattr(load(text), group), name) == str(Path(value).absolute())
+    with pytest.raises(RecipeError, match="no such file"):
+        load(text, needed=(key,))
+    load(text, needed=tuple({*DATA_FILES} - {key}))
+
+
+def test_each_of_several_files_has_its_note():
+    assert notes(GOOD, "data.train=[data/train.jsonl,/a.jsonl,owner/name,/b.jsonl]") == [
+        "data.train[1]: /a.jsonl is not here; its rows are not checked",
+        "data.train[3]: /b.jsonl is not here; its rows are not checked",
+    ]
+    assert notes(GOOD) == []
+
+
+@pytest.mark.parametrize("value", ["https://hub.co/x.jsonl", "./base/gone", "/nowhere"])
+def test_what_is_always_an_error(value):
+    """Planning reads the model; a URL is nowhere; a folder is no template."""
+    key = "data.train" if "https" in value else "model.name_or_path"
+    with pytest.raises(RecipeError, match=r"URLs are not supported|no such folder"):
+        load(GOOD, f"{key}={value}")
+    with pytest.raises(RecipeError, match=r"data\.chat_template: no such file: .*/data \("):
+        load(GOOD, "data.chat_template=data")
+
+
 def test_a_folder_beside_the_recipe_comes_before_a_hub_id(folder):
     (folder / "owner/name").mkdir(parents=True)
     (folder / "gpt2").touch()  # a file is no model
@@ -576,10 +632,41 @@ def test_a_link_keeps_its_name(folder):
 
 def test_steps_or_epochs():
     assert load(f"{GOOD}training: {{max_steps: 5, num_train_epochs: null}}").training.max_steps == 5
-    assert problem(f"{GOOD}training: {{max_steps: 5}}", "training.num_train_epochs=1.5") == (
-        "training.num_train_epochs: cannot be given with max_steps; set one of them to null "
-        "(--set training.num_train_epochs=1.5)"
-    )
+    both = "training.num_train_epochs: cannot be given with training.max_steps; set one of them to null "
+    assert problem(f"{GOOD}training: {{max_steps: 5, num_train_epochs: 2}}") == f"{both}(recipe.yaml:4)"
+    sets = ["training.max_steps=5", "training.num_train_epochs=2"]
+    for text in (GOOD, f"{GOOD}training: {{max_steps: 5}}", f"{GOOD}training: {{max_steps: 5, num_train_epochs: 2}}"):
+        assert problem(text, *sets) == f"{both}(--set {sets[1]})"
+    assert problem(GOOD, "training={max_steps: 5, num_train_epochs: 2}").startswith(both)
+
+
+@pytest.mark.parametrize("file", ["num_train_epochs: 2", "max_steps: 9, num_train_epochs: 2"])
+def test_an_override_replaces_an_exclusive_field(file):
+    text, sets = f"{GOOD}training: {{{file}}}", ["training.max_steps=5"]
+    training = load(text, *sets).training
+    assert (training.max_steps, training.num_train_epochs) == (5, None)
+    assert notes(text, *sets) == [
+        "training.num_train_epochs: 2 (recipe.yaml:4) is replaced by --set training.max_steps=5"
+    ]
+    # Nothing is replaced where the user resolved it, or where the group was replaced as a whole.
+    assert notes(text, *sets, "training.num_train_epochs=null") == []
+    assert notes(text, "training={max_steps: 5}") == []
+    assert load(text, "training.max_steps=null").training.num_train_epochs == 2
+
+
+def test_epochs_replace_steps():
+    text, sets = f"{GOOD}training:\n  max_steps: 5\n", ["training.num_train_epochs=1.5"]
+    training = load(text, *sets).training
+    assert (training.max_steps, training.num_train_epochs) == (None, 1.5)
+    assert notes(text, *sets) == [
+        "training.max_steps: 5 (recipe.yaml:5) is replaced by --set training.num_train_epochs=1.5"
+    ]
+
+
+@pytest.mark.parametrize("names", EXCLUSIVE_FIELDS)
+def test_exclusive_fields_exist_and_are_unset_by_default(names):
+    for group, name in (field.split(".") for field in names):
+        assert getattr(getattr(load(GOOD), group), name) is None
 
 
 @pytest.mark.parametrize("below", ["", "  # r: 8\n"])

@@ -1,4 +1,4 @@
-"""plan_accuracy.py, section `formula`: peaks by formula against peaks counted on fake tensors."""
+"""plan_accuracy.py, section `formula`: the formula's peaks against peaks counted on fake tensors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""plan_accuracy.py, section `peers`: what other estimators say of the same rows, in the same run.
+"""plan_accuracy.py, section `peers`: other estimators on the same rows, in the same run.
 
 DeepSpeed's estimators and accelerate's estimate-memory are called as functions. fitcheck-llm (0.3.1; calibrated on a
-T4 with transformers and peft) is a command: FITCHECK names it, else `fitcheck` on the PATH; without it the column
-stays empty. All GiB, beside the peak simulated; only tensors: without context and fragmentation.
+T4 with transformers and peft) is a command: the one that FITCHECK names, or `fitcheck` on the PATH; without it the
+column stays empty. All figures are GiB, beside the simulated peak, and count only tensors: no context or gaps.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _cell(value: int | None, simulated: int) -> str:
 
 
 def deepspeed(row: Row, model: ModelShape) -> int | None:
-    """ZeRO's model states; it knows no activations, and takes all parameters for trained."""
+    """ZeRO's model states; it does not know activations, and assumes that all parameters are trained."""
     ranks = row.setting.world_size
     if row.setting.strategy == "zero2":
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two
@@ -102,7 +102,7 @@ def accelerate(model: ModelShape) -> int:
 
 
 def fitcheck(command: str, folder: Path, row: Row) -> int | None:
-    """All but its `overhead`; one GPU only. It takes a hub id: one is laid into a cache of its own."""
+    """Everything but its `overhead`; one GPU only. It takes a hub id, so the config lies in a separate hub cache."""
     if row.setting.strategy != "ddp":
         return None
     cache = folder / "hub"
@@ -123,7 +123,7 @@ def fitcheck(command: str, folder: Path, row: Row) -> int | None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([command, f"x/{row.model}", *options], env=environment, capture_output=True, text=True)
-    if not done.stdout.startswith("{"):  # a family that it does not know
+    if not done.stdout.startswith("{"):  # an unknown family
         return None
     memory = json.loads(done.stdout)["memory_mib"]
     return int(2**20 * (memory["total"] - memory["overhead"]))

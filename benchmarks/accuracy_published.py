@@ -1,6 +1,6 @@
-"""plan_accuracy.py, section `published`: what others measured on GPUs, beside what the formula says.
+"""plan_accuracy.py, section `published`: peaks that others measured on GPUs, beside the formula's.
 
-Left out are figures without model, batch and length: torchtune's unpacked rows, Hugging Face's BERT, NeMo's speeds.
+Figures without model, batch and length are left out: torchtune's unpacked rows, Hugging Face's BERT, NeMo's speeds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from model_configs import CONFIGS
 from distft.models.shapes import read_model_shape
 from distft.planner.memory import Estimator
 
-FAR = 10.0  # %, from where a row must say why
+FAR = 10.0  # %; a row that is further off has to say why
 
-# `peak` is theirs in GiB; `states` what they hold per trained parameter (weights/gradients/optimizer) where it is not
-# distft's: torchtune trains in 16 bit throughout. `chunked`: the loss of an eighth of the tokens at a time; of logits
-# there are 2 bytes an entry, and 4 + 4 of an eighth. All but the torchtitan rows have no gradient accumulation.
-# torchtune: README.md, "Memory and training speed" (packed 2 x 2048, compiled), and its ladder of optimisations
+# `peak` is their figure in GiB; `states` is what they hold per trained parameter (weights/gradients/optimizer) where it
+# differs from distft: torchtune trains in 16 bit throughout. `chunked`: the loss of an eighth of the tokens at a time;
+# logits then take 2 bytes per entry, plus 4 + 4 for an eighth of them. Only the torchtitan rows accumulate gradients.
+# torchtune: README.md, "Memory and training speed" (packed 2 x 2048, compiled), and its ladder of optimizations
 # (2 x 4096, each row adds one). torchtitan: llama3 8B on H100, selective checkpointing, which lies between its rows.
 PEAKS = """
 llama-3.1-8b   full   bf16 ddp*1    flash 2x2048 packed recompute peak=18.9 states=2/0/0 chunked compile
@@ -47,7 +47,7 @@ llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed recompute peak=67.0
 llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed keep      peak=67.0
 llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed keep      peak=62.0 compile
 """
-CHUNKED = 2 + (4 + 4) / 8  # bytes per token and word
+CHUNKED = 2 + (4 + 4) / 8  # bytes per token and vocabulary entry
 
 # k: a block's activations in a backward pass under checkpointing are 2 k T h bytes, measured with torch's memory
 # profiler (Bekman, ml-engineering, training/performance: bf16, no LoRA, FlashAttention).
@@ -81,7 +81,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
 
 
 def _why(row: Row, ratio: float) -> str:
-    """Why a row is off."""
+    """Why a row differs."""
     if row.setting.strategy == "fsdp" and "chunked" not in row.extra:
         if row.setting.gradient_checkpointing:
             return "they checkpoint less"
@@ -94,7 +94,7 @@ def _why(row: Row, ratio: float) -> str:
 
 
 def _as_they(row: Row, estimator: Any) -> int:
-    """The peak with their states, computed in 16 bit, and their loss."""
+    """The peak with their states, their compute in 16 bit, and their loss."""
     logits_bytes = CHUNKED * CONFIGS[row.model]["vocab_size"] * _tokens(row)
     if "states" not in row.extra:
         found = estimator.memory(row.setting)

@@ -31,8 +31,8 @@ class Row:
 
 
 def parse(text: str) -> Iterator[Row]:
-    """A row a line: model, tuning, precision, strategy*ranks[/shard], attention, micro-batch x length, packed | padded,
-    recompute | keep; then NAME=VALUE."""
+    """One row per line: model, tuning, precision, strategy*ranks[/shard], attention, micro-batch x length,
+    packed | padded, recompute | keep; then NAME=VALUE."""
     for line in filter(None, map(str.strip, text.splitlines())):
         model, tuning, precision, strategy, attention, size, packing, checkpointing, *rest = line.split()
         extra = {key: value for key, _, value in (word.partition("=") for word in rest)}

@@ -1,7 +1,7 @@
 """plan_accuracy.py, section `states`: bytes of parameters, gradients and optimizer states in real ranks.
 
 `distft render` writes what a launch would; torchrun then starts the ranks through count_states.py, which lets distft
-train as ever and counts before the second optimizer step, when gradients and states are all there.
+train as usual and counts before the second optimizer step, when all gradients and states exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BOUND = 1.0  # %
 HERE = Path(__file__).parent
 KINDS = ("parameters", "gradients", "optimizer")
 WIDTHS = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp": 2, "hsdp": 4}
-# A rank's processes need half a GiB: no more than four at a time.
+# A rank takes half a GiB of host memory: at most four at a time.
 TUNINGS = {
     "full": ({"mixed_precision": "bf16"}, None, None),
     "lora": ({"mixed_precision": "bf16"}, {"r": 64}, None),
@@ -66,7 +66,7 @@ def _cell(row: dict[str, Any], kind: str) -> str:
 
 
 def compare(folder: Path, wanted: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """A kind → predicted, real and error in percent; `why` where distft refuses the combination."""
+    """Kind → predicted, real, and error in percent; `why` where distft refuses the combination."""
     from distft.commands.launch import prepare_data
     from distft.config.loading import load_recipe
     from distft.models.shapes import read_model_shape

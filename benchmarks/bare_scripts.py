@@ -1,4 +1,4 @@
-"""The peers of train_overhead.py: `bare_scripts.py FOLDER STEPS sft|loop`. Prints [time, tokens] of every step."""
+"""What train_overhead.py compares with: `bare_scripts.py FOLDER STEPS sft|loop` prints [time, tokens] of every step."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint.py [--ranks 2] [--json]
 
-Bytes of one checkpoint; seconds that a save holds the training up (the median of a run's); seconds until it is written;
-seconds that continuing takes (Trainer: from train() to the first step, less those without a checkpoint).
+Measures the bytes of one checkpoint, the seconds for which a save holds up training (the median of a run), the seconds
+until it is written, and the seconds that continuing takes (distft: restoring; Trainer: from train() to the first step,
+minus the same without a checkpoint).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A transformers.Trainer job whose checkpoints benchmarks/checkpoint.py looks at; a script for `distft launch --`.
+"""The transformers.Trainer job that benchmarks/checkpoint.py compares with; a script for `distft launch --`.
 
     checkpoint_peer.py FOLDER TUNING STEPS SAVE_STEPS OUTPUT [CHECKPOINT]
 
-Rank 0 writes OUTPUT/timings.json: seconds that each save held the training up, and from train() to the first step.
+Rank 0 writes OUTPUT/timings.json: seconds for which each save held up training, and from train() to the first step.
 """
 
 from __future__ import annotations

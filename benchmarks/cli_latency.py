@@ -1,8 +1,8 @@
-"""How long the command line takes to start, beside torchrun's and accelerate's, interleaved in one run.
+"""How long the command line takes to start, beside torchrun and accelerate, interleaved in one run.
 
     python benchmarks/cli_latency.py [--rounds 10] [--json]
 
-Each figure is the median of the whole process's wall time.
+Each figure is the median wall time of the whole process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled the peers; the first round compiles ours
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiled the others; the first round compiles distft
     with tempfile.TemporaryDirectory() as folder:
         recipe = str(write_tiny(Path(folder)))
         commands = {

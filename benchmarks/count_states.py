@@ -1,7 +1,7 @@
-"""`torchrun ... -m count_states RUN_DIR`: a rank that trains as `distft.train` does, and writes what its states take.
+"""`torchrun ... -m count_states RUN_DIR`: a rank that trains like `distft.train` and writes the bytes of its states.
 
-RUN_DIR/states-RANK.json has the bytes of distinct storages: of the model's parameters, of gradients wherever the
-strategy keeps them, and of what the optimizer holds besides (masters and states).
+RUN_DIR/states-RANK.json has the bytes of distinct storages: the model's parameters, the gradients wherever the strategy
+keeps them, and what else the optimizer holds (master weights and states).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _before_step(model: Any, optimizer: Any, then: Any) -> None:
-    """Call `then` when the gradients of a step are there, and nothing has been done with them."""
+    """Call `then` when the gradients of a step exist and nothing has used them yet."""
     if type(model).__name__ == "DeepSpeedEngine":
         step = model._take_model_step
 
@@ -74,7 +74,7 @@ def count(model: Any, optimizer: Any) -> dict[str, Any]:
 
     parameters = total(_parameters(model))
     gradients = total(_gradients(model))
-    # Bytes alone would not tell whether a strategy computes in what the formula takes it to.
+    # Bytes alone would not show whether a strategy computes in the dtype that the formula assumes.
     dtypes = {
         "trained" if p.requires_grad else "frozen": str(p.dtype).removeprefix("torch.") for p in model.parameters()
     }
@@ -100,7 +100,7 @@ def _tensors(found: Any) -> Iterator[torch.Tensor]:
 
 def _parameters(model: Any) -> Iterator[torch.Tensor]:
     for parameter in model.parameters():
-        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: the rank's partition, and the whole of a small tensor
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: the rank's partition, and small tensors as a whole
             yield parameter.ds_tensor
         yield parameter.detach()
         state = getattr(parameter, "quant_state", None)
@@ -128,7 +128,7 @@ def _optimizer(model: Any, optimizer: Any) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from _tensors(group["params"])
     for state in optimizer.state.values():
-        # Not the step counters, of 4 bytes a tensor.
+        # Not the step counters: 4 bytes per tensor.
         yield from (value for value in _tensors(state) if _local(value).numel() > 1)
 
 

@@ -1,4 +1,4 @@
-"""Published models: what their config.json on the hub says of shapes (hub id beside each)."""
+"""Published models: the shapes in their config.json on the hub (hub id beside each)."""
 
 from __future__ import annotations
 

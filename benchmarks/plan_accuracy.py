@@ -1,4 +1,4 @@
-"""How good the memory planner is.
+"""How accurate the memory planner is.
 
     python benchmarks/plan_accuracy.py [formula] [states] [published] [peers] [--json FILE] [--only WORD]
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
-    parser.add_argument("--only", default="", metavar="WORD", help="rows that have this word in their name")
+    parser.add_argument("--only", default="", metavar="WORD", help="only rows with this word in their name")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(unknown)}")

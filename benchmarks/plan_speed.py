@@ -1,9 +1,9 @@
-"""How long a plan takes beside accelerate's and fitcheck's estimates, and whether it is flat in the number of nodes.
+"""How long a plan takes beside accelerate's and fitcheck's estimates, and whether it depends on the number of nodes.
 
     python benchmarks/plan_speed.py [--rounds 5] [--fitcheck COMMAND]
 
-Whole processes, interleaved; medians of wall time, and the largest memory of a process. The plan is of Llama-3-70B (its
-config.json alone) with all candidates. `--fitcheck` is the command of fitcheck-llm, where that is installed.
+Whole processes, interleaved; medians of wall time, and the largest memory of a process. The plan is that of Llama-3-70B
+(only its config.json) with all candidates. `--fitcheck` is the command of fitcheck-llm, if it is installed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fitcheck", default=shutil.which("fitcheck"), help="fitcheck-llm's command")
     options = parser.parse_args()
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled the peers; the first round compiles ours
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiled the others; the first round compiles distft
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
         (Path(folder) / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
@@ -61,7 +61,7 @@ def main() -> None:
         }
         if options.fitcheck:
             commands["fitcheck"] = [options.fitcheck, "x/llama-70b", "--gpu", "H100"]
-        # Both take hub ids: one is laid into a cache of its own.
+        # Both take hub ids, so the config is put into a separate hub cache.
         home = Path(folder) / "hub" / "models--x--llama-70b"
         (home / "snapshots" / "0").mkdir(parents=True)
         (home / "refs").mkdir()

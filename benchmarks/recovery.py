@@ -1,4 +1,4 @@
-"""Seconds from a fault to the next training step, on a four-node SLURM cluster of this machine's (as root).
+"""Seconds from a fault to the next training step, on a four-node SLURM cluster on this machine (as root).
 
     python benchmarks/recovery.py [--json]
 

@@ -1,11 +1,11 @@
-"""How distft bears a thousand nodes, a thousand runs, a million steps and 8,192 ranks, on one machine.
+"""How distft copes with a thousand nodes, a thousand runs, a million steps and 8,192 ranks, on one machine.
 
     python benchmarks/scale.py [--rounds 5] [--json]
 
-Times are the whole process's wall time, the best of the rounds; the median and the least CPU time stand beside it, and
-tell on a busy machine what is distft's. Exit status 1: a bound is missed. Launches are measured where a SLURM
+Times are the wall time of the whole process, the best of the rounds. The median and the least CPU time beside it show,
+on a busy machine, how much of that is distft's. Exit status 1: a bound is missed. Launches are measured where a SLURM
 controller can be started (slurm_cluster.py). Its 1,024 nodes are not real, so jobs are held; sbatch's own time is
-taken off.
+subtracted.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ STEPS = 1_000_000
 DISTFT = (sys.executable, "-m", "distft")
 
 COMMAND_SECONDS, STATUS_SECONDS, FAILED_SECONDS = 0.5, 1.0, 2.0
-NOISE = 1.5  # two timings of the same work may differ by as much
+NOISE = 1.5  # two timings of the same work may differ by this factor
 FOLLOW_MIB = 8  # a few blocks of a file; the files themselves have some hundred MiB
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; without a bound it is shown only."""
+    """One line of the table; without a bound it is only shown."""
 
     what: str
     value: float
@@ -185,7 +185,7 @@ def write_inputs(folder: Path) -> None:
         "runs_dir": str(folder / "runs"),
         "node": {"gpus_per_node": GPUS, "gpu": "H100"},
         "slurm": {"partition": "big", "sbatch": ["--hold"]},
-        "python": "python3",  # that of the nodes: the job prepares the data, not the login node
+        "python": "python3",  # the nodes' Python: the job prepares the data, not the login node
     }
     (folder / "site.yaml").write_text(yaml.safe_dump(site))
 
@@ -219,7 +219,7 @@ def write_model(folder: Path) -> None:
 
 
 def with_command(env: dict[str, str], folder: Path, name: str, script: str) -> dict[str, str]:
-    """The environment with a command of ours before all others."""
+    """The environment, with one of our commands first on the PATH."""
     folder.mkdir(parents=True)
     (folder / name).write_text(f"#!/bin/bash\n{script}\n")
     (folder / name).chmod(0o755)
@@ -228,7 +228,7 @@ def with_command(env: dict[str, str], folder: Path, name: str, script: str) -> d
 
 # ---- status of 1,000 runs
 
-# squeue where there is no SLURM. Its last argument says what is in a line.
+# squeue where there is no SLURM. Its last argument is the format of a line.
 STUB = r"""
 for ((id = 1; id <= runs; id++)); do
   line=${!#} line=${line//\%[iA]/$id} line=${line//\%T/PENDING}
@@ -237,7 +237,7 @@ done"""
 
 
 def status(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figure]:
-    """Local and SLURM runs that have ended, and 50 that are queued. Where there is no SLURM, a stub answers for it."""
+    """Local and SLURM runs that have ended, and 50 that are queued. Without SLURM a stub answers for it."""
     folder.mkdir()
     sbatch = ("sbatch", "--parsable", "--hold", "--partition=big", "--output=/dev/null", "--wrap=true")
     queued = [cluster.run(*sbatch).stdout.strip() if cluster else str(k) for k in range(1, OPEN_RUNS + 1)]
@@ -279,7 +279,7 @@ print(Path("/proc/self/status").read_text())
 
 
 def following(folder: Path) -> Iterator[Figure]:
-    """The peak memory over a million lines less that over a thousand."""
+    """The peak memory over a million lines minus that over a thousand."""
     few, many = (run_of(folder, steps) for steps in (1000, STEPS))
     peaks = [follow_metrics(made, steps) for made, steps in ((few, 1000), (many, STEPS))]
     size = many.metrics.stat().st_size >> 20
@@ -290,7 +290,7 @@ def following(folder: Path) -> Iterator[Figure]:
 
 
 def run_of(folder: Path, steps: int) -> RunDir:
-    """A run that goes on, with a line a step in metrics.jsonl and in the log of rank 0. The last one is not whole."""
+    """A run in progress, with a line per step in metrics.jsonl and in rank 0's log. The last line is incomplete."""
     made = RunDir.create(str(folder), f"steps-{steps}")
     # No job id: nothing is asked about the process, and the run stays open.
     made.update_status(state="running", step=steps, max_steps=2 * steps)
@@ -311,7 +311,7 @@ def follow_metrics(made: RunDir, steps: int) -> float:
 
 
 def follow_log(made: RunDir) -> float:
-    """`distft logs -f` of rank 0 until all of it has come; then the run ends, and with it the command."""
+    """`distft logs -f` of rank 0 until everything has arrived; then the run ends, and with it the command."""
     wanted = made.rank_log(0).stat().st_size
     with subprocess.Popen((*DISTFT, "logs", "-f", str(made.path)), stdout=subprocess.PIPE) as process:
         while wanted > 0 and (block := process.stdout.read1(2**20)):
@@ -324,7 +324,7 @@ def follow_log(made: RunDir) -> float:
 
 
 def peak_mib(proc_status: str) -> float:
-    """VmHWM. Not wait4's ru_maxrss: that counts what the parent had before exec."""
+    """VmHWM. Not wait4's ru_maxrss, which includes the parent's memory before exec."""
     line = next(line for line in proc_status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -333,7 +333,7 @@ def peak_mib(proc_status: str) -> float:
 
 
 def failed(folder: Path, rounds: int) -> Iterator[Figure]:
-    """One rank runs out of memory; the others, later, lose it. torchrun on each node says who ended."""
+    """One rank runs out of memory; later the others lose their peer. torchrun on each node reports who ended."""
     made, guilty = RunDir.create(str(folder), "wide"), RANKS // 2 + 1
     for rank in range(RANKS):
         kind, message = "DistBackendError", "NCCL error: remote process exited or there was a network error"

@@ -1,4 +1,4 @@
-"""A small model, data and recipe for the benchmarks, made with a fixed seed."""
+"""A small model, data and recipe for the benchmarks, generated from a fixed seed."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python benchmarks/train_overhead.py [--rounds 3] [--steps 40] [--json]
 
-Same model, LoRA, rows, batch, optimizer and threads; one process each, interleaved. Tokens a second are those of the
-steps after the first quarter; start-up is the time from the start of the process to the end of its first step.
+The same model, LoRA, rows, batch, optimizer and threads; one process each, interleaved. Tokens per second are counted
+after the first quarter of the steps; start-up is the time from the start of the process to the end of its first step.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def tokenize(row):
     return {"input_ids": tokenizer(text, truncation=True, max_length=args.max_length)["input_ids"]}
 
 
-class SayModel(TrainerCallback):
+class PrintModel(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             print(f"model: {type(trainer.model_wrapped).__name__}, {args.world_size} processes", flush=True)
@@ -60,6 +60,6 @@ trainer = Trainer(
     args=training_args,
     train_dataset=rows,
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-    callbacks=[SayModel()],
+    callbacks=[PrintModel()],
 )
 trainer.train()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every GPU of this machine: the same recipe, the same global batch, the same losses.
 #   launch/1node.sh recipe.yaml [distft launch options]
-# GPUS=4 takes fewer; without GPUS all of them are taken (on a machine without GPUs one process runs on the CPU).
+# GPUS=4 uses fewer of them. On a machine without GPUs one process runs on the CPU.
 set -euo pipefail
 recipe=${1:?usage: 1node.sh RECIPE [options of distft launch]}
 shift

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Several machines, no scheduler: run this on every one of them, with the same recipe and a folder that all see.
+# Several machines, no scheduler: run this on each of them, with the same recipe and a folder that all of them share.
 #   NNODES=2 NODE_RANK=0 HEAD=node0:29400 RUN_DIR=/shared/runs/my-run launch/multinode.sh recipe.yaml [render options]
-# The machine with NODE_RANK=0 renders the run, the others wait for it. GPUS=4 takes fewer than all GPUs of a machine.
+# The machine with NODE_RANK=0 renders the run, the others wait for it. GPUS=4 uses fewer GPUs of each machine.
 set -euo pipefail
 recipe=${1:?usage: NNODES= NODE_RANK= HEAD= RUN_DIR= multinode.sh RECIPE [options of distft render]}
 shift

@@ -2,9 +2,9 @@
 #SBATCH --job-name=distft
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=distft-%j.log
-# Several nodes of a SLURM cluster, from a folder that all of them see. Inside the job distft starts its ranks with srun:
+# Several nodes of a SLURM cluster, from a folder that all of them share. Inside the job distft starts its ranks with srun:
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh recipe.yaml [options of distft launch]
-# With a site profile no script is needed: distft launch recipe.yaml --cluster PROFILE --nodes 4
+# With a site profile you need no script: distft launch recipe.yaml --cluster PROFILE --nodes 4
 set -euo pipefail
 recipe=${1:?usage: sbatch --nodes=N --gpus-per-node=G slurm.sh RECIPE [options of distft launch]}
 shift

@@ -1,4 +1,4 @@
-"""The files for people in ds_configs/, launch/accelerate/ and slurm/reference/: made here, never read by distft.
+"""The files for people in ds_configs/, launch/accelerate/ and slurm/reference/: generated here, never read by distft.
 
 python tools/reference_files.py ROOT           write them
 python tools/reference_files.py ROOT --check   list those that differ; exit status 1 if any does
@@ -82,15 +82,15 @@ def _yaml(strategy: str, topology: Topology) -> str:
         ]
     else:
         head = [
-            f"{topology.nnodes} nodes of {topology.nproc_per_node} GPUs; on each of them, with R its number from 0:",
+            f"{topology.nnodes} nodes of {topology.nproc_per_node} GPUs; on node R, counted from 0:",
             f"{command} --machine_rank R --main_process_ip FIRST_NODE script.py ARGS",
-            "Another width, of M nodes with G GPUs: --num_machines M --num_processes M*G",
+            "Another world size, M nodes of G GPUs: --num_machines M --num_processes M*G",
             "--parallelism_config_dp_replicate_size M --parallelism_config_dp_shard_size G.",
         ]
     if zero:
         head += [
-            "Start it in the repository's root: the path below is relative. Precision is the script's, or",
-            "--mixed_precision bf16: in this file accelerate refuses it beside a deepspeed_config_file.",
+            "Run it in the root of the repository: the path below is relative. The script sets the precision, or",
+            "--mixed_precision bf16; accelerate refuses it in a file that has a deepspeed_config_file.",
         ]
     return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(config, sort_keys=False)
 

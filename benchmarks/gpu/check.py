@@ -3,9 +3,9 @@
     python benchmarks/gpu/check.py
 
 Needs one CUDA GPU, the `train` extra and under 8 minutes; no download: the weights are random and made on the GPU.
-Rows: LoRA and QLoRA, with and without gradient checkpointing, for each attention implementation there is, then
-liger-kernel's. Every row trains on one repeated batch, so a falling loss shows that it learns. At the end, FSDP with
-and without CPU offload: the same losses.
+Rows: LoRA and QLoRA, with and without gradient checkpointing, for each available attention implementation, then with
+liger-kernel. Every row trains on one repeated batch, so a falling loss shows that it learns. At the end, FSDP with and
+without CPU offload has to give the same losses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ANCHOR = {
     "gpu": "H100",
     "tokens_per_second": 12_473,
 }
-# Dense bf16 TFLOP/s of the makers' data sheets; the first name that occurs in the GPU's name counts.
+# Dense bf16 TFLOP/s from the data sheets; the first name that occurs in the GPU's name counts.
 PEAK_TFLOPS = {
     "B200": 2250,
     "GH200": 989,
@@ -104,7 +104,7 @@ class Row:
 
 
 def main() -> int:
-    """Run the rows; the JSON is written anew after each one."""
+    """Run the rows; the JSON is rewritten after each one."""
     options = parse_arguments()
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -150,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/gpu-NAME-DATE.json)")
-    parser.add_argument("--budget-seconds", type=float, default=450, help="rows that would not fit are skipped")
+    parser.add_argument("--budget-seconds", type=float, default=450, help="rows that would take longer are skipped")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model: every part in seconds")
     options = parser.parse_args()
@@ -178,12 +178,12 @@ def describe(device: torch.device, size: Size) -> dict[str, Any]:
 
 
 def peak_tflops(gpu: str) -> float | None:
-    """The peak of a GPU by its name, None for one that is not in the table."""
+    """A GPU's peak by its name; None if it is not in the table."""
     return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", gpu)), None)
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, as nvidia-smi says it."""
+    """The version of the NVIDIA driver, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
@@ -192,7 +192,7 @@ def driver_version() -> str | None:
 
 
 def package_version(package: str) -> str | None:
-    """A package's version, None when it is not installed."""
+    """A package's version; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -200,7 +200,7 @@ def package_version(package: str) -> str | None:
 
 
 def importable(module: str) -> bool:
-    """Whether a compiled package can be used: one built for another torch or CUDA is installed and cannot."""
+    """Whether a compiled package works: one built for another torch or CUDA is installed but does not."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError):
@@ -223,12 +223,12 @@ def wanted_rows(device: torch.device) -> Iterator[Row]:
 
 
 def attempt(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
-    """Measure a row; what goes wrong in it is recorded, and the other rows still run."""
+    """Measure a row. An error in it is recorded, and the other rows still run."""
     try:
         return measure(row, size, device)
     except torch.OutOfMemoryError:
         return {"status": "out_of_memory"}
-    except Exception as error:  # any library may fail on a GPU that it was never tried on
+    except Exception as error:  # any library may fail on a GPU that it was never tested on
         return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
@@ -275,7 +275,7 @@ def measure(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
 
 
 def train_step(model: Any, tokens: torch.Tensor, optimizer: Any, trained: list) -> torch.Tensor:
-    """A step as distft's Trainer makes it; returns the loss."""
+    """One step as distft's Trainer takes it; returns the loss."""
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
         loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -320,7 +320,7 @@ def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
 
 
 def quantize(model: Any, settings: Any, device: torch.device) -> None:
-    """Quantise all linear layers but the output layer, in place and where they are, as loading from disk does."""
+    """Quantize all linear layers but the output layer, in place and on their device, as loading from disk does."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for parent in list(model.modules()):
@@ -336,13 +336,13 @@ def quantize(model: Any, settings: Any, device: torch.device) -> None:
             shape = (layer.in_features, layer.out_features)
             quantized = Linear4bit(*shape, bias=False, compute_dtype=dtype, device="meta", **scheme)
             weight = Params4bit(layer.weight.data, requires_grad=False, **scheme)
-            quantized.weight = weight.to(device)  # this quantises
+            quantized.weight = weight.to(device)  # this quantizes
             setattr(parent, name, quantized)
-    model.is_loaded_in_4bit = True  # peft asks for it
+    model.is_loaded_in_4bit = True  # peft looks at it
 
 
 def flash_only(row: Row, device: torch.device) -> AbstractContextManager[Any]:
-    """On a GPU, SDPA may use its flash kernel and no other: a fall-back is an error, not a slow row."""
+    """On a GPU, SDPA may use only its flash kernel: a fallback is an error, not a slow row."""
     if device.type == "cpu" or row.attention != "sdpa":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -353,7 +353,7 @@ def flash_only(row: Row, device: torch.device) -> AbstractContextManager[Any]:
 def utilisation(
     row: Row, size: Size, device: torch.device, parameters: int, tokens_per_second: float
 ) -> dict[str, Any]:
-    """FLOPs per token and the part of the GPU's peak that they make up.
+    """FLOPs per token, and the share of the GPU's peak that they reach.
 
     Weights: 2N forward and 2N backward to the activations (frozen weights have no gradients), and 2N for recomputing.
     Attention, apart: two causal products forward, four backward, and two for recomputing.
@@ -397,7 +397,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def check_offload(device: torch.device) -> dict[str, Any]:
-    """Three float32 steps under FSDP2 with its states in host memory, and the same steps without."""
+    """Three float32 steps under FSDP2 with its states in host memory, and the same steps without offload."""
     import torch.distributed as dist
 
     if device.type != "cuda":
@@ -406,7 +406,7 @@ def check_offload(device: torch.device) -> dict[str, Any]:
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         losses, _ = fsdp_losses(device, offload=False)
         offloaded_losses, places = fsdp_losses(device, offload=True)
-    except Exception as error:  # recorded like a row's
+    except Exception as error:  # recorded, as for a row
         return {"status": "failed", "error": f"{type(error).__name__}: {error}", "losses_equal": False}
     finally:
         if dist.is_initialized():
@@ -425,7 +425,7 @@ def check_offload(device: torch.device) -> dict[str, Any]:
 
 
 def fsdp_losses(device: torch.device, offload: bool) -> tuple[list[float], list[str]]:
-    """The losses of three steps of a small model, and where its parameters lie afterwards."""
+    """The losses of three steps of a small model, and where its parameters are afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     from transformers import AutoModelForCausalLM, LlamaConfig

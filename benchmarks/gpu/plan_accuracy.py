@@ -4,8 +4,8 @@
 
 Needs one CUDA GPU, the `train` extra and under 9 minutes; no download: weights are random and made on the GPU. Each
 configuration takes three steps as distft wraps the model (check.py), in this process; its peak is
-torch.cuda.max_memory_allocated(), and the process is what nvidia-smi says. Bounds: 5% in the mean, 10% at worst, and
-nothing that ran out of memory was said to fit.
+torch.cuda.max_memory_allocated(), and the process is what nvidia-smi reports. Bounds: 5% in the mean, 10% at worst, and
+nothing that ran out of memory was predicted to fit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Configuration:
 
 
 def configurations(tiny: bool) -> list[Configuration]:
-    """28 of them, small ones first; the last ones are meant to run out of memory on most GPUs."""
+    """28 configurations, small ones first; the last ones should run out of memory on most GPUs."""
     if tiny:
         return [
             Configuration("tiny", method, checkpointing, 2, 32)
@@ -80,7 +80,7 @@ def configurations(tiny: bool) -> list[Configuration]:
 
 
 def predict(configuration: Configuration, device: Device) -> dict[str, Any]:
-    """The formula, from the config.json alone."""
+    """The formula, from config.json alone."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"model_type": "llama", "tie_word_embeddings": False, **MODELS[configuration.model]}
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -116,7 +116,7 @@ def measure(configuration: Configuration, device: torch.device) -> dict[str, Any
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         tokens = torch.randint(size.model["vocab_size"], (size.micro_batch, size.sequence), device=device)
-        if cuda:  # making and quantising weights takes more than training
+        if cuda:  # creating and quantizing weights takes more memory than training
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
@@ -130,7 +130,7 @@ def measure(configuration: Configuration, device: torch.device) -> dict[str, Any
 
 
 def process_memory() -> int | None:
-    """What nvidia-smi says is used on the GPU."""
+    """The memory in use on the GPU, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return int(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout) * 2**20

@@ -177,8 +177,9 @@ class Parallelism(Group):
     """`ddp` replicates; `zero1`/`zero2`/`zero3` shard optimizer states / and gradients / and parameters (DeepSpeed);
     `fsdp` shards all three (FSDP2); `hsdp` shards within groups and replicates across them."""
 
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """Keep in host memory: the optimizer's states (ZeRO), or parameters too (zero3, fsdp, hsdp)."""
+    offload: Literal["auto", "none", "optimizer", "all"] = "auto"
+    """What is kept in host memory: the optimizer's states (ZeRO), or parameters too (zero3, fsdp, hsdp). `auto` is
+    `none`, unless `strategy` is `auto` too and nothing fits without offload."""
 
     hsdp_shard_size: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
     """Ranks that share one copy of the model under hsdp. `auto`: those of one node."""

@@ -10,7 +10,7 @@ from distft.config.batch import Batch
 from distft.config.recipe import Lora, Recipe
 from distft.errors import PlanError
 from distft.hardware.topology import Topology
-from distft.planner.search import Candidate, Search, choose
+from distft.planner.search import Candidate, Search, choose, fixed_offload
 from distft.units import gib
 
 LONGEST, LARGEST = 2**20, 2**12  # where looking for more ends
@@ -67,18 +67,19 @@ def _widths(nproc_per_node: int, global_batch_size: int) -> Iterator[Topology]:
 def _fits_on(search: Search, topology: Topology, length: int | None = None) -> bool:
     smaller = search.on(topology)
     wanted, training = search.recipe.parallelism, search.recipe.training
+    offload = fixed_offload(wanted)
     micro = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
     checkpointing = training.gradient_checkpointing is not False
     try:
         batch = batches.fixed(training.global_batch_size, micro, topology.world_size)
     except PlanError:
         return False
-    options = [(strategy, moved) for strategy, moved in smaller.options() if moved == wanted.offload]
+    options = [(strategy, moved) for strategy, moved in smaller.options() if moved == offload]
     if wanted.strategy != "auto":
         strategy = "ddp" if topology.world_size == 1 and wanted.strategy in ("fsdp", "hsdp") else wanted.strategy
         if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
             strategy = "fsdp"
-        options = [(strategy, wanted.offload)]
+        options = [(strategy, offload)]
     return any(smaller.candidate(*option, checkpointing, batch, length).fits for option in options)
 
 
@@ -125,5 +126,5 @@ def _with(recipe: Recipe, group: str, **values: object) -> Recipe:
 def _choice(search: Search) -> Candidate | None:
     wanted = search.recipe.parallelism
     if wanted.strategy != "auto":
-        return search.best(wanted.strategy, wanted.offload)
+        return search.best(wanted.strategy, fixed_offload(wanted))
     return choose([search.best(*option) for option in search.options()])

@@ -15,7 +15,7 @@ from distft.hardware.topology import Topology
 from distft.models.shapes import ModelShape, check_start, read_model_shape
 from distft.planner import speed
 from distft.planner.memory import Memory
-from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, shard_size
+from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, fixed_offload, shard_size
 from distft.planner.setting import Setting
 from distft.planner.speed import Speed
 from distft.units import gib, short
@@ -90,8 +90,9 @@ def make_plan(
         )
     strategy = _fixed_strategy(recipe, where.topology, reasons)
     if strategy:
-        rules.apply(search.case(strategy, recipe.parallelism.offload))  # before configs are made of what has none
-        chosen = search.best(strategy, recipe.parallelism.offload)
+        offload = fixed_offload(recipe.parallelism)
+        rules.apply(search.case(strategy, offload))  # before configs are made of what has none
+        chosen = search.best(strategy, offload)
         if chosen.broken:
             raise PlanError("\n".join(chosen.broken))
         others = [search.best(*option) for option in search.options() if option[0] != strategy] if compare else []
@@ -175,7 +176,7 @@ def _fixed_strategy(recipe: Recipe, topology: Topology, reasons: list[str]) -> s
     """The recipe's strategy; None where it is open."""
     wanted = recipe.parallelism.strategy
     if wanted in ("fsdp", "hsdp") and topology.world_size == 1:
-        if recipe.parallelism.offload != "none":
+        if fixed_offload(recipe.parallelism) != "none":
             raise PlanError(f"parallelism.offload: {wanted} on one rank does not shard; use zero3, or offload: none")
         reasons.append(f"ddp: {wanted} on one rank has nothing to shard")
         return "ddp"
@@ -281,16 +282,14 @@ def script_plan(settings: ScriptSettings, where: Where) -> Plan:
     if strategy == "auto":
         strategy = "ddp"
         reasons.append("ddp: nothing is known of a script's model; --set parallelism.strategy=... shards it")
-    shards = shard_size(parallelism, strategy, topology)
-    case = rules.Case(
-        strategy, parallelism.offload, shards, topology, device, script=settings, bandwidth=where.bandwidth
-    )
+    shards, offload = shard_size(parallelism, strategy, topology), fixed_offload(parallelism)
+    case = rules.Case(strategy, offload, shards, topology, device, script=settings, bandwidth=where.bandwidth)
     rules.apply(case)
     return Plan(
         topology,
         device,
         strategy,
-        parallelism.offload,
+        offload,
         shards,
         settings.training.mixed_precision,
         reasons=tuple(reasons),

@@ -141,9 +141,8 @@ class Search:
 
     def options(self) -> Iterator[tuple[str, str]]:
         """Strategies and offloads to try: those that the recipe leaves open and that differ from one another here."""
-        wanted, offload = self.recipe.parallelism, self.recipe.parallelism.offload
-        # A default `none` of a recipe that leaves the strategy open is left open too.
-        any_offload = wanted.strategy == "auto" and "offload" not in wanted.model_fields_set
+        wanted = self.recipe.parallelism
+        offload, any_offload = fixed_offload(wanted), wanted.strategy == wanted.offload == "auto"
         topology, world = self.where.topology, self.where.topology.world_size
         for strategy, moved in CANDIDATES:
             if moved != offload and not any_offload:
@@ -249,6 +248,11 @@ class Search:
             bandwidth=where.bandwidth,
             **known,
         )
+
+
+def fixed_offload(parallelism: Parallelism) -> str:
+    """The offload under a strategy that is named; `auto` means none there."""
+    return "none" if parallelism.offload == "auto" else parallelism.offload
 
 
 def shard_size(parallelism: Parallelism, strategy: str, topology: Topology) -> int:

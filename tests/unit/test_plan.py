@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import unicodedata
@@ -13,16 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
-from running import distft
+from running import distft, ready
 from tiny import Tiny
 
-from distft.config.loading import load_recipe
+from distft.config.loading import dump_recipe, load_recipe
 from distft.errors import ClusterError, PlanError
-from distft.hardware.devices import GPUS, known_gpu, named_device
+from distft.hardware.devices import GPUS, known_gpu, named_device, visible_gpus
 from distft.hardware.topology import Topology
+from distft.jobs.target import Target
+from distft.models.architecture import describe
 from distft.planner import limits
 from distft.planner.memory import Estimator
-from distft.planner.plan import make_plan
+from distft.planner.plan import make_plan, plan_json
 from distft.planner.search import Where, choose
 
 LLAMA_8B = {
@@ -106,6 +109,64 @@ def test_offload_is_last_and_can_be_ruled_out(folder: Path) -> None:
     assert "too much" in none.warnings[-1]
     small_host = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", host_memory=64 * 2**30)
     assert not small_host.fits
+
+
+def test_offload_auto_survives_the_round_trip(folder: Path, tmp_path: Path) -> None:
+    """recipe.yaml of a run directory states every default; what `auto` chose must come out of it again."""
+    card = Where(Topology(1, 2), named_device("a100-40gb", 2))
+    recipe = load_recipe(str(folder / "8b.yaml"), ["lora=null"])
+    first = make_plan(recipe, card)
+    assert (first.strategy, first.offload) == ("zero3", "optimizer")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    again = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert again == recipe
+    assert plan_json(make_plan(again, card), "") == plan_json(first, "")
+    # Under a strategy that is named, auto is none.
+    named = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", "parallelism.strategy=zero3")
+    assert (named.offload, named.fits) == ("none", False)
+    named = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", "parallelism={strategy: zero3, offload: optimizer}")
+    assert (named.offload, named.fits) == ("optimizer", True)
+
+
+def test_a_resumed_run_is_offloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distft.commands import launch, resume
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU-1, A card, 2048, 8.0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 16, "num_key_value_heads": 16}
+    (tmp_path / "model").mkdir()
+    config = LLAMA_8B | sizes | {"intermediate_size": 3072, "vocab_size": 1000}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    write_empty_weights(tmp_path / "model" / "model.safetensors", config)
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    recipe = {"name": "r", "model": {"name_or_path": "model"}, "lora": None, "data": {"train": "data.jsonl"}}
+    recipe["data"]["max_length"] = 64
+    recipe["training"] = {"global_batch_size": 1, "max_steps": 2}
+    visible_gpus.cache_clear()
+    try:
+        run = ready(recipe, tmp_path, 1, "run")
+        first = json.loads(run.plan.read_text())
+        assert (first["strategy"], first["offload"], first["memory"]["fits"]) == ("zero2", "optimizer", True)
+        run.update_status(state="failed")
+        found = resume.plan(run, (), Target())
+        assert json.loads(launch.render(found.launch.job(run))["plan.json"]) == first
+    finally:
+        visible_gpus.cache_clear()
+
+
+def write_empty_weights(file: Path, config: dict[str, Any]) -> None:
+    """A safetensors file of the model's tensors whose data is a hole."""
+    header: dict[str, Any] = {}
+    end = 0
+    for tensor in describe(config).tensors:
+        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [end, end + 2 * tensor.size]}
+        end += 2 * tensor.size
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 def test_what_is_asked_for_is_kept(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Is the train part installed, in versions that are known to work? Packages' metadata tell; nothing is imported."""
+"""Is distft[train] installed, in versions known to work? Read from the packages' metadata; nothing is imported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from distft.errors import MissingPartError
 
 INSTALL = 'pip install "distft[train]"'
 
+Bounds = list[tuple[str, str]]  # [(">=", "2.11"), ("<", "2.14")]
+
 
 def require() -> None:
     """Check every requirement of distft[train].
@@ -19,9 +21,9 @@ def require() -> None:
     Raises:
         MissingPartError: packages that are missing, or outside the range that was tested.
     """
-    from importlib import metadata  # only here: what merely plans does not need its tenth of a command's time
+    from importlib import metadata  # only here: loading it takes a tenth of a command's time
 
-    missing, wrong = [], []
+    missing, outside = [], []
     for name, bounds in requirements():
         try:
             version = metadata.version(name)
@@ -29,53 +31,59 @@ def require() -> None:
             missing.append(name)
             continue
         if not within(version, bounds):
-            wrong.append(
-                f"{name} {version} (works: {', '.join(op + bound for op, bound in sorted(bounds, reverse=True))})"
-            )
+            outside.append(f"{name} {version} (need {describe(bounds)})")
     if missing:
         raise MissingPartError(f"training needs {', '.join(missing)}: {INSTALL}")
-    if wrong:
-        raise MissingPartError(f"these versions are not known to work: {'; '.join(wrong)}: {INSTALL}")
+    if outside:
+        raise MissingPartError(f"not known to work: {'; '.join(outside)}: {INSTALL}")
 
 
 @cache
 def installed() -> dict[str, str]:
-    """Name → version of every distribution, by the names of their folders: importlib.metadata takes as long to load as
-    a whole plan."""
+    """Name → version of every distribution, from the names of their folders.
+
+    Loading importlib.metadata takes as long as a whole plan.
+    """
     found: dict[str, str] = {}
     for folder in sys.path:
         with contextlib.suppress(OSError):
-            for name in os.listdir(folder or "."):  # noqa: PTH208 (in half the time)
+            for name in os.listdir(folder or "."):  # noqa: PTH208 (takes half the time)
                 if match := re.fullmatch(r"(.+)-([0-9][^-]*)\.dist-info", name):
                     found.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), match[2])
     return found
 
 
-def requirements() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Name and bounds of what distft's own metadata asks for under the extra `train`."""
+def requirements() -> list[tuple[str, Bounds]]:
+    """Name and bounds of each package that distft's own metadata lists under the extra `train`."""
     from importlib import metadata
 
     found = []
     for line in metadata.requires("distft") or []:
         requirement, _, marker = line.partition(";")
-        if re.search(r"""extra\s*==\s*["']train["']""", marker):
-            name = re.match(r"[A-Za-z0-9._-]+", requirement)[0]
-            found.append((name, re.findall(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)", requirement)))
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if name and re.search(r"""extra\s*==\s*["']train["']""", marker):
+            found.append((name[0], re.findall(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)", requirement)))
     return found
 
 
-def within(version: str, bounds: list[tuple[str, str]]) -> bool:
-    """Whether a version lies in all the bounds, as `requirements` gives them."""
+def describe(bounds: Bounds) -> str:
+    """`>=2.11, <2.14`"""
+    return ", ".join(operator + version for operator, version in sorted(bounds, reverse=True))
+
+
+def within(version: str, bounds: Bounds) -> bool:
+    """Whether a version satisfies all bounds."""
     have = _release(version)
     return all(
-        {">=": have >= bound, "<=": have <= bound, "<": have < bound, ">": have > bound, "==": have == bound}[op]
-        for op, bound in ((op, _release(text)) for op, text in bounds)
+        {">=": have >= bound, "<=": have <= bound, "<": have < bound, ">": have > bound, "==": have == bound}[operator]
+        for operator, bound in ((operator, _release(text)) for operator, text in bounds)
     )
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu → (2, 13): trailing zeros say nothing."""
-    numbers = [int(part) for part in re.match(r"[0-9]+(?:\.[0-9]+)*", version)[0].split(".")]
+    """2.13.0+cpu → (2, 13): trailing zeros make no difference."""
+    match = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
+    numbers = [int(part) for part in match[0].split(".")] if match else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)

@@ -11,13 +11,13 @@ from distft.cli import options
 
 @click.group()
 def cluster() -> None:
-    """Site profiles: what a cluster is, once, for all recipes."""
+    """Site profiles: a cluster described once, for all recipes."""
 
 
 @cluster.command()
 @click.argument("file", required=False)
 def init(file: str | None) -> None:
-    """Ask the cluster's sinfo and scontrol and write a first profile, with comments.
+    """Write a first profile, with comments, from what sinfo and scontrol report.
 
     FILE defaults to ~/.config/distft/clusters/NAME.yaml, where `--cluster NAME` finds it.
     """
@@ -32,41 +32,43 @@ def init(file: str | None) -> None:
         with path.open("x") as target:
             target.write(text)
     except FileExistsError:
-        raise ClusterError(f"{path}: exists already; name another FILE, or remove it") from None
+        raise ClusterError(f"{path}: already exists; name another FILE, or remove it") from None
     except OSError as error:
         raise ClusterError(f"{path}: cannot be written ({error.strerror})") from None
-    click.echo(f"wrote {path}; look it over, then: distft cluster check {path if file else name}")
+    click.echo(f"wrote {path}; review it, then run: distft cluster check {path if file else name}")
 
 
 @cluster.command()
 @click.argument("profile")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="For a job of so many nodes.")
+@click.option(
+    "--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Check for a job on N nodes.", metavar="N"
+)
 @options.JSON
 def check(profile: str, nodes: int, as_json: bool) -> None:
-    """Say what the cluster says of PROFILE, before anything is queued. Exit status 2 if something is wrong."""
+    """Compare PROFILE with the cluster before anything is queued. Exit status 2 if a check fails."""
     from distft.config.cluster import load_cluster
     from distft.schedulers import cluster_probe
 
-    said = cluster_probe.check(load_cluster(profile), nodes)
-    right = all(verdict is not False for verdict, _ in said)
+    checks = cluster_probe.check(load_cluster(profile), nodes)
+    ok = all(verdict is not False for verdict, _ in checks)
     if as_json:
-        options.print_json({"right": right, "checks": [{"right": verdict, "said": text} for verdict, text in said]})
+        options.print_json({"ok": ok, "checks": [{"ok": verdict, "text": text} for verdict, text in checks]})
     else:
-        for verdict, text in said:
-            word, colour = {True: ("right", "green"), False: ("wrong", "red"), None: ("not checked", "yellow")}[verdict]
+        for verdict, text in checks:
+            word, colour = {True: ("ok", "green"), False: ("failed", "red"), None: ("not checked", "yellow")}[verdict]
             click.echo(f"{click.style(word, fg=colour)}: {text}")
-    if not right:
+    if not ok:
         raise SystemExit(2)
 
 
 @click.group()
 def slurm() -> None:
-    """The job script's template."""
+    """The template of the job script."""
 
 
 STARTER = """\
-{#- A job template of one's own: the built-in one with blocks of it replaced. What {{ }} prints is quoted for bash.
-    Blocks, in order: directives, environment, setup, rendezvous, steps, preflight, prepare, train.
+{#- Your own job template: the built-in one with some of its blocks replaced. What {{ }} prints is quoted for bash.
+    The blocks, in order: directives, environment, setup, rendezvous, steps, preflight, prepare, train.
     `distft slurm template --builtin` shows them; docs/slurm.md explains every line. -#}
 {% extends "job.sbatch" %}
 
@@ -83,10 +85,10 @@ echo "run" {{ name }} "starts on $SLURM_JOB_NODELIST"
 
 
 @slurm.command()
-@click.option("-o", "--output", metavar="FILE", help="Write it there instead of printing it.")
-@click.option("--builtin", is_flag=True, help="The built-in template itself, to read.")
+@click.option("-o", "--output", metavar="FILE", help="Write it to FILE instead of printing it.")
+@click.option("--builtin", is_flag=True, help="Print the built-in template itself.")
 def template(output: str | None, builtin: bool) -> None:
-    """Print a starter for a job template of one's own; `--template FILE` or the profile's `template` uses it."""
+    """Print a starting point for your own job template, for `--template FILE` or the profile's `template`."""
     from distft.errors import ClusterError
     from distft.schedulers.slurm import packaged_template
 
@@ -98,5 +100,5 @@ def template(output: str | None, builtin: bool) -> None:
         with Path(output).open("x") as target:
             target.write(text)
     except OSError as error:
-        raise ClusterError(f"{output}: cannot be written ({error.strerror.lower()})") from None
+        raise ClusterError(f"{output}: cannot be written ({str(error.strerror).lower()})") from None
     click.echo(f"wrote {output}; use it with: distft launch RECIPE --cluster PROFILE --template {output}")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from distft.commands.doctor import Check
     from distft.jobs.target import Target
 
-COLOURS = {"right": "green", "wrong": "red", "missing": "red", "warning": "yellow", "absent": None}
-BAD = ("wrong", "missing")
+COLOURS = {"ok": "green", "failed": "red", "missing": "red", "warning": "yellow", "absent": None}
+BAD = ("failed", "missing")
 
 
 @click.command()
@@ -24,12 +24,12 @@ BAD = ("wrong", "missing")
 @options.JSON
 @click.pass_context
 def doctor(context: click.Context, target: Target, as_json: bool) -> None:
-    """Check that this machine can train, or, with --cluster, that its nodes can.
+    """Check that this machine can train or, with --cluster, that the nodes of a cluster can.
 
-    Here: packages, GPUs, and whether they compute. With --cluster PROFILE --nodes N: the preflight of N nodes, as a
-    job that does nothing else. Exit status 1 if something is wrong or missing.
+    Here: packages, GPUs, and whether they compute. With --cluster PROFILE --nodes N: the preflight of N nodes, in a
+    job that does nothing else. Exit status 1 if something failed or is missing.
     """
-    # DISTFT_CLUSTER alone, or an allocation, does not turn "this machine" into a job.
+    # DISTFT_CLUSTER or an allocation alone does not turn a check of this machine into a job.
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     asked = [name for name in given if name != "as_json"]
     if asked and not target.cluster:
@@ -44,21 +44,21 @@ def doctor(context: click.Context, target: Target, as_json: bool) -> None:
     checks = list(checks)
     bad = [check["name"] for check in checks if check["state"] in BAD]
     if as_json:
-        options.print_json({"right": not bad, "checks": checks})
+        options.print_json({"ok": not bad, "checks": checks})
     else:
-        click.echo(f"to mend: {', '.join(bad)}" if bad else "all is well")
+        click.echo(f"to fix: {', '.join(bad)}" if bad else "everything works")
     if bad:
         raise SystemExit(1)
 
 
 def _shown(checks: Iterable[Check]) -> Iterator[Check]:
-    """Print each as it comes, to the width of the terminal."""
+    """Print each as it comes, wrapped to the terminal."""
     import textwrap
 
     width = shutil.get_terminal_size().columns
     fill = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False).fill
     for check in checks:
         state = check["state"]
-        text = "\n".join(fill(line) for line in f"{state}: {check['said']}".splitlines())
+        text = "\n".join(fill(line) for line in f"{state}: {check['text']}".splitlines())
         click.echo(click.style(state, fg=COLOURS[state]) + text.removeprefix(state))
         yield check

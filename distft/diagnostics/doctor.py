@@ -1,7 +1,7 @@
 """Does what training needs work on this machine? `python -m distft.diagnostics.doctor` prints a JSON list of checks.
 
-A check is {name, state, said}; the states are `right`, `wrong`, `missing` (must be installed) and `absent` (is not
-here, and need not be). Each check runs in a forked process: a crash, a hang or a broken CUDA context is its own alone.
+A check is {name, state, text}. Its state is `ok`, `failed`, `missing` (must be installed) or `absent` (not here and not
+needed). Each check runs in a forked process of its own, so that a crash, a hang or a broken CUDA context stays there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-Verdict = tuple[str, str]  # state, said
+Verdict = tuple[str, str]  # state, text
 
 CHECK_SECONDS = 300.0  # a cold shared file system takes minutes to import everything
 # What a kernel for GPUs says on a machine that has none, such as a login node.
@@ -27,40 +27,41 @@ NEEDS_GPU = r"'CPU' backend|No CUDA GPUs|no NVIDIA driver|not compiled with CUDA
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
-    found = [{"name": "torch", "state": "wrong", "said": "torch cannot be imported"}]
+    found = [{"name": "torch", "state": "failed", "text": "torch cannot be imported"}]
     try:
         import torch  # noqa: F401  (once for all forks; nothing may touch CUDA before them)
     except Exception as error:
-        found[0]["said"] += f": {first_line(error)}"
+        found[0]["text"] += f": {first_line(error)}"
     else:
         verdicts = {name: apart(check) for name, check in CHECKS.items()}
-        found = [{"name": name, "state": v[0], "said": v[1]} for name, v in verdicts.items() if v]
+        found = [{"name": name, "state": v[0], "text": v[1]} for name, v in verdicts.items() if v]
     out.write(json.dumps(found))
     out.close()
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line."""
+    """An error on one line."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def apart(check: Callable[[], Verdict | None]) -> Verdict | None:
-    """The verdict of a check that runs in a forked process; `wrong` if it raises, dies or hangs."""
+    """The verdict of a check run in a forked process; `failed` if it raises, dies or hangs."""
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
     process = fork.Process(target=_attempt, args=(check, send), daemon=True)
     process.start()
-    send.close()  # its end here: else the pipe stays open when the process dies
+    send.close()  # else the pipe stays open here when the process dies
     what = check.__name__.replace("_", "-")
     try:
         if receive.poll(CHECK_SECONDS):
             return receive.recv()
-        return "wrong", f"{what}: not done after {CHECK_SECONDS:.0f} s"
+        return "failed", f"{what}: not finished after {CHECK_SECONDS:.0f} s"
     except EOFError:
         process.join()
-        code = process.exitcode
-        return "wrong", f"{what}: " + (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}")
+        code = process.exitcode or 0
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return "failed", f"{what}: {how}"
     finally:
         process.kill()
         process.join()
@@ -70,27 +71,27 @@ def _attempt(check: Callable[[], Verdict | None], send: Any) -> None:
     try:
         verdict = check()
     except Exception as error:
-        verdict = "wrong", f"{check.__name__.replace('_', '-')}: {first_line(error)}"
+        verdict = "failed", f"{check.__name__.replace('_', '-')}: {first_line(error)}"
     send.send(verdict)
 
 
 def imports() -> Verdict:
-    """Every package of distft[train] imported, and what distft itself takes from them."""
+    """Import every package of distft[train], and what distft itself takes from them."""
     from distft import extras
 
     failed = []
     for name in [name for name, _ in extras.requirements()] + ["distft.train.run"]:
         if name != "distft.train.run" and importlib.util.find_spec(name) is None:
-            continue  # missing, which is said elsewhere
+            continue  # missing, which another check reports
         try:
             importlib.import_module(name)
         except Exception as error:
             failed.append(f"{name}: {first_line(error)}")
-    return ("wrong", f"import {'; '.join(failed)}") if failed else ("right", "all packages can be imported")
+    return ("failed", f"import {'; '.join(failed)}") if failed else ("ok", "all packages import")
 
 
 def cuda() -> Verdict | None:
-    """torch finds the GPUs that nvidia-smi finds. None where there are none."""
+    """Whether torch finds the GPUs that nvidia-smi finds. None where there are none."""
     import torch
 
     from distft.diagnostics import checks
@@ -99,14 +100,14 @@ def cuda() -> Verdict | None:
     here = len(visible_gpus())
     if not here:
         return None
-    torch.cuda.init()  # raises saying why, where is_available() is only False
+    torch.cuda.init()  # raises with the reason, where is_available() would only return False
     seen = torch.cuda.device_count()
-    said = f"CUDA {torch.version.cuda}, driver {checks.driver()}"
-    return ("right", said) if seen == here else ("wrong", f"{said}: torch sees {seen} of {here} GPUs")
+    text = f"CUDA {torch.version.cuda}, driver {checks.driver()}"
+    return ("ok", text) if seen == here else ("failed", f"{text}: torch sees {seen} of {here} GPUs")
 
 
 def products() -> Verdict:
-    """A product of known result on each GPU, or on the CPU."""
+    """Compute a product of known result on each GPU, or on the CPU."""
     import torch
 
     from distft.diagnostics import checks
@@ -114,17 +115,17 @@ def products() -> Verdict:
     found, gpus = checks.Findings(), torch.cuda.device_count()
     checks.products(found, gpus)
     if found.problems:
-        return "wrong", "; ".join(found.problems)
+        return "failed", "; ".join(found.problems)
     speed = found.facts["tflops"]
     if gpus:
-        return "right", f"matrix products on {gpus} GPU{'s' * (gpus > 1)}: {speed:.0f} TFLOP/s at least (bf16)"
-    return "right", f"matrix products on the CPU: {1000 * speed:.0f} GFLOP/s (float32)"
+        return "ok", f"matrix products on {gpus} GPU{'s' * (gpus > 1)}: {speed:.0f} TFLOP/s at least (bf16)"
+    return "ok", f"matrix products on the CPU: {1000 * speed:.0f} GFLOP/s (float32)"
 
 
 def flash_attention() -> Verdict:
-    """flash-attn imported and run: a tiny bf16 attention, within 1e-2 of SDPA's."""
+    """Import flash-attn and run a tiny bf16 attention: within 1e-2 of SDPA's."""
     if importlib.util.find_spec("flash_attn") is None:
-        return "absent", "flash-attn: SDPA is used"
+        return "absent", "flash-attn is not installed: SDPA is used"
     import torch
 
     device = _device()
@@ -137,18 +138,18 @@ def flash_attention() -> Verdict:
         got = flash_attn.flash_attn_func(q, k, v, causal=True).float()
     except Exception as error:
         if device == "cpu" and re.search(NEEDS_GPU, str(error)):
-            return "absent", "flash-attn: it needs a GPU to be tried; SDPA is used"
-        return "wrong", f"flash-attn: {first_line(error)}"
+            return "absent", "flash-attn needs a GPU to be tried: SDPA is used"
+        return "failed", f"flash-attn: {first_line(error)}"
     q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     off = (got - expected).abs().max().item()
     if not off <= 1e-2:
-        return "wrong", f"flash-attn {version}: off from SDPA by {off:.3g}"
-    return "right", f"flash-attn {version}: as SDPA"
+        return "failed", f"flash-attn {version}: differs from SDPA by {off:.3g}"
+    return "ok", f"flash-attn {version}: agrees with SDPA"
 
 
 def bitsandbytes() -> Verdict | None:
-    """bitsandbytes run: weights to 4 bits and back, and a step of 8-bit AdamW. None where it is not installed."""
+    """Run bitsandbytes: weights to 4 bits and back, and a step of 8-bit AdamW. None where it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     import bitsandbytes as bnb
@@ -159,18 +160,18 @@ def bitsandbytes() -> Verdict | None:
     weights = torch.randn(128, 128, device=device, dtype=torch.bfloat16)
     packed, state = bnb.functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
     off = (bnb.functional.dequantize_4bit(packed, state) - weights).abs().float().mean().item()
-    if not off < 0.1:  # of a normal distribution NF4 loses 0.075
-        return "wrong", f"bitsandbytes {bnb.__version__}: weights in 4 bits are off by {off:.3g}"
+    if not off < 0.1:  # NF4 of a standard normal distribution loses 0.075 on average
+        return "failed", f"bitsandbytes {bnb.__version__}: weights in 4 bits are off by {off:.3g}"
     parameter = torch.nn.Parameter(torch.ones(128, 128, device=device))
     parameter.grad = torch.ones_like(parameter)
     bnb.optim.AdamW8bit([parameter], lr=0.1, weight_decay=0.0).step()
     if not (parameter - 0.9).abs().max().item() < 1e-3:  # the first step of Adam is lr
-        return "wrong", f"bitsandbytes {bnb.__version__}: a step of 8-bit AdamW is wrong"
-    return "right", f"bitsandbytes {bnb.__version__}: NF4 and 8-bit AdamW on {device}"
+        return "failed", f"bitsandbytes {bnb.__version__}: a step of 8-bit AdamW is wrong"
+    return "ok", f"bitsandbytes {bnb.__version__}: NF4 and 8-bit AdamW on {device}"
 
 
 def all_reduce() -> Verdict:
-    """All-reduce of this process alone, over NCCL or gloo."""
+    """All-reduce in a group of this process alone, over NCCL or gloo."""
     import torch
     import torch.distributed as dist
 
@@ -179,9 +180,9 @@ def all_reduce() -> Verdict:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     data = torch.ones(1024, device=device)
     dist.all_reduce(data)
-    right = bool((data == 1).all().item())
+    correct = bool((data == 1).all().item())
     dist.destroy_process_group()
-    return ("right", f"all-reduce over {backend}") if right else ("wrong", f"all-reduce over {backend}: wrong sums")
+    return ("ok", f"all-reduce over {backend}") if correct else ("failed", f"all-reduce over {backend}: wrong sums")
 
 
 def _device() -> str:

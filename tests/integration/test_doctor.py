@@ -32,15 +32,15 @@ def test_this_machine(tmp_path: Path) -> None:
     done = distft("doctor", "--json", cwd=tmp_path, env={"HF_TOKEN": "hf_never-shown"})
     assert done.returncode == 0, done.stdout
     answer = json.loads(done.stdout)
-    assert answer["right"] is True
+    assert answer["ok"] is True
     states = {check["name"]: check["state"] for check in answer["checks"]}
-    said = [check["said"] for check in answer["checks"]]
+    said = [check["text"] for check in answer["checks"]]
     packages = [name for name, _ in extras.requirements()]
     assert len(packages) == 10
     assert {f"{name} {metadata.version(name)}" for name in packages} <= {*said}
     for name in ("imports", "products", "bitsandbytes", "all-reduce", "cache", "hub", "hub token"):
-        assert states[name] == "right", answer
-    assert "hub token: in HF_TOKEN" in " ".join(said)
+        assert states[name] == "ok", answer
+    assert "hub token: found in HF_TOKEN" in " ".join(said)
     assert "hf_never-shown" not in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -52,22 +52,22 @@ def test_a_broken_package_hides_nothing(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     text = done.stdout.replace("\n  ", " ")
-    assert "wrong: flash-attn: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c104" in text
-    assert f"right: torch {metadata.version('torch')}\n" in text
-    assert "right: all-reduce over " in text
-    assert "flash-attn" in lines[-1] and lines[-1].startswith("to mend: ")
+    assert "failed: flash-attn: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c104" in text
+    assert f"ok: torch {metadata.version('torch')}\n" in text
+    assert "ok: all-reduce over " in text
+    assert "flash-attn" in lines[-1] and lines[-1].startswith("to fix: ")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("text", "state", "said"),
     [
-        (FUNCTION + SDPA, "right", "flash-attn 2.8.0: as SDPA"),
-        (FUNCTION + "raise RuntimeError('no kernel image is available')", "wrong", "RuntimeError: no kernel image is"),
-        (FUNCTION + "return v", "wrong", "flash-attn 2.8.0: off from SDPA by "),
-        (FUNCTION + "import os; os.kill(os.getpid(), 11)", "wrong", "killed by SIGSEGV"),
-        (RAISES, "wrong", "ImportError: flash_attn_2_cuda.so: undefined symbol"),
-        ("raise ImportError('libcuda.so.1: cannot open shared object file')", "absent", "it needs a GPU to be tried"),
+        (FUNCTION + SDPA, "ok", "flash-attn 2.8.0: agrees with SDPA"),
+        (FUNCTION + "raise RuntimeError('no kernel image is available')", "failed", "RuntimeError: no kernel image is"),
+        (FUNCTION + "return v", "failed", "flash-attn 2.8.0: differs from SDPA by "),
+        (FUNCTION + "import os; os.kill(os.getpid(), 11)", "failed", "killed by SIGSEGV"),
+        (RAISES, "failed", "ImportError: flash_attn_2_cuda.so: undefined symbol"),
+        ("raise ImportError('libcuda.so.1: cannot open shared object file')", "absent", "needs a GPU to be tried"),
     ],
     ids=["works", "raises", "wrong numbers", "crashes", "not imported", "needs a GPU"],
 )
@@ -91,10 +91,10 @@ def test_a_light_install(light_site: Path, tmp_path: Path, monkeypatch: pytest.M
     text = done.stdout.replace("\n  ", " ")
     assert "\nmissing: torch, transformers, " in text
     assert ': pip install "distft[train]"\n' in text
-    assert "wrong: cache /proc/cache: /proc cannot be written" in text
-    assert text.endswith("to mend: distft[train], cache\n")
+    assert "failed: cache /proc/cache: /proc is not writable" in text
+    assert text.endswith("to fix: distft[train], cache\n")
     answer = json.loads(light(light_site, "doctor", "--json", cwd=tmp_path).stdout)
-    assert answer["right"] is False
+    assert answer["ok"] is False
     assert answer["checks"][0]["name"] == "python"
 
 

@@ -319,10 +319,11 @@ def test_accounting(tiny: Tiny, tmp_path: Path) -> None:
         assert (status["state"], status["slurm_state"]) == ("cancelled", "CANCELLED")
         said = site.run("launch", "recipe.yaml", *CLUSTER, "--account", "theirs", expect=2).stderr
         assert "mend: set slurm.account" in said
-        assert "right: slurm.account mine" in site.run("cluster", "check", "site.yaml").stdout
+        assert "ok: slurm.account mine" in site.run("cluster", "check", "site.yaml").stdout
         site.profile(slurm={"account": "theirs"})
         assert (
-            "wrong: slurm.account theirs: not one of mine" in site.run("cluster", "check", "site.yaml", expect=2).stdout
+            "failed: slurm.account theirs: not one of mine"
+            in site.run("cluster", "check", "site.yaml", expect=2).stdout
         )
 
 
@@ -509,23 +510,23 @@ def test_cluster_init_and_check(site: Site) -> None:
     assert (written["node"]["gpus_per_node"], written["slurm"]["cpus_per_task"]) == (2, 8)
     assert "exists already" in site.run("cluster", "init", "first.yaml", expect=2).stderr
     right = site.run("cluster", "check", "first.yaml", "--nodes", "4").stdout
-    assert "right: partition debug" in right
+    assert "ok: partition debug" in right
     assert "wrong" not in right
     written["slurm"] |= {"partition": "short", "time": "1:00:00", "cpus_per_task": 9}
     written["node"] |= {"gpus_per_node": 3, "gpu_type": "h100"}
     (site.folder / "first.yaml").write_text(yaml.safe_dump(written))
     wrong = site.run("cluster", "check", "first.yaml", "--nodes", "5", expect=2).stdout
     for words in (
-        "wrong: node.gpus_per_node 3, the partition has 2 GPUs a node",
-        "wrong: node.gpu_type h100: the cluster lists none",
-        "wrong: slurm.cpus_per_task 9, the partition has 8 cores a node",
-        "wrong: slurm.time 1:00:00, the partition allows 5:00",
-        "wrong: nodes 5, the partition has 4 nodes",
-        "wrong: sbatch --test-only: SLURM refuses the job",
+        "failed: node.gpus_per_node 3, the partition has 2 GPUs a node",
+        "failed: node.gpu_type h100: the cluster lists none",
+        "failed: slurm.cpus_per_task 9, the partition has 8 cores a node",
+        "failed: slurm.time 1:00:00, the partition allows 5:00",
+        "failed: nodes 5, the partition has 4 nodes",
+        "failed: sbatch --test-only: SLURM refuses the job",
     ):
         assert words in wrong
     answer = json.loads(site.run("cluster", "check", "first.yaml", "--json", expect=2).stdout)
-    assert answer["right"] is False
+    assert answer["ok"] is False
 
 
 def test_the_starter_template_runs(site: Site) -> None:

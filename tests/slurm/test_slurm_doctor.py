@@ -23,16 +23,16 @@ def test_the_login_node(cluster: Cluster, light_site: Path, tmp_path: Path, monk
     (tmp_path / "site.yaml").write_text(f"runs_dir: {tmp_path}/runs\nnode: {{gpus_per_node: 0}}\n")
     checks = json.loads(light(light_site, "doctor", "--json", cwd=tmp_path).stdout)["checks"]
     found = next(check for check in checks if check["name"] == "slurm")
-    assert found["state"] == "right", found
-    assert found["said"].startswith("slurm") and "partitions debug, " in found["said"]
+    assert found["state"] == "ok", found
+    assert found["text"].startswith("slurm") and "partitions debug, " in found["text"]
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_nodes_of_a_cluster(site: Site) -> None:
     done = site.run("doctor", *CLUSTER, "--nodes", "3")
-    assert "right: nodes that are well: 3 (python 3" in done.stdout
-    assert "right: all-reduce between neighbours: " in done.stdout
-    assert done.stdout.endswith("all is well\n")
+    assert "ok: 3 nodes passed (python 3" in done.stdout
+    assert "ok: all-reduce between neighbours: " in done.stdout
+    assert done.stdout.endswith("everything works\n")
     status = site.status(site.runs / "doctor")
     assert status["state"] == "completed"
     script = (site.runs / "doctor" / "job.sbatch").read_text()
@@ -49,11 +49,11 @@ def test_a_bad_node_is_named(namespaces: Cluster, site: Site) -> None:
     finally:
         namespaces.unmount("node2", site.runs)
     answer = json.loads(done.stdout)
-    assert answer["right"] is False
-    bad = [check for check in answer["checks"] if check["state"] == "wrong"]
+    assert answer["ok"] is False
+    bad = [check for check in answer["checks"] if check["state"] == "failed"]
     assert [check["name"] for check in bad] == ["node2"]
-    assert "is its file system mounted?" in bad[0]["said"]
-    assert any(check["said"].startswith("nodes that are well: 2 ") for check in answer["checks"])
+    assert "is its file system mounted?" in bad[0]["text"]
+    assert any(check["text"].startswith("2 nodes passed ") for check in answer["checks"])
     assert len({*(site.runs / "doctor" / "logs" / "jobs").read_text().split()}) == 1  # not submitted again
 
 
@@ -70,4 +70,4 @@ def test_inside_an_allocation(site: Site) -> None:
     command = [sys.executable, "-m", "distft", "doctor", "--nodes", "2"]
     done = site.cluster.run("salloc", "-N2", "--cpus-per-task=2", *command, cwd=site.folder, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "right: nodes that are well: 2 " in done.stdout
+    assert "ok: 2 nodes passed " in done.stdout

@@ -71,6 +71,6 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, name: str, version: str, acce
     if accepted:
         extras.require()
         return
-    with pytest.raises(MissingPartError, match=f"not known to work: {name} .*works: >=") as error:
+    with pytest.raises(MissingPartError, match=f"not known to work: {name} .*need >=") as error:
         extras.require()
     assert version in str(error.value)

@@ -1,6 +1,6 @@
-"""The errors that a person can mend. The command line prints them as they are and exits with their status.
+"""The errors that a user can fix. The command line prints them without a traceback and exits with their status.
 
-Anything else that escapes is a bug and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 
 class DistftError(Exception):
-    """What was asked is wrong: nothing was started or written. `exit_status` is the process's."""
+    """The request is wrong: nothing was started or written. `exit_status` is that of the process."""
 
     exit_status = 2
 
 
 class RecipeError(DistftError):
-    """Problems of a recipe, all of them at once, one line each in `problems`."""
+    """The problems of a recipe, all at once, one line each in `problems`."""
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -23,11 +23,11 @@ class RecipeError(DistftError):
 
 
 class ClusterError(DistftError):
-    """A topology or cluster that cannot be had."""
+    """A topology or cluster that is not available."""
 
 
 class PlanError(DistftError):
-    """A combination that cannot train: the rule, and the mend."""
+    """A combination that cannot train: the rule, and the fix."""
 
 
 class SubmitError(DistftError):
@@ -49,4 +49,4 @@ class RunError(DistftError):
 
 
 class Hang(RunError):
-    """No step came any more."""
+    """No step has ended for too long."""

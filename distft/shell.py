@@ -1,4 +1,4 @@
-"""The one place where values become shell text."""
+"""The only place where values become shell text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from distft.errors import ClusterError
 
 
 def quote(value: str) -> str:
-    """One word for bash, whatever it holds: quotes, `$()`, newlines, spaces."""
+    """One word for bash, whatever is in it: quotes, `$()`, newlines, spaces."""
     return shlex.quote(value)
 
 
 def sbatch_quote(value: str) -> str:
-    """One value of an #SBATCH line, which sbatch reads with rules of its own: nothing is expanded, `\\"` is a quote.
+    """One value of an #SBATCH line. sbatch has its own rules: nothing is expanded, `\\"` is a quote.
 
-    Raises:
-        ClusterError: control characters, which no such line can hold, or a backslash, which SLURM's file names cannot.
-    """
+    Raises: ClusterError: control characters, which such a line cannot hold, or a backslash, which file names of SLURM
+    cannot."""
     if re.fullmatch(r"[\w.,:@+=/&|*()\[\]%~^-]+", value, re.ASCII):
         return value
     if not value.isprintable() or "\\" in value:
@@ -29,5 +28,5 @@ def sbatch_quote(value: str) -> str:
 
 
 def command_line(argv: Iterable[str]) -> str:
-    """A command of literal words."""
+    """A command line of literal words."""
     return " ".join(quote(word) for word in argv)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distft import extras
-from distft.config.loading import load_yaml, validate
+from distft.config.document import load_yaml
+from distft.config.loading import validate
 from distft.config.recipe import Recipe
 from distft.errors import DistftError, RecipeError, RunError
 from distft.runs import checkpoints

@@ -26,14 +26,14 @@ def per_rank(global_batch_size: int, world_size: int) -> int:
     """Sequences per rank and optimizer step.
 
     Raises:
-        PlanError: the global batch does not divide among the ranks; the message lists the nearest that do, and the
-            widths that suit this global batch.
+        PlanError: the global batch does not divide among the ranks; the message lists the nearest global batches
+            that do, and the world sizes that divide this one.
     """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
     below, above = global_batch_size // world_size * world_size, -(-global_batch_size // world_size) * world_size
-    widths = divisors(global_batch_size)
-    near = sorted(sorted(widths, key=lambda w: abs(w - world_size))[:3])
+    world_sizes = divisors(global_batch_size)
+    near = sorted(sorted(world_sizes, key=lambda w: abs(w - world_size))[:3])
     raise PlanError(
         f"training.global_batch_size: got {global_batch_size}, which {world_size} ranks cannot share evenly; "
         f"nearest that they can: {' or '.join(str(n) for n in (below, above) if n)}; "
@@ -42,7 +42,7 @@ def per_rank(global_batch_size: int, world_size: int) -> int:
 
 
 def fixed(global_batch_size: int, micro_batch_size: int, world_size: int) -> Batch:
-    """The batch with the micro-batch that the recipe names.
+    """The batch with the micro-batch size that the recipe names.
 
     Raises:
         PlanError: it does not divide a rank's share.

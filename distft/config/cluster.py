@@ -40,13 +40,13 @@ Flag = Annotated[
 
 
 class Slurm(Group):
-    """What sbatch is asked for, in its own words."""
+    """Options of sbatch, by their own names."""
 
     partition: Word | None = None
-    """Partition, or several with commas."""
+    """Partition, or several separated by commas."""
 
     account: Word | None = None
-    """Account that is charged."""
+    """Account to charge."""
 
     qos: Word | None = None
     """Quality of service."""
@@ -58,72 +58,72 @@ class Slurm(Group):
     """Node features: `h100`, `a100|h100`."""
 
     time: Time | PositiveInt | None = None
-    """Time limit; a number is in minutes. Default: the partition's."""
+    """Time limit; a number is minutes. Default: the partition's."""
 
     mem: Word | Annotated[int, Field(ge=0)] | None = None
-    """Memory a node: `200G`; a number is in MB, and 0 is all of it."""
+    """Memory per node: `200G`; a number is MB, and 0 is all of it."""
 
     cpus_per_task: PositiveInt | None = None
-    """Cores a node for the job (one task runs on each node)."""
+    """Cores per node (one task runs on each node)."""
 
     exclusive: bool = False
-    """Whole nodes."""
+    """Ask for whole nodes."""
 
     gpus_as: Literal["gpus_per_node", "gres"] = "gpus_per_node"
-    """How GPUs are asked for: `--gpus-per-node=8`, or `--gres=gpu:8` where the site wants that."""
+    """How to ask for GPUs: `--gpus-per-node=8`, or `--gres=gpu:8` where the site wants that."""
 
     sbatch: list[Flag] = []
-    """Further flags as on sbatch's command line: `["--mail-type=END"]`."""
+    """More flags, as on sbatch's command line: `["--mail-type=END"]`."""
 
 
 class Node(Group):
     """What a node has."""
 
     gpus_per_node: Annotated[int, Field(ge=0)]
-    """GPUs on each node, and the default of --gpus-per-node. 0: ranks are CPU processes."""
+    """GPUs per node, and the default of --gpus-per-node. 0: ranks are CPU processes."""
 
     gpu: NonEmpty | None = None
-    """Their model: `H100`, `A100-40GB`, ... (distft/hardware/devices.py, GPUS)."""
+    """Model of the GPUs: `H100`, `A100-40GB`, ... (GPUS in distft/hardware/devices.py)."""
 
     gpu_memory: Annotated[float, Field(gt=0)] | None = None
-    """Memory of one in GiB, for a model that is not in the list."""
+    """Memory of one GPU in GiB, for a model that is not in the list."""
 
     gpu_type: Word | None = None
-    """Their name in SLURM's gres, where a job must ask for it: `--gpus-per-node=h100:8`."""
+    """Type of the GPUs in SLURM's gres, where a job must ask for it: `--gpus-per-node=h100:8`."""
 
     memory: Annotated[float, Field(gt=0)] | None = None
-    """The host's memory in GiB."""
+    """Host memory in GiB."""
 
 
 class Network(Group):
-    """Between nodes."""
+    """The network between nodes."""
 
     interface: Word | None = None
-    """Network interface for NCCL and gloo (`ib0`, `eth1`). Default: their own choice."""
+    """Interface for NCCL and gloo (`ib0`, `eth1`). Default: their own choice."""
 
     bandwidth: Annotated[float, Field(gt=0)] | None = None
-    """Of one node, in GB/s (400 Gb/s InfiniBand: 50)."""
+    """Bandwidth of one node in GB/s (400 Gb/s InfiniBand: 50)."""
 
 
 class Container(Group):
-    """Where the training runs inside one."""
+    """For training inside a container."""
 
     runtime: Literal["pyxis", "apptainer"]
     """`pyxis`: srun --container-image (enroot); `apptainer`: apptainer exec."""
 
     image: NonEmpty
-    """Image, as the runtime names it: a .sqsh or .sif file, or a registry's address."""
+    """Image, as the runtime names it: a .sqsh or .sif file, or the address in a registry."""
 
     mounts: list[NonEmpty] = []
-    """`HOST:CONTAINER` pairs. runs_dir is always mounted, at its own path."""
+    """`HOST:CONTAINER` pairs. runs_dir is always mounted, at the same path."""
 
 
 class Cluster(Group):
-    """A site's profile. Everything in it is true for all recipes."""
+    """The profile of a site. Everything in it holds for all recipes."""
 
     runs_dir: NonEmpty
-    """Where run directories are made: a folder on the file system that all nodes share. `~` and `$VARIABLES` of the
-    submitting host are expanded."""
+    """Where run directories are created: a folder on a file system that all nodes share. `~` and `$VARIABLES` are
+    expanded on the submitting host."""
 
     node: Node
     slurm: Slurm = Slurm()
@@ -131,33 +131,33 @@ class Cluster(Group):
     container: Container | None = None
 
     python: NonEmpty | None = None
-    """Python on the nodes. Default: the one that runs distft; `python` with `setup` lines or a container."""
+    """Python on the nodes. Default: the one that runs distft, or `python` with `setup` lines or a container."""
 
     setup: list[str] = []
-    """Shell lines before the training, as they are: `module load cuda`, `source .../bin/activate`."""
+    """Shell lines that run before the training, unchanged: `module load cuda`, `source .../bin/activate`."""
 
     env: dict[Variable, str] = {}
-    """Environment variables of the job. Not for secrets: they stand in the job script."""
+    """Environment variables of the job. Not for secrets: the job script contains them."""
 
     preflight: bool = True
-    """Check all nodes for a few seconds before the training step."""
+    """Check all nodes for a few seconds before training."""
 
     max_requeues: Annotated[int, Field(ge=0)] = 0
-    """How often a run may go on by itself, from its newest checkpoint: after the time limit, preemption, a fault, or on
-    other nodes than those that failed the preflight."""
+    """How often a run may continue by itself, from its newest checkpoint: after the time limit, preemption or a fault,
+    or on other nodes after some failed the preflight."""
 
     signal_seconds: Annotated[int, Field(ge=0, le=65535)] = 120
-    """How long before the time limit, or before it is preempted, a run is told to save and stop. 0: it is not."""
+    """How many seconds before the time limit or preemption a run is told to save and stop. 0: never."""
 
     price_per_gpu_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    """For the plan's price."""
+    """Price that plans are computed with, in any currency."""
 
     template: NonEmpty | None = None
-    """A job template of one's own (`distft slurm template`), relative to the profile's folder."""
+    """Your own job template (`distft slurm template`), relative to the profile's folder."""
 
 
 def profiles_dir() -> Path:
-    """Where profiles are found by name."""
+    """The folder in which profiles are found by name."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "distft" / "clusters"
 
 
@@ -165,7 +165,7 @@ def find_cluster(word: str) -> Path:
     """The file of a profile given by path or by name.
 
     Raises:
-        ClusterError: there is none.
+        ClusterError: there is no such profile.
     """
     from distft.config.schema_text import closest, did_you_mean
 
@@ -176,17 +176,18 @@ def find_cluster(word: str) -> Path:
     if "/" not in word and named.is_file():
         return named
     known = sorted(p.stem for p in profiles_dir().glob("*.yaml"))
-    have = f"; {profiles_dir()} has {', '.join(known)}" if known else f"; {profiles_dir()} has none"
+    have = f"; {profiles_dir()} has {', '.join(known)}" if known else f"; {profiles_dir()} is empty"
     raise ClusterError(f"--cluster: no such profile: {word}{did_you_mean(closest(word, known))}{have}")
 
 
 def load_cluster(word: str, given: Mapping[str, str] = MappingProxyType({})) -> Cluster:
-    """The profile given by path or by name; `given` by dotted key lies over it, as options of the command line do.
+    """The profile given by path or by name, with the values of `given` (by dotted key) over it.
 
     Raises:
-        ClusterError: there is none, or all its problems at once.
+        ClusterError: there is no such profile, or all its problems at once.
     """
-    from distft.config.loading import load_yaml, validate
+    from distft.config.document import load_yaml
+    from distft.config.loading import validate
 
     path = find_cluster(word)
     try:
@@ -203,7 +204,7 @@ def load_cluster(word: str, given: Mapping[str, str] = MappingProxyType({})) -> 
             expanded = os.path.expandvars(os.path.expanduser(runs_dir))  # noqa: PTH111
             document.data["runs_dir"] = expanded
             if re.search(r"\$[\w{]", expanded):
-                document.problem(("runs_dir",), f"got {runs_dir}, a variable of it is not set here")
+                document.problem(("runs_dir",), f"got {runs_dir}, which has a variable that is not set here")
             elif not expanded.startswith("/"):
                 document.problem(("runs_dir",), f"got {runs_dir}, need an absolute path that all nodes share")
         return validate(document)

@@ -15,8 +15,8 @@ from distft.config.schema_text import Steps, closest, did_you_mean
 class PathField:
     """A field that holds a path, or a list of them.
 
-    `hub_id` matches what may stand there instead of a path. `absent` completes "PATH is not here" where that is no
-    error by itself, because another machine may be the one that reads it.
+    `hub_id` matches what is allowed instead of a path. `absent` completes "PATH is not here" for a path that another
+    machine may read; where it is None, a missing path is always an error.
     """
 
     steps: Steps
@@ -52,7 +52,7 @@ def is_hub_id(text: str, field: PathField) -> bool:
 
 
 def locate(folder: Path, text: str) -> Path:
-    """The absolute path. Its last part is kept: a link in the hub's cache points to a name without a suffix."""
+    """The absolute path. A link as its last part is kept: in the hub's cache it points to a name without a suffix."""
     try:
         path = folder / Path(text).expanduser()
         return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
@@ -61,7 +61,7 @@ def locate(folder: Path, text: str) -> Path:
 
 
 def holds(test: Callable[[Path], bool], path: Path) -> bool:
-    """Whether `test` is true of a path; false for one that cannot even be looked at."""
+    """Whether `test` holds for a path; false for one that cannot be looked at."""
     try:
         return test(path)
     except (OSError, ValueError):  # too long, a NUL, a folder that may not be entered
@@ -69,7 +69,7 @@ def holds(test: Callable[[Path], bool], path: Path) -> bool:
 
 
 def hint(path: Path, text: str, field: PathField) -> str:
-    """What may have been meant by a path that leads nowhere."""
+    """What may have been meant by a path that is not there."""
     is_word = field.hub_id is not None and not re.search(r"/|\.", text)
     return did_you_mean(nearby(path)) or "; a hub id is owner/name" * is_word
 

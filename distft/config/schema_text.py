@@ -1,4 +1,4 @@
-"""The words for what is allowed and what was got, from a model's JSON schema: for messages and for docs/recipe.md."""
+"""What is allowed and what was got, in words, from a model's JSON schema: for messages and for docs/recipe.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-Steps = tuple[str | int, ...]  # the way to a value: ("data", "train", 0) is data.train[0]
+Steps = tuple[str | int, ...]  # the path to a value: ("data", "train", 0) is data.train[0]
 
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 NOUNS = {"integer": "an integer", "array": "a list", "object": "a mapping"}
@@ -28,14 +28,14 @@ def schema_of(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def documented_schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The same with the docstring under each field as its description."""
+    """The same, with the docstring under each field as its description."""
     return _inlined(documented_schema(model))
 
 
 def documented_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's own JSON schema with the docstring under each field as its description.
+    """A model's own JSON schema, with the docstring under each field as its description.
 
-    pydantic's use_attribute_docstrings does it for every command, and reads the sources each time.
+    pydantic's use_attribute_docstrings would read the sources for every command.
     """
     schema = model.model_json_schema()
     module = inspect.getmodule(model)
@@ -73,19 +73,19 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The members of a union, or the one type. null goes without saying where it is the default."""
+    """The members of a union, or the one type; without null where that is the default."""
     members = schema.get("anyOf", [schema])
     quiet = "default" in schema and schema["default"] is None
     return [member for member in members if not (quiet and member.get("type") == "null")]
 
 
 def choices(option: dict[str, Any]) -> list[Any]:
-    """The values of a type that lists them."""
+    """The values of a type that lists its values."""
     return [option["const"]] if "const" in option else option.get("enum", [])
 
 
 def field(schema: dict[str, Any], steps: Steps) -> dict[str, Any]:
-    """The schema of what lies at `steps`; {}, which allows anything, where nothing is known about it."""
+    """The schema of the value at `steps`; {}, which allows anything, where none is known."""
     for step in steps:
         schema = next(filter(None, (_below(option, step) for option in options(schema))), {})
     return schema
@@ -99,14 +99,14 @@ def _below(option: dict[str, Any], step: str | int) -> Any:
 
 
 def fits(schema: dict[str, Any], value: Any) -> bool:
-    """Whether one of the types is the value's, not looking at choices and bounds."""
+    """Whether the value has one of the types, whatever the choices and bounds are."""
     kind = KINDS.get(type(value))
     types = [option.get("type", kind) for option in options(schema)]
     return kind in types or (kind == "integer" and "number" in types)
 
 
 def describe(schema: dict[str, Any], literal: Callable[[str], str] = str) -> str:
-    """What is allowed: `auto or an integer >= 1`. `literal` marks the words that are written just so."""
+    """What is allowed: `auto or an integer >= 1`. `literal` marks words that are to be written as they are."""
     words, types, last = [], [], []
     for option in options(schema):
         kind = option.get("type")
@@ -142,7 +142,7 @@ def _describe_type(option: dict[str, Any], literal: Callable[[str], str]) -> str
 
 
 def dotted(steps: Steps) -> str:
-    """`data.train[0]`; a key that is no word is quoted."""
+    """`data.train[0]`; a key that is not a plain word is quoted."""
     text = ""
     for step in steps:
         if isinstance(step, int):
@@ -153,12 +153,12 @@ def dotted(steps: Steps) -> str:
 
 
 def show(value: Any) -> str:
-    """A value in one short line: no control characters, nothing that turns the terminal's writing around."""
+    """A value on one short line, without control characters or anything that reverses the terminal's text."""
     return clip(clean(json.dumps(value, ensure_ascii=False)))
 
 
 def clean(text: str) -> str:
-    """Escapes for what is not printable."""
+    """Text with escapes for what is not printable."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

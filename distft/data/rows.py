@@ -1,4 +1,4 @@
-"""Training data as it lies on disk: rows with their place, and the check of every row. No torch, no transformers.
+"""Training data on disk: rows with their place, the check of every row, and the cache's key. No torch.
 
 A row that does not fit is named by file, line and field before anything starts.
 """
@@ -18,11 +18,11 @@ from distft.errors import DataError, MissingPartError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN_PROBLEMS = 5
-# Raise it when prepare() would make other rows of the same input.
+# Increase it when train/data.py starts to make different rows from the same input.
 PREPARATION_VERSION = 1
 COUNTS = "counts.json"
 
-Row = tuple[str, Mapping[str, Any]]  # where it stands ("train.jsonl:7"), and its fields
+Row = tuple[str, Mapping[str, Any]]  # its place ("train.jsonl:7"), and its fields
 
 
 def as_list(sources: str | list[str] | None) -> list[str]:
@@ -30,7 +30,7 @@ def as_list(sources: str | list[str] | None) -> list[str]:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files of a source as load_recipe leaves it; None for a hub id, which is no absolute path.
+    """The files of a source of a loaded recipe. None for a hub id; local paths are absolute there.
 
     Raises:
         DataError: no such file, a folder without data files, or a file of another kind.
@@ -54,7 +54,7 @@ def read_rows(sources: Iterable[str]) -> Iterator[Row]:
     """All rows, in order.
 
     Raises:
-        DataError: a file that is not what its suffix says, naming the line.
+        DataError: a file that is not what its suffix says; it names the line.
     """
     for source in sources:
         files = local_files(source)
@@ -87,7 +87,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); one object a line is .jsonl") from None
+        raise DataError(f"{path}: not JSON ({error}); a file with one object per line is .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: need a list of objects")
     for number, row in enumerate(rows, 1):
@@ -100,7 +100,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"{path}:{reader.line_num}: not as many fields as the header has")
+                    raise DataError(f"{path}:{reader.line_num}: the number of fields differs from the header's")
                 yield f"{path}:{reader.line_num}", row
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not CSV in UTF-8 ({error})") from None
@@ -135,9 +135,9 @@ def _read_hub(source: str) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
-        # datasets raises its own, the hub client's and OSError's errors; the user can mend only the name or the net.
+        # datasets raises its own errors, the hub client's and OSError; the user can fix the name or the network.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{source}: this hub data set could not be read ({reason[0]})") from None
+        raise DataError(f"{source}: cannot read this hub data set ({reason[0]})") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}[{number}]", row
 
@@ -146,7 +146,7 @@ def detect_format(row: Row) -> str:
     """messages, prompt_completion or text, by the fields of a row.
 
     Raises:
-        DataError: none of them.
+        DataError: it has the fields of none of them.
     """
     place, fields = row
     if "messages" in fields:
@@ -161,7 +161,7 @@ def detect_format(row: Row) -> str:
 
 
 def problem(row: Mapping[str, Any], data_format: str) -> str | None:
-    """What is wrong with a row, naming the field; None when nothing is."""
+    """What is wrong with a row, with the field's name; None if nothing is."""
     if data_format == "messages":
         return _messages_problem(row.get("messages"))
     names = ("prompt", "completion") if data_format == "prompt_completion" else ("text",)
@@ -184,7 +184,7 @@ def _messages_problem(messages: Any) -> str | None:
             if not isinstance(value, str):
                 return f"messages[{index}].{field}: got {_shown(value)}, need a string"
     if not any(message["role"] == "assistant" for message in messages):
-        return "messages: no turn of the assistant, so nothing to train on"
+        return "messages: no assistant turn, so nothing to train on"
     return None
 
 
@@ -194,10 +194,10 @@ def _shown(value: Any) -> str:
 
 
 def check_rows(rows: Iterable[Row], data_format: str, what: str) -> Iterator[Row]:
-    """Pass the rows on, and at the end report all that do not fit.
+    """Pass on the rows that fit; at the end, report those that do not.
 
     Raises:
-        DataError: the first problems and their number, or no row at all.
+        DataError: the first problems and how many there are, or that there is no row at all.
     """
     rows, problems, total = iter(rows), [], 0
     first = next(rows, None)
@@ -247,23 +247,24 @@ def first_format(sources: list[str]) -> str:
 
 
 def cache_root() -> Path:
-    """distft's cache: DISTFT_CACHE, else the user's."""
+    """distft's cache: DISTFT_CACHE, or a folder in the user's cache."""
     own = os.environ.get("DISTFT_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
 
 
 def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
-    """Where the prepared data of a recipe lies: a name made of the content of all that goes into it.
-
-    Under `root`, else `cache_root()`.
-    """
+    """The folder of a recipe's prepared data, under `root` or cache_root(). Its name digests all that goes into it."""
     versions = (_version(package) for package in ("transformers", "tokenizers", "trl"))
     name = _digest(PREPARATION_VERSION, content_digest(recipe), *versions)
     return (Path(root) if root else cache_root()) / "data" / name
 
 
 def content_digest(recipe: Recipe) -> str:
-    """What the data of a recipe is made of: its files' content, the tokenizer's, and the settings."""
+    """A digest of what a recipe's prepared data depends on: the content of its files, the tokenizer, the settings.
+
+    Raises:
+        DataError: a file is not here.
+    """
     data, model = recipe.data, recipe.model
     words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
     words += [model.pad_token, model.trust_remote_code]
@@ -272,7 +273,7 @@ def content_digest(recipe: Recipe) -> str:
         words += [file_digest(path) for path in found] if found is not None else [source]
     folder = Path(model.name_or_path)
     if folder.is_dir():
-        # All but weights and model cards: which files a tokenizer reads is its own affair.
+        # All files but weights and model cards: any of them may be part of the tokenizer.
         files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin", ".md"))
         words += [part for path in files for part in (path.name, file_digest(path))]
     else:
@@ -313,11 +314,11 @@ def _version(package: str) -> str:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a cache folder is whole: it appears by a rename, with its counts inside."""
+    """Whether a cache folder is complete: it appears by a rename, with its counts in it."""
     return (folder / COUNTS).is_file()
 
 
 def read_counts(folder: Path) -> dict[str, dict[str, Any]]:
-    """What preparation counted, by split (train/data.py, Counts)."""
+    """What the preparation counted, per split (Counts in train/data.py)."""
     counts: dict[str, dict[str, Any]] = json.loads((folder / COUNTS).read_text())
     return counts

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distft.config.loading import dump_recipe, dump_yaml
+from distft.config.document import dump_yaml
+from distft.config.loading import dump_recipe
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.hardware.topology import Topology
 from distft.jobs.target import cluster_python

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft import extras
-from distft.config.loading import DATA_FILES, Document, read_recipe, validate
+from distft.config.document import Document
+from distft.config.loading import DATA_FILES, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.data import rows
 from distft.errors import ClusterError, MissingPartError, RecipeError

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from distft import __version__
-from distft.config.loading import load_yaml, validate
+from distft.config.document import load_yaml
+from distft.config.loading import validate
 from distft.config.recipe import Recipe
 from distft.runs.directory import RunDir, read_metrics
 

@@ -34,7 +34,8 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from distft.config.loading import load_yaml, validate
+from distft.config.document import load_yaml
+from distft.config.loading import validate
 from distft.config.recipe import Recipe
 from distft.errors import DataError, DistftError, RecipeError, RunError
 from distft.runs import checkpoints, model_card

@@ -75,7 +75,7 @@ def test_malformed_line_7(refused: Callable[..., str], tmp_path: Path) -> None:
     [
         ({"messages": [{"role": "user", "content": 5}]}, ":2: messages[0].content: got 5, need a string"),
         ({"messages": [{"content": "x"}]}, ":2: messages[0].role: got nothing, need a string"),
-        ({"messages": [{"role": "user", "content": "x"}]}, ":2: messages: no turn of the assistant"),
+        ({"messages": [{"role": "user", "content": "x"}]}, ":2: messages: no assistant turn"),
         ({"messages": "hello"}, ':2: messages: got "hello", need a list of {role, content}'),
         ({"text": "hello"}, ":2: messages: got nothing, need a list"),
     ],

@@ -12,16 +12,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from distft.config.loading import (
-    DATA_FILES,
-    MAX_BYTES,
-    Document,
-    dump_recipe,
-    load_recipe,
-    load_yaml,
-    read_recipe,
-    validate,
-)
+from distft.config.document import MAX_BYTES, Document, load_yaml
+from distft.config.loading import DATA_FILES, dump_recipe, load_recipe, read_recipe, validate
 from distft.config.recipe import EXCLUSIVE_FIELDS, Recipe
 from distft.config.schema_text import documented_schema, documented_schema_of
 from distft.errors import RecipeError
@@ -671,7 +663,7 @@ def test_exclusive_fields_exist_and_are_unset_by_default(names):
 
 @pytest.mark.parametrize("below", ["", "  # r: 8\n"])
 def test_a_blank_lora_is_not_full_fine_tuning(below):
-    expected = "lora: nothing is below it; write null to train all weights, or leave the key out (recipe.yaml:4)"
+    expected = "lora: has nothing below it; write null to train all weights, or leave the key out (recipe.yaml:4)"
     assert problem(f"{GOOD}lora:\n{below}") == expected
     assert load(f"{GOOD}lora:\n{below}", "lora.r=8").lora.r == 8
     assert load(f"{GOOD}lora: null\n").lora is None

@@ -27,6 +27,7 @@ from distft.jobs.target import Target
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner.plan import Plan, make_plan, misfit
 from distft.runs.directory import RunDir, read_metrics
+from distft.strategies.kinds import KINDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -268,7 +269,7 @@ def _trial(path: str, sets: Sequence[str], strategy: str, ranks: int, usual: boo
     made = make_plan(recipe, Target(1, ranks).where(), need_weights=True)
     if strategy not in ("auto", made.strategy):  # fsdp on one rank is planned as ddp
         raise PlanError(NOTHING_TO_SHARD)
-    if usual and ranks == 1 and made.strategy != "ddp" and made.offload == "none":
+    if usual and ranks == 1 and not KINDS[made.strategy].replicates and made.offload == "none":
         raise PlanError(NOTHING_TO_SHARD)
     if not made.fits:
         raise PlanError(misfit(made.chosen))

@@ -23,6 +23,7 @@ from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.accelerate import accelerate_config
 from distft.strategies.deepspeed import deepspeed_config, portable_config
+from distft.strategies.kinds import KINDS
 
 if TYPE_CHECKING:
     from distft.config.cluster import Cluster
@@ -90,7 +91,7 @@ def _job(
 def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) -> dict[str, str]:
     """plan.json, and what the strategy needs: accelerate.yaml, and ds_config.json under ZeRO."""
     files = {names.PLAN: json.dumps(plan_json(plan, settings.name), indent=1) + "\n"}
-    zero = plan.strategy.startswith("zero")
+    zero = KINDS[plan.strategy].engine == "deepspeed"
     if zero:
         files[names.DS_CONFIG] = json.dumps(_ds_config(plan, settings), indent=2) + "\n"
     config = accelerate_config(

@@ -8,6 +8,7 @@ from distft.errors import DistftError
 from distft.jobs.job import recipe_job
 from distft.jobs.target import Target, plan_recipe, target_of
 from distft.runs.directory import RunDir
+from distft.strategies.kinds import KINDS
 
 
 def less_memory(run: RunDir) -> str | None:
@@ -31,8 +32,8 @@ def less_memory(run: RunDir) -> str | None:
     elif not plan["gradient_checkpointing"]:
         change = {"training.gradient_checkpointing": True}
     elif plan["offload"] == "none":
-        change = {"parallelism.offload": "all" if strategy in ("zero3", "fsdp", "hsdp") else "optimizer"}
-        if strategy == "ddp":
+        change = {"parallelism.offload": "all" if "all" in KINDS[strategy].offloads else "optimizer"}
+        if not KINDS[strategy].offloads:
             change["parallelism.strategy"] = "zero2"
     else:
         return None

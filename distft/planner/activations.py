@@ -85,7 +85,7 @@ def kept_in_backward(saved: Polynomial, checkpointing: bool) -> Polynomial:
 def mode_of(recipe: Recipe, setting: Setting) -> Mode:
     """The table's mode for a run."""
     low = recipe.training.mixed_precision != "no"
-    regime = ("autocast" if setting.dtype_regime == "autocast" else "low") if low else "float32"
+    regime = ("autocast" if setting.kind.dtype_regime == "autocast" else "low") if low else "float32"
     attention = {"flash_attention_2": "flash", "eager": "eager"}.get(setting.attn_implementation, "masked")
     if attention == "masked" and low and not needs_mask(recipe, setting):
         attention = "flash"  # what SDPA takes where there is no mask

@@ -56,15 +56,15 @@ def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tupl
     (strategies/deepspeed.py, communication_data_type; train/trainer.py, reduce_dtype)."""
     world, shard, across = setting.world_size, setting.shard_size, setting.world_size > setting.nproc_per_node
     gradients, working = 4 * sizes.trained, sizes.low * sizes.trained
-    if setting.strategy == "ddp":  # accelerate's no_sync: once a step
+    kind = setting.kind
+    if kind.replicates:  # accelerate's no_sync: once a step
         return [(2 * gradients, world, across)]
-    if setting.strategy == "zero1":
-        return [(2 * gradients, world, across), (working, world, across)]
-    if setting.strategy == "zero2":
-        return [(2 * gradients * accumulation, world, across), (working, world, across)]
+    if not kind.shards_parameters:  # whole gradients are summed over micro-batches first, shards after each
+        times = accumulation if kind.shards_gradients else 1
+        return [(2 * gradients * times, world, across), (working, world, across)]
     # Parameters are gathered for the forward and again for the backward pass of every micro-batch.
     gathered = [(2 * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node)]
     reduced = [(gradients * accumulation, shard, shard > setting.nproc_per_node)]
-    if setting.strategy == "hsdp":
+    if kind.in_groups:
         return [*gathered, *reduced, (2 * gradients / shard * accumulation, world // shard, across)]
     return gathered + reduced

@@ -11,6 +11,7 @@ from distft.config.recipe import Lora, Recipe
 from distft.errors import PlanError
 from distft.hardware.topology import Topology
 from distft.planner.search import Candidate, Search, choose, fixed_offload
+from distft.strategies.kinds import KINDS
 from distft.units import gib
 
 LONGEST, LARGEST = 2**20, 2**12  # where looking for more ends
@@ -76,9 +77,11 @@ def _fits_on(search: Search, topology: Topology, length: int | None = None) -> b
         return False
     options = [(strategy, moved) for strategy, moved in smaller.options() if moved == offload]
     if wanted.strategy != "auto":
-        strategy = "ddp" if topology.world_size == 1 and wanted.strategy in ("fsdp", "hsdp") else wanted.strategy
-        if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
+        strategy: str = wanted.strategy
+        if KINDS[strategy].in_groups and 1 in (topology.nnodes, topology.nproc_per_node):
             strategy = "fsdp"
+        if topology.world_size < KINDS[strategy].min_ranks:
+            strategy = "ddp"
         options = [(strategy, offload)]
     return any(smaller.candidate(*option, checkpointing, batch, length).fits for option in options)
 

@@ -104,7 +104,7 @@ def put_together(
         zero: what zero_section gives.
     """
     optim, bnb = recipe.training.optim, sizes.bnb_bytes > 0
-    ddp = setting.strategy == "ddp"
+    ddp = setting.kind.replicates
     if ddp:
         # DDP's buckets are a copy of all gradients: accelerate leaves gradient_as_bucket_view off
         # (utils/dataclasses.py:188).
@@ -118,7 +118,7 @@ def put_together(
         elif optim == "adafactor":
             state = 4.0  # a shard has no rows and columns to factor
         mine = sharding.share(
-            setting.strategy,
+            setting.kind,
             setting.offload,
             setting.shard_size,
             sizes,
@@ -169,8 +169,8 @@ def _replaced(live: Counter[str], **kinds: int) -> Counter[str]:
 
 
 def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:
-    """ds_config.json's zero_optimization, as the run will have it; None for FSDP."""
-    if setting.dtype_regime != "zero":
+    """ds_config.json's zero_optimization, as the run will have it; None where DeepSpeed has no part."""
+    if setting.kind.engine != "deepspeed":
         return None
     from distft.config.batch import Batch
     from distft.strategies.deepspeed import deepspeed_config

@@ -18,6 +18,7 @@ from distft.planner.memory import Memory
 from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, fixed_offload, shard_size
 from distft.planner.setting import Setting
 from distft.planner.speed import Speed
+from distft.strategies.kinds import KINDS
 from distft.units import gib, short
 
 PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
@@ -175,7 +176,7 @@ def _simulate(
 def _fixed_strategy(recipe: Recipe, topology: Topology, reasons: list[str]) -> str | None:
     """The recipe's strategy; None where it is open."""
     wanted = recipe.parallelism.strategy
-    if wanted in ("fsdp", "hsdp") and topology.world_size == 1:
+    if wanted != "auto" and topology.world_size == 1 < KINDS[wanted].min_ranks:
         if fixed_offload(recipe.parallelism) != "none":
             raise PlanError(f"parallelism.offload: {wanted} on one rank does not shard; use zero3, or offload: none")
         reasons.append(f"ddp: {wanted} on one rank has nothing to shard")

@@ -20,6 +20,7 @@ from distft.planner.communication import Links
 from distft.planner.memory import Estimator, Memory
 from distft.planner.setting import Setting
 from distft.planner.speed import Speed
+from distft.strategies.kinds import KINDS
 from distft.units import gib
 
 # Simpler ones first: of candidates about as fast, the first is taken. DDP and ZeRO-2 are the best defaults for LoRA
@@ -149,9 +150,10 @@ class Search:
                 continue
             if any_offload and moved != "none" and self.spares_little(strategy, moved):
                 continue
-            if world == 1 and (strategy in ("fsdp", "hsdp") or (strategy != "ddp" and moved == "none")):
+            kind = KINDS[strategy]
+            if world < kind.min_ranks or (world == 1 and not kind.replicates and moved == "none"):
                 continue  # nothing to shard
-            if strategy == "hsdp" and 1 in (topology.nnodes, topology.nproc_per_node):
+            if kind.in_groups and 1 in (topology.nnodes, topology.nproc_per_node):
                 continue  # one node, or one rank a node: fsdp
             yield strategy, moved
 
@@ -160,7 +162,7 @@ class Search:
         more with offload than without."""
         recipe = self.recipe
         return bool(recipe.lora) and (
-            offload == "optimizer" or (strategy == "zero3" and recipe.model.quantization == "nf4")
+            offload == "optimizer" or (KINDS[strategy].zero_stage == 3 and recipe.model.quantization == "nf4")
         )
 
     def best(self, strategy: str, offload: str) -> Candidate:
@@ -256,11 +258,12 @@ def fixed_offload(parallelism: Parallelism) -> str:
 
 
 def shard_size(parallelism: Parallelism, strategy: str, topology: Topology) -> int:
-    """Ranks that share one copy of what the strategy shards; 1 for ddp."""
-    if strategy == "hsdp":
+    """Ranks that share one copy of what the strategy shards; 1 where it shards nothing."""
+    kind = KINDS[strategy]
+    if kind.in_groups:
         size = parallelism.hsdp_shard_size
         return topology.nproc_per_node if size == "auto" else size
-    return 1 if strategy == "ddp" else topology.world_size
+    return 1 if kind.replicates else topology.world_size
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:

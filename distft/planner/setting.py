@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distft.strategies.kinds import KINDS, Kind
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -21,6 +23,5 @@ class Setting:
     device_type: str = "cuda"
 
     @property
-    def dtype_regime(self) -> str:
-        """What the strategy computes with: see train/fake_model.py, build."""
-        return "autocast" if self.strategy == "ddp" else "zero" if self.strategy.startswith("zero") else "fsdp"
+    def kind(self) -> Kind:
+        return KINDS[self.strategy]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from distft.strategies.kinds import Kind
+
 # deepspeed/runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: elements of the flat copy that ZeRO-1 averages at a time.
 ZERO1_MESSAGE = 500_000_000
 
@@ -66,7 +68,7 @@ class Share:
 
 
 def share(
-    strategy: str,
+    kind: Kind,
     offload: str,
     shard_size: int,
     sizes: Sizes,
@@ -74,7 +76,7 @@ def share(
     zero: dict[str, Any] | None,
     bf16: bool,
 ) -> Share:
-    """States and buffers of a rank under a strategy that shards (all but ddp).
+    """States and buffers of a rank under a strategy that shards.
 
     Args:
         state_bytes: optimizer state, bytes per trained element.
@@ -83,7 +85,7 @@ def share(
     """
     if zero is None:
         return _fsdp(offload, shard_size, sizes, state_bytes)
-    return _zero(strategy, offload, shard_size, sizes, state_bytes, zero, bf16)
+    return _zero(kind, offload, shard_size, sizes, state_bytes, zero, bf16)
 
 
 def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
@@ -120,7 +122,7 @@ def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
 
 
 def _zero(
-    strategy: str, offload: str, ranks: int, sizes: Sizes, state_bytes: float, zero: dict[str, Any], bf16: bool
+    kind: Kind, offload: str, ranks: int, sizes: Sizes, state_bytes: float, zero: dict[str, Any], bf16: bool
 ) -> Share:
     """DeepSpeed. The float32 masters (4 T / N, flat) count as optimizer states: its optimizer holds and shards them.
 
@@ -140,12 +142,12 @@ def _zero(
     message = 4 * min(max(bucket, sizes.largest_trained), max(trained, 1))
     parameters, gradients, optimizer = sizes.gathered_bytes, 4 * mine, int((4 + state_bytes) * mine)
     buffers = dict.fromkeys(MOMENTS, 0)
-    if strategy == "zero1" and bf16 and offload == "none":
+    if kind.zero_stage == 1 and bf16 and offload == "none":
         gradients, buffers["optimizer"] = 4 * trained, 4 * min(trained, ZERO1_MESSAGE)
-    elif strategy in ("zero1", "zero2"):
-        if strategy == "zero1":
+    elif not kind.shards_parameters:
+        if not kind.shards_gradients:
             gradients = 4 * trained
-        width = low if strategy == "zero2" else 4
+        width = low if kind.shards_gradients else 4
         buffers["head"] = buffers["backward"] = (2 if overlap else 1) * width * bucket + message
     else:
         kept = min(int(zero["stage3_max_reuse_distance"]), int(zero["stage3_max_live_parameters"])) // 2
@@ -158,7 +160,7 @@ def _zero(
     if offload == "none":
         return Share(parameters, gradients, optimizer, buffers)
     host = 4 * mine + optimizer
-    if strategy != "zero3":  # sums of gradients over micro-batches (stage_1_and_2.py, accumulated_grads_in_cpu)
+    if not kind.shards_parameters:  # sums of gradients over micro-batches (stage_1_and_2.py, accumulated_grads_in_cpu)
         host += low * mine
     moved = parameters - sizes.small_bytes if offload == "all" else 0
     return Share(parameters - moved, 0, 0, buffers, host + moved)

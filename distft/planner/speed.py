@@ -126,7 +126,7 @@ def _offload_seconds(sizes: Sizes, setting: Setting, accumulation: int) -> float
         return 0.0
     mine = sizes.trained / setting.shard_size
     seconds = 28 * mine / (HOST_MEMORY * 1e9) + 6 * mine / (PCIE * 1e9)
-    if setting.strategy in ("zero1", "zero2") and accumulation > 1:
+    if not setting.kind.shards_parameters and accumulation > 1:
         # Sums of gradients lie on the host and are fetched and brought back in every micro-batch (DeepSpeed
         # stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu).
         seconds += accumulation * 2 * sizes.low * mine / (PCIE * 1e9)

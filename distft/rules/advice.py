@@ -5,6 +5,7 @@ from __future__ import annotations
 from distft.rules import upstream
 from distft.rules.combinations import is_bitsandbytes
 from distft.rules.core import Case, rule
+from distft.strategies.kinds import KINDS
 from distft.units import GIB
 
 # GB/s of a node: two links of 100 Gb/s, ZeRO++'s clusters of low bandwidth.
@@ -45,7 +46,7 @@ def adapters_over_slow_links(case: Case) -> str | None:
 )
 def qlora_under_zero3_is_not_offloaded(case: Case) -> str | None:
     """peft's authors measured it: QLoRA under ZeRO-3 takes more GPU memory with offload than without."""
-    if case.strategy == "zero3" and case.quantization == "nf4" and case.offload != "none":
+    if case.zero_stage == 3 and case.quantization == "nf4" and case.offload != "none":
         return f"parallelism.offload: {case.offload} makes nf4 under zero3 take more GPU memory, not less"
     return None
 
@@ -116,7 +117,7 @@ def hsdp_groups_stay_in_a_node(case: Case) -> str | None:
     over the slow ones, as fsdp does, with more memory.
     """
     per_node = case.topology.nproc_per_node
-    if case.strategy == "hsdp" and case.topology.nnodes > 1 and per_node % case.shard_size:
+    if case.kind.in_groups and case.topology.nnodes > 1 and per_node % case.shard_size:
         return f"parallelism.hsdp_shard_size: groups of {case.shard_size} cross nodes of {per_node}"
     return None
 
@@ -132,7 +133,7 @@ def shard_size_is_of_hsdp(case: Case) -> str | None:
     """The size of a group says nothing to the other strategies, which shard over all ranks or not at all."""
     settings = case.recipe or case.script
     asked = settings.parallelism if settings else None
-    if asked and asked.hsdp_shard_size != "auto" and asked.strategy not in ("hsdp", "auto"):
+    if asked and asked.hsdp_shard_size != "auto" and asked.strategy != "auto" and not KINDS[asked.strategy].in_groups:
         return f"parallelism.hsdp_shard_size: {asked.hsdp_shard_size} is not used under {asked.strategy}"
     return None
 

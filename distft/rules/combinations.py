@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distft.rules.core import Case, look, rule
+from distft.strategies.kinds import that_offload
 
 
 def is_bitsandbytes(optim: str) -> bool:
@@ -64,8 +65,8 @@ def offload_needs_a_strategy_that_can(case: Case) -> str | None:
     """ZeRO offloads optimizer states at every stage and parameters at stage 3. FSDP2 offloads all three together, DDP
     nothing.
     """
-    allowed = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3", "fsdp", "hsdp")}.get(case.offload)
-    if allowed and case.strategy not in allowed:
+    allowed = that_offload(case.offload)
+    if case.strategy not in allowed:
         return f"parallelism.offload: {case.offload} needs {' or '.join(allowed)}, not {case.strategy}"
     return None
 
@@ -111,7 +112,7 @@ def matrix_optimizers_need_whole_matrices(case: Case) -> str | None:
     gives them flat pieces, of which Adafactor keeps every number and takes the scale of the piece: another optimizer,
     whose steps depend on the width. FSDP2 gives them DTensors, at which they end.
     """
-    if case.optim.startswith(("adafactor", "galore", "apollo")) and case.strategy != "ddp":
+    if case.optim.startswith(("adafactor", "galore", "apollo")) and not case.kind.replicates:
         return f"training.optim: {case.optim} needs whole matrices, and {case.strategy} cuts them"
     return None
 
@@ -158,7 +159,7 @@ def hsdp_needs_whole_groups(case: Case) -> str | None:
     must be two groups.
     """
     world = case.topology.world_size
-    if case.strategy != "hsdp":
+    if not case.kind.in_groups:
         return None
     if world % case.shard_size:
         return f"parallelism.hsdp_shard_size: {world} ranks cannot be split into groups of {case.shard_size}"
@@ -267,6 +268,6 @@ def zero3_recomputes_no_frozen_weights(case: Case) -> str | None:
     reentrant one, as trl does.
     """
     reentrant = look(case.trainer, "gradient_checkpointing_kwargs", "use_reentrant")
-    if case.strategy == "zero3" and case.recipe.lora and case.gradient_checkpointing and not reentrant:
+    if case.zero_stage == 3 and case.recipe.lora and case.gradient_checkpointing and not reentrant:
         return "training.gradient_checkpointing: recomputing frozen weights fails under zero3 of this deepspeed"
     return None

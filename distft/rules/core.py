@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft import extras
 from distft.errors import PlanError
+from distft.strategies.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from distft.config.recipe import Recipe, ScriptSettings
@@ -40,16 +41,25 @@ class Case:
     accumulation: int | None = None
 
     @property
+    def kind(self) -> Kind:
+        return KINDS[self.strategy]
+
+    @property
     def fsdp(self) -> bool:
-        return self.strategy in ("fsdp", "hsdp")
+        return self.kind.engine == "fsdp2"
 
     @property
     def zero(self) -> bool:
-        return self.strategy.startswith("zero")
+        return self.kind.engine == "deepspeed"
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's stage; None under another engine."""
+        return self.kind.zero_stage
 
     @property
     def shards_parameters(self) -> bool:
-        return self.fsdp or self.strategy == "zero3"
+        return self.kind.shards_parameters
 
     @property
     def mixed_precision(self) -> str:

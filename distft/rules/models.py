@@ -153,7 +153,7 @@ def zero3_experts_need_a_leaf_module(case: Case) -> str | None:
     ones run, ranks gather different ones and wait for each other for ever; a leaf module is gathered whole. No model of
     transformers 5.17 to 5.23 has such experts any more (they are one 3-D parameter), but code of a model's own may.
     """
-    if case.strategy == "zero3" and case.is_moe and case.own_code and not case.zero_option("leaf_module"):
+    if case.zero_stage == 3 and case.is_moe and case.own_code and not case.zero_option("leaf_module"):
         return "model.trust_remote_code: experts of the model's own code may hang under zero3"
     return None
 

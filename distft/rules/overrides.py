@@ -56,7 +56,7 @@ def the_strategy_is_the_stage(case: Case) -> str | None:
     ends when it sees what wraps the model.
     """
     stage = case.zero_option("stage")
-    if case.zero and stage is not None and f"zero{stage}" != case.strategy:
+    if case.zero and stage is not None and str(stage) != str(case.zero_stage):
         return f"{ZERO}.stage: got {show(stage)}, and the strategy is {case.strategy}"
     return None
 
@@ -92,7 +92,7 @@ def round_robin_mixes_parameters_up(case: Case) -> str | None:
     """It reorders parameters among the ranks, and a parameter's float32 master is then looked for where another's lies:
     what is saved of it, and restored, is another's.
     """
-    if case.strategy in ("zero1", "zero2") and case.zero_option("round_robin_gradients"):
+    if case.zero_stage in (1, 2) and case.zero_option("round_robin_gradients"):
         return f"{ZERO}.round_robin_gradients: got true, which mixes parameters up in what is saved"
     return None
 
@@ -109,7 +109,7 @@ def nvme_needs_zero3_and_a_path(case: Case) -> str | None:
     """Only ZeRO-3 swaps to disk; stages 1 and 2 would quietly use host memory. Where to is never guessed."""
     for what in ("optimizer", "param") if case.zero else ():
         section = case.zero_option(f"offload_{what}")
-        if look(section, "device") == "nvme" and (case.strategy != "zero3" or not look(section, "nvme_path")):
+        if look(section, "device") == "nvme" and (case.zero_stage != 3 or not look(section, "nvme_path")):
             return f"{ZERO}.offload_{what}.device: nvme needs zero3 and an nvme_path beside it"
     return None
 
@@ -129,7 +129,7 @@ def partial_offload_needs_zero3_and_cpu_adam(case: Case) -> str | None:
     ratio = case.zero_option("offload_optimizer", "ratio")
     if not (case.zero and case.offloads("optimizer") and isinstance(ratio, (int, float)) and ratio < 1):
         return None
-    if case.strategy == "zero3" and case.deepspeed.get("zero_force_ds_cpu_optimizer"):
+    if case.zero_stage == 3 and case.deepspeed.get("zero_force_ds_cpu_optimizer"):
         return None
     return f"{ZERO}.offload_optimizer.ratio: got {show(ratio)}, which {case.strategy} with torch's AdamW does not have"
 
@@ -170,7 +170,7 @@ def deepspeed_must_agree_with_the_recipe(case: Case) -> str | None:
 )
 def zero3_averages_gradients(case: Case) -> str | None:
     """ZeRO-3 refuses to sum gradients over the ranks."""
-    if case.strategy == "zero3" and case.deepspeed.get("gradient_allreduce_op") == "sum":
+    if case.zero_stage == 3 and case.deepspeed.get("gradient_allreduce_op") == "sum":
         return "deepspeed.overrides.gradient_allreduce_op: zero3 does not have sum"
     return None
 
@@ -185,7 +185,7 @@ def sums_of_gradients_grow_with_the_width(case: Case) -> str | None:
     """The loss is already the mean over the whole global batch. Gradients that are summed instead of averaged grow with
     the number of ranks, and with them every step before clipping: the recipe would train differently at every width.
     """
-    if case.strategy in ("zero1", "zero2") and case.deepspeed.get("gradient_allreduce_op") == "sum":
+    if case.zero_stage in (1, 2) and case.deepspeed.get("gradient_allreduce_op") == "sum":
         return (
             f"deepspeed.overrides.gradient_allreduce_op: sum makes gradients {case.topology.world_size} times as large"
         )
@@ -205,7 +205,7 @@ def reduce_scatter_takes_no_prescaling(case: Case) -> str | None:
     """
     scales = case.deepspeed.get("prescale_gradients") is True
     divides = case.deepspeed.get("gradient_predivide_factor", 1) != 1
-    if case.strategy in ("zero2", "zero3") and (scales or divides) and case.zero_option("reduce_scatter") is not False:
+    if case.zero_stage in (2, 3) and (scales or divides) and case.zero_option("reduce_scatter") is not False:
         key = "prescale_gradients" if scales else "gradient_predivide_factor"
         return f"deepspeed.overrides.{key}: not with reduce_scatter, which {case.strategy} uses"
     return None
@@ -225,14 +225,10 @@ def gradient_norm_is_needed(case: Case) -> str | None:
         return None
     clips = bool(case.recipe and case.recipe.training.max_grad_norm)
     if (
-        case.strategy == "zero3"
+        case.zero_stage == 3
         or case.offload != "none"
         or clips
-        or (case.strategy, case.mixed_precision)
-        == (
-            "zero1",
-            "bf16",
-        )
+        or (case.zero_stage == 1 and case.mixed_precision == "bf16")
     ):
         return f"{ZERO}.compute_grad_norm: false is not for {case.strategy} with this offload, clipping and precision"
     return None
@@ -276,7 +272,7 @@ def hpz_groups_divide_the_ranks(case: Case) -> str | None:
     if not case.zero or type(size) is not int or size <= 1:
         return None
     world = case.topology.world_size
-    if case.strategy != "zero3" or world % min(size, world):
+    if case.zero_stage != 3 or world % min(size, world):
         return f"{ZERO}.zero_hpz_partition_size: got {size}, for {case.strategy} on {world} ranks"
     return None
 
@@ -308,7 +304,7 @@ def zero3_scripts_gather_to_save(case: Case) -> str | None:
     pieces that zero_to_fp32.py must join. (A recipe's weights are gathered by distft itself.)
     """
     key = "stage3_gather_16bit_weights_on_model_save"
-    if case.script and case.strategy == "zero3" and case.zero_option(key) is False:
+    if case.script and case.zero_stage == 3 and case.zero_option(key) is False:
         return f"{ZERO}.{key}: without it save_model() writes no model"
     return None
 

@@ -47,7 +47,7 @@ def simulate(recipe: Recipe, setting: Setting) -> Memory:
     from distft.simulation.fake_model import alike, blocks_of, build, sizes_of
     from distft.simulation.trace import trace
 
-    regime, attention = setting.dtype_regime, setting.attn_implementation
+    regime, attention = setting.kind.dtype_regime, setting.attn_implementation
     blocks = blocks_of(build(recipe, regime, attention, plain=True))
     depths = DEPTHS if len(blocks) > DEPTHS[-1] and alike(blocks) else (len(blocks),)
     accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size

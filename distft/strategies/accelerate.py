@@ -10,6 +10,7 @@ from typing import Any
 
 from distft.hardware.topology import Topology
 from distft.strategies import merge
+from distft.strategies.kinds import KINDS
 
 
 def accelerate_config(
@@ -29,7 +30,7 @@ def accelerate_config(
     On several machines each one adds `--machine_rank` and `--main_process_ip`.
 
     Args:
-        shard_size: ranks that share one copy of the model; read for hsdp only.
+        shard_size: ranks that share one copy of the model; read for hsdp alone.
         mixed_precision: bf16, fp16 or no. Not written for ZeRO, where the DeepSpeed file says it.
         device_type: cuda or cpu.
         ds_config_file: for ZeRO: the DeepSpeed file; relative to where the script starts.
@@ -39,14 +40,11 @@ def accelerate_config(
         ValueError: ZeRO without ds_config_file, or hsdp groups that do not divide the ranks; the planner refuses the
             latter earlier.
     """
-    world = topology.world_size
-    if strategy == "ddp":
-        kind = "NO" if world == 1 else "MULTI_CPU" if device_type == "cpu" else "MULTI_GPU"
-    else:
-        kind = "DEEPSPEED" if strategy.startswith("zero") else "FSDP"
+    world, kind = topology.world_size, KINDS[strategy]
+    plain = "NO" if world == 1 else "MULTI_CPU" if device_type == "cpu" else "MULTI_GPU"
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": kind,
+        "distributed_type": {"ddp": plain, "deepspeed": "DEEPSPEED", "fsdp2": "FSDP"}[kind.engine],
         "num_machines": topology.nnodes,
         "num_processes": world,
         "machine_rank": 0,
@@ -55,24 +53,24 @@ def accelerate_config(
     if topology.nnodes > 1:
         config["rdzv_backend"] = "c10d"
 
-    if kind == "DEEPSPEED":
+    if kind.engine == "deepspeed":
         if ds_config_file is None:
             raise ValueError(f"{strategy} needs ds_config_file")
         # No mixed_precision: beside a deepspeed_config_file accelerate ends with "the following accelerate config
         # variables will be ignored" (DeepSpeedPlugin._deepspeed_config_checks).
-        section: dict[str, Any] = {"deepspeed_config_file": ds_config_file, "zero3_init_flag": strategy == "zero3"}
+        section: dict[str, Any] = {"deepspeed_config_file": ds_config_file, "zero3_init_flag": kind.zero_stage == 3}
         if topology.nnodes > 1:
             # torchrun; the default, pdsh, wants ssh and a hostfile
             section["deepspeed_multinode_launcher"] = "standard"
         return config | {"deepspeed_config": section}
 
     config["mixed_precision"] = mixed_precision
-    if kind == "FSDP":
+    if kind.engine == "fsdp2":
         section = fsdp_config(offload=offload, device_type=device_type, quantization=quantization)
         config["fsdp_config"] = merge(section, overrides or {})
-    if strategy == "hsdp":
+    if kind.in_groups:
         if world % shard_size:
-            raise ValueError(f"hsdp: groups of {shard_size} do not divide {world} ranks")
+            raise ValueError(f"{strategy}: groups of {shard_size} do not divide {world} ranks")
         config["parallelism_config"] = {
             "parallelism_config_dp_replicate_size": world // shard_size,
             "parallelism_config_dp_shard_size": shard_size,

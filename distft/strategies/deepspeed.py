@@ -13,8 +13,7 @@ from typing import Any
 from distft.config.batch import Batch
 from distft.config.recipe import Recipe
 from distft.strategies import merge
-
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+from distft.strategies.kinds import KINDS, Kind
 
 MILLION = 1_000_000
 # 200 MB a message in float32: the bandwidth of NVLink and InfiniBand is reached well below (DeepSpeed's own 5e8 are
@@ -52,7 +51,7 @@ def deepspeed_config(
     groups (an optimizer of DeepSpeed's own would decay norms and biases too).
 
     Raises:
-        ValueError: this stage cannot offload that; planner/rules/ refuses it earlier.
+        ValueError: this stage cannot offload that; distft/rules refuses it earlier.
     """
     precision = recipe.training.mixed_precision
     config = {
@@ -63,7 +62,7 @@ def deepspeed_config(
         **_precision(bf16=precision == "bf16", fp16=precision == "fp16"),
         **_optimizer_and_reports(),
         "zero_optimization": _zero_optimization(
-            STAGES[strategy],
+            KINDS[strategy],
             offload,
             bucket=bucket_size(trainable_parameters),
             pin_memory=device_type == "cuda",
@@ -91,7 +90,7 @@ def portable_config(*, strategy: str, offload: str, device_type: str = "cuda") -
         **_precision(bf16="auto", fp16="auto"),
         **_optimizer_and_reports(),
         "zero_optimization": _zero_optimization(
-            STAGES[strategy],
+            KINDS[strategy],
             offload,
             # A number, not "auto": that is hidden_size squared whatever is trained, and for a model without
             # config.hidden_size accelerate refuses it ("Can't find `model.config` entry").
@@ -152,10 +151,13 @@ def _optimizer_and_reports() -> dict[str, Any]:
 
 
 def _zero_optimization(
-    stage: int, offload: str, *, bucket: int, pin_memory: bool, gather_on_save: bool
+    kind: Kind, offload: str, *, bucket: int, pin_memory: bool, gather_on_save: bool
 ) -> dict[str, Any]:
     """The `zero_optimization` section: what the code of this stage reads, and no more."""
-    if offload not in ("none", "optimizer", "all") or (offload == "all" and stage != 3):
+    stage = kind.zero_stage
+    if stage is None:
+        raise ValueError(f"{kind.name} is not DeepSpeed's")
+    if offload not in ("none", *kind.offloads):
         raise ValueError(f"ZeRO-{stage} cannot offload {offload!r}")
     optimizer_device = "none" if offload == "none" else "cpu"
     section: dict[str, Any] = {

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from distft.config.recipe import Recipe
 from distft.errors import DataError
 from distft.models.lora import ADAPTER_WEIGHTS
+from distft.strategies.kinds import KINDS
 
 log = logging.getLogger("distft")
 
-SHARDS_PARAMETERS = ("zero3", "fsdp", "hsdp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -63,7 +63,7 @@ def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | N
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if strategy in SHARDS_PARAMETERS else torch.uint8,
+            bnb_4bit_quant_storage=dtype if KINDS[strategy].shards_parameters else torch.uint8,
         )
     if recipe.model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -85,7 +85,7 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     options: dict[str, Any] = {}
     if quantization is not None:
         options["quantization_config"] = quantization
-        if strategy != "zero3":  # zero.Init places parameters itself
+        if KINDS[strategy].zero_stage != 3:  # zero.Init places parameters itself
             options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -103,7 +103,7 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     if recipe.lora is None:
         return model
     model = add_adapters(model, recipe)
-    if strategy == "zero3":
+    if KINDS[strategy].zero_stage == 3:
         # DeepSpeed casts what it finds unless zero.Init made any of it (engine.py, _cast_module_mixed_precision): left
         # alone, peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
         for parameter in model.parameters():

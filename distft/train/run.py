@@ -18,6 +18,7 @@ from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.runs import model_card
 from distft.runs.directory import RunDir
+from distft.strategies.kinds import KINDS
 from distft.train.checkpoint import Checkpointer
 from distft.train.data import load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
@@ -42,7 +43,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     )
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
     arguments = training_arguments(recipe, plan, run, steps)
-    if plan["strategy"].startswith("zero"):
+    if KINDS[plan["strategy"]].engine == "deepspeed":
         import deepspeed
 
         # zero.Init checks the batch arithmetic while the model is made, and without this sees a world of 1.

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from distft.runs.directory import RunDir
+from distft.strategies.kinds import KINDS
 from distft.train import worker
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     plan = worker.enter(run)
     if int(os.environ.get("RANK", "0")) == 0:
         run.update_status(state="running")
-    if plan["strategy"] != "ddp":
+    if not KINDS[plan["strategy"]].replicates:
         from distft.train import cpu_ranks
 
         cpu_ranks.apply()

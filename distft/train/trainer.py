@@ -25,6 +25,7 @@ from distft.config.recipe import Recipe
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.strategies import merge
+from distft.strategies.kinds import KINDS
 from distft.train import strategy_check, worker
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import IGNORE
@@ -88,7 +89,7 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }
-    if plan["strategy"] in ("fsdp", "hsdp"):
+    if KINDS[plan["strategy"]].engine == "fsdp2":
         # accelerate's no_sync would keep the gradients of all parameters, whole, from one micro-batch to the next.
         arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return TrainingArguments(**merge(arguments, recipe.trainer.overrides))

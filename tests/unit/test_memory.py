@@ -19,6 +19,7 @@ from distft.planner.activations import Mode
 from distft.planner.memory import Estimator, Memory, bnb_state_bytes, put_together, stored_bytes
 from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes, Unit, share
+from distft.strategies.kinds import KINDS
 
 COMMON = {"vocab_size": 1000, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": None}
 SIZES = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 688}
@@ -230,7 +231,7 @@ def test_optimizer_states_of_a_shard_by_hand(folder: Path, optim: str, expected:
 
 def test_a_tied_embedding_is_gathered_throughout() -> None:
     """FSDP2 has it in one unit with the final norm (1.6 MB here), which stays gathered to the end of the step."""
-    buffers = share("fsdp", "none", 4, replace(BY_HAND, tied=True), 8.0, None, bf16=True).buffers
+    buffers = share(KINDS["fsdp"], "none", 4, replace(BY_HAND, tied=True), 8.0, None, bf16=True).buffers
     assert buffers["forward"] == 2 * 2_000_000 + 1_600_000
     # Two blocks, a block's gradients in 16 bit and float32; the unit, and its gradients in 16 bit.
     assert buffers["backward"] == 2 * 2_000_000 + 6 * 100_000 + 1_600_000 + 2 * 50_000

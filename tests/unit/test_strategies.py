@@ -11,17 +11,20 @@ import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import reference_files
 import yaml
 
 from distft.config.batch import Batch
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, Strategy
 from distft.hardware.topology import Topology
+from distft.planner.search import CANDIDATES
 from distft.strategies import merge
 from distft.strategies.accelerate import accelerate_config, accelerate_environment, fsdp_config
 from distft.strategies.deepspeed import LARGEST_BUCKET, SMALLEST_BUCKET, bucket_size, deepspeed_config, portable_config
+from distft.strategies.kinds import KINDS, that_offload
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("accelerate")
@@ -53,6 +56,24 @@ WIDTHS = [(1, Batch(32, 2, 16)), (8, Batch(32, 4, 1)), (48, Batch(96, 1, 2))]  #
 
 def recipe(**groups) -> Recipe:
     return Recipe.model_validate({"name": "x", "model": {"name_or_path": "m"}, "data": {"train": "d"}, **groups})
+
+
+def test_the_table_of_strategies() -> None:
+    assert tuple(KINDS) == get_args(Strategy)
+    assert [kind.name for kind in KINDS.values()] == list(KINDS)
+    # What is sharded of optimizer states, gradients and parameters; the README's table says the same.
+    sharded = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3, "hsdp": 3}
+    for name, kind in KINDS.items():
+        parts = (kind.shards_optimizer, kind.shards_gradients, kind.shards_parameters)
+        assert (sum(parts), list(parts)) == (sharded[name], sorted(parts, reverse=True))
+        assert kind.replicates is (name == "ddp")
+        assert (kind.engine == "deepspeed") is (kind.zero_stage is not None) is (kind.dtype_regime == "zero")
+    assert that_offload("none") == list(KINDS)
+    assert that_offload("optimizer") == ["zero1", "zero2", "zero3"]
+    assert that_offload("all") == ["zero3", "fsdp", "hsdp"]
+    # What the planner tries is there to be had.
+    assert all(offload in ("none", *KINDS[name].offloads) for name, offload in CANDIDATES)
+    assert {name for name, _ in CANDIDATES} == set(KINDS)
 
 
 def run_config(strategy="zero2", offload="none", world_size=8, device_type="cuda", trainable=FULL, **groups) -> dict:

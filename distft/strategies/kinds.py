@@ -1,0 +1,86 @@
+"""What a strategy is: the one table of it, which every room asks.
+
+Only the standard library is imported here, so that the command line and the ranks can both afford it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Engine = Literal["ddp", "deepspeed", "fsdp2"]
+
+# What the ranks compute in; simulation/fake_model.py, build, has the details.
+# autocast: what is trained is float32, and torch.autocast casts on the way.
+# zero: DeepSpeed casts the whole module to the compute dtype; no autocast.
+# fsdp: FSDP2 gathers every parameter in the compute dtype, with autocast on as well (accelerate).
+DtypeRegime = Literal["autocast", "zero", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A strategy: who wraps the model, and what each rank keeps only a shard of."""
+
+    name: str
+    engine: Engine  # torch's DistributedDataParallel, DeepSpeed, or torch's fully_shard
+    dtype_regime: DtypeRegime
+    zero_stage: int | None = None  # DeepSpeed's
+    shards_optimizer: bool = False
+    shards_gradients: bool = False
+    shards_parameters: bool = False
+    in_groups: bool = False  # shards within groups of ranks, replicates across them
+    offloads: tuple[str, ...] = ()  # what parallelism.offload can be beside none
+    min_ranks: int = 1  # with fewer there is nothing to shard
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every rank keeps all states whole."""
+        return not (self.shards_optimizer or self.shards_gradients or self.shards_parameters)
+
+
+def _zero(stage: int, *offloads: str) -> Kind:
+    """ZeRO runs on one rank too, which is of use with offload (arXiv 1910.02054: stages 1 to 3)."""
+    return Kind(
+        f"zero{stage}",
+        "deepspeed",
+        "zero",
+        zero_stage=stage,
+        shards_optimizer=True,
+        shards_gradients=stage >= 2,
+        shards_parameters=stage >= 3,
+        offloads=offloads,
+    )
+
+
+def _fsdp(name: str, min_ranks: int, in_groups: bool = False) -> Kind:
+    """FSDP2 offloads parameters, gradients and optimizer states together or not at all (CPUOffloadPolicy)."""
+    return Kind(
+        name,
+        "fsdp2",
+        "fsdp",
+        shards_optimizer=True,
+        shards_gradients=True,
+        shards_parameters=True,
+        in_groups=in_groups,
+        offloads=("all",),
+        min_ranks=min_ranks,
+    )
+
+
+# In the order in which docs and messages list them. config/recipe.py, Strategy, has the same names for pydantic.
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("ddp", "ddp", "autocast"),
+        _zero(1, "optimizer"),
+        _zero(2, "optimizer"),
+        _zero(3, "optimizer", "all"),  # DeepSpeed's offload_param is of stage 3 alone
+        _fsdp("fsdp", min_ranks=2),
+        _fsdp("hsdp", min_ranks=4, in_groups=True),  # two groups of two
+    )
+}
+
+
+def that_offload(offload: str) -> list[str]:
+    """Names of the strategies under which parallelism.offload can be this."""
+    return [kind.name for kind in KINDS.values() if offload in ("none", *kind.offloads)]

@@ -50,3 +50,14 @@ class RunError(DistftError):
 
 class Hang(RunError):
     """No step has ended for too long."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type's name where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error by its type and the first line of its message."""
+    name, text = type(error).__name__, first_line(error)
+    return name if text == name else f"{name}: {text}"

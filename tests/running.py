@@ -97,7 +97,12 @@ def inject(folder: Path, where: str, code: str) -> dict[str, str]:
     *owners, name = path.split(".")
     text = BEFORE.format(module=module, owners=owners, name=name, code=code.replace("\n", "\n    "))
     (folder / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": str(folder)}
+    return first_on_path(folder)
+
+
+def first_on_path(folder: Path) -> dict[str, str]:
+    """The variable with which every Python finds `folder` before anything else."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
 
 def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:

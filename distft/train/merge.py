@@ -41,9 +41,9 @@ from distft.errors import DataError, DistftError, RecipeError, RunError
 from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
-from distft.train.checkpoint import read_weights
 from distft.train.data import load_tokenizer
 from distft.train.model import add_adapters, compute_dtype, quantization_config
+from distft.train.ranges import read_weights
 from distft.train.save import Tensors
 
 SHARD_BYTES = 2 << 30
@@ -304,7 +304,7 @@ def _load_adapter(model: Any, source: Path | Checkpoint) -> None:
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(source, Checkpoint):
-        where, tensors = source.path, read_weights(source)
+        where, tensors = source.path, read_weights(source.path)
     else:
         files = Files([source / "adapter_model.safetensors"])
         where, tensors = source, {name: files[name] for name in files.place}

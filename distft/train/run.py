@@ -19,27 +19,32 @@ from distft.config.recipe import Recipe
 from distft.runs import model_card
 from distft.runs.directory import RunDir
 from distft.strategies.kinds import KINDS
-from distft.train.checkpoint import Checkpointer
-from distft.train.data import load_prepared, load_tokenizer
+from distft.train import worker
+from distft.train.callback import NoStepsLeft, RunCallback
+from distft.train.checkpoint import Checkpointer, Position
+from distft.train.data import Prepared, load_prepared, load_tokenizer
 from distft.train.model import build_model, choose_attention
+from distft.train.ranks import RankGroup
 from distft.train.sampler import StreamSampler, optimizer_steps
 from distft.train.save import save_trained
+from distft.train.status import StatusWriter
 from distft.train.stopping import Stopping
-from distft.train.trainer import Collator, NothingLeft, RecipeTrainer, Recorder, training_arguments
+from distft.train.trainer import Collator, RecipeTrainer, training_arguments
+from distft.train.watchdog import Watchdog
 
 log = logging.getLogger("distft")
 
 
 def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
-    """Train the recipe of a run directory under its plan, from its newest checkpoint on, to the end or to a stop."""
+    """Train the recipe of a run directory under its plan: from its newest checkpoint to the end, or until stopped."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     recipe = load_recipe(run.recipe, needed=DATA_FILES)
     prepared = load_prepared(recipe)
     tokenizer = load_tokenizer(recipe)
-    batch_size = recipe.training.global_batch_size
+    training = recipe.training
     steps = optimizer_steps(
-        len(prepared.train), batch_size, recipe.training.max_steps, recipe.training.num_train_epochs
+        len(prepared.train), training.global_batch_size, training.max_steps, training.num_train_epochs
     )
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
     arguments = training_arguments(recipe, plan, run, steps)
@@ -48,31 +53,29 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
 
         # zero.Init checks the batch arithmetic while the model is made, and without this sees a world of 1.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
-    writes = arguments.process_index == 0
-    checkpointer = Checkpointer(run, recipe, plan)
-    found = checkpointer.newest()
-    position = checkpointer.position(found)
-    if writes:
-        run.cut_metrics(position.step)
-        started = run.read_status().get("started") or time.time()
-        run.update_status(
+    ranks = RankGroup()
+    status = StatusWriter(run, ranks.rank)
+    status.begin()
+    checkpointer = Checkpointer(run, recipe, plan, ranks, status)
+    start = checkpointer.start()
+    if status.writes:
+        run.cut_metrics(start.position.step)
+        status.write(
             state="running",
-            step=position.step,
+            step=start.position.step,
             max_steps=steps,
-            started=started,
+            started=run.read_status().get("started") or time.time(),
             ended=None,
             data=prepared.counts,
             identity=checkpointer.identity,
-            owner=checkpointer.owner,
             versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
-        if found:
-            log.info("continues after step %d of %d", position.step, steps)
+        if start.checkpoint:
+            log.info("continues after step %d of %d", start.position.step, steps)
     model = build_model(recipe, plan["strategy"])
-    total = position.samples + max(1, steps - position.step) * batch_size
     trainer = RecipeTrainer(
-        stream=StreamSampler(len(prepared.train), total, recipe.training.seed, position.samples),
+        stream=_stream(recipe, prepared, start.position, steps),
         model=model,
         args=arguments,
         train_dataset=prepared.train,
@@ -83,30 +86,35 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    recorder = Recorder(run, recipe, plan, trainer, checkpointer, (found, position), stopping)
-    trainer.add_callback(recorder)
-    with contextlib.suppress(NothingLeft):
+    watchdog = Watchdog(run, ranks.rank, ranks.gathered(worker.host()))
+    callback = RunCallback(recipe, plan, trainer, checkpointer, start, status, stopping, watchdog)
+    trainer.add_callback(callback)
+    with contextlib.suppress(NoStepsLeft):
         trainer.train()
-    stopped = recorder.end()
+    why = callback.finish()
     checkpointer.finish()
-    if stopped:
-        if writes:
-            run.update_status(stopped=stopped)  # how the run ended is for the launcher to say: it may go on by itself
-    else:
-        save_final(run, recipe, trainer, tokenizer, writes)
-        if writes:
-            run.update_status(state="completed", ended=time.time(), reason=None)
+    if why is not None:
+        status.write(stopped=why)  # whether the run is over is for the launcher to say: it may continue by itself
+        return
+    save_final(run, recipe, trainer, tokenizer, status.writes)
+    status.write(state="completed", ended=time.time(), reason=None)
+
+
+def _stream(recipe: Recipe, prepared: Prepared, position: Position, steps: int) -> StreamSampler:
+    """The rows from `position` to the last step. One batch at least: Trainer asks for one before it trains."""
+    left = max(1, steps - position.step) * recipe.training.global_batch_size
+    return StreamSampler(len(prepared.train), position.samples + left, recipe.training.seed, start=position.samples)
 
 
 def leave() -> None:
-    """Take this rank out of its process group, once all are done."""
+    """Take this rank out of its process group, once all ranks are done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, writes: bool) -> None:
-    """Write final/ with its model card."""
+    """Write final/ with its model card. Collective; the rank that `writes` does."""
     model = recipe.model
     config = AutoConfig.from_pretrained(
         model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from running import Result, distft, inject, launch, ready, train_together
+from running import Result, distft, first_on_path, inject, launch, ready, train_together
 from slurm_cluster import namespaces_work
 from tiny import Tiny
 
@@ -318,7 +318,7 @@ def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> 
     """The run goes on, says so, and saves again at step 4."""
     (tmp_path / "sitecustomize.py").write_text(AT_STEP_3.replace("WHAT", "raise OSError(30, 'Read-only file system')"))
     recipe = tiny.recipe(checkpoint__save_steps=1, checkpoint__save_total_limit=2)
-    result = launch(recipe, tmp_path, ranks=2, env={"PYTHONPATH": str(tmp_path)})
+    result = launch(recipe, tmp_path, ranks=2, env=first_on_path(tmp_path))
     assert result.status["state"] == "completed"
     log = (result.run_dir / "logs" / "rank-0.log").read_text().replace("\n", "")
     assert "checkpoint step-3 could not be written (OSError: [Errno 30] Read-only file system)" in log
@@ -331,7 +331,7 @@ def test_a_rank_killed_while_it_saves(tiny: Tiny, tmp_path: Path) -> None:
         AT_STEP_3.replace("WHAT", "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)")
     )
     recipe = tiny.recipe(checkpoint__save_steps=1, training__max_steps=1000)
-    result = launch(recipe, tmp_path, ranks=2, env={"PYTHONPATH": str(tmp_path)}, expect=1)
+    result = launch(recipe, tmp_path, ranks=2, env=first_on_path(tmp_path), expect=1)
     assert result.status["reason"] == "rank 1 was killed by SIGKILL"
     run = RunDir(result.run_dir)
     assert {path.name for path in run.checkpoints.iterdir()} == {"step-1", "step-2", ".step-3.partial"}
@@ -478,7 +478,7 @@ def test_one_that_lost_its_run_to_another_attempt(tiny: Tiny, tmp_path: Path) ->
             run.update_status(owner="another")
         time.sleep(0.1)
     assert process.wait(timeout=1) == 1
-    assert "another attempt goes on with this run; this one ends" in run.rank_log(0).read_text()
+    assert "another attempt has taken over this run; this one exits" in run.rank_log(0).read_text()
     assert not run.rank_errors()
 
 

@@ -1,0 +1,134 @@
+"""What a run does around its optimizer steps, in one place because the order matters.
+
+Evaluating, agreeing to stop, saving and measuring memory are collective: a rank that did them in another order than
+the others would wait for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from distft.config.recipe import Recipe
+from distft.runs.checkpoints import Checkpoint
+from distft.runs.directory import RunDir
+from distft.train import strategy_check
+from distft.train.checkpoint import Checkpointer, Start
+from distft.train.metrics import MetricsLog, tokens_per_step
+from distft.train.ranks import largest
+from distft.train.status import StatusWriter
+from distft.train.stopping import Stopping
+from distft.train.trainer import RecipeTrainer
+from distft.train.watchdog import Watchdog
+
+
+class NoStepsLeft(Exception):
+    """Leaves Trainer.train() before its first step: all were made in an earlier attempt, or the run is to stop."""
+
+
+class StopAgreement:
+    """Whether the run is to stop: all ranks stop at the same step once any of them was asked to."""
+
+    def __init__(self, run: RunDir, stopping: Stopping, watchdog: Watchdog, device: torch.device):
+        self.run, self.stopping, self.watchdog, self.device = run, stopping, watchdog, device
+        self.why: str | None = None
+
+    def reached(self) -> bool:
+        """The same answer on all ranks. Collective."""
+        self.watchdog.alive()
+        if self.why is None and largest(int(self.stopping.why is not None), self.device):
+            self.why = self.stopping.why or self.run.stop_asked() or "another rank was asked to stop"
+        return self.why is not None
+
+
+class RunCallback(TrainerCallback):
+    """Restores, evaluates, saves, stops and records a run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: dict[str, Any],
+        trainer: RecipeTrainer,
+        checkpointer: Checkpointer,
+        start: Start,
+        status: StatusWriter,
+        stopping: Stopping,
+        watchdog: Watchdog,
+    ):
+        run, device = checkpointer.run, trainer.args.device
+        self.recipe, self.plan, self.trainer, self.start = recipe, plan, trainer, start
+        self.checkpointer, self.status, self.stopping, self.watchdog = checkpointer, status, stopping, watchdog
+        self.stop = StopAgreement(run, stopping, watchdog, device)
+        self.metrics = MetricsLog(run.metrics if status.writes else None, device, start.position.tokens)
+        self.position = start.position
+        self.step_tokens = tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
+        self.eval_loss: float | None = None  # of the step that is being made
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stopping.training = True
+        ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
+        self.status.update(ran=ran)
+        strategy_check.check(self.plan, ran)
+        if self.start.checkpoint is not None:
+            self._restore(self.start.checkpoint, state)
+        elif (loss := self._evaluate()) is not None:
+            self.status.update(eval_loss_before=loss)
+        if self.stop.why:
+            raise NoStepsLeft
+        self.metrics.start_clock()
+
+    def _restore(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+        began = time.perf_counter()
+        self.checkpointer.restore(checkpoint, self.trainer)
+        self.status.update(restore_seconds=time.perf_counter() - began)
+        state.global_step = self.trainer._globalstep_last_logged = self.position.step
+        if state.global_step >= state.max_steps:
+            raise NoStepsLeft
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every, save_steps = self.recipe.training.eval_steps, self.recipe.checkpoint.save_steps
+        step = state.global_step
+        tokens = self.step_tokens[step - 1 - self.start.position.step]
+        self.position = self.position.after(step, self.recipe.training.global_batch_size, tokens)
+        if every and step % every == 0:
+            self.eval_loss = self._evaluate()
+        self.watchdog.step()
+        if self.stop.reached():
+            self.watchdog.rest()
+            self.checkpointer.save(self.trainer, self.position, wait=True)
+            control.should_training_stop = True
+        elif save_steps and step % save_steps == 0:
+            self.checkpointer.save(self.trainer, self.position, alive=self.watchdog.alive)
+            self.watchdog.alive()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # the summary at the end
+            return
+        self.metrics.write(state.global_step, self.position.tokens, logs, self.eval_loss)
+        self.eval_loss = None
+        self.status.step(state.global_step)
+
+    def finish(self) -> str | None:
+        """Evaluate at the end of the training. Returns why the run was stopped, None when it is done."""
+        self.watchdog.rest()
+        self.checkpointer.finish()
+        if self.stop.why is None:
+            self._evaluate_at_the_end()
+        self.status.update(step=self.position.step)
+        return self.stop.why
+
+    def _evaluate_at_the_end(self) -> None:
+        loss = self._evaluate()
+        if self.stop.why is not None:  # all steps are made; what is left is this evaluation and final/
+            self.checkpointer.save(self.trainer, self.position, wait=True)
+        elif loss is not None:
+            self.status.update(eval_loss_after=loss)
+
+    def _evaluate(self) -> float | None:
+        return self.trainer.eval_loss(self.stop.reached)

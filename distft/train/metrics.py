@@ -1,0 +1,91 @@
+"""metrics.jsonl: a line per optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy
+import torch
+from datasets import Dataset
+
+from distft.train.ranks import largest
+from distft.train.sampler import StreamSampler
+
+
+class MetricsLog:
+    """Writes metrics.jsonl from the first rank, to `path`; None on the others, which take part in the reductions.
+
+    `tokens`: trained on before the first step, by all ranks.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, tokens: int):
+        self.file = _Appender(path) if path is not None else None
+        self.device, self.tokens = device, tokens
+        self.clock = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """The first step begins now."""
+        self.clock = time.perf_counter()
+
+    def write(self, step: int, tokens: int, logs: dict[str, float], eval_loss: float | None) -> None:
+        """Write the line of a step. Collective.
+
+        Args:
+            step: number of the step, from 1.
+            tokens: trained on so far, by all ranks.
+            logs: what transformers.Trainer logs at a step.
+            eval_loss: None where it was not measured.
+        """
+        now = time.perf_counter()
+        line = {
+            "step": step,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs["learning_rate"],
+            "tokens": tokens,
+            "tokens_per_second": (tokens - self.tokens) / (now - self.clock),
+            "peak_memory_bytes": peak_memory(self.device),
+            "time": time.time(),
+        }
+        if eval_loss is not None:
+            line["eval_loss"] = eval_loss
+        self.clock, self.tokens = now, tokens
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+
+
+class _Appender:
+    """Appends to a file. What a full disk does not take is kept for the next write."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.unwritten = b""
+
+    def write(self, text: str) -> None:
+        self.unwritten += text.encode()
+        with contextlib.suppress(OSError):
+            while self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
+
+
+def tokens_per_step(dataset: Dataset, stream: StreamSampler, global_batch_size: int) -> list[int]:
+    """Tokens of every global batch, from the rows' lengths: every rank knows them, so nothing has to be gathered."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(dataset.data.column("input_ids")).to_numpy()
+    order = numpy.fromiter(stream, dtype=numpy.int64, count=len(stream))
+    return lengths[order].reshape(-1, global_batch_size).sum(axis=1).tolist()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest peak of any rank so far, in bytes: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return largest(peak, device)

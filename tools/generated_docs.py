@@ -92,7 +92,7 @@ problems are reported at once, with their lines.
 
 The file is YAML 1.2: only `true` and `false` are booleans (`mixed_precision: no` is the word), `1e-4` is a number,
 and anchors, aliases and merge keys (`<<`) work. `--set training.max_steps=100` overrides one value: the key with
-dots, the value in YAML. Of `max_steps` and `num_train_epochs`, one given so replaces the other of the file, with a
+dots, the value in YAML. An override of `max_steps` replaces the file's `num_train_epochs`, and vice versa, with a
 warning.
 """
 

@@ -1,4 +1,4 @@
-"""The command line: click commands that parse, call and print. Nothing here imports torch, at any time."""
+"""The command line: click commands that parse, call and print. Nothing here ever imports torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import click
 from distft import __version__
 from distft.errors import DistftError
 
-# While modules are imported there is no garbage; looking for it takes a tenth of a command's time.
+# Importing modules makes no garbage; looking for it takes a tenth of a command's time.
 gc.set_threshold(100_000, 20, 20)
 
-# Building a model, pydantic looks for plugins in the metadata of every installed package: a fifth of a command's time.
-sys.modules["pydantic.plugin._loader"] = types.ModuleType("_loader")
-sys.modules["pydantic.plugin._loader"].get_plugins = lambda: ()
+# When pydantic builds a model it looks for plugins in the metadata of every installed package: a fifth of a command's
+# time.
+_no_plugins = types.ModuleType("_loader")
+_no_plugins.__dict__["get_plugins"] = lambda: ()
+sys.modules["pydantic.plugin._loader"] = _no_plugins
 
-# Command → module of this package that has it, under the same name.
+# Command → the module of this package that defines it, under the same name.
 COMMANDS = {
     "quickstart": "quickstart",
     "validate": "recipes",
@@ -42,30 +44,19 @@ COMMANDS = {
 }
 
 
-class _Problem(click.ClickException):
-    """A DistftError as click shows it: one `error:` line a problem, on standard error."""
-
-    def __init__(self, error: DistftError):
-        super().__init__(str(error))
-        self.exit_code = error.exit_status
-
-    def show(self, file: object = None) -> None:
-        first, *rest = self.message.splitlines() or [""]
-        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        click.echo("\n".join([first, *rest]), err=True)
-
-
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Turn a DistftError into what click prints and exits with."""
+    """Print a DistftError on standard error, and exit with its status."""
     try:
         yield
     except DistftError as error:
-        raise _Problem(error) from None
+        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(str(error), err=True)
+        raise SystemExit(error.exit_status) from None
 
 
 class _Group(click.Group):
-    """Imports a command's module when the command is asked for: all of them take longer than most take to run."""
+    """Imports the module of the command that is asked for: importing all takes longer than most commands run."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -73,7 +64,8 @@ class _Group(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"distft.cli.{COMMANDS[name]}"), name)
+        command: click.Command = getattr(importlib.import_module(f"distft.cli.{COMMANDS[name]}"), name)
+        return command
 
     def invoke(self, context: click.Context) -> object:
         with reporting_errors():
@@ -83,4 +75,4 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="distft")
 def main() -> None:
-    """One fine-tuning recipe, any number of GPUs, the same training at every width."""
+    """One fine-tuning recipe, any number of GPUs, the same training at every world size."""

@@ -11,13 +11,13 @@ from distft.cli import options
 
 @click.group()
 def cluster() -> None:
-    """Site profiles: a cluster described once, for all recipes."""
+    """Write and check site profiles."""
 
 
 @cluster.command()
 @click.argument("file", required=False)
 def init(file: str | None) -> None:
-    """Write a first profile, with comments, from what sinfo and scontrol report.
+    """Write a first profile from what sinfo and scontrol report.
 
     FILE defaults to ~/.config/distft/clusters/NAME.yaml, where `--cluster NAME` finds it.
     """
@@ -45,7 +45,10 @@ def init(file: str | None) -> None:
 )
 @options.JSON
 def check(profile: str, nodes: int, as_json: bool) -> None:
-    """Compare PROFILE with the cluster before anything is queued. Exit status 2 if a check fails."""
+    """Compare PROFILE with the cluster, before anything is queued.
+
+    Exit status 2 if a check fails.
+    """
     from distft.config.cluster import load_cluster
     from distft.schedulers import cluster_probe
 
@@ -63,7 +66,7 @@ def check(profile: str, nodes: int, as_json: bool) -> None:
 
 @click.group()
 def slurm() -> None:
-    """The template of the job script."""
+    """Print templates of the job script."""
 
 
 STARTER = """\
@@ -88,7 +91,10 @@ echo "run" {{ name }} "starts on $SLURM_JOB_NODELIST"
 @click.option("-o", "--output", metavar="FILE", help="Write it to FILE instead of printing it.")
 @click.option("--builtin", is_flag=True, help="Print the built-in template itself.")
 def template(output: str | None, builtin: bool) -> None:
-    """Print a starting point for your own job template, for `--template FILE` or the profile's `template`."""
+    """Print a starting point for your own job template.
+
+    Use it with `--template FILE`, or with `template` in the profile.
+    """
     from distft.errors import ClusterError
     from distft.schedulers.slurm import packaged_template
 

@@ -1,6 +1,6 @@
-"""`make demo`: the quickstart, its fine-tuning, and what came of it.
+"""`make demo`: the quickstart, its fine-tuning, and the result.
 
-python -m distft.quickstart.demo DIR [--gpus-per-node N]
+python -m distft.cli.demo DIR [--gpus-per-node N]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distft.errors import RunError
 @click.argument("folder", type=click.Path(path_type=Path))
 @RANKS
 def demo(folder: Path, gpus_per_node: int | None) -> None:
-    """Build the quickstart in FOLDER unless it is there, fine-tune it, show one sample before and after."""
+    """Build the quickstart in FOLDER unless it exists, fine-tune it, and show one sample before and after."""
     from rich.console import Console
 
     from distft.commands import launch

@@ -24,10 +24,10 @@ BAD = ("failed", "missing")
 @options.JSON
 @click.pass_context
 def doctor(context: click.Context, target: Target, as_json: bool) -> None:
-    """Check that this machine can train or, with --cluster, that the nodes of a cluster can.
+    """Check that this machine, or the nodes of a cluster, can train.
 
-    Here: packages, GPUs, and whether they compute. With --cluster PROFILE --nodes N: the preflight of N nodes, in a
-    job that does nothing else. Exit status 1 if something failed or is missing.
+    Without options: the packages and GPUs of this machine, and whether they compute. With --cluster PROFILE --nodes N:
+    the preflight of N nodes, in a job that does nothing else. Exit status 1 if something failed or is missing.
     """
     # DISTFT_CLUSTER or an allocation alone does not turn a check of this machine into a job.
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]

@@ -11,15 +11,15 @@ from distft.cli import options
 
 @click.command()
 @click.argument("run")
-@click.option("-o", "--output", required=True, metavar="DIR", help="The new folder that is written.")
-@click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step instead of final/.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="The new folder to write.")
+@click.option("--step", type=click.IntRange(min=1), help="Merge the checkpoint of this step instead of final/.")
 @options.runs_dir
 @options.JSON
 def merge(run: str, output: str, step: int | None, output_dir: str, as_json: bool) -> None:
-    """Merge the adapter of RUN into its base model: a folder that transformers loads by itself.
+    """Merge the adapter of RUN into its base model.
 
-    On the CPU, a tensor at a time. The result is compared with what was trained before DIR appears.
-    """
+    DIR can then be loaded by transformers alone. Merging takes place on the CPU, one tensor at a time, and the result
+    is compared with what was trained before DIR appears."""
     from distft.commands import merge
     from distft.runs.directory import RunDir
 

@@ -19,20 +19,22 @@ SETS = click.option(
     "sets",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a value of the recipe, e.g. --set training.max_steps=50. May be repeated.",
+    help="Override a value of the recipe, such as training.max_steps=50. Repeatable.",
 )
 RANKS = click.option(
     "--gpus-per-node",
     "--nproc-per-node",
     "gpus_per_node",
     type=int,
-    help="Ranks on each node. Default: all its GPUs; without GPUs, one CPU process.",
+    help="Ranks per node. Default: one for each of its GPUs; without GPUs, one CPU process.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else."
+)
 
 
-def runs_dir(command: Callable) -> Callable:
-    """--output-dir and --cluster: where a RUN is looked for by its name; the command gets `output_dir`."""
+def runs_dir(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--output-dir and --cluster: where a RUN is found by its name. The command gets `output_dir`."""
 
     @functools.wraps(command)
     def with_folder(*args: Any, output_dir: str | None, cluster: str | None, **kwargs: Any) -> Any:
@@ -47,19 +49,19 @@ def runs_dir(command: Callable) -> Callable:
         envvar="DISTFT_CLUSTER",
         show_envvar=True,
         metavar="PROFILE",
-        help="Look in the profile's runs_dir.",
+        help="Look in the runs_dir of this profile.",
     )(with_folder)
     return click.option(
-        "--output-dir", metavar="DIR", help="Where a RUN is looked for by its name. Default: the profile's, or runs."
+        "--output-dir", metavar="DIR", help="Where to find RUN by its name. Default: the profile's runs_dir, or runs."
     )(with_folder)
 
 
-# Options that lie over slurm.* of the profile.
+# Options that replace slurm.* of the profile.
 SLURM = ("time", "partition", "account", "qos", "constraint", "reservation")
 
 
-def target(command: Callable) -> Callable:
-    """--nodes, --gpus-per-node, --cluster and what overrides the profile; the command gets one `place`."""
+def target(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--nodes, --gpus-per-node, --cluster, and what replaces values of the profile. The command gets one `target`."""
 
     @functools.wraps(command)
     def with_target(
@@ -77,19 +79,23 @@ def target(command: Callable) -> Callable:
         return command(*args, target=_target(nodes, gpus_per_node, cluster, given), **kwargs)
 
     for name in reversed(SLURM):
-        with_target = click.option(f"--{name}", metavar=name.upper(), help=f"Instead of slurm.{name} of the profile.")(
+        with_target = click.option(f"--{name}", metavar=name.upper(), help=f"Replaces slurm.{name} of the profile.")(
             with_target
         )
-    with_target = click.option("--template", metavar="FILE", help="Instead of the profile's job template.")(with_target)
+    with_target = click.option("--template", metavar="FILE", help="Replaces the job template of the profile.")(
+        with_target
+    )
     with_target = click.option(
         "--cluster",
         envvar="DISTFT_CLUSTER",
         show_envvar=True,
         metavar="PROFILE",
-        help="A site profile, by path or by its name in ~/.config/distft/clusters: SLURM runs the job.",
+        help="A site profile, by path or by name in ~/.config/distft/clusters: SLURM runs the job.",
     )(with_target)
     with_target = RANKS(with_target)
-    return click.option("--nodes", type=int, help="Nodes. Default: 1, or all of the allocation.")(with_target)
+    return click.option("--nodes", type=int, help="Number of nodes. Default: 1, or all nodes of the allocation.")(
+        with_target
+    )
 
 
 def _target(nodes: int | None, gpus_per_node: int | None, cluster: str | None, given: dict[str, str]) -> Target:
@@ -116,7 +122,7 @@ def _in_allocation() -> bool:
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
-    """On standard error: what a command prints is its answer."""
+    """On standard error: standard output is for the command's answer."""
     for text in warnings:
         click.echo(f"warning: {text}", err=True)
 

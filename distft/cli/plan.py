@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="A GPU (h100-80gb, rtx4090, ...), a size (48GiB), or `local`. Default: the profile's, or H100.",
+    help="A GPU (h100-80gb, rtx4090, ...), a memory size (48GiB), or `local`. Default: the profile's, or H100.",
 )
-@click.option("--simulate", is_flag=True, help="Count the memory of the chosen way on fake tensors: exact, in seconds.")
-@click.option("--calibrate", metavar="RUN", help="Take the speed that this run had, instead of a usual one.")
+@click.option("--simulate", is_flag=True, help="Count the memory of the chosen candidate on fake tensors, in seconds.")
+@click.option("--calibrate", metavar="RUN", help="Use the speed that RUN reached instead of a typical one.")
 @options.JSON
 @click.pass_context
 def plan(
@@ -37,9 +37,10 @@ def plan(
     calibrate: str | None,
     as_json: bool,
 ) -> None:
-    """Will RECIPE fit, under which strategy, how fast, and why; from config.json alone, without a GPU.
+    """Show whether RECIPE fits, under which strategy, and how fast.
 
-    Exit status: 0 it fits, 1 it does not, 2 what was asked is wrong.
+    Only the model's config.json is read; no GPU, weights or data are needed. Exit status: 0 it fits, 1 it does not fit,
+    2 the request is wrong.
     """
     from distft.commands.plan import plan as planned
     from distft.planner.plan import plan_json

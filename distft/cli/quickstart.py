@@ -11,9 +11,9 @@ from distft.cli.options import RANKS
 @click.argument("folder", default="quickstart", metavar="[DIR]")
 @RANKS
 def quickstart(folder: str, gpus_per_node: int | None) -> None:
-    """Write a small base model, data and recipes into DIR, with no network.
+    """Write a small base model, data and recipes into DIR, offline.
 
-    The base model is really trained, on the standard library's sources (some minutes on two cores);
+    The base model is trained on the spot, on the sources of Python's standard library (a few minutes on two cores).
     DIR/recipe.yaml then fine-tunes it with LoRA.
     """
     from pathlib import Path

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @options.target
 @options.JSON
 def validate(recipe: str, sets: tuple[str, ...], target: Target, as_json: bool) -> None:
-    """Check RECIPE, its model, data and width, without torch.
+    """Check RECIPE, its model and its data, without torch.
 
-    All problems of the recipe come at once. Tokens are counted by `launch` alone: rows that are too long show there.
+    All problems of the recipe are listed at once. Only `launch` counts tokens, and so finds rows that are too long.
     """
     from distft.jobs.target import plan_recipe
 
@@ -30,8 +30,8 @@ def validate(recipe: str, sets: tuple[str, ...], target: Target, as_json: bool) 
         options.print_json({"recipe": recipe, "name": loaded.name, "valid": True, "warnings": list(plan.warnings)})
         return
     options.print_warnings(plan.warnings)
-    width = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
-    click.echo(f"{recipe}: valid on {width}")
+    devices = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
+    click.echo(f"{recipe}: valid on {devices}")
 
 
 @click.command()

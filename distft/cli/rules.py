@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @options.JSON
 def rules(name: str | None, as_json: bool) -> None:
-    """List what cannot be combined and what is unwise; with NAME, explain one rule.
+    """List the rules, or explain the rule NAME.
 
-    The names stand in brackets behind errors and warnings.
+    Rules say what cannot be combined, which is an error, and what is unwise, which is a warning. Both end with the name
+    of the rule in brackets.
     """
     from distft.errors import DistftError
     from distft.rules import RULES
@@ -41,7 +42,7 @@ def rules(name: str | None, as_json: bool) -> None:
 
 
 def _list(found: list[Rule]) -> None:
-    """A line each; what a terminal has no room for is cut off."""
+    """One line per rule, cut off where the terminal has no room for it."""
     room = None
     if sys.stdout.isatty():
         import shutil
@@ -51,7 +52,7 @@ def _list(found: list[Rule]) -> None:
     for rule in found:
         line = f"{rule.kind:7}  {rule.name:{width}}  {rule.when}"
         click.echo(f"{line[: room - 1]}…" if room and len(line) > room else line)
-    click.echo("\nerrors are refused, warnings are shown; distft rules NAME explains one", err=True)
+    click.echo("\nerrors are refused, warnings are printed; distft rules NAME explains a rule", err=True)
 
 
 def _explain(rule: Rule) -> None:
@@ -62,9 +63,9 @@ def _explain(rule: Rule) -> None:
     click.secho(f"{rule.name} ({rule.kind})", bold=True)
     rows = {
         "why": rule.explanation,
-        "fires for": rule.when + ("; for scripts too" if rule.for_scripts else ""),
-        "mend": rule.mend,
-        "versions": ", ".join(rule.versions) or "all that distft takes",
+        "applies to": rule.when + ("; for scripts too" if rule.for_scripts else ""),
+        "fix": rule.mend,
+        "versions": ", ".join(rule.versions) or "all that distft supports",
         "source": rule.source,
     }
     for label, text in rows.items():
@@ -85,7 +86,7 @@ def _as_json(rule: Rule) -> dict[str, Any]:
 
 
 def _near(name: str, names: list[str]) -> str:
-    """The nearest names, and those that have one of its words."""
+    """The nearest names, and those that contain it."""
     import difflib
 
     near = difflib.get_close_matches(name, names, 3, 0.5)

@@ -19,15 +19,15 @@ from distft.cli import options
     default="1,2,4",
     show_default=True,
     metavar="N,N...",
-    help="Ranks on this machine, a run each; the first is what the others are compared with.",
+    help="Ranks of each run, on this machine. All runs are compared with the first.",
 )
-@click.option("--strategies", metavar="NAME,...", help="Default: ddp, zero2, zero3, fsdp and the recipe's own.")
+@click.option("--strategies", metavar="NAME,...", help="Default: ddp, zero2, zero3, fsdp, and the recipe's.")
 @click.option(
     "--steps",
     type=click.IntRange(min=3),
     default=4,
     show_default=True,
-    help="Steps of each run; the third is the first that shows what an update did.",
+    help="Steps of each run. The third is the first whose loss shows an update in full.",
 )
 @click.option(
     "--tolerance",
@@ -36,7 +36,7 @@ from distft.cli import options
     "bit.",
 )
 @options.SETS
-@click.option("--keep", metavar="DIR", help="Keep the run directories there: a new or empty folder.")
+@click.option("--keep", metavar="DIR", help="Keep the run directories in DIR, a new or empty folder.")
 @options.JSON
 @click.pass_context
 def verify(
@@ -50,10 +50,10 @@ def verify(
     keep: str | None,
     as_json: bool,
 ) -> None:
-    """Check that RECIPE trains the same at every width: a few real steps at each, here, one run after the other.
+    """Check that RECIPE trains the same at every world size.
 
-    Exit status: 0 the same, 1 it is not or a run failed, 2 what was asked is wrong.
-    """
+    Trains a few steps at each world size and under each strategy, on this machine, one run after the other. Exit
+    status: 0 the same training, 1 not the same or a run failed, 2 the request is wrong."""
     from rich.console import Console
 
     from distft.commands import verify
@@ -62,7 +62,7 @@ def verify(
     planned = verify.plan(recipe, sets, verify.parse_world_sizes(world_sizes), asked, steps, tolerance)
     kept = _new_folder(keep) if keep else None
     with tempfile.TemporaryDirectory(prefix="distft-") as temporary:
-        os.environ["TMPDIR"] = temporary  # of what runs: torchrun leaves a folder there
+        os.environ["TMPDIR"] = temporary  # for the runs: torchrun leaves a folder behind
         result = verify.run(planned, kept or Path(temporary), Console(stderr=True), keep=kept is not None)
     if as_json:
         options.print_json({"recipe": recipe} | verify.as_json(result))
@@ -74,14 +74,14 @@ def verify(
 
 
 def _new_folder(path: str) -> Path:
-    """Raises RecipeError for a folder that has something in it, or cannot be made."""
+    """Raises RecipeError for a folder that is not empty, or cannot be created."""
     from distft.errors import RecipeError
 
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise RecipeError(f"--keep: {folder} has something in it; name a new folder")
+            raise RecipeError(f"--keep: {folder} is not empty; name a new folder")
     except OSError as error:
-        raise RecipeError(f"--keep: {folder} cannot be written ({error.strerror.lower()})") from None
+        raise RecipeError(f"--keep: {folder} cannot be written ({str(error.strerror).lower()})") from None
     return folder

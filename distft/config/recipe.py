@@ -201,7 +201,7 @@ class Checkpoint(Group):
 
 
 class Overrides(Group):
-    """Values merged over what distft generates, for settings it has no field for. `distft rules` lists what is
+    """Values merged into what distft generates, for settings it has no field for. `distft rules` lists what is
     refused."""
 
     overrides: dict[str, Any] = {}
@@ -222,13 +222,13 @@ class Recipe(Group):
     checkpoint: Checkpoint = Checkpoint()
 
     deepspeed: Overrides = Overrides()
-    """`deepspeed.overrides`: merged over the generated ds_config.json."""
+    """`deepspeed.overrides`: merged into the generated ds_config.json."""
 
     fsdp: Overrides = Overrides()
-    """`fsdp.overrides`: merged over `fsdp_config` of the generated accelerate.yaml."""
+    """`fsdp.overrides`: merged into `fsdp_config` of the generated accelerate.yaml."""
 
     trainer: Overrides = Overrides()
-    """`trainer.overrides`: merged over the generated transformers.TrainingArguments."""
+    """`trainer.overrides`: merged into the generated transformers.TrainingArguments."""
 
     output_dir: NonEmpty = "runs"
     """Where run directories are created, relative to the current folder."""

@@ -1,1 +1,1 @@
-"""Where a job runs, and everything that it consists of, before anything is written or started."""
+"""Where a job runs and what it consists of, before anything is written or started."""

@@ -1,4 +1,4 @@
-"""Where a job is to run, and the plan for a recipe or a script there. Writes and starts nothing."""
+"""Where a job runs, and the plan for a recipe or a script there. Nothing here writes or starts anything."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a job is to run: nodes and ranks as asked for (None: the place's own), on a cluster or here."""
+    """Where a job runs: on a cluster or here, on so many nodes and ranks (None: the default of the place)."""
 
     nodes: int | None = None
     gpus_per_node: int | None = None
     cluster: Cluster | None = None
-    gpu: str | None = None  # plan for this one, whatever is there: see devices.named_device
+    gpu: str | None = None  # plan for this GPU, whatever is there (devices.named_device)
 
     def topology(self) -> Topology:
-        """Nodes and ranks, with what was not asked for filled in."""
+        """Nodes and ranks, with defaults filled in."""
         if self.cluster is None and self.gpu in (None, "local"):
             return topology_here(self.nodes, self.gpus_per_node)
         ranks = self.gpus_per_node
@@ -55,10 +55,10 @@ class Target:
         return Topology(self.nodes if self.nodes is not None else 1, ranks)
 
     def where(self) -> Where:
-        """The topology, what one of its ranks computes on, and what is known of network, host and price.
+        """The topology, the device of one of its ranks, and what is known about network, host memory and price.
 
         Raises:
-            ClusterError: it cannot be had there.
+            ClusterError: such a topology is not available there.
         """
         topology, cluster = self.topology(), self.cluster
         ranks = topology.nproc_per_node
@@ -76,7 +76,7 @@ class Target:
         return self.cluster.runs_dir if self.cluster else settings.output_dir
 
     def prepares_data(self) -> bool:
-        """Whether `launch` itself prepares the data, on this machine; else the job does it, on its first node."""
+        """Whether `launch` prepares the data, on this machine; otherwise the job does, on its first node."""
         if self.cluster is None:
             return True
         if cluster_python(self.cluster) != sys.executable:
@@ -88,7 +88,7 @@ class Target:
         return True
 
     def needed_files(self) -> Sequence[str]:
-        """Fields of a recipe whose files must be on this machine for a launch."""
+        """The fields of a recipe whose files a launch needs on this machine."""
         return DATA_FILES if self.prepares_data() else ("data.chat_template",)
 
 
@@ -103,14 +103,15 @@ def cluster_python(cluster: Cluster) -> str:
 def plan_recipe(
     path: str, sets: Sequence[str] = (), target: Target = HERE, need_weights: bool = False, for_launch: bool = False
 ) -> tuple[Recipe, Plan]:
-    """Load, plan, and check every row of the data that is on this machine.
+    """Load and plan a recipe, and check every row of its data that is on this machine.
 
     Args:
-        need_weights: a plan takes the model's config.json alone; what is started needs its weights.
-        for_launch: refuse data that is not here where the launch would read it from here; else that is a warning.
+        need_weights: refuse a model without weights; planning alone needs only its config.json.
+        for_launch: refuse data that is not on this machine where a launch would read it from here. Otherwise, and for
+            all other data, that is a warning of the plan.
 
     Raises:
-        DistftError: what is asked is wrong.
+        DistftError: the request is wrong.
     """
     loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
     plan = make_plan(loaded.recipe, target.where(), need_weights)
@@ -119,7 +120,11 @@ def plan_recipe(
 
 
 def plan_script(script: Sequence[str], sets: Sequence[str] = (), target: Target = HERE) -> tuple[ScriptSettings, Plan]:
-    """The same for a script of one's own."""
+    """The same for your own script.
+
+    Raises:
+        DistftError: the request is wrong.
+    """
     if not Path(script[0]).is_file():
         raise RecipeError(f"script: no such file: {script[0]}")
     document = Document("--set", ScriptSettings)
@@ -130,39 +135,40 @@ def plan_script(script: Sequence[str], sets: Sequence[str] = (), target: Target 
 
 
 def cluster_device(cluster: Cluster, nproc_per_node: int) -> Device:
-    """The device of one rank on a cluster, as its profile describes it.
+    """The device of one rank on a cluster, as the profile describes it.
 
     Raises:
-        ClusterError: more ranks than GPUs, or a GPU whose memory is not known.
+        ClusterError: more ranks than GPUs, or a GPU whose memory is unknown.
     """
     node = cluster.node
     if node.gpus_per_node == 0:
-        memory = node.memory * GIB if node.memory else physical_memory()
-        return Device("cpu", "cpu", int(memory // nproc_per_node), cores=cluster.slurm.cpus_per_task)
+        host_memory = node.memory * GIB if node.memory else physical_memory()
+        return Device("cpu", "cpu", int(host_memory // nproc_per_node), cores=cluster.slurm.cpus_per_task)
     if nproc_per_node > node.gpus_per_node:
         raise ClusterError(
             f"--gpus-per-node: got {nproc_per_node}, the profile's node.gpus_per_node is {node.gpus_per_node}"
         )
     known = known_gpu(node.gpu or "")
-    memory, capability = GPUS[known][:2] if known else (node.gpu_memory, None)
+    gpu = GPUS[known] if known else None
+    memory = node.gpu_memory or (gpu.memory if gpu else None)
     if memory is None:
         got = f"got {node.gpu}, which is not known" if node.gpu else "missing"
         raise ClusterError(f"node.gpu: {got}; give one of {', '.join(GPUS)}, or set node.gpu_memory (GiB)")
-    return Device("cuda", known or node.gpu or "GPU", int((node.gpu_memory or memory) * GIB), capability)
+    return Device("cuda", known or node.gpu or "GPU", int(memory * GIB), gpu.compute_capability if gpu else None)
 
 
 def allocated_cluster() -> Cluster:
-    """What an allocation without a profile is known to be, as `salloc` or `sbatch` and this machine show it.
+    """The cluster of an allocation without a profile, as SLURM's variables and this machine show it.
 
     Raises:
-        ClusterError: it has GPUs that cannot be seen from here (salloc's shell on a login node).
+        ClusterError: it has GPUs that are not visible from here (in salloc's shell on a login node).
     """
     from distft.config.cluster import Cluster, Node  # its models take a moment to build
 
     gpus = visible_gpus()
     if not gpus and int(os.environ.get("SLURM_GPUS_ON_NODE") or 0):
         raise ClusterError(
-            "the GPUs of this allocation cannot be seen from here; say what they are with --cluster PROFILE"
+            "the GPUs of this allocation are not visible from here; describe them with --cluster PROFILE"
         )
     node = (
         Node(gpus_per_node=len(gpus), gpu=gpus[0].name, gpu_memory=gpus[0].memory / GIB)
@@ -173,7 +179,11 @@ def allocated_cluster() -> Cluster:
 
 
 def target_of(run: RunDir, target: Target) -> Target:
-    """Where it is to run: the cluster and the width that it had, unless others are given."""
+    """Where a run continues: on the cluster, nodes and ranks that it had, unless `target` names others.
+
+    Raises:
+        ClusterError: it ran on a cluster whose profile is not known.
+    """
     cluster = target.cluster
     if cluster is None and run.jobs():
         if not (run.path / CLUSTER).is_file():

@@ -20,7 +20,7 @@ from distft.errors import DataError, PlanError, RunError, SubmitError
 from distft.hardware.devices import only_this_machine
 from distft.jobs.job import Job, recipe_job, script_job
 from distft.jobs.target import HERE, Target
-from distft.planner.plan import Plan
+from distft.planner.plan import Plan, RecipePlan
 from distft.runs.directory import SBATCH, SCRIPT, RunDir
 from distft.schedulers import dispatch, local, slurm
 from distft.shell import quote
@@ -57,7 +57,7 @@ def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
 
 def must_fit(plan: Plan) -> None:
     """Raises PlanError for a plan that will run out of memory, with what would fit."""
-    if plan.fits or plan.search is None:
+    if not isinstance(plan, RecipePlan) or plan.fits:
         return
     from distft.planner import limits
     from distft.planner.plan import misfit

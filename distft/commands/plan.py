@@ -14,7 +14,7 @@ from distft.errors import PlanError
 from distft.jobs.target import Target
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner import calibrate, limits
-from distft.planner.plan import Plan, make_plan
+from distft.planner.plan import RecipePlan, make_plan
 from distft.planner.search import Where
 
 # Planned for where neither --gpu nor --cluster names a GPU: this machine is looked at only when asked.
@@ -26,7 +26,7 @@ class Planned:
     """A recipe with its plan and the limits around it; `would_fit` has changes that fit where the plan does not."""
 
     recipe: Recipe
-    plan: Plan
+    plan: RecipePlan
     limits: limits.Limits
     would_fit: list[str]
 
@@ -69,7 +69,7 @@ def plan(
     return Planned(recipe, made, around, [] if made.fits else limits.would_fit(made.search))
 
 
-def _simulated(recipe: Recipe, where: Where, measured: float | None) -> Plan:
+def _simulated(recipe: Recipe, where: Where, measured: float | None) -> RecipePlan:
     """The plan with its memory counted, also of a model whose config.json the planner cannot read."""
     extras.require()
     # transformers and bitsandbytes tell of what does not matter here.

@@ -25,7 +25,7 @@ from distft.data import rows
 from distft.errors import DistftError, PlanError, RunError
 from distft.jobs.target import Target
 from distft.models.shapes import ModelShape, read_model_shape
-from distft.planner.plan import Plan, make_plan, misfit
+from distft.planner.plan import RecipePlan, make_plan, misfit
 from distft.runs.directory import RunDir, read_metrics
 from distft.strategies.kinds import KINDS
 
@@ -45,7 +45,7 @@ class Trial:
     """One run that was planned."""
 
     recipe: Recipe
-    plan: Plan
+    plan: RecipePlan
 
     @property
     def strategy(self) -> str:

@@ -17,7 +17,7 @@ from distft.config.recipe import Recipe, ScriptSettings
 from distft.hardware.topology import Topology
 from distft.jobs.target import cluster_python
 from distft.jobs.torchrun import RANK_ENVIRONMENT, threads_here, torchrun_argv
-from distft.planner.plan import Plan, plan_json
+from distft.planner.plan import Plan, RecipePlan, ScriptPlan, plan_json
 from distft.runs import directory as names
 from distft.runs.directory import RunDir
 from distft.strategies import merge
@@ -47,7 +47,7 @@ class Job:
 
 
 def recipe_job(
-    recipe: Recipe, plan: Plan, run: RunDir, cluster: Cluster | None = None, after: str | None = None
+    recipe: Recipe, plan: RecipePlan, run: RunDir, cluster: Cluster | None = None, after: str | None = None
 ) -> Job:
     """The job that trains a recipe."""
     files = {names.RECIPE: dump_recipe(recipe)} | _config_files(plan, recipe, run)
@@ -59,7 +59,7 @@ def recipe_job(
 def script_job(
     settings: ScriptSettings,
     script: Sequence[str],
-    plan: Plan,
+    plan: ScriptPlan,
     run: RunDir,
     cluster: Cluster | None = None,
     after: str | None = None,
@@ -111,12 +111,11 @@ def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) ->
 
 def _ds_config(plan: Plan, settings: Recipe | ScriptSettings) -> dict[str, Any]:
     common = {"strategy": plan.strategy, "offload": plan.offload, "device_type": plan.device.type}
-    if isinstance(settings, Recipe):
-        world_size = plan.topology.world_size
+    if isinstance(plan, RecipePlan):
         return deepspeed_config(
             **common,
-            world_size=world_size,
-            recipe=settings,
+            world_size=plan.topology.world_size,
+            recipe=plan.recipe,
             batch=plan.batch,
             trainable_parameters=plan.model.trainable_parameters,
         )

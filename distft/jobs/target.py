@@ -27,7 +27,7 @@ from distft.hardware.devices import (
     visible_gpus,
 )
 from distft.hardware.topology import Topology
-from distft.planner.plan import Plan, make_plan, script_plan
+from distft.planner.plan import RecipePlan, ScriptPlan, make_plan, script_plan
 from distft.planner.search import Where
 from distft.runs.directory import CLUSTER, RunDir
 from distft.units import GIB
@@ -102,7 +102,7 @@ def cluster_python(cluster: Cluster) -> str:
 
 def plan_recipe(
     path: str, sets: Sequence[str] = (), target: Target = HERE, need_weights: bool = False, for_launch: bool = False
-) -> tuple[Recipe, Plan]:
+) -> tuple[Recipe, RecipePlan]:
     """Load and plan a recipe, and check every row of its data that is on this machine.
 
     Args:
@@ -119,7 +119,9 @@ def plan_recipe(
     return loaded.recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings))
 
 
-def plan_script(script: Sequence[str], sets: Sequence[str] = (), target: Target = HERE) -> tuple[ScriptSettings, Plan]:
+def plan_script(
+    script: Sequence[str], sets: Sequence[str] = (), target: Target = HERE
+) -> tuple[ScriptSettings, ScriptPlan]:
     """The same for your own script.
 
     Raises:

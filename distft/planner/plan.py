@@ -24,37 +24,72 @@ from distft.units import gib, short
 PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will run. `reasons`, `warnings` and `assumptions` are sentences for people.
-
-    `model`, `batch`, `memory` and `speed` are None for a script of one's own: nothing is known of what it trains.
-    """
+    """What any run is given: ranks, strategy, precision. `reasons` and `warnings` are sentences for people."""
 
     topology: Topology
     device: Device
-    strategy: str  # ddp | zero1 | zero2 | zero3 | fsdp | hsdp
+    strategy: str  # a name in strategies/kinds.py
     offload: str  # none | optimizer | all
-    shard_size: int  # ranks that share one copy of what the strategy shards; 1 for ddp
+    shard_size: int  # ranks that share one copy of what the strategy shards; 1 where it shards nothing
     mixed_precision: str  # bf16 | fp16 | no
-    gradient_checkpointing: bool = False
-    attn_implementation: str = "auto"
-    model: ModelShape | None = None
-    batch: Batch | None = None
-    memory: Memory | None = None
-    speed: Speed | None = None
-    candidates: tuple[Candidate, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    chosen: Candidate | None = None
-    search: Search | None = None
-    simulated: bool = False  # memory was counted, not estimated
-    price: float | None = None  # of a GPU and hour
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptPlan(Plan):
+    """The plan of a script of one's own. What it trains is not known, so nothing is estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipePlan(Plan):
+    """The plan of a recipe: what was chosen, and what it was chosen from."""
+
+    search: Search
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    assumptions: tuple[str, ...]  # what the estimates of time rest on: sentences for people
+    simulated: bool  # memory was counted, not estimated
 
     @property
     def fits(self) -> bool:
-        return self.chosen is None or self.chosen.fits
+        return self.chosen.fits
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.search.recipe
+
+    @property
+    def model(self) -> ModelShape:
+        return self.search.model
+
+    @property
+    def batch(self) -> Batch:
+        return self.chosen.batch
+
+    @property
+    def memory(self) -> Memory:
+        return self.chosen.memory
+
+    @property
+    def speed(self) -> Speed:
+        return self.chosen.speed
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.chosen.setting.gradient_checkpointing
+
+    @property
+    def attn_implementation(self) -> str:
+        """As the recipe has it, `auto` included: the ranks see what is installed."""
+        return self.recipe.model.attn_implementation
+
+    @property
+    def price(self) -> float | None:
+        """Of a GPU and hour."""
+        return self.search.where.price
 
 
 def make_plan(
@@ -66,7 +101,7 @@ def make_plan(
     count: Callable[[Recipe, Setting], Memory] | None = None,
     model: ModelShape | None = None,
     measured: float | None = None,
-) -> Plan:
+) -> RecipePlan:
     """Derive everything that the recipe leaves open.
 
     Args:
@@ -83,16 +118,17 @@ def make_plan(
     if recipe.lora and recipe.lora.start_from:
         check_start(recipe.lora, model.trainable_parameters)
     search = Search.of(recipe, model, where, measured)
-    reasons, warnings = [], _warnings(where.topology, where.device)
+    reasons: list[str] = []
+    warnings = _warnings(where.topology, where.device)
     if model.model_type and not model.is_known:
-        counted = "the chosen way alone was counted" if count else "--simulate counts those of the chosen way"
+        counted = "only the chosen one was counted" if count else "--simulate counts those of the chosen strategy"
         warnings.append(
             f"model_type {model.model_type} is not known here: activations are estimated as Llama's; {counted}"
         )
     strategy = _fixed_strategy(recipe, where.topology, reasons)
     if strategy:
         offload = fixed_offload(recipe.parallelism)
-        rules.apply(search.case(strategy, offload))  # before configs are made of what has none
+        rules.apply(search.case(strategy, offload))  # first: not every offload has a config that can be made
         chosen = search.best(strategy, offload)
         if chosen.broken:
             raise PlanError("\n".join(chosen.broken))
@@ -100,40 +136,33 @@ def make_plan(
         candidates = [chosen, *others]
     else:
         candidates = [search.best(*option) for option in search.options()]
-        chosen = choose(candidates)
-        if chosen is None:
+        best = choose(candidates)
+        if best is None:
             raise PlanError("\n".join(candidates[0].broken))
+        chosen = best
         reasons += _reasons(chosen, candidates)
-    if count and recipe.training.use_liger_kernel:
-        warnings.append("training.use_liger_kernel: the simulation counts transformers' own kernels, which keep more")
     if count:
+        if recipe.training.use_liger_kernel:
+            warnings.append("training.use_liger_kernel: the simulation runs transformers' own kernels, which keep more")
         chosen, candidates = _simulate(recipe, chosen, candidates, count, free=not strategy)
-    setting, batch = chosen.setting, chosen.batch
     reasons += _details(recipe, chosen, search)
     warnings += rules.warnings(search.case_of(chosen))
     if not chosen.fits:
         warnings.append(misfit(chosen))
-    return Plan(
-        where.topology,
-        where.device,
-        setting.strategy,
-        setting.offload,
-        setting.shard_size,
-        recipe.training.mixed_precision,
-        setting.gradient_checkpointing,
-        recipe.model.attn_implementation,
-        model,
-        batch,
-        chosen.memory,
-        chosen.speed,
-        tuple(candidates),
-        tuple(reasons),
-        tuple(warnings),
-        _assumptions(recipe, search, chosen),
-        chosen,
-        search,
-        count is not None,
-        where.price,
+    return RecipePlan(
+        topology=where.topology,
+        device=where.device,
+        strategy=chosen.setting.strategy,
+        offload=chosen.setting.offload,
+        shard_size=chosen.setting.shard_size,
+        mixed_precision=recipe.training.mixed_precision,
+        reasons=tuple(reasons),
+        warnings=tuple(warnings),
+        search=search,
+        chosen=chosen,
+        candidates=tuple(candidates),
+        assumptions=_assumptions(recipe, search, chosen),
+        simulated=count is not None,
     )
 
 
@@ -272,7 +301,7 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
     return tuple(found)
 
 
-def script_plan(settings: ScriptSettings, where: Where) -> Plan:
+def script_plan(settings: ScriptSettings, where: Where) -> ScriptPlan:
     """The plan for a script of one's own: strategy and topology alone.
 
     Raises:
@@ -286,13 +315,13 @@ def script_plan(settings: ScriptSettings, where: Where) -> Plan:
     shards, offload = shard_size(parallelism, strategy, topology), fixed_offload(parallelism)
     case = rules.Case(strategy, offload, shards, topology, device, script=settings, bandwidth=where.bandwidth)
     rules.apply(case)
-    return Plan(
-        topology,
-        device,
-        strategy,
-        offload,
-        shards,
-        settings.training.mixed_precision,
+    return ScriptPlan(
+        topology=topology,
+        device=device,
+        strategy=strategy,
+        offload=offload,
+        shard_size=shards,
+        mixed_precision=settings.training.mixed_precision,
         reasons=tuple(reasons),
         warnings=(*_warnings(topology, device), *rules.warnings(case)),
     )
@@ -304,74 +333,56 @@ def _warnings(topology: Topology, device: Device) -> list[str]:
     return []
 
 
+MEMORY = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "peak", "overhead", "process")
+
+
 def plan_json(plan: Plan, name: str) -> dict[str, Any]:
     """plan.json, schema 1. `name` stands for the model where it is not known. Bytes per rank; null: not estimated."""
-    model, batch, mem, time = plan.model, plan.batch, plan.memory, plan.speed
+    known = plan if isinstance(plan, RecipePlan) else None
+    speed = known and known.speed
     return {
         "schema": 1,
         "model": {
-            "name": model.name if model else name,
-            "parameters": model.parameters if model else None,
-            "trainable_parameters": model.trainable_parameters if model else None,
+            "name": known.model.name if known else name,
+            **_values(known and known.model, "parameters", "trainable_parameters"),
         },
         "topology": {
-            "nnodes": plan.topology.nnodes,
-            "nproc_per_node": plan.topology.nproc_per_node,
-            "world_size": plan.topology.world_size,
+            **_values(plan.topology, "nnodes", "nproc_per_node", "world_size"),
             "gpu": plan.device.name if plan.device.type == "cuda" else None,
         },
         "strategy": plan.strategy,
         "offload": plan.offload,
         "shard_size": plan.shard_size,
         "mixed_precision": plan.mixed_precision,
-        "gradient_checkpointing": plan.gradient_checkpointing,
-        "attn_implementation": plan.attn_implementation,
-        "batch": {
-            "global_batch_size": batch.global_batch_size if batch else None,
-            "micro_batch_size": batch.micro_batch_size if batch else None,
-            "gradient_accumulation_steps": batch.gradient_accumulation_steps if batch else None,
-        },
+        "gradient_checkpointing": known.gradient_checkpointing if known else False,
+        "attn_implementation": known.attn_implementation if known else "auto",
+        "batch": _values(known and known.batch, "global_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
         "memory": {
-            "parameters": mem.parameters if mem else None,
-            "gradients": mem.gradients if mem else None,
-            "optimizer": mem.optimizer if mem else None,
-            "activations": mem.activations if mem else None,
-            "logits": mem.logits if mem else None,
-            "buffers": mem.buffers if mem else None,
-            "peak": mem.peak if mem else None,
-            "overhead": mem.overhead if mem else None,
-            "process": mem.process if mem else None,
+            **_values(known and known.memory, *MEMORY),
             "capacity": plan.device.memory,
-            "fits": plan.fits if mem else None,
-            "host_per_node": mem.host_per_node if mem else None,
-            "simulated": plan.simulated,
+            "fits": known.fits if known else None,
+            **_values(known and known.memory, "host_per_node"),
+            "simulated": known.simulated if known else False,
         },
-        "communication": {
-            "bytes_per_step": time.communication.bytes_per_step if time else None,
-            "seconds": time.communication.seconds if time else None,
-        },
-        "time": {
-            "step_seconds": time.step_seconds if time else None,
-            "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu if time else None,
-            "assumed_mfu": time.assumed_mfu if time else None,
-            "flops_per_token": time.flops_per_token if time else None,
-        },
-        "candidates": [
-            {
-                "strategy": candidate.setting.strategy,
-                "offload": candidate.setting.offload,
-                "gradient_checkpointing": candidate.setting.gradient_checkpointing,
-                "micro_batch_size": candidate.batch.micro_batch_size,
-                "peak": candidate.memory.peak,
-                "process": candidate.memory.process,
-                "host_per_node": candidate.memory.host_per_node,
-                "fits": candidate.fits,
-                "step_seconds": candidate.speed.step_seconds,
-                "rejected": candidate.rejected,
-            }
-            for candidate in plan.candidates
-        ],
+        "communication": _values(speed and speed.communication, "bytes_per_step", "seconds"),
+        "time": _values(speed, "step_seconds", "tokens_per_second_per_gpu", "assumed_mfu", "flops_per_token"),
+        "candidates": [_candidate_json(candidate) for candidate in known.candidates] if known else [],
         "reasons": list(plan.reasons),
         "warnings": list(plan.warnings),
-        "assumptions": list(plan.assumptions),
+        "assumptions": list(known.assumptions) if known else [],
     }
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        **_values(candidate.setting, "strategy", "offload", "gradient_checkpointing", "micro_batch_size"),
+        **_values(candidate.memory, "peak", "process", "host_per_node"),
+        "fits": candidate.fits,
+        "step_seconds": candidate.speed.step_seconds,
+        "rejected": candidate.rejected,
+    }
+
+
+def _values(source: object | None, *names: str) -> dict[str, Any]:
+    """Attributes by name; null where there is no such thing."""
+    return {name: None if source is None else getattr(source, name) for name in names}

@@ -9,7 +9,7 @@ import click
 
 from distft.config.recipe import Recipe
 from distft.planner.limits import Limits
-from distft.planner.plan import PRECISIONS, Plan
+from distft.planner.plan import PRECISIONS, RecipePlan
 from distft.planner.search import ABOUT
 from distft.units import GIB, gib, short
 
@@ -18,7 +18,7 @@ COLOURS = ("blue", "cyan", "magenta", "yellow", "red", "green", "white")
 MARKS = "█▓▒░█▓▒"  # without colours, neighbours differ still
 
 
-def lines(plan: Plan, recipe: Recipe, limits: Limits, mends: Sequence[str], width: int) -> Iterator[str]:
+def lines(plan: RecipePlan, recipe: Recipe, limits: Limits, mends: Sequence[str], width: int) -> Iterator[str]:
     """The page, `width` columns wide."""
     first, *more = _wrapped(_verdict(plan), width)
     word, colon, rest = first.partition(":")
@@ -46,7 +46,7 @@ def lines(plan: Plan, recipe: Recipe, limits: Limits, mends: Sequence[str], widt
         yield from _wrapped(f"warning: {warning}", width, "")
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: RecipePlan) -> str:
     where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
     how = "counted" if plan.simulated else "estimated"
     need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} a rank"
@@ -59,7 +59,7 @@ def _verdict(plan: Plan) -> str:
     return ("fits" if plan.chosen.roomy else "fits tightly") + said
 
 
-def _job(plan: Plan, recipe: Recipe, width: int) -> Iterator[str]:
+def _job(plan: RecipePlan, recipe: Recipe, width: int) -> Iterator[str]:
     m, b, adapters = plan.model, plan.batch, f"LoRA r {recipe.lora.r}" if recipe.lora else "full fine-tuning"
     quantized = f" on {recipe.model.quantization}" if recipe.model.quantization else ""
     yield from _wrapped(
@@ -77,7 +77,7 @@ def _job(plan: Plan, recipe: Recipe, width: int) -> Iterator[str]:
         yield from _wrapped(speed, width)
 
 
-def _speed(plan: Plan, recipe: Recipe) -> str | None:
+def _speed(plan: RecipePlan, recipe: Recipe) -> str | None:
     s = plan.speed
     if s.step_seconds is None:
         return None
@@ -101,7 +101,7 @@ def _duration(seconds: float) -> str:
     return f"{short(seconds)} s"
 
 
-def _table(plan: Plan, width: int) -> Iterator[str]:
+def _table(plan: RecipePlan, width: int) -> Iterator[str]:
     yield ""
     rows = [("candidate", "recompute", "micro", "GiB a rank", "s a step", "")]
     chosen = plan.chosen
@@ -134,7 +134,7 @@ def _table(plan: Plan, width: int) -> Iterator[str]:
         yield click.style(line, bold=True) if index == 0 or row[5] == "chosen" else line
 
 
-def _memory(plan: Plan, width: int) -> Iterator[str]:
+def _memory(plan: RecipePlan, width: int) -> Iterator[str]:
     m, capacity = plan.memory, plan.device.memory
     sizes = [getattr(m, component) for component in COMPONENTS]
     # Gradients that are not there yet at the peak: what is shown adds up to it.
@@ -171,7 +171,7 @@ def _memory(plan: Plan, width: int) -> Iterator[str]:
         yield f"  host memory a node: {gib(m.host_per_node)}"
 
 
-def _limits(plan: Plan, limits: Limits) -> Iterator[str]:
+def _limits(plan: RecipePlan, limits: Limits) -> Iterator[str]:
     f = limits.fewest_gpus
     if f:
         shape = f"{f.world_size} ({f.nnodes} x {f.nproc_per_node})"
@@ -188,7 +188,7 @@ def _limits(plan: Plan, limits: Limits) -> Iterator[str]:
         yield f"largest micro-batch that fits here, {how}: {limits.micro_batch_size}"
 
 
-def _changes(plan: Plan) -> Iterator[str]:
+def _changes(plan: RecipePlan) -> Iterator[str]:
     """Faster ways that miss by little, and what they lack."""
     chosen = plan.chosen
     for c in plan.candidates:

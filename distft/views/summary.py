@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.planner.plan import Plan
+from distft.planner.plan import Plan, RecipePlan
 from distft.runs import measured
 from distft.runs.directory import RunDir
 from distft.shell import quote
@@ -14,22 +14,18 @@ from distft.units import gib, short
 def plan_lines(plan: Plan) -> list[str]:
     """Strategy, batch, reasons, warnings."""
     devices = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
-    name = plan.chosen.name if plan.chosen else plan.strategy
+    name = plan.chosen.name if isinstance(plan, RecipePlan) else plan.strategy
     lines = [f"plan: {name} on {devices}, mixed precision {plan.mixed_precision}"]
-    if plan.batch:
-        b = plan.batch
+    if isinstance(plan, RecipePlan):
+        b, m, memory, speed = plan.batch, plan.model, plan.memory, plan.speed.step_seconds
         lines.append(
             f"  global batch {b.global_batch_size} = {b.micro_batch_size} micro x {b.gradient_accumulation_steps} "
             f"accumulation x {plan.topology.world_size} rank{'s' * (plan.topology.world_size > 1)}"
         )
-    if plan.model:
-        m = plan.model
         lines.append(f"  {m.parameters:,} parameters, {m.trainable_parameters:,} trained")
-    if plan.memory:
-        speed = plan.speed.step_seconds
-        host = f", {gib(plan.memory.host_per_node)} of a node's own" if plan.memory.host_per_node else ""
+        host = f", {gib(memory.host_per_node)} of a node's own" if memory.host_per_node else ""
         lines.append(
-            f"  estimated: {gib(plan.memory.process)} of {gib(plan.device.memory)} a rank{host}"
+            f"  estimated: {gib(memory.process)} of {gib(plan.device.memory)} a rank{host}"
             + (f", {short(speed)} s a step" if speed else "")
         )
     return [*lines, *(f"  {reason}" for reason in plan.reasons), *(f"warning: {text}" for text in plan.warnings)]

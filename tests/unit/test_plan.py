@@ -18,6 +18,7 @@ from running import distft, ready
 from tiny import Tiny
 
 from distft.config.loading import dump_recipe, load_recipe
+from distft.config.recipe import ScriptSettings
 from distft.errors import ClusterError, PlanError
 from distft.hardware.devices import GPUS, known_gpu, named_device, visible_gpus
 from distft.hardware.topology import Topology
@@ -25,7 +26,7 @@ from distft.jobs.target import Target
 from distft.models.architecture import describe
 from distft.planner import limits
 from distft.planner.memory import Estimator
-from distft.planner.plan import make_plan, plan_json
+from distft.planner.plan import make_plan, plan_json, script_plan
 from distft.planner.search import Where, choose
 
 LLAMA_8B = {
@@ -393,6 +394,24 @@ def test_json(folder: Path) -> None:
     assert found["communication"]["bytes_per_step"] > 0
     parts = [memory[key] for key in ("parameters", "optimizer", "activations", "logits", "buffers")]
     assert sum(parts) <= memory["peak"] <= sum(parts) + memory["gradients"]
+
+
+def test_a_scripts_plan_has_the_same_keys(folder: Path) -> None:
+    def keys(value: Any) -> Any:
+        return {key: keys(inner) for key, inner in value.items()} if isinstance(value, dict) else None
+
+    settings = ScriptSettings.model_validate({"name": "script", "parallelism": {"strategy": "zero2"}})
+    made = script_plan(settings, Where(Topology(1, 8), named_device("h100", 8)))
+    found, of_recipe = plan_json(made, "script"), plan_json(plan(folder, "8b", 1, 8, "h100"), "8b")
+    assert keys(found) == keys(of_recipe)
+    assert list(found) == list(of_recipe)
+    assert (found["strategy"], found["offload"], found["shard_size"]) == ("zero2", "none", 8)
+    assert found["model"] == {"name": "script", "parameters": None, "trainable_parameters": None}
+    unknown = {**found["batch"], **found["memory"], **found["communication"], **found["time"]}
+    assert unknown.pop("capacity") == named_device("h100", 8).memory
+    assert unknown.pop("simulated") is False
+    assert set(unknown.values()) == {None}
+    assert (found["candidates"], found["assumptions"]) == ([], [])
 
 
 def test_bad_questions(folder: Path) -> None:

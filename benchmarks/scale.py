@@ -31,6 +31,7 @@ from typing import NamedTuple
 import yaml
 
 from distft.runs.directory import RunDir
+from distft.runs.status import State, add_job_id, update_status
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "slurm"))
 import slurm_cluster
@@ -251,9 +252,11 @@ def status(folder: Path, cluster: Cluster | None, rounds: int) -> Iterator[Figur
         state, where = ("queued", "slurm") if k < OPEN_RUNS else kinds[k % len(kinds)]
         job_id = queued[k] if k < OPEN_RUNS else f"{900_000 + k}" if where == "slurm" else f"local:{k}:{k}"
         if where == "slurm":
-            made.add_job(job_id)
+            add_job_id(made, job_id)
         reason = "rank 3: OutOfMemoryError: CUDA out of memory" if state == "failed" else None
-        made.update_status(state=state, job_id=job_id, name=made.path.name, step=100, max_steps=1000, reason=reason)
+        update_status(
+            made, state=State(state), job_id=job_id, name=made.path.name, step=100, max_steps=1000, reason=reason
+        )
     found = json.loads(run((*DISTFT, "status", "--json"), folder, env)[1])["runs"]
     assert len(found) == RUNS
     assert sum(one.get("slurm_state") == "PENDING" for one in found) == OPEN_RUNS, "what SLURM says of them is shown"
@@ -293,7 +296,7 @@ def run_of(folder: Path, steps: int) -> RunDir:
     """A run in progress, with a line per step in metrics.jsonl and in rank 0's log. The last line is incomplete."""
     made = RunDir.create(str(folder), f"steps-{steps}")
     # No job id: nothing is asked about the process, and the run stays open.
-    made.update_status(state="running", step=steps, max_steps=2 * steps)
+    update_status(made, state=State.RUNNING, step=steps, max_steps=2 * steps)
     with made.metrics.open("w") as metrics, made.rank_log(0).open("w") as log:
         for step in range(1, steps + 1):
             metrics.write(
@@ -317,7 +320,7 @@ def follow_log(made: RunDir) -> float:
         while wanted > 0 and (block := process.stdout.read1(2**20)):
             wanted -= len(block)
         peak = peak_mib(Path(f"/proc/{process.pid}/status").read_text())
-        made.update_status(state="completed")
+        update_status(made, state=State.COMPLETED)
         rest = process.stdout.read()
     assert (process.returncode, wanted, rest) == (0, 0, b""), (process.returncode, wanted)
     return peak
@@ -349,8 +352,8 @@ def failed(folder: Path, rounds: int) -> Iterator[Figure]:
         ended = [f"  rank      : {rank} (local_rank: {rank % GPUS})" for rank in range(node * GPUS, (node + 1) * GPUS)]
         log = "".join(f"[{k}]:\n{rank}\n  exitcode  : 1 (pid: 7)\n" for k, rank in enumerate(ended))
         (made.logs / f"torchrun-{node}.log").write_text("W1001 torchrun says a line\n" * 20 + log)
-    made.add_job("4711")
-    made.update_status(state="failed", job_id="4711", exit_status=1, reason=f"rank {guilty}: OutOfMemoryError")
+    add_job_id(made, "4711")
+    update_status(made, state=State.FAILED, job_id="4711", exit_status=1, reason=f"rank {guilty}: OutOfMemoryError")
     times = []
     for _ in range(rounds):
         took, shown = run((*DISTFT, "logs", "--failed", str(made.path)), folder)

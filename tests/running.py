@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from distft.runs import attempts
 from distft.runs.directory import RunDir
 
 
@@ -116,7 +117,7 @@ def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir
     loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
     run = RunDir.create(str(folder), name)
     job = launch.Launch(loaded, plan, target).job(run)
-    run.fill(launch.render(job), job.name)
+    attempts.fill(run, launch.render(job), job.name)
     return run
 
 

@@ -153,6 +153,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
     from distft.commands.launch import Launch
     from distft.commands.launch import render as rendered
     from distft.jobs.target import plan_recipe
+    from distft.runs import attempts
     from distft.runs.directory import RunDir
     from distft.shell import quote
 
@@ -161,7 +162,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
     planned = Launch(loaded, plan, target)
     rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong
     run = RunDir.create(str(folder.parent), folder.name, exact=True)
-    run.fill(rendered(planned.job(run)), loaded.name)
+    attempts.fill(run, rendered(planned.job(run)), loaded.name)
     options.print_warnings(plan.warnings)
     how = "sbatch" if target.cluster else "bash"
     click.echo(f"wrote {run.path}; start it with: {how} {quote(str(run.script))}")

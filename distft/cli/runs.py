@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from distft.cli import options
 
-FOLLOW_SECONDS = 0.3
+if TYPE_CHECKING:
+    from distft.runs.directory import RunDir
+    from distft.runs.status import Status
 
 
 @click.command()
@@ -19,117 +19,112 @@ FOLLOW_SECONDS = 0.3
 @options.runs_dir
 @options.JSON
 def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
-    """Say how RUN, a sweep, or every run of the output folder is doing."""
+    """Show the state of RUN, of a sweep, or of every run in the output folder."""
     from distft.commands import sweep
-    from distft.commands.follow import describe_runs
-    from distft.runs.directory import SWEEP, RunDir
+    from distft.commands.follow import described
+    from distft.runs.directory import RunDir
+    from distft.schedulers import dispatch
+    from distft.views.summary import beside_plan, beside_plan_lines
 
     folder = Path(output_dir)
-    places = dict.fromkeys(path for word in runs for path in (Path(word), folder / word))
-    sweeps = [path for path in places if sweep.runs_of(path)]
-    if sweeps and not as_json:
+    if runs:
+        places = dict.fromkeys(path for word in runs for path in (Path(word), folder / word))
+        sweeps = [path for path in places if sweep.is_sweep(path)]
+        found = [RunDir.find(word, output_dir) for word in runs if not {Path(word), folder / word} & {*sweeps}]
+    else:
+        sweeps = sweep.all_in(folder)
+        found = RunDir.all_in(output_dir)
+    if sweeps and runs and not as_json:
         for path in sweeps:
             click.echo("\n".join(sweep.table(path)))
-    words = [word for word in runs if not {Path(word), folder / word} & {*sweeps}]
-    found = [RunDir.find(word, output_dir) for word in words]
-    if not runs:
-        found = [RunDir(path.parent.absolute()) for path in sorted(folder.glob("*/status.json"))]
-        sweeps = [path.parent for path in sorted(folder.glob(f"*/{SWEEP}"))]
-    if not runs or as_json:
+    else:
         found += [run for path in sweeps for run in sweep.runs_of(path)]
-    described = describe_runs(found)
-    named = {str(run.path): run for run in found} if runs else {}  # of all runs it would take seconds
+    statuses = dispatch.statuses_now(found)
+    measured = beside_plan if runs else lambda run: {}  # of all runs it would take seconds
     if as_json:
-        from distft.views.summary import beside_plan
-
-        described = [run | (beside_plan(named[run["run_dir"]]) if named else {}) for run in described]
-        options.print_json({"runs": described})
+        answer = [described(run, state) | measured(run) for run, state in zip(found, statuses, strict=True)]
+        options.print_json({"runs": answer})
         return
-    if not described and not sweeps:
+    if not found and not sweeps:
         click.echo(f"no runs in {output_dir}/")
-    for run in described:
-        click.echo(_line(run))
-        if named:
-            from distft.views.summary import beside_plan_lines
-
-            problem = [f"  {run['checkpoint_problem']}"] if run.get("checkpoint_problem") else []
-            for line in [*_attempts(run), *problem, *beside_plan_lines(named[run["run_dir"]])]:
+    for run, state in zip(found, statuses, strict=True):
+        click.echo(_line(run, state))
+        if runs:
+            problem = [f"  {state.checkpoint_problem}"] if state.checkpoint_problem else []
+            for line in [*_attempts(run, state), *problem, *beside_plan_lines(run)]:
                 click.echo(line)
 
 
-def _line(run: dict[str, Any]) -> str:
-    step = f"step {run['step']}/{run['max_steps']}" if run.get("max_steps") else ""
-    eval_loss = f"eval loss {run['eval_loss_before']:.4f}" if "eval_loss_before" in run else ""
-    if run.get("eval_loss_after") is not None:
-        eval_loss += f" -> {run['eval_loss_after']:.4f}"
-    expected = f"expected to start {run['expected_start']}" if run.get("expected_start") else ""
-    parts = [f"{run['run']:<24} {run['state'] or 'unknown':<10}", step, eval_loss, run.get("reason") or "", expected]
+def _line(run: RunDir, status: Status) -> str:
+    from distft.views.summary import eval_losses
+
+    step = f"step {status.step}/{status.max_steps}" if status.max_steps else ""
+    losses = eval_losses(status)
+    expected = f"expected to start {status.expected_start}" if status.expected_start else ""
+    state = str(status.state or "unknown")
+    parts = [f"{run.name:<24} {state:<10}", step, losses and f"eval loss {losses}", status.reason, expected]
     return "  ".join(part for part in parts if part).rstrip()
 
 
-def _attempts(run: dict[str, Any]) -> list[str]:
-    """How those that ended did."""
+def _attempts(run: RunDir, status: Status) -> list[str]:
+    """How the attempts that ended did."""
     lines = []
-    for number, attempt in enumerate(run.get("attempts") or [], 1):
-        node = f" on {attempt['node']}" if attempt["node"] else ""
-        lines.append(f"  attempt {number} ended after step {attempt['step']}{node}: {attempt['reason']}")
-        if (logs := Path(run["run_dir"], "logs", attempt["logs"])).is_dir():
+    for number, attempt in enumerate(status.attempts, 1):
+        node = f" on {attempt.node}" if attempt.node else ""
+        lines.append(f"  attempt {number} ended after step {attempt.step}{node}: {attempt.reason}")
+        if attempt.logs and (logs := run.logs / attempt.logs).is_dir():
             lines.append(f"    logs: {logs}")
     return lines
 
 
 @click.command()
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose log.")
-@click.option("--failed", is_flag=True, help="Why it failed instead; of a run that went on, how its attempts ended.")
+@click.option(
+    "--failed", is_flag=True, help="Print why it failed instead, or how the attempts of a run that continued ended."
+)
 @options.runs_dir
 def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
-    """Print the log of a rank of RUN; of its job, while there are no ranks yet."""
-    from distft.commands.follow import SLURM_SECONDS
+    """Print the log of a rank of RUN, or of its job while there are no ranks yet."""
+    from distft.commands.follow import follow_log
     from distft.errors import RecipeError
-    from distft.runs.directory import FINISHED, RunDir, read_blocks
-    from distft.runs.failure import first_failure
-    from distft.schedulers.dispatch import state_now
+    from distft.runs.directory import RunDir
+    from distft.runs.failure import job_logs
 
     found = RunDir.find(run, output_dir)
     if failed:
-        status = state_now(found)
-        if status.get("state") != "failed":
-            if not status.get("attempts"):
-                raise RecipeError(f"--failed: {found.path.name} has not failed")
-            click.echo("\n".join(_attempts(status | {"run_dir": found.path})))
-        elif status.get("exit_status"):
-            failure = first_failure(found, status["exit_status"])
-            if status["reason"] != failure.reason:  # of several attempts
-                click.echo(status["reason"])
-            click.echo(failure.text)
-        else:
-            click.echo(status["reason"])
+        click.echo(_why_failed(found))
         return
     path = found.rank_log(rank)
     if not path.exists() and not follow:
-        before_ranks = found.job_logs()
+        before_ranks = job_logs(found)
         if before_ranks and not any(found.logs.glob("rank-*.log")):  # still in its setup or preflight, or failed there
             path = before_ranks[-1]
     if not path.exists() and not follow:
         ranks = sorted(int(p.stem.removeprefix("rank-")) for p in found.logs.glob("rank-*.log"))
-        raise RecipeError(
-            f"--rank: got {rank}; {found.path.name} has logs of {', '.join(map(str, ranks)) or 'no rank yet'}"
-        )
-    offset, asked, wait = 0, -math.inf, SLURM_SECONDS if found.jobs() else 1.0
-    while True:
-        status = found.read_status()
-        if status.get("state") not in FINISHED and time.monotonic() - asked > wait:
-            status, asked = state_now(found), time.monotonic()
-        ended = status.get("state") in FINISHED
-        if path.exists():
-            for block in read_blocks(path, offset):
-                offset += len(block)
-                click.echo(block, nl=False)  # as it is: a character may go on in the next block
-        if not follow or ended:
-            return
-        time.sleep(FOLLOW_SECONDS)
+        have = f"has logs of {', '.join(map(str, ranks))}" if ranks else "has no rank's log yet"
+        raise RecipeError(f"--rank: got {rank}; {found.path.name} {have}")
+    for block in follow_log(found, path, to_the_end=follow):
+        click.echo(block, nl=False)  # bytes: a character may continue in the next block
+
+
+def _why_failed(run: RunDir) -> str:
+    from distft.errors import RecipeError
+    from distft.runs.failure import first_failure
+    from distft.runs.status import State
+    from distft.schedulers.dispatch import status_now
+
+    status = status_now(run)
+    if status.state is not State.FAILED:
+        if not status.attempts:
+            raise RecipeError(f"--failed: {run.path.name} has not failed, it is {status.state or 'unknown'}")
+        return "\n".join(_attempts(run, status))
+    reason = status.reason or "no reason is known"
+    if not status.exit_status:
+        return reason
+    failure = first_failure(run, status.exit_status)
+    return failure.text if failure.reason == reason else f"{reason}\n{failure.text}"  # the reason of several attempts
 
 
 @click.command()
@@ -138,14 +133,14 @@ def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> No
 @options.JSON
 def cancel(run: str, output_dir: str, as_json: bool) -> None:
     """End RUN and all its processes."""
-    from distft.commands.follow import describe_run
+    from distft.commands.follow import described
     from distft.runs.directory import RunDir
     from distft.schedulers import dispatch
 
     found = RunDir.find(run, output_dir)
     dispatch.cancel(found)
-    described = describe_run(found)
+    status = dispatch.status_now(found)
     if as_json:
-        options.print_json(described)
+        options.print_json(described(found, status))
     else:
-        click.echo(_line(described))
+        click.echo(_line(found, status))

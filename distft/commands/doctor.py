@@ -15,6 +15,7 @@ from distft.commands.follow import follow
 from distft.errors import RunError
 from distft.jobs.job import Job
 from distft.jobs.target import Target
+from distft.runs import attempts
 from distft.runs.directory import SBATCH, RunDir
 from distft.schedulers import local, slurm
 
@@ -217,7 +218,7 @@ def preflight(target: Target, console: Console) -> dict[str, Any]:
     ended = None
     try:
         if slurm.allocation():
-            run.fill({SBATCH: slurm.render(job)}, job.name)
+            attempts.fill(run, {SBATCH: slurm.render(job)}, job.name)
             local.supervise(run)
         else:
             say(console, [f"job {slurm.submit(job)} is queued: {run.path}"])

@@ -21,7 +21,9 @@ from distft.hardware.devices import only_this_machine
 from distft.jobs.job import Job, recipe_job, script_job
 from distft.jobs.target import HERE, Target
 from distft.planner.plan import Plan, RecipePlan
+from distft.runs import attempts
 from distft.runs.directory import SBATCH, SCRIPT, RunDir
+from distft.runs.status import State, job_ids
 from distft.schedulers import dispatch, local, slurm
 from distft.shell import quote
 from distft.views import summary
@@ -125,7 +127,7 @@ class Launch:
         job = self.job(run)
         if job.cluster:  # the allocation is the user's: not ours to put into the queue again
             job = replace(job, cluster=job.cluster.model_copy(update={"max_requeues": 0}))
-        run.fill(render(job), job.name, resumed=self.run is not None)
+        attempts.fill(run, render(job), job.name, resumed=self.run is not None)
         say(console, [self._named(run)])
         if self.detach:
             local.detach(run)
@@ -182,9 +184,11 @@ def dependency(word: str, runs_dir: str) -> str | None:
             raise SubmitError(f"--after: SLURM does not know job {word}")
         return word
     run = RunDir.find(word, runs_dir)
-    state = dispatch.state_now(run).get("state")
-    if state in ("failed", "cancelled"):
-        raise SubmitError(f"--after: {run.path.name} is {state}, so nothing would start after it")
-    if state != "completed" and not run.jobs():
-        raise SubmitError(f"--after: {run.path.name} is no job of SLURM's")
-    return None if state == "completed" else run.jobs()[-1]
+    status = dispatch.status_now(run)
+    if status.state is State.COMPLETED:
+        return None
+    if status.finished:
+        raise SubmitError(f"--after: {run.path.name} is {status.state}, so nothing would start after it")
+    if not job_ids(run):
+        raise SubmitError(f"--after: {run.path.name} is not a SLURM job")
+    return job_ids(run)[-1]

@@ -50,7 +50,7 @@ def check(run: RunDir, output: Path, step: int | None) -> None:
     if step is not None and step not in [checkpoint.step for checkpoint in found]:
         raise RecipeError(f"--step: got {step}; {run.name} has {have}")
     if step is None and not run.final.is_dir():
-        state = dispatch.state_now(run).get("state")
+        state = dispatch.status_now(run).state
         mend = f"; --step N merges a checkpoint ({have})"
         raise RecipeError(f"RUN: {run.name} is {state} and has no final/{mend}")
     if output.exists():

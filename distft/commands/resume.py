@@ -12,6 +12,7 @@ from distft.jobs.target import Target, plan_recipe, target_of
 from distft.runs import checkpoints
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
+from distft.runs.status import State, update_status
 from distft.schedulers import dispatch
 
 if TYPE_CHECKING:
@@ -37,16 +38,16 @@ def plan(run: RunDir, sets: Sequence[str], target: Target, force: bool = False, 
         raise RecipeError(
             f"RUN: {run.path.name} is a script of one's own, which must resume by itself; launch it again"
         )
-    state = dispatch.state_now(run).get("state")
-    if state in ("queued", "running"):
-        raise RecipeError(f"RUN: {run.path.name} is {state}; end it first with: distft cancel {run.path}")
+    status = dispatch.status_now(run)
+    if status.state and not status.finished:
+        raise RecipeError(f"RUN: {run.path.name} is {status.state}; end it first with: distft cancel {run.path}")
     target = target_of(run, target)
     recipe, planned = plan_recipe(str(run.recipe), sets, target, need_weights=True, for_launch=True)
     if not force:
         must_fit(planned)
     newest = next(iter(checkpoints.complete(run)), None)
     changed = checkpoints.changes(newest, recipe) if newest else {}
-    if state == "completed" and not changed.keys() & {"training.max_steps", "training.num_train_epochs"}:
+    if status.state is State.COMPLETED and not changed.keys() & {"training.max_steps", "training.num_train_epochs"}:
         raise RecipeError(f"RUN: {run.path.name} is completed; to train on: --set training.max_steps=... --force")
     fixed = {name: text for name, text in changed.items() if checkpoints.is_fixed(name)}
     if fixed or (changed and not force):
@@ -68,7 +69,7 @@ def start(resumption: Resumption, console: Console) -> None:
     else:
         say(console, ["no complete checkpoint: it begins anew"])
     try:
-        launch.run.update_status(accepted=sorted(resumption.changed))
+        update_status(launch.run, accepted=sorted(resumption.changed))
     except OSError as error:
         raise RecipeError(f"RUN: {launch.run.path} cannot be written ({error.strerror})") from None
     launch.start(console)

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.commands import launch
-from distft.commands.follow import SLURM_SECONDS
+from distft.commands.follow import FOLLOW_SECONDS, Pace
 from distft.errors import RecipeError, RunError
 from distft.jobs.target import Target, plan_recipe
-from distft.runs.directory import FINISHED, SBATCH, SWEEP, RunDir
+from distft.runs import attempts
+from distft.runs.directory import SBATCH, SWEEP, RunDir
+from distft.runs.metrics import last_metrics
+from distft.runs.status import State, add_job_id, update_status
 from distft.schedulers import dispatch, slurm
 from distft.shell import quote
 from distft.views import summary
@@ -94,14 +97,14 @@ class Sweep:
         (folder / "logs").rmdir()
         for k, (job, _) in enumerate(zip(self.jobs(folder), files, strict=True)):
             RunDir.create(str(folder), str(k), exact=True)
-            job.run.fill(launch.render(job), job.name)
+            attempts.fill(job.run, launch.render(job), job.name)
         (folder / SWEEP).write_text(json.dumps({"sets": self.sets}, indent=1) + "\n")
         (folder / SBATCH).write_text(self.script(folder))
         job_id = slurm.client("sbatch", "--parsable", str(folder / SBATCH)).stdout.strip().split(";")[0]
         for k in range(len(self.sets)):
             run = RunDir(folder / str(k))
-            run.add_job(f"{job_id}_{k}")
-            run.update_status(job_id=f"{job_id}_{k}")
+            add_job_id(run, f"{job_id}_{k}")
+            update_status(run, job_id=f"{job_id}_{k}")
         say(console, [f"sweep: {folder}", f"job {job_id} of {len(self.sets)} runs is queued"])
         if detach:
             say(console, [f"look after it with: distft status {quote(str(folder))}"])
@@ -131,11 +134,25 @@ def plan(
     return Sweep(launches[0].settings.name, chosen, launches)
 
 
-def runs_of(folder: Path) -> list[RunDir] | None:
-    """The runs of a sweep's folder, in order; None if it is none."""
-    if not (folder / SWEEP).is_file():
-        return None
-    return [RunDir((folder / str(k)).absolute()) for k in range(len(json.loads((folder / SWEEP).read_text())["sets"]))]
+def is_sweep(folder: Path) -> bool:
+    """Whether it is the folder of a sweep."""
+    return (folder / SWEEP).is_file()
+
+
+def all_in(folder: Path) -> list[Path]:
+    """The sweeps in a folder of runs, by name."""
+    return [path.parent for path in sorted(folder.glob(f"*/{SWEEP}"))]
+
+
+def sets_of(folder: Path) -> list[list[str]]:
+    """What was set for each run of a sweep, in order."""
+    sets: list[list[str]] = json.loads((folder / SWEEP).read_text())["sets"]
+    return sets
+
+
+def runs_of(folder: Path) -> list[RunDir]:
+    """The runs of a sweep, in order."""
+    return [RunDir((folder / str(k)).absolute()) for k in range(len(sets_of(folder)))]
 
 
 def follow(folder: Path, console: Console) -> None:
@@ -146,37 +163,37 @@ def follow(folder: Path, console: Console) -> None:
     """
     from distft.views.progress import say
 
-    runs, shown, wait = runs_of(folder), None, 1.0
+    runs, shown, pace = runs_of(folder), None, Pace()
     try:
         while True:
-            states = [str(state.get("state")) for state in dispatch.states_now(runs)]
+            statuses = dispatch.statuses_now(runs)
+            pace.just_asked()
+            states = [str(status.state) for status in statuses]
             counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
             if counts != shown:
                 say(console, [counts])
-            if all(state in FINISHED for state in states):
+            if all(status.finished for status in statuses):
                 break
-            shown, wait = counts, min(wait * 1.3, SLURM_SECONDS)
-            time.sleep(wait)
+            shown = counts
+            while not pace.is_due():
+                time.sleep(FOLLOW_SECONDS)
     except KeyboardInterrupt:
-        say(console, [f"the job goes on; see it with: distft status {quote(str(folder))}"])
+        say(console, [f"the job keeps running; look at it with: distft status {quote(str(folder))}"])
         raise SystemExit(130) from None
     say(console, table(folder))
-    if set(states) != {"completed"}:
-        raise RunError(
-            f"{folder.name}: {len(states) - states.count('completed')} of {len(states)} runs did not complete"
-        )
+    failed = sum(status.state is not State.COMPLETED for status in statuses)
+    if failed:
+        raise RunError(f"{folder.name}: {failed} of {len(statuses)} runs did not complete")
 
 
 def table(folder: Path) -> list[str]:
-    """A line a run: number, state, last loss, eval loss before and after, and what was set."""
-    sets = json.loads((folder / SWEEP).read_text())["sets"]
+    """A line for each run: number, state, last loss, eval loss before and after, and what was set."""
     rows = [("run", "state", "step", "loss", "eval loss", "set")]
-    for run, state, texts in zip(runs_of(folder), dispatch.states_now(runs_of(folder)), sets, strict=True):
-        last = run.last_metrics()
-        eval_loss = f"{state['eval_loss_before']:.4f}" if "eval_loss_before" in state else ""
-        if state.get("eval_loss_after") is not None:
-            eval_loss += f" -> {state['eval_loss_after']:.4f}"
+    runs = runs_of(folder)
+    for run, status, texts in zip(runs, dispatch.statuses_now(runs), sets_of(folder), strict=True):
+        last = last_metrics(run)
         loss = f"{last['loss']:.4f}" if last else ""
-        rows.append((run.path.name, str(state["state"]), str(last.get("step", "")), loss, eval_loss, "  ".join(texts)))
+        step, losses = str(last.get("step", "")), summary.eval_losses(status)
+        rows.append((run.path.name, str(status.state), step, loss, losses, "  ".join(texts)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]

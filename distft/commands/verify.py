@@ -26,7 +26,10 @@ from distft.errors import DistftError, PlanError, RunError
 from distft.jobs.target import Target
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner.plan import RecipePlan, make_plan, misfit
-from distft.runs.directory import RunDir, read_metrics
+from distft.runs.directory import RunDir
+from distft.runs.metrics import read_metrics
+from distft.runs.status import State, read_status
+from distft.runs.stop_file import stop_asked
 from distft.strategies.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -349,8 +352,8 @@ def _run(trial: Trial, folder: Path, quiet: Console, keep: bool, reference: Outc
             raise
         failure = str(error)
     (made,) = runs
-    status = made.read_status()
-    if made.stop_asked() or status.get("state") in ("cancelled", "preempted"):  # a run may complete all the same
+    status = read_status(made)
+    if stop_asked(made) or status.state in (State.CANCELLED, State.STOPPED):  # a run may complete all the same
         raise RunError(f"stopped at {trial}; nothing was compared")
     metrics = tuple(read_metrics(made.metrics)[0])
     if failure and not keep:
@@ -363,7 +366,7 @@ def _run(trial: Trial, folder: Path, quiet: Console, keep: bool, reference: Outc
     rows = [(line["step"], line["tokens"]) for line in metrics]
     if not failure and reference and rows != [(line["step"], line["tokens"]) for line in reference.metrics]:
         failure = "it made other steps than the reference, or saw other rows"
-    wrapped = (status.get("ran") or {}).get("wrapped", "")
+    wrapped = status.ran.get("wrapped", "")
     return Outcome(trial, metrics, wrapped, time.monotonic() - began, failure)
 
 

@@ -1,8 +1,11 @@
-"""A job that needs less GPU memory, after one that ran out of it."""
+"""What makes a job need less GPU memory, after it ran out of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from distft.errors import DistftError
 from distft.jobs.job import recipe_job
@@ -11,21 +14,29 @@ from distft.runs.directory import RunDir
 from distft.strategies.kinds import KINDS
 
 
-def less_memory(run: RunDir) -> str | None:
-    """Have a run that ran out of GPU memory need less of it, with the same global batch, and say what was changed.
+@dataclass(frozen=True)
+class Change:
+    """What to change, in words, and the files of the run that it replaces, by name."""
 
-    First a smaller micro-batch, then gradient checkpointing, then offload; None when all that is used up. Recipe, plan
-    and configs in the run directory are written anew.
+    text: str
+    files: Mapping[str, str]
+
+
+def less_memory(run: RunDir) -> Change | None:
+    """What makes a run need less GPU memory with the same global batch. Writes nothing.
+
+    First a smaller micro-batch, then gradient checkpointing, then offload; None when all of that is used up.
     """
     plan = json.loads(run.plan.read_text())
     batch, topology, strategy = plan["batch"], plan["topology"], plan["strategy"]
     micro, share = batch["micro_batch_size"], batch["global_batch_size"] // topology["world_size"]
-    sets = {
+    sets: dict[str, Any] = {
         "training.micro_batch_size": micro,
         "training.gradient_checkpointing": plan["gradient_checkpointing"],
         "parallelism.strategy": strategy,
         "parallelism.offload": plan["offload"],
     }
+    change: dict[str, Any]
     if micro > 1:
         smaller = max(n for n in range(1, micro // 2 + 1) if share % n == 0)
         change = {"training.micro_batch_size": smaller}
@@ -42,7 +53,7 @@ def less_memory(run: RunDir) -> str | None:
         target = target_of(run, Target())
         recipe, planned = plan_recipe(str(run.recipe), words, target)
         files = recipe_job(recipe, planned, run, target.cluster).files
-    except DistftError:  # a rule: no offload with this model; or what the profile names is not to be seen from here
+    except DistftError:  # a rule: no offload with this model; or files that the profile names are not visible here
         return None
-    run.write(files)
-    return ", ".join(f"{name}: {sets[name]} -> {json.dumps(value)}" for name, value in change.items())
+    text = ", ".join(f"{name}: {sets[name]} -> {json.dumps(value)}" for name, value in change.items())
+    return Change(text, files)

@@ -30,6 +30,7 @@ from distft.hardware.topology import Topology
 from distft.planner.plan import RecipePlan, ScriptPlan, make_plan, script_plan
 from distft.planner.search import Where
 from distft.runs.directory import CLUSTER, RunDir
+from distft.runs.status import job_ids
 from distft.units import GIB
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def target_of(run: RunDir, target: Target) -> Target:
         ClusterError: it ran on a cluster whose profile is not known.
     """
     cluster = target.cluster
-    if cluster is None and run.jobs():
+    if cluster is None and job_ids(run):
         if not (run.path / CLUSTER).is_file():
             raise ClusterError(f"--cluster: {run.path.name} ran on a cluster; name its profile")
         from distft.config.cluster import load_cluster

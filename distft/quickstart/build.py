@@ -15,7 +15,7 @@ from distft.commands import launch
 from distft.errors import RecipeError, RunError
 from distft.hardware.devices import visible_gpus
 from distft.jobs.target import Target, plan_recipe
-from distft.runs.directory import read_metrics
+from distft.runs.metrics import read_metrics
 from distft.views.progress import say
 
 if TYPE_CHECKING:

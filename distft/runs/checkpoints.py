@@ -31,7 +31,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return self.manifest["step"]
+        return int(self.manifest["step"])
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
         """What is wrong with its files, by their checksums; of every `parts`-th file from `part` on."""

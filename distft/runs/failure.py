@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distft.runs.directory import RunDir
 
@@ -54,10 +56,25 @@ class Failure:
         return re.search(OUT_OF_MEMORY, self.reason) is not None
 
 
+def rank_errors(run: RunDir) -> list[dict[str, Any]]:
+    """Every rank's recorded error, the earliest first."""
+    found = []
+    for path in run.logs.glob("rank-*.error.json"):
+        with contextlib.suppress(ValueError, OSError):  # cut short by a kill: the other ranks' still count
+            found.append(json.loads(path.read_text()))
+    return sorted(found, key=lambda error: float(error["time"]))
+
+
+def job_logs(run: RunDir) -> list[Path]:
+    """The output of torchrun, node by node; while that is empty, the logs of the SLURM jobs, the newest last."""
+    torchrun = [path for path in sorted(run.logs.glob("torchrun*.log")) if path.stat().st_size]
+    return torchrun or sorted(run.logs.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
+
+
 def first_failure(run: RunDir, returncode: int) -> Failure:
-    """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last words."""
-    errors = run.rank_errors()
-    logs = run.job_logs()
+    """What ended a run: the earliest recorded error, else the signal that killed a rank, else torchrun's last lines."""
+    errors = rank_errors(run)
+    logs = job_logs(run)
     log = "\n".join(path.read_text(errors="replace") for path in logs)
     killed = _killed_rank(logs)
     # A rank that was killed could write nothing; those that lost it wrote of a network error.
@@ -82,19 +99,20 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
         host = "" if number == signal.SIGABRT else None
         return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)), rank, host, node=node)
-    if bad := _bad_nodes(run):
+    if bad := preflight_report(run).get("bad"):
         lines = [f"preflight: bad node {name}: {why}" for name, why in bad.items()]
         return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight))
     reason = f"ended with status {returncode} before it was done"
     return Failure(reason, _text(reason, _tail(log), log, logs[-1] if logs else run.logs))
 
 
-def _bad_nodes(run: RunDir) -> dict[str, str]:
-    """Nodes that the preflight found bad, with the reason."""
+def preflight_report(run: RunDir) -> dict[str, Any]:
+    """logs/preflight.json (RunDir.preflight); {} where there is none that can be read."""
     try:
-        return json.loads(run.preflight.read_text())["bad"]
+        report = json.loads(run.preflight.read_text())
     except (OSError, ValueError):
         return {}
+    return report if isinstance(report, dict) else {}
 
 
 def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:

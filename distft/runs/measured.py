@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from distft.runs.directory import RunDir, read_metrics
+from distft.runs.directory import RunDir
+from distft.runs.metrics import read_metrics
 
 # The first steps compile kernels and fill caches.
 WARM_UP = 3

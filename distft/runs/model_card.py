@@ -15,7 +15,9 @@ from distft import __version__
 from distft.config.document import load_yaml
 from distft.config.loading import validate
 from distft.config.recipe import Recipe
-from distft.runs.directory import RunDir, read_metrics
+from distft.runs.directory import RunDir
+from distft.runs.metrics import last_metrics, read_metrics
+from distft.runs.status import read_status
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "bitsandbytes")
 FIRST_BYTES = 2**14  # of metrics.jsonl: more than its first line
@@ -79,7 +81,7 @@ def _use(recipe: Recipe, adapter: bool) -> str:
 
 
 def _result(run: RunDir, step: int | None) -> list[tuple[str, object]]:
-    status, last = run.read_status(), run.last_metrics()
+    status, last = read_status(run), last_metrics(run)
     if step is not None and last.get("step") != step:
         last = next((line for line in read_metrics(run.metrics)[0] if line["step"] == step), {})
     first = next(iter(read_metrics(run.metrics, 0, FIRST_BYTES)[0]), {})
@@ -87,22 +89,23 @@ def _result(run: RunDir, step: int | None) -> list[tuple[str, object]]:
     if last:
         found += [("steps", f"{last['step']:,}"), ("tokens trained on", f"{last['tokens']:,}")]
         found.append(("loss, first and last step", f"{first['loss']:.4f} → {last['loss']:.4f}"))
-    before, after = status.get("eval_loss_before"), status.get("eval_loss_after")
+    before, after = status.eval_loss_before, status.eval_loss_after
     if step is None and before is not None and after is not None:
         found.append(("eval loss", f"{before:.4f} → {after:.4f}"))
     return found
 
 
 def _data(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
-    status, found = run.read_status(), []
+    status = read_status(run)
+    found: list[tuple[str, object]] = []
     for split, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if sources:
             names = [sources] if isinstance(sources, str) else sources
             found.append((split, ", ".join(f"`{_name(source)}`" for source in names)))
-        if count := (status.get("data") or {}).get(split):
+        if count := status.data.get(split):
             size = f"{count['documents']:,} documents, {count['rows']:,} rows, {count['tokens']:,} tokens"
             found.append((f"{split}, size", size))
-    if digest := (status.get("identity") or {}).get("data"):
+    if digest := status.identity.get("data"):
         found.append(("digest of content, tokenizer and settings", f"`{digest}`"))
     return found
 
@@ -123,7 +126,7 @@ def _plan(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
 
 def _versions(run: RunDir) -> list[tuple[str, object]]:
     """As they were when it was trained."""
-    versions = run.read_status().get("versions") or {}
+    versions = read_status(run).versions
     return [("distft", __version__), *((name, version) for name, version in versions.items() if version)]
 
 

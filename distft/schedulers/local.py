@@ -1,6 +1,6 @@
 """This machine as a scheduler: a job script under a supervisor that cleans up after it, whatever ends it.
 
-`python -m distft.schedulers.local RUN_DIR` supervises in the background (`launch --detach`).
+`python -m distft.schedulers.local RUN_DIR` is the supervisor in the background (`launch --detach`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from distft.errors import RunError
 from distft.jobs.job import Job
 from distft.runs import processes
-from distft.runs.directory import FINISHED, RunDir
+from distft.runs.directory import RunDir
+from distft.runs.status import LOCAL, State, Status, read_status, update_status
+from distft.runs.stop_file import ask_to_stop
 from distft.shell import command_line, quote
 
 STOP_SECONDS = 30  # as SLURM's KillWait
@@ -58,42 +60,42 @@ def detach(run: RunDir) -> None:
         )
 
 
-def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> Status:
     """Run the job script to its end, calling `watch` while it runs. Returns the final status.
 
-    After SIGINT, SIGTERM or SIGHUP a run that trains saves a checkpoint at its next step and ends; a second signal, or
+    After SIGINT, SIGTERM or SIGHUP, a run that trains saves a checkpoint at its next step and ends; a second signal, or
     STOP_SECONDS, ends it at once. Whatever happens, no process is left behind and status.json tells the truth.
 
     Raises:
-        RunError: the run failed or was cancelled; the message says why.
+        RunError: the run failed, was stopped or cancelled; the message says why.
     """
     from distft.runs.failure import first_failure  # not while a script is only rendered
     from distft.schedulers.attempts import less_memory
 
-    if run.read_status().get("state") == "cancelled":
+    if read_status(run).state is State.CANCELLED:
         raise RunError("cancelled before it started")
-    run.update_status(job_id=f"local:{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
+    update_status(run, job_id=f"{LOCAL}{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
     received: list[int] = []
     with _signals(received.append):
         while True:
             returncode = _attempt(run, watch, received)
-            if returncode == 0 or received or not run.recipe.exists():
+            if returncode == 0 or received or not run.trains_recipe:
                 break
             failure = first_failure(run, returncode)
-            if not failure.out_of_memory or less_memory(run, failure) is None:
+            if not (failure.out_of_memory and less_memory(run, failure)):
                 break
         return _conclude(run, returncode, received)
 
 
 def _attempt(run: RunDir, watch: Callable[[], None], received: list[int]) -> int:
-    """Run the job script to its end, or to the end that a signal puts to it."""
+    """Run the job script to its end, or until a signal ends it."""
     with run.torchrun_log.open("ab") as log:
         process = subprocess.Popen(
             ["bash", str(run.script)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # the terminal's Ctrl-C comes to the supervisor alone
+            start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor only
             preexec_fn=processes.die_with_parent,
             env={**os.environ, processes.RUN_VARIABLE: str(run.path)},
         )
@@ -101,9 +103,9 @@ def _attempt(run: RunDir, watch: Callable[[], None], received: list[int]) -> int
         try:
             while process.poll() is None and len(received) < 2 and time.monotonic() < until:
                 if received and until == math.inf:
-                    if not run.recipe.exists():  # a script of one's own knows nothing of this
+                    if not run.trains_recipe:  # a user's script does not read the stop file
                         break
-                    run.ask_to_stop(signal.Signals(received[0]).name)
+                    ask_to_stop(run, signal.Signals(received[0]).name)
                     until = time.monotonic() + STOP_SECONDS
                 watch()
                 time.sleep(processes.POLL_SECONDS)
@@ -114,50 +116,55 @@ def _attempt(run: RunDir, watch: Callable[[], None], received: list[int]) -> int
         return process.returncode
 
 
-def _conclude(run: RunDir, returncode: int, received: list[int]) -> dict[str, Any]:
+def _conclude(run: RunDir, returncode: int, received: list[int]) -> Status:
     from distft.schedulers.attempts import conclude
 
-    status = run.read_status()
-    if received and status.get("state") != "completed" and not status.get("stopped"):
+    status = read_status(run)
+    if received and status.state is not State.COMPLETED and not status.stop_reason:
         reason = signal.Signals(received[0]).name
-        run.update_status(state="cancelled", ended=time.time(), reason=reason)
+        update_status(run, state=State.CANCELLED, ended=time.time(), reason=reason)
         raise RunError(f"cancelled by {reason}")
     return conclude(run, returncode)
 
 
-def state_now(run: RunDir) -> dict[str, Any]:
-    """status.json, with the truth about a run whose supervisor was killed outright."""
-    status = run.read_status()
-    job_id = status.get("job_id") or ""
-    if status.get("state") not in FINISHED and job_id.startswith("local:"):
-        _, pid, started = job_id.split(":")
-        if processes.start_time(int(pid)) != started:
-            return status | {"state": "failed", "reason": "its launcher is gone (killed, or the machine restarted)"}
+def status_now(run: RunDir) -> Status:
+    """status.json, corrected for a run whose supervisor was killed."""
+    status = read_status(run)
+    if status.job_id and status.is_local and not status.finished:
+        pid, started = _supervisor(status.job_id)
+        if processes.start_time(pid) != started:
+            return replace(status, state=State.FAILED, reason="its launcher is gone (killed, or the machine restarted)")
     return status
 
 
-def cancel(run: RunDir) -> dict[str, Any]:
-    """End a run that was started here and wait for it. Does nothing to one that has ended.
+def _supervisor(job_id: str) -> tuple[int, str]:
+    """Process id and start time of the supervisor that has this job id."""
+    pid, started = job_id.removeprefix(LOCAL).split(":")
+    return int(pid), started
+
+
+def cancel(run: RunDir) -> Status:
+    """End a run that was started here and wait for it; one that has ended stays as it is.
 
     Raises:
         RunError: it did not end.
     """
-    status = state_now(run)
-    if status.get("state") in FINISHED:
+    status = status_now(run)
+    if status.finished:
         return status
-    if not status.get("job_id"):  # its supervisor is not up yet, or never came
-        return run.update_status(state="cancelled", ended=time.time())
-    _, pid, _ = status["job_id"].split(":")
-    for _ in range(2):  # at once, without a checkpoint
+    if not status.job_id:  # its supervisor is not up yet, or never came
+        return update_status(run, state=State.CANCELLED, ended=time.time())
+    pid, _ = _supervisor(status.job_id)
+    for _ in range(2):  # twice: at once, without a checkpoint
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
         time.sleep(processes.POLL_SECONDS)
     deadline = time.monotonic() + processes.TERM_SECONDS + processes.KILL_SECONDS + 5
     while time.monotonic() < deadline:
-        status = state_now(run)
-        if status.get("state") == "preempted":  # it had saved already
-            return run.update_status(state="cancelled")
-        if status.get("state") in FINISHED:
+        status = status_now(run)
+        if status.state is State.STOPPED:  # it had saved already
+            return update_status(run, state=State.CANCELLED)
+        if status.finished:
             return status
         time.sleep(processes.POLL_SECONDS)
     raise RunError(f"{run.path.name} did not end; its processes: {list(processes.of_run(run.path))}")
@@ -165,7 +172,7 @@ def cancel(run: RunDir) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _signals(receive: Callable[[int], None]) -> Iterator[None]:
-    """Collect signals instead of dying of them, so that the clean-up is not cut short by a second Ctrl-C."""
+    """Collect signals instead of dying from them, so that a second Ctrl-C does not cut the clean-up short."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, frame: receive(number)) for number in numbers}
     try:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,37 +22,40 @@ from typing import TYPE_CHECKING, Any
 from distft.errors import ClusterError, RunError, SubmitError
 from distft.jobs.job import Job
 from distft.jobs.target import cluster_python
-from distft.runs.directory import FINISHED, RECIPE, SBATCH, RunDir
+from distft.runs import attempts
+from distft.runs.directory import RECIPE, SBATCH, RunDir
+from distft.runs.status import State, Status, add_job_id, job_ids, read_status, update_status
 from distft.shell import quote, sbatch_quote
 
 if TYPE_CHECKING:
     from distft.config.cluster import Cluster
 
 CLIENT_SECONDS = 30
+CANCEL_SECONDS = 60
 TEMPLATE = "job.sbatch"
 
-# SLURM's word → ours (https://slurm.schedmd.com/job_state_codes.html). Others are shown as they are.
+# SLURM's state → ours (https://slurm.schedmd.com/job_state_codes.html). In another one, a run stays as it was.
 STATES = {
-    "PENDING": "queued",
-    "CONFIGURING": "queued",
-    "REQUEUED": "queued",
-    "REQUEUE_HOLD": "queued",
-    "REQUEUE_FED": "queued",
-    "RESV_DEL_HOLD": "queued",
-    "SPECIAL_EXIT": "queued",
-    "RUNNING": "running",
-    "COMPLETING": "running",
-    "SIGNALING": "running",
-    "STAGE_OUT": "running",
-    "COMPLETED": "completed",
-    "CANCELLED": "cancelled",
-    "FAILED": "failed",
-    "TIMEOUT": "failed",
-    "NODE_FAIL": "failed",
-    "BOOT_FAIL": "failed",
-    "OUT_OF_MEMORY": "failed",
-    "DEADLINE": "failed",
-    "PREEMPTED": "preempted",
+    "PENDING": State.QUEUED,
+    "CONFIGURING": State.QUEUED,
+    "REQUEUED": State.QUEUED,
+    "REQUEUE_HOLD": State.QUEUED,
+    "REQUEUE_FED": State.QUEUED,
+    "RESV_DEL_HOLD": State.QUEUED,
+    "SPECIAL_EXIT": State.QUEUED,
+    "RUNNING": State.RUNNING,
+    "COMPLETING": State.RUNNING,
+    "SIGNALING": State.RUNNING,
+    "STAGE_OUT": State.RUNNING,
+    "COMPLETED": State.COMPLETED,
+    "CANCELLED": State.CANCELLED,
+    "FAILED": State.FAILED,
+    "NODE_FAIL": State.FAILED,
+    "BOOT_FAIL": State.FAILED,
+    "OUT_OF_MEMORY": State.FAILED,
+    "PREEMPTED": State.PREEMPTED,
+    "TIMEOUT": State.PREEMPTED,
+    "DEADLINE": State.PREEMPTED,
 }
 WORDS = {
     "TIMEOUT": "the time limit was reached",
@@ -61,11 +64,11 @@ WORDS = {
     "OUT_OF_MEMORY": "the host ran out of memory",
     "DEADLINE": "the deadline was reached",
 }
-# What sbatch says → what mends it.
-MENDS = (
+# What sbatch prints → the fix.
+FIXES = (
     ("invalid partition", "see `sinfo` for the partitions; set slurm.partition, or --partition"),
     ("time limit", "ask for less with --time, or take another partition (`sinfo -o '%P %l'`)"),
-    ("requested node configuration", "no such nodes: ask for fewer --nodes or --gpus-per-node, or mend the profile"),
+    ("requested node configuration", "no such nodes: ask for fewer --nodes or --gpus-per-node, or correct the profile"),
     ("more processors", "ask for fewer --nodes, or another partition"),
     ("node count", "ask for fewer --nodes, or another partition"),
     ("account", "set slurm.account to one of `sacctmgr show associations user=$USER`"),
@@ -73,8 +76,8 @@ MENDS = (
     ("reservation", "see `scontrol show reservation`; set slurm.reservation"),
     ("feature", "see `sinfo -o '%N %f'` for the features; set slurm.constraint"),
     ("generic resource", "set node.gpu_type or slurm.gpus_as as `sinfo -o '%N %G'` shows"),
-    ("insane message length", "what answers is no SLURM controller: is SLURM_CONF right?"),
-    ("unable to contact", "the controller does not answer: try again, or ask the site's admins"),
+    ("insane message length", "the answer is not from a SLURM controller: is SLURM_CONF right?"),
+    ("unable to contact", "the controller does not answer: try again, or ask the administrators"),
 )
 
 
@@ -208,7 +211,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
         else None,
         "prepare": [*inside, python, "-m", "distft.train.data", recipe] if recipe else None,
         "train": [*inside, *job.argv] if job.argv else None,
-        "conclude": [*inside, python, "-m", "distft.schedulers.attempts", str(run.path)],
+        "conclude": [*inside, python, "-m", "distft.schedulers.attempts", str(run.path), str(cluster.max_requeues)],
         "torchrun_log": str(run.logs).replace("%", "%%") + "/torchrun-%n.log",
     }
 
@@ -235,7 +238,7 @@ def client(
     """Run one of SLURM's commands.
 
     Raises:
-        SubmitError: it is not here, or does not answer in time; or it failed (`check`), in its own words.
+        SubmitError: it is not installed here, or does not answer in time; or, as `check`, it failed, in its own words.
     """
     if not shutil.which(argv[0]):
         raise SubmitError(f"{argv[0]}: no such command here; run distft on a host with SLURM's client commands")
@@ -249,59 +252,59 @@ def client(
     return done
 
 
-def refusal(said: str, command: str) -> str:
-    """What SLURM said without its prefixes, and the mend."""
+def refusal(answer: str, command: str) -> str:
+    """What SLURM printed without its prefixes, and the fix."""
     prefixes = (f"{command}: error: ", f"{command}: ", "allocation failure: ", "Batch job submission failed: ")
     lines = []
-    for line in said.strip().splitlines():
+    for line in answer.strip().splitlines():
         for prefix in prefixes:
             line = line.removeprefix(prefix)
         lines.append(line)
     text = "; ".join(dict.fromkeys(lines)) or "no reason was given"
-    mend = next((mend for words, mend in MENDS if words in text.lower()), None)
+    fix = next((fix for words, fix in FIXES if words in text.lower()), None)
     who = "SLURM refuses the job" if command == "sbatch" else command
-    return f"{who}: {text}" + (f"\n  mend: {mend}" if mend else "")
+    return f"{who}: {text}" + (f"\n  fix: {fix}" if fix else "")
 
 
 def test_only(script: str) -> str:
-    """Ask SLURM whether it would take the job, queueing nothing. Returns what it says of the start.
+    """Ask SLURM whether it would take the job, queueing nothing. Returns when and where it would start.
 
     Raises:
-        SubmitError: it would not; in its own words, with the mend.
+        SubmitError: it would not; in SLURM's words, with the fix.
     """
-    said = client("sbatch", "--test-only", stdin=script).stderr.strip().removeprefix("sbatch: ")
-    # Its job number is never used again: the job gets another.
-    start = re.fullmatch(r"Job \d+ to start at (\S+) using \d+ processors on nodes (\S+) in partition (\S+)", said)
-    return f"would start it at {start[1]} on {start[2]}, partition {start[3]}" if start else f"says: {said}"
+    answer = client("sbatch", "--test-only", stdin=script).stderr.strip().removeprefix("sbatch: ")
+    # The job number in it is never used: the job gets another.
+    start = re.fullmatch(r"Job \d+ to start at (\S+) using \d+ processors on nodes (\S+) in partition (\S+)", answer)
+    return f"would start it at {start[1]} on {start[2]}, partition {start[3]}" if start else f"answers: {answer}"
 
 
 def submit(job: Job, resumed: bool = False) -> str:
-    """Write the files of a run and queue it. The run directory exists, empty unless it `resumed`. Returns the job's id.
+    """Write the files of a run and queue it. Returns the job's id. The run directory exists, empty unless `resumed`.
 
     Raises:
-        SubmitError: SLURM refused it; the run directory is removed, unless it has a past.
+        SubmitError: SLURM refused it; the run directory is removed, unless the run is being resumed.
     """
-    job.run.fill({**job.files, SBATCH: render(job)}, job.name, resumed)
+    attempts.fill(job.run, {**job.files, SBATCH: render(job)}, job.name, resumed)
     try:
         job_id = client("sbatch", "--parsable", str(job.run.path / SBATCH)).stdout.strip().split(";")[0]
     except SubmitError as error:
         if resumed:
-            job.run.update_status(state="failed", reason=str(error).splitlines()[0])
+            update_status(job.run, state=State.FAILED, reason=str(error).splitlines()[0])
         else:
             shutil.rmtree(job.run.path, ignore_errors=True)
         raise
-    job.run.add_job(job_id)
-    job.run.update_status(job_id=job_id)
+    add_job_id(job.run, job_id)
+    update_status(job.run, job_id=job_id)
     return job_id
 
 
 def down(nodes: str) -> list[str]:
-    """Those of the nodes, given as SLURM writes them (`node[1-4]`), that it counts as failed; [] where it is silent."""
+    """Those of the nodes, written as SLURM does (`node[1-4]`), that it counts as failed; [] if it does not answer."""
     try:
-        said = client("sinfo", "-h", "-N", "-n", nodes, "-t", "down,fail,drain,no_respond", "-o", "%N").stdout
+        listed = client("sinfo", "-h", "-N", "-n", nodes, "-t", "down,fail,drain,no_respond", "-o", "%N").stdout
     except SubmitError:
         return []
-    return sorted(set(said.split()))
+    return sorted(set(listed.split()))
 
 
 @dataclass(frozen=True)
@@ -356,10 +359,10 @@ def _parse(text: str, wanted: set[str]) -> dict[str, Seen]:
     return found
 
 
-def states_now(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
-    """status.json of each run with what SLURM knows better: a run that is queued, or ended without a last word."""
-    statuses = [run.read_status() for run in runs]
-    jobs = {run: ids[-1] for run, status in zip(runs, statuses, strict=True) if _open(status) and (ids := run.jobs())}
+def statuses_now(runs: Sequence[RunDir]) -> list[Status]:
+    """status.json of each run with what SLURM knows better: why it is queued, or that it ended without writing so."""
+    statuses = [read_status(run) for run in runs]
+    jobs = {run: ids[-1] for run, s in zip(runs, statuses, strict=True) if not s.finished and (ids := job_ids(run))}
     seen, problem = {}, None
     try:
         seen = look(jobs.values())
@@ -371,69 +374,69 @@ def states_now(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
     ]
 
 
-def state_now(run: RunDir) -> dict[str, Any]:
+def status_now(run: RunDir) -> Status:
     """The same for one run."""
-    return states_now([run])[0]
+    return statuses_now([run])[0]
 
 
-def _open(status: dict[str, Any]) -> bool:
-    return status.get("state") not in FINISHED
-
-
-def _merge(run: RunDir, job_id: str, seen: Seen | None, problem: str | None) -> dict[str, Any]:
-    status, latest = run.read_status(), run.jobs()[-1]  # again: it may have ended while SLURM was asked
-    if not _open(status):
+def _merge(run: RunDir, job_id: str, seen: Seen | None, problem: str | None) -> Status:
+    status, latest = read_status(run), job_ids(run)[-1]  # again: it may have ended while SLURM was asked
+    if status.finished:
         return status
-    status |= {"job_id": latest}
+    status = replace(status, job_id=latest)
     if latest != job_id:  # it has submitted itself again
-        return status | {"state": "queued", "reason": None}
+        return replace(status, state=State.QUEUED, reason=None)
     if problem:
-        return status | {"reason": problem}
-    own = status.get("reason")  # why it goes on, or will
-    status |= _facts(job_id, seen)
-    if own and status["state"] in ("queued", "running"):
-        status["reason"] = "; ".join(filter(None, (own, status["reason"])))
-    if not _open(status):
-        with contextlib.suppress(OSError):  # another user's run; else kept for when SLURM has forgotten the job
-            run.update_status(state=status["state"], reason=status["reason"], job_id=latest, ended=time.time())
-    return status
+        return replace(status, reason=problem)
+    merged = _as_seen(status, job_id, seen)
+    if not merged.finished:
+        both = filter(None, (status.reason, merged.reason))  # why it continues, or will, and why it waits
+        return replace(merged, reason="; ".join(both) or None)
+    with contextlib.suppress(OSError):  # another user's run; else kept for when SLURM has forgotten the job
+        update_status(run, state=merged.state, reason=merged.reason, job_id=latest, ended=time.time())
+    return merged
 
 
-def _facts(job_id: str, seen: Seen | None) -> dict[str, Any]:
-    """What SLURM's view of a job says about its run, which has not said itself that it ended."""
+def _as_seen(status: Status, job_id: str, seen: Seen | None) -> Status:
+    """The status of a run that has not written that it ended, as SLURM sees its job. `reason` is only SLURM's."""
     if seen is None:
-        return {"state": "failed", "reason": f"SLURM no longer knows job {job_id}; it ended without a word"}
-    state = STATES.get(seen.state, seen.state.lower())
-    facts: dict[str, Any] = {"slurm_state": seen.state, "nodes": seen.nodes or None}
-    if state == "queued":
-        return facts | {"state": state, "reason": seen.reason or None, "expected_start": seen.start or None}
-    if state == "running":
-        return facts | {"state": state, "reason": None}
-    if state == "completed":  # the batch script ended well, and yet nobody said how the run ended
-        return facts | {"state": "failed", "reason": f"job {job_id} ended before the run was done"}
+        why = f"SLURM no longer knows job {job_id}; the run ended without writing why"
+        return replace(status, state=State.FAILED, reason=why)
+    state = STATES.get(seen.state)
+    status = replace(status, slurm_state=seen.state, nodes=seen.nodes or None)
+    if state is None:
+        return replace(status, reason=f"SLURM: {seen.state}")
+    if state is State.QUEUED:
+        return replace(status, state=state, reason=seen.reason or None, expected_start=seen.start or None)
+    if state is State.RUNNING:
+        return replace(status, state=state, reason=None)
+    if state is State.COMPLETED:  # the batch script ended well, and yet nothing says how the run ended
+        return replace(status, state=State.FAILED, reason=f"job {job_id} ended before the run was done")
     at = f" ({seen.nodes})" if seen.nodes and seen.state in ("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY") else ""
-    reason = WORDS.get(seen.state, f"SLURM: {seen.state}" if state == "failed" else None)
-    return facts | {"state": state, "reason": f"{reason}{at}" if reason else None}
+    reason = WORDS.get(seen.state, f"SLURM: {seen.state}" if state is State.FAILED else None)
+    return replace(status, state=state, reason=f"{reason}{at}" if reason else None)
 
 
-def cancel(run: RunDir) -> dict[str, Any]:
-    """Cancel the job of a run and write it down. Does nothing to one that has ended.
+def cancel(run: RunDir) -> Status:
+    """Cancel the job of a run and write it down; a run that has ended stays as it is.
 
     Raises:
         SubmitError: SLURM does not answer.
         RunError: it did not let the job be cancelled.
     """
-    status = state_now(run)
-    if not _open(status):
+    status = status_now(run)
+    if status.finished:
         return status
-    client("scancel", run.jobs()[-1], check=RunError)
-    deadline = time.monotonic() + 60
+    client("scancel", job_ids(run)[-1], check=RunError)
+    deadline = time.monotonic() + CANCEL_SECONDS
     while time.monotonic() < deadline:
-        status = state_now(run)
-        if not _open(status):
-            return run.update_status(state="cancelled", ended=time.time(), reason="cancelled by distft cancel")
+        status = status_now(run)
+        if status.state is State.COMPLETED:  # it was quicker
+            return status
+        if status.finished:
+            return update_status(run, state=State.CANCELLED, ended=time.time(), reason="cancelled by distft cancel")
         time.sleep(0.5)
-    raise RunError(f"{run.path.name}: job {run.jobs()[-1]} is still {status['state']} after a minute")
+    raise RunError(f"{run.path.name}: job {job_ids(run)[-1]} is still {status.state} after {CANCEL_SECONDS} s")
 
 
 def allocation() -> str | None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from distft.config.recipe import Recipe
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
+from distft.runs.stop_file import stop_asked
 from distft.train import strategy_check
 from distft.train.checkpoint import Checkpointer, Start
 from distft.train.metrics import MetricsLog, tokens_per_step
@@ -40,7 +41,7 @@ class StopAgreement:
         """The same answer on all ranks. Collective."""
         self.watchdog.alive()
         if self.why is None and largest(int(self.stopping.why is not None), self.device):
-            self.why = self.stopping.why or self.run.stop_asked() or "another rank was asked to stop"
+            self.why = self.stopping.why or stop_asked(self.run) or "another rank was asked to stop"
         return self.why is not None
 
 

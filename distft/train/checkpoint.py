@@ -29,6 +29,7 @@ from distft.errors import RunError, in_one_line
 from distft.runs import checkpoints
 from distft.runs.checkpoints import MANIFEST, SCHEMA, Checkpoint
 from distft.runs.directory import RunDir
+from distft.runs.status import read_status
 from distft.train import step_state, worker
 from distft.train.ranges import Range, Ranges, cause, check_written, read_ranges, stored_weights, write_ranges
 from distft.train.ranks import RankGroup
@@ -237,7 +238,7 @@ class Checkpointer:
         found = self._newest()
         if found is None:
             return Start(None, Position())
-        allowed = self.run.read_status().get("accepted") or []
+        allowed = read_status(self.run).accepted
         changed = checkpoints.differences(found.manifest["identity"], self.identity)
         refused = [f"{name}: {text}" for name, text in changed.items() if name not in allowed]
         if refused:

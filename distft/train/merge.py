@@ -41,6 +41,7 @@ from distft.errors import DataError, DistftError, RecipeError, RunError
 from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
+from distft.runs.status import read_status
 from distft.train.data import load_tokenizer
 from distft.train.model import add_adapters, compute_dtype, quantization_config
 from distft.train.ranges import read_weights
@@ -257,7 +258,7 @@ def _files(recipe: Recipe) -> Files:
 
 def _same_base(run: RunDir, recipe: Recipe, source: Path | Checkpoint) -> None:
     """Raises RecipeError where the base is not the one that was trained."""
-    identity = source.manifest["identity"] if isinstance(source, Checkpoint) else run.read_status().get("identity", {})
+    identity = source.manifest["identity"] if isinstance(source, Checkpoint) else read_status(run).identity
     saved = {name: value for name, value in identity.items() if name.startswith("model.")}
     if saved and (changed := checkpoints.differences(saved, checkpoints.model_identity(recipe))):
         raise RecipeError([f"{name}: {text}, since the run was trained" for name, text in changed.items()])

@@ -18,6 +18,8 @@ from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.runs import model_card
 from distft.runs.directory import RunDir
+from distft.runs.metrics import cut_metrics
+from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
 from distft.train import worker
 from distft.train.callback import NoStepsLeft, RunCallback
@@ -59,12 +61,12 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     checkpointer = Checkpointer(run, recipe, plan, ranks, status)
     start = checkpointer.start()
     if status.writes:
-        run.cut_metrics(start.position.step)
+        cut_metrics(run, start.position.step)
         status.write(
-            state="running",
+            state=State.RUNNING,
             step=start.position.step,
             max_steps=steps,
-            started=run.read_status().get("started") or time.time(),
+            started=read_status(run).started or time.time(),
             ended=None,
             data=prepared.counts,
             identity=checkpointer.identity,
@@ -94,10 +96,10 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     why = callback.finish()
     checkpointer.finish()
     if why is not None:
-        status.write(stopped=why)  # whether the run is over is for the launcher to say: it may continue by itself
+        status.write(stop_reason=why)  # whether the run is over is for the launcher to say: it may continue by itself
         return
     save_final(run, recipe, trainer, tokenizer, status.writes)
-    status.write(state="completed", ended=time.time(), reason=None)
+    status.write(state=State.COMPLETED, ended=time.time(), reason=None)
 
 
 def _stream(recipe: Recipe, prepared: Prepared, position: Position, steps: int) -> StreamSampler:

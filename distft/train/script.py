@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from distft.runs.directory import RunDir
+from distft.runs.status import State, update_status
 from distft.strategies.kinds import KINDS
 from distft.train import worker
 
@@ -19,7 +20,7 @@ def main() -> None:
     run = RunDir(Path(sys.argv[1]))
     plan = worker.enter(run)
     if int(os.environ.get("RANK", "0")) == 0:
-        run.update_status(state="running")
+        update_status(run, state=State.RUNNING)
     if not KINDS[plan["strategy"]].replicates:
         from distft.train import cpu_ranks
 

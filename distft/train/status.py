@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from distft.runs.directory import RunDir
+from distft.runs.status import read_status, update_status
 from distft.train import worker
 
 SECONDS_BETWEEN_STEPS = 1.0  # at least: not every step of a small model is worth a write
@@ -33,12 +34,12 @@ class StatusWriter:
             OSError: status.json cannot be written.
         """
         if self.writes:
-            self.run.update_status(owner=self.owner, **fields)
+            update_status(self.run, owner=self.owner, **fields)
 
     def owns(self) -> bool:
         """Whether this attempt is the run's newest. On the first rank."""
         try:
-            return self.run.read_status().get("owner") in (None, self.owner)
+            return read_status(self.run).owner in (None, self.owner)
         except OSError:  # a network file system that is away for a moment
             return True
 
@@ -54,7 +55,7 @@ class StatusWriter:
             # No error file: it would be taken for the other attempt's.
             print("another attempt has taken over this run; this one exits", file=sys.stderr, flush=True)
             os._exit(1)
-        self.run.update_status(**fields)
+        update_status(self.run, **fields)
 
     def update(self, **fields: Any) -> None:
         """Write what may be lost: a full disk may have room again later, and a save that fails reports it."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from distft.runs.directory import RunDir
+from distft.runs.failure import rank_errors
+from distft.runs.stop_file import stop_asked
 
 POLL_SECONDS = 0.5
 UNWIND_SECONDS = 3  # for a start that is stopped: temporary files go, and a rank that waits for others is ended
@@ -32,14 +34,14 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # torchrun ends the ranks beside one that failed with SIGTERM too: they would wait for it at the next step.
-        if not self.training or self.run.rank_errors() or _siblings() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        if not self.training or rank_errors(self.run) or _siblings() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.why = self.why or signal.Signals(number).name
 
     def _watch(self) -> None:
         while self.why is None:
-            self.why = self.run.stop_asked()
+            self.why = stop_asked(self.run)
             time.sleep(POLL_SECONDS)
         if self.training:
             return

@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from distft.errors import DistftError, Hang
-from distft.runs.directory import RunDir, write_atomically
+from distft.runs.directory import RunDir
+from distft.runs.files import write_atomically
 from distft.runs.processes import die_with_parent
 from distft.strategies.accelerate import accelerate_environment
 

@@ -1,6 +1,6 @@
-"""What a run looks like while it goes: one live display on a terminal, plain lines elsewhere.
+"""What a run looks like while it runs: one live display on a terminal, plain lines elsewhere.
 
-Reads the run directory alone, so that any run can be followed from anywhere that sees it.
+Reads only the run directory, so any run can be followed from any host that sees it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from distft.runs.directory import BLOCK, RunDir, read_metrics
+from distft.runs.directory import RunDir
+from distft.runs.files import BLOCK
+from distft.runs.metrics import metrics_inode, read_metrics
+from distft.runs.status import State, Status, read_status
 from distft.units import GIB
 
-PLAIN_SECONDS = 5.0  # at most one plain line in so many seconds, and always the last one
+PLAIN_SECONDS = 5.0  # between two plain lines, at least; the last one is always shown
+BEFORE, AFTER = "eval_loss_before", "eval_loss_after"
 
 
 class Follower:
-    """Shows what has come since the last `poll`. Use as a context manager.
+    """Shows what is new since the last `poll`. Use as a context manager.
 
-    Of a run that `resumed`, what was before is known.
+    For a run that is `resumed`, what happened before is not shown again.
     """
 
     def __init__(self, run: RunDir, console: Console, resumed: bool = False):
         self.run, self.console = run, console
         self.since = time.time() if resumed else 0.0
-        self.offset, self.latest, self.shown_step, self.shown_at = 0, {}, 0, 0.0
-        self.first: dict[str, Any] | None = None
-        self.file: int | None = None
+        self.offset, self.inode = 0, metrics_inode(run)
+        self.first: dict[str, Any] = {}  # lines of metrics.jsonl; {} before there is one
+        self.latest: dict[str, Any] = {}
         self.max_steps: int | None = None
-        self.said: set[str] = {"eval_loss_before"} if resumed else set()
+        self.shown_step, self.shown_at = 0, 0.0
+        self.shown = {BEFORE} if resumed else set()
         self.description = "starting"
         self.display: Progress | None = None
 
@@ -58,56 +63,61 @@ class Follower:
 
     def poll(self, last: bool = False) -> None:
         """Read what is new and show it."""
-        status = self.run.read_status()
-        self.max_steps = status.get("max_steps")
-        if (file := self.run.metrics_file()) != self.file:  # a run that goes on from a checkpoint writes it anew
-            self.file, self.offset, self.first = file, 0, None
-        lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
-        while lines:
-            if new := [line for line in lines if line["time"] >= self.since]:
-                self.first, self.latest = self.first or new[0], new[-1]
-            lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
-        if (problem := status.get("checkpoint_problem")) and problem not in self.said:
-            self.said.add(problem)
-            say(self.console, [f"warning: {problem}"])
+        status = read_status(self.run)
+        self.max_steps = status.max_steps
+        self._read_metrics()
+        if status.checkpoint_problem:
+            self._once(status.checkpoint_problem, f"warning: {status.checkpoint_problem}")
         if self.display is None:
-            self._milestone("eval_loss_before", status, "eval loss before training: {:.4f}")
+            if status.eval_loss_before is not None:
+                self._once(BEFORE, f"eval loss before training: {status.eval_loss_before:.4f}")
             self._print_step(last)
-            self._milestone("eval_loss_after", status, "eval loss after training: {:.4f}")
+            if status.eval_loss_after is not None:
+                self._once(AFTER, f"eval loss after training: {status.eval_loss_after:.4f}")
             return
         description, step = self.description, self.latest.get("step", 0)
         if step:
             description = "saving" if step == self.max_steps else "training"
-        elif status.get("state") == "running" and status.get("max_steps"):
+        elif status.state is State.RUNNING and self.max_steps:
             description = "loading"
         self.display.update(
             self.task,
             description=description,
             total=self.max_steps,
-            # Never quite full: rich stops the clock and the spinner at the end, and evaluation and saving come then.
+            # Never quite full: rich stops the clock and the spinner at the end, and evaluation and saving follow.
             completed=step * 0.999,
             steps=f"{step}/{self.max_steps}" if step else "",
             numbers=self._numbers() if self.latest else "",
         )
 
-    def waiting(self, status: dict[str, Any]) -> None:
-        """Show a run that has not begun to train: queued and why, or its nodes being checked."""
-        if self.latest or status.get("state") not in ("queued", "running"):
-            return
-        text = "queued" if status["state"] == "queued" else f"started on {status.get('nodes') or 'its nodes'}"
-        if status.get("reason"):
-            text += f": {status['reason']}"
-        if status.get("expected_start"):
-            text += f", expected to start {status['expected_start']}"
-        self.description = text
-        if self.display is None and text not in self.said:
-            self.said.add(text)
-            say(self.console, [text])
+    def _read_metrics(self) -> None:
+        inode = metrics_inode(self.run)
+        if inode != self.inode:  # a run that continues from a checkpoint replaces the file
+            self.inode, self.offset, self.first = inode, 0, {}
+        while True:
+            lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
+            if not lines:
+                return
+            if new := [line for line in lines if line["time"] >= self.since]:
+                self.first, self.latest = self.first or new[0], new[-1]
 
-    def _milestone(self, key: str, status: dict[str, Any], text: str) -> None:
-        if status.get(key) is not None and key not in self.said:
-            self.said.add(key)
-            say(self.console, [text.format(status[key])])
+    def waiting(self, status: Status) -> None:
+        """Show a run that does not train yet: queued and why, or its nodes being checked."""
+        if self.latest or status.state is None or status.finished:
+            return
+        text = "queued" if status.state is State.QUEUED else f"started on {status.nodes or 'its nodes'}"
+        if status.reason:
+            text += f": {status.reason}"
+        if status.expected_start:
+            text += f", expected to start {status.expected_start}"
+        self.description = text
+        if self.display is None:
+            self._once(text, text)
+
+    def _once(self, key: str, line: str) -> None:
+        if key not in self.shown:
+            self.shown.add(key)
+            say(self.console, [line])
 
     def _print_step(self, last: bool) -> None:
         step, now = self.latest.get("step", 0), time.monotonic()
@@ -116,15 +126,15 @@ class Follower:
             say(self.console, [f"step {step}/{self.max_steps}  {self._numbers()}"])
 
     def _numbers(self) -> str:
-        m = self.latest
+        first, latest = self.first, self.latest
         parts = [
-            f"loss {m['loss']:.4f}",
-            f"{m['tokens_per_second']:,.0f} tok/s",
-            f"{m['peak_memory_bytes'] / GIB:.1f} GiB",
+            f"loss {latest['loss']:.4f}",
+            f"{latest['tokens_per_second']:,.0f} tok/s",
+            f"{latest['peak_memory_bytes'] / GIB:.1f} GiB",
         ]
-        if m["step"] > self.first["step"] and self.max_steps:
-            seconds = (m["time"] - self.first["time"]) / (m["step"] - self.first["step"])
-            parts.append(f"{clock(seconds * (self.max_steps - m['step']))} left")
+        if latest["step"] > first["step"] and self.max_steps:
+            seconds = (latest["time"] - first["time"]) / (latest["step"] - first["step"])
+            parts.append(f"{clock(seconds * (self.max_steps - latest['step']))} left")
         return "  ".join(parts)
 
 
@@ -136,7 +146,7 @@ def clock(seconds: float) -> str:
 
 
 def say(console: Console, lines: Iterable[str]) -> None:
-    """Lines as they are: no markup, no highlighting, not cut to the window."""
+    """Print lines as they are: no markup, no highlighting, not cut to the window."""
     for line in lines:
         style = "yellow" if line.startswith("warning:") else None
         console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)

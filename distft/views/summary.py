@@ -7,6 +7,7 @@ from typing import Any
 from distft.planner.plan import Plan, RecipePlan
 from distft.runs import measured
 from distft.runs.directory import RunDir
+from distft.runs.status import Status, read_status
 from distft.shell import quote
 from distft.units import gib, short
 
@@ -81,12 +82,17 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def eval_losses(status: Status) -> str:
+    """The eval loss before the training and, once it is measured, after; "" where there is no eval data."""
+    return " -> ".join(f"{loss:.4f}" for loss in (status.eval_loss_before, status.eval_loss_after) if loss is not None)
+
+
 def result_lines(run: RunDir) -> list[str]:
     """Where the result lies, and what it achieved."""
-    status = run.read_status()
+    status = read_status(run)
     lines = []
-    if status.get("eval_loss_after") is not None:
-        lines.append(f"eval loss: {status['eval_loss_before']:.4f} -> {status['eval_loss_after']:.4f}")
+    if status.eval_loss_after is not None:
+        lines.append(f"eval loss: {eval_losses(status)}")
     if run.final.is_dir():
         return [*lines, f"done: {run.final}"]
     return [*lines, f"done; what it printed: distft logs {quote(str(run.path))}"]  # a script of one's own

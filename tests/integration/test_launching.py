@@ -212,9 +212,9 @@ def test_a_signal_ends_everything(tiny: Tiny, tmp_path: Path, number: int) -> No
     assert process.returncode == 1
     status = status_of(run_dir)
     step = status["step"]
-    assert status["state"] == "preempted"
+    assert status["state"] == "stopped"
     assert status["reason"] == f"stopped: {signal.Signals(number).name}; step-{step} is saved"
-    assert f"{status['reason']}; go on with: distft resume {run_dir}" in out
+    assert f"{status['reason']}; resume it with: distft resume {run_dir}" in out
     assert "Traceback" not in out
     assert not list(processes.of_run(run_dir))
 

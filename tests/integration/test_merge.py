@@ -25,6 +25,7 @@ from distft.data import rows
 from distft.errors import DataError, DistftError, MissingPartError, RecipeError, RunError
 from distft.runs import model_card
 from distft.runs.directory import RunDir
+from distft.runs.status import update_status
 from distft.train import merge as merging_process
 from distft.train.merge import merge
 
@@ -63,7 +64,7 @@ def made(lora: Result, tiny: Tiny, tmp_path: Path) -> Callable[..., RunDir]:
 
         run = RunDir(shutil.copytree(lora.run_dir, tmp_path / "run"))
         run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(base), **changes)))
-        run.update_status(identity={})
+        update_status(run, identity={})
         recipe = load_recipe(run.recipe)
         quantization = quantization_config(recipe, "ddp")
         options = {"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}

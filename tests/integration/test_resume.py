@@ -23,6 +23,9 @@ from tiny import Tiny
 
 from distft.runs import checkpoints, processes
 from distft.runs.directory import RunDir
+from distft.runs.failure import rank_errors
+from distft.runs.metrics import last_metrics
+from distft.runs.status import State, read_status, update_status
 
 FP32 = 1e-5
 SAVED, STEPS = 2, 4
@@ -118,9 +121,8 @@ def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir]
     for (source, tuning), run in resumed.items():
         found, reference = metrics(run), metrics(saved["ddp-x1", tuning])
         assert [*found] == [*range(1, STEPS + 1)], (source, tuning)
-        status = run.read_status()
-        assert status["ran"]["world_size"] == case.ranks
-        assert status["ran"]["kind"] == case.strategy
+        ran = read_status(run).ran
+        assert (ran["world_size"], ran["kind"]) == (case.ranks, case.strategy)
         for step in range(1, STEPS + 1):
             for name in ("loss", "grad_norm", "learning_rate", "tokens"):
                 same = pytest.approx(reference[step][name], abs=FP32)
@@ -181,14 +183,14 @@ def stopped(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_ctrl_c_saves_at_the_next_step(stopped: tuple[Path, str]) -> None:
     folder, said = stopped
     run = RunDir(folder / "runs" / "tiny")
-    status, step = run.read_status(), run.last_metrics()["step"]
-    assert status["state"] == "preempted"
-    assert status["reason"] == f"stopped: SIGINT; step-{step} is saved"
-    assert f"go on with: distft resume {run.path}" in said
+    status, step = read_status(run), last_metrics(run)["step"]
+    assert status.state is State.STOPPED
+    assert status.reason == f"stopped: SIGINT; step-{step} is saved"
+    assert f"resume it with: distft resume {run.path}" in said
     assert (run.checkpoint(step) / "manifest.json").exists()
     assert not run.final.exists()
-    assert status["saves"][-1]["step"] == step
-    assert status["saves"][-1].keys() == {"step", "stall_seconds", "seconds"}
+    assert status.saves[-1]["step"] == step
+    assert status.saves[-1].keys() == {"step", "stall_seconds", "seconds"}
 
 
 def interrupted(folder: Path, recipe: dict[str, Any], slow: str, when: Callable[[RunDir], bool]) -> tuple[int, str]:
@@ -224,18 +226,18 @@ def test_ctrl_c_while_it_evaluates(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__micro_batch_size=1)
 
     def at_the_end(run: RunDir) -> bool:
-        return run.last_metrics().get("step") == 4
+        return last_metrics(run).get("step") == 4
 
     returncode, said = interrupted(tmp_path, recipe, "distft.train.trainer:RecipeTrainer.eval_loss", at_the_end)
     run = RunDir(tmp_path / "runs" / "tiny")
     assert returncode == 1, said
-    assert run.read_status()["reason"] == "stopped: SIGINT; step-4 is saved"
-    assert "eval_loss_after" not in run.read_status()
+    assert read_status(run).reason == "stopped: SIGINT; step-4 is saved"
+    assert read_status(run).eval_loss_after is None
     assert not run.final.exists()
     lines = run.metrics.read_text()
     done = distft("resume", "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "eval_loss_after" in run.read_status()
+    assert read_status(run).eval_loss_after is not None
     assert run.metrics.read_text() == lines
 
 
@@ -287,7 +289,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path
     assert f"warning: checkpoint step-{newest} is damaged (shard-00002" in done.stdout
     before, after = done.stdout.split("warning: checkpoint step-", 1)
     assert "\nstep " not in before and f"\nstep {newest + 3}/{newest + 3}" in after  # no steps of before
-    assert run.read_status()["state"] == "completed"
+    assert read_status(run).state is State.COMPLETED
     assert f"step-{newest} is damaged (shard-00002" in run.rank_log(0).read_text()
     assert f"continues after step {good} of {newest + 3}" in run.rank_log(0).read_text()
     before = [json.loads(line) for line in (stopped[0] / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
@@ -383,7 +385,7 @@ def test_two_widths_and_eight_bits(tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "whole", folder)
         run = RunDir(folder / "runs" / "tiny")
         shutil.rmtree(run.checkpoint(4))
-        run.update_status(state="failed")
+        update_status(run, state=State.FAILED)
         sets = ("--set", "parallelism.strategy=zero2") if ranks == 2 else ()
         done = distft("resume", "tiny", "--gpus-per-node", str(ranks), *sets, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -397,7 +399,7 @@ def test_all_steps_made_and_no_final(stopped: tuple[Path, str], tiny: Tiny, tmp_
     before = (result.run_dir / "final" / "adapter_model.safetensors").read_bytes()
     lines = (result.run_dir / "metrics.jsonl").read_text()
     shutil.rmtree(result.run_dir / "final")
-    RunDir(result.run_dir).update_status(state="failed")
+    update_status(RunDir(result.run_dir), state=State.FAILED)
     done = distft("resume", "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (result.run_dir / "final" / "adapter_model.safetensors").read_bytes() == before
@@ -446,7 +448,7 @@ def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
     )
     run = RunDir(tmp_path / "runs" / "tiny")
     deadline = time.monotonic() + 120
-    while run.last_metrics().get("step", 0) < 12:
+    while last_metrics(run).get("step", 0) < 12:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in processes.of_run(run.path)}
@@ -454,13 +456,13 @@ def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
     os.kill(stopped, signal.SIGSTOP)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    reason = run.read_status()["reason"]
+    reason = read_status(run).reason
     assert reason.startswith("rank 1: Hang: no step for ") and "rank 1 does not answer: stopped, or cut off" in reason
     assert "rank 1 on " in said and "failed first" in said
     log = run.rank_log(0).read_text()
     assert "the stacks of this rank:" in log and "(most recent call first)" in log
     assert not list(processes.of_run(run.path))
-    step = run.last_metrics()["step"]
+    step = last_metrics(run)["step"]
     to = ("--set", f"training.max_steps={step + 2}", "--force")
     done = distft("resume", "tiny", *to, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -474,12 +476,12 @@ def test_one_that_lost_its_run_to_another_attempt(tiny: Tiny, tmp_path: Path) ->
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run, deadline = RunDir(tmp_path / "runs" / "tiny"), time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if run.last_metrics():
-            run.update_status(owner="another")
+        if last_metrics(run):
+            update_status(run, owner="another")
         time.sleep(0.1)
     assert process.wait(timeout=1) == 1
     assert "another attempt has taken over this run; this one exits" in run.rank_log(0).read_text()
-    assert not run.rank_errors()
+    assert not rank_errors(run)
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])

@@ -26,6 +26,8 @@ from distft.commands.launch import Launch
 from distft.commands.verify import Outcome, Result, Trial, Verification
 from distft.errors import RunError
 from distft.runs.directory import RunDir
+from distft.runs.status import State, read_status, update_status
+from distft.runs.stop_file import ask_to_stop
 
 
 @pytest.fixture
@@ -248,10 +250,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         tokens = changed.get("tokens", 8)
         rows = [{"step": n, "loss": 5.0, "grad_norm": 1.0, "tokens": tokens * n} for n in range(1, 5)]
         run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        run.update_status(state=changed.get("state", "completed"), ran={"wrapped": "DeepSpeedEngine"})
+        update_status(run, state=State(changed.get("state", "completed")), ran={"wrapped": "DeepSpeedEngine"})
         if changed.get("stop"):
-            run.ask_to_stop("SIGINT")
-        if run.read_status()["state"] != "completed":
+            ask_to_stop(run, "SIGINT")
+        if read_status(run).state is not State.COMPLETED:
             raise RunError("rank 1: CUDA out of memory\n  the traceback\nlog: /gone")
         return run
 

@@ -23,6 +23,8 @@ from tiny import Tiny
 
 from distft.runs import checkpoints
 from distft.runs.directory import RunDir
+from distft.runs.status import job_ids, read_status
+from distft.runs.stop_file import stop_asked
 
 HANG_SECONDS = 35  # longer than SlurmdTimeout
 
@@ -32,7 +34,7 @@ def until(what: Callable[[], Any], seconds: float, run: RunDir) -> None:
     while not what():
         if time.monotonic() > deadline:
             logs = "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in sorted(run.logs.rglob("*.log")))
-            raise AssertionError(f"{run.read_status()}\n{logs}")
+            raise AssertionError(f"{read_status(run)}\n{logs}")
         time.sleep(0.3)
 
 
@@ -45,7 +47,7 @@ def start(site: Site, *arguments: str) -> RunDir:
 
 def hurry(site: Site, run: RunDir) -> None:
     """SLURM keeps a job that goes on for two minutes in the queue: not here."""
-    job = run.jobs()[-1]
+    job = job_ids(run)[-1]
     if "BeginTime" in site.cluster.run("squeue", "-h", "-j", job, "-o", "%r", check=False).stdout:
         site.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
@@ -55,7 +57,7 @@ def begins_again(site: Site, run: RunDir, attempts: int) -> None:
 
     def does() -> bool:
         hurry(site, run)
-        return len(run.read_status().get("attempts") or []) > attempts
+        return len(read_status(run).attempts) > attempts
 
     until(does, 120, run)
 
@@ -111,7 +113,7 @@ def ranks_of(run: RunDir) -> list[int]:
 
 def nodes_of(site: Site, run: RunDir) -> list[str]:
     """Where it runs, the head node first."""
-    names = site.cluster.run("squeue", "-h", "-j", run.jobs()[-1], "-o", "%N").stdout.strip()
+    names = site.cluster.run("squeue", "-h", "-j", job_ids(run)[-1], "-o", "%N").stdout.strip()
     return site.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
 
 
@@ -177,10 +179,10 @@ def preempted(site: Site, run: RunDir) -> None:
 
 def time_limit(site: Site, run: RunDir) -> None:
     """Its end comes near. SLURM looks twice a minute, and warns the job by itself."""
-    job, attempts = run.jobs()[-1], len(run.read_status().get("attempts") or [])
+    job, attempts = job_ids(run)[-1], len(read_status(run).attempts)
     *_, minutes, _ = site.cluster.run("squeue", "-h", "-j", job, "-o", "%M").stdout.split(":")
     site.cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={int(minutes) + 2}")
-    until(lambda: run.stop_asked() or len(run.read_status().get("attempts") or []) > attempts, 60, run)
+    until(lambda: stop_asked(run) or len(read_status(run).attempts) > attempts, 60, run)
     site.cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
 
 
@@ -195,7 +197,7 @@ def disk_full(site: Site, run: RunDir) -> None:
         pass
     time.sleep(8)
     filler.unlink()
-    until(lambda: any("No space left" in save.get("problem", "") for save in run.read_status()["saves"]), 60, run)
+    until(lambda: any("No space left" in save.get("problem", "") for save in read_status(run).saves), 60, run)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_the_job(site: Site) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 130
-    assert "goes on; come back with: distft logs -f" in said
+    assert "keeps running; follow it again with: distft logs -f" in said
     assert "Traceback" not in said
     assert site.status(run_dir)["state"] == "running"
     site.run("cancel", str(run_dir))
@@ -318,7 +318,7 @@ def test_accounting(tiny: Tiny, tmp_path: Path) -> None:
         status = site.wait(run_dir, lambda status: status["state"] != "queued", 60)
         assert (status["state"], status["slurm_state"]) == ("cancelled", "CANCELLED")
         said = site.run("launch", "recipe.yaml", *CLUSTER, "--account", "theirs", expect=2).stderr
-        assert "mend: set slurm.account" in said
+        assert "fix: set slurm.account" in said
         assert "ok: slurm.account mine" in site.run("cluster", "check", "site.yaml").stdout
         site.profile(slurm={"account": "theirs"})
         assert (
@@ -368,7 +368,10 @@ def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, 
     namespaces.mount_over("node2", site.runs)
     try:
         result = site.launch("--detach", nodes=3)
-        assert "warning: checkpoint.save_steps is not set: after a fault the run begins anew" in result.stderr
+        assert (
+            "warning: checkpoint.save_steps is not set: after a fault the run restarts from the beginning"
+            in result.stderr
+        )
         # SLURM holds back for two minutes what goes into the queue again.
         site.wait(result.run_dir, lambda status: "BeginTime" in (status["reason"] or ""))
         [job] = {*(result.run_dir / "logs" / "jobs").read_text().split()}
@@ -378,7 +381,7 @@ def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, 
         namespaces.unmount("node2", site.runs)
     assert result.status["state"] == "completed"
     first, second = (
-        (result.run_dir / "logs" / f"slurm-{job}.log").read_text().split(f"goes on as job {job}, without node2")
+        (result.run_dir / "logs" / f"slurm-{job}.log").read_text().split(f"continues as job {job}, without node2")
     )
     assert "preflight: bad node node2: " in first and "is its file system mounted?" in first
     assert "preflight: 3 nodes are well" in second

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from running import distft
 
-from distft.runs.directory import BLOCK, RunDir, read_metrics
+from distft.runs.directory import RunDir
+from distft.runs.files import BLOCK
+from distft.runs.metrics import last_metrics, read_metrics
+from distft.runs.status import State, update_status
 
 
 def test_metrics_in_blocks(tmp_path: Path) -> None:
@@ -23,13 +26,13 @@ def test_metrics_in_blocks(tmp_path: Path) -> None:
         found += more
     assert found == lines
     run = RunDir(tmp_path)
-    assert run.last_metrics() == lines[-1]
-    assert RunDir(tmp_path / "none").last_metrics() == {}
+    assert last_metrics(run) == lines[-1]
+    assert last_metrics(RunDir(tmp_path / "none")) == {}
 
 
 def test_a_log_of_many_blocks(tmp_path: Path) -> None:
     run = RunDir.create(str(tmp_path), "mine")
-    run.update_status(state="completed")
+    update_status(run, state=State.COMPLETED)
     text = "1 € für jede Zeile\n" * BLOCK
     run.rank_log(0).write_text(text)
     for options in ([], ["-f"]):

@@ -18,6 +18,7 @@ from tiny import Tiny
 from distft.commands.sweep import combinations
 from distft.config.cluster import load_cluster
 from distft.errors import ClusterError
+from distft.runs.status import State, Status
 from distft.schedulers import cluster_probe, slurm
 from distft.shell import sbatch_quote
 
@@ -163,14 +164,13 @@ def test_what_sacct_says_is_read() -> None:
     seen = slurm._parse(SACCT, {"12", "13_1", "14", "15"})
     assert (seen["12"].state, seen["12"].reason, seen["12"].nodes) == ("CANCELLED", "", "node[1-2]")
     assert seen["13_1"].state == seen["14"].state == "TIMEOUT"
-    # A state that is not known is shown as it is.
-    assert slurm._facts("15", seen["15"])["state"] == "new_state"
-    assert slurm._facts("14", seen["14"]) | {} == {
-        "slurm_state": "TIMEOUT",
-        "nodes": "node3",
-        "state": "failed",
-        "reason": "the time limit was reached",
-    }
+    running = Status(State.RUNNING, "15")
+    # In a state that is not known here, the run stays as it was.
+    unknown = slurm._as_seen(running, "15", seen["15"])
+    assert (unknown.state, unknown.slurm_state, unknown.reason) == (State.RUNNING, "NEW_STATE", "SLURM: NEW_STATE")
+    over = slurm._as_seen(running, "14", seen["14"])
+    assert (over.state, over.slurm_state, over.nodes) == (State.PREEMPTED, "TIMEOUT", "node3")
+    assert over.reason == "the time limit was reached"
 
 
 def test_a_gpu_profile_is_planned_without_a_gpu(tiny: Tiny, tmp_path: Path) -> None:

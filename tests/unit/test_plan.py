@@ -28,6 +28,7 @@ from distft.planner import limits
 from distft.planner.memory import Estimator
 from distft.planner.plan import make_plan, plan_json, script_plan
 from distft.planner.search import Where, choose
+from distft.runs.status import State, update_status
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -151,7 +152,7 @@ def test_a_resumed_run_is_offloaded_again(tmp_path: Path, monkeypatch: pytest.Mo
         run = ready(recipe, tmp_path, 1, "run")
         first = json.loads(run.plan.read_text())
         assert (first["strategy"], first["offload"], first["memory"]["fits"]) == ("zero2", "optimizer", True)
-        run.update_status(state="failed")
+        update_status(run, state=State.FAILED)
         found = resume.plan(run, (), Target())
         assert json.loads(launch.render(found.launch.job(run))["plan.json"]) == first
     finally:

@@ -1,4 +1,4 @@
-"""`distft plan` as a page of text: verdict, candidates, memory by component, limits, reasons."""
+"""`distft plan` as a page of text: the verdict, candidates, memory by component, limits, reasons."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from distft.planner.plan import PRECISIONS, RecipePlan
 from distft.planner.search import ABOUT
 from distft.units import GIB, gib, short
 
+MOMENTS = {
+    "forward": "forward pass",
+    "loss": "loss computation",
+    "backward": "backward pass",
+    "optimizer": "optimizer step",
+}
 COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
 COLOURS = ("blue", "cyan", "magenta", "yellow", "red", "green", "white")
-MARKS = "█▓▒░█▓▒"  # without colours, neighbours differ still
+MARKS = "█▓▒░█▓▒"  # neighbours also differ without colours
 
 
-def lines(plan: RecipePlan, recipe: Recipe, limits: Limits, mends: Sequence[str], width: int) -> Iterator[str]:
-    """The page, `width` columns wide."""
+def lines(plan: RecipePlan, recipe: Recipe, limits: Limits, fixes: Sequence[str], width: int) -> Iterator[str]:
+    """The page, `width` columns wide. `fixes`: changes that make a plan fit that does not."""
     first, *more = _wrapped(_verdict(plan), width)
     word, colon, rest = first.partition(":")
     yield click.style(word, fg="green" if plan.fits else "red", bold=True) + colon + rest
     yield from more
-    for mend in mends:
-        yield from _wrapped(f"would fit: {mend}", width, "  ")
+    for fix in fixes:
+        yield from _wrapped(f"would fit: {fix}", width, "  ")
     yield ""
     yield from _job(plan, recipe, width)
     yield from _table(plan, width)
@@ -49,14 +55,12 @@ def lines(plan: RecipePlan, recipe: Recipe, limits: Limits, mends: Sequence[str]
 def _verdict(plan: RecipePlan) -> str:
     where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
     how = "counted" if plan.simulated else "estimated"
-    need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} a rank"
+    need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} per rank"
     if host := plan.memory.host_per_node:
         known = plan.chosen.host_memory
-        need += f" and {gib(host)}{f' of {gib(known)}' if known else ''} of the host's"
-    said = f": {plan.chosen.name} on {where}, {need} ({how})"
-    if not plan.fits:
-        return "does not fit" + said
-    return ("fits" if plan.chosen.roomy else "fits tightly") + said
+        need += f", {gib(host)}{f' of {gib(known)}' if known else ''} of host memory per node"
+    verdict = "does not fit" if not plan.fits else "fits" if plan.chosen.roomy else "fits tightly"
+    return f"{verdict}: {plan.chosen.name} on {where}, {need} ({how})"
 
 
 def _job(plan: RecipePlan, recipe: Recipe, width: int) -> Iterator[str]:
@@ -84,13 +88,13 @@ def _speed(plan: RecipePlan, recipe: Recipe) -> str | None:
     steps = recipe.training.max_steps or 1000
     seconds = steps * s.step_seconds
     gpu_hours = seconds / 3600 * plan.topology.world_size
-    cost = f", {gpu_hours:,.1f} GPU hours" if gpu_hours >= 0.05 and plan.device.type == "cuda" else ""
+    cost = f", {gpu_hours:,.1f} GPU-hours" if gpu_hours >= 0.05 and plan.device.type == "cuda" else ""
     if plan.price:
-        cost += f", {gpu_hours * plan.price:,.2f} at {plan.price:g} a GPU hour"
+        cost += f", {gpu_hours * plan.price:,.2f} at {plan.price:g} per GPU-hour"
     mfu = f" (MFU {s.assumed_mfu:.0%})" if s.assumed_mfu else ""
     return (
-        f"about {short(s.step_seconds)} s a step, {s.tokens_per_second_per_gpu:,.0f} tokens/s a rank{mfu}; "
-        f"{steps:,} steps: {_duration(seconds)}{cost}"
+        f"about {short(s.step_seconds)} s per step, {s.tokens_per_second_per_gpu:,.0f} tokens/s per rank{mfu}; "
+        f"{steps:,} steps take {_duration(seconds)}{cost}"
     )
 
 
@@ -103,7 +107,7 @@ def _duration(seconds: float) -> str:
 
 def _table(plan: RecipePlan, width: int) -> Iterator[str]:
     yield ""
-    rows = [("candidate", "recompute", "micro", "GiB a rank", "s a step", "")]
+    rows = [("candidate", "checkpointing", "micro", "GiB/rank", "s/step", "")]
     chosen = plan.chosen
     for c in plan.candidates:
         seconds = "" if c.speed.step_seconds is None else short(c.seconds)
@@ -128,7 +132,7 @@ def _table(plan: RecipePlan, width: int) -> Iterator[str]:
         cells += [row[i].rjust(widths[i]) for i in (2, 3, 4)]
         text = "  ".join(cells)
         line = f"{text}  {row[5]}".rstrip()
-        if len(line) > width:  # a narrow window: the note below
+        if len(line) > width:  # a narrow window: the note goes below
             yield text.rstrip()
             line = f"      {row[5]}"
         yield click.style(line, bold=True) if index == 0 or row[5] == "chosen" else line
@@ -137,10 +141,10 @@ def _table(plan: RecipePlan, width: int) -> Iterator[str]:
 def _memory(plan: RecipePlan, width: int) -> Iterator[str]:
     m, capacity = plan.memory, plan.device.memory
     sizes = [getattr(m, component) for component in COMPONENTS]
-    # Gradients that are not there yet at the peak: what is shown adds up to it.
+    # Without the gradients that do not exist yet at the peak, so that the parts add up to it.
     sizes[1] = max(0, m.peak - (sum(sizes[:6]) - sizes[1]))
     yield ""
-    yield click.style(f"memory of a rank at its peak ({m.moment}), of {gib(capacity)}", bold=True)
+    yield click.style(f"peak memory of a rank, in the {MOMENTS[m.moment]}, of {gib(capacity)}", bold=True)
     room = max(20, width - 4)
     scale = room / max(capacity, m.process)
     bar, used = "", 0
@@ -168,33 +172,34 @@ def _memory(plan: RecipePlan, width: int) -> Iterator[str]:
         length += len(text) + 3
     yield f"  {line}".rstrip()
     if m.host_per_node:
-        yield f"  host memory a node: {gib(m.host_per_node)}"
+        yield f"  host memory per node: {gib(m.host_per_node)}"
 
 
 def _limits(plan: RecipePlan, limits: Limits) -> Iterator[str]:
     f = limits.fewest_gpus
     if f:
         shape = f"{f.world_size} ({f.nnodes} x {f.nproc_per_node})"
-        yield f"fewest such GPUs that it fits on without more offload: {shape}"
+        yield f"fewest such GPUs on which it fits without more offload: {shape}"
     else:
-        yield "without more offload it fits on no number of such GPUs that divides the global batch"
-    how = "with recompute" if plan.search.recipe.training.gradient_checkpointing == "auto" else "as asked"
+        yield "without more offload it does not fit on any number of such GPUs that divides the global batch"
+    free = plan.search.recipe.training.gradient_checkpointing == "auto"
+    how = "with gradient checkpointing" if free else "with the recipe's settings"
     if length := limits.max_length:
         positions = plan.model.config.get("max_position_embeddings")
         beyond = isinstance(positions, int) and positions < length
-        more = f", though the model knows {positions:,} positions" if beyond else ""
-        yield f"longest rows that fit here, one at a time, {how}: {length:,} tokens in steps of 64{more}"
+        more = f", more than the model's {positions:,} positions" if beyond else ""
+        yield f"longest rows that fit here, one at a time, {how}: {length:,} tokens (in steps of 64){more}"
     if limits.micro_batch_size:
         yield f"largest micro-batch that fits here, {how}: {limits.micro_batch_size}"
 
 
 def _changes(plan: RecipePlan) -> Iterator[str]:
-    """Faster ways that miss by little, and what they lack."""
+    """Faster candidates that miss by little, and by how much."""
     chosen = plan.chosen
     for c in plan.candidates:
         faster = c.speed.step_seconds and chosen.speed.step_seconds and c.seconds < chosen.seconds / ABOUT
         if faster and not c.rejected and not c.host_excess and 0 < c.excess < c.capacity / 2:
-            yield f"{gib(c.excess)} more a rank would let {c.name} run, at about {short(c.seconds)} s a step"
+            yield f"with {gib(c.excess)} more per rank {c.name} would fit, at about {short(c.seconds)} s per step"
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:

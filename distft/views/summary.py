@@ -1,4 +1,4 @@
-"""What distft says of a plan, of data and of a finished run: lines for people."""
+"""A plan, prepared data and a finished run as lines for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distft.units import gib, short
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Strategy, batch, reasons, warnings."""
+    """Strategy, batch, memory, reasons and warnings of a plan."""
     devices = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
     name = plan.chosen.name if isinstance(plan, RecipePlan) else plan.strategy
     lines = [f"plan: {name} on {devices}, mixed precision {plan.mixed_precision}"]
@@ -24,17 +24,19 @@ def plan_lines(plan: Plan) -> list[str]:
             f"accumulation x {plan.topology.world_size} rank{'s' * (plan.topology.world_size > 1)}"
         )
         lines.append(f"  {m.parameters:,} parameters, {m.trainable_parameters:,} trained")
-        host = f", {gib(memory.host_per_node)} of a node's own" if memory.host_per_node else ""
+        host = f", {gib(memory.host_per_node)} of host memory per node" if memory.host_per_node else ""
         lines.append(
-            f"  estimated: {gib(memory.process)} of {gib(plan.device.memory)} a rank{host}"
-            + (f", {short(speed)} s a step" if speed else "")
+            f"  estimated: {gib(memory.process)} of {gib(plan.device.memory)} per rank{host}"
+            + (f", {short(speed)} s per step" if speed else "")
         )
     return [*lines, *(f"  {reason}" for reason in plan.reasons), *(f"warning: {text}" for text in plan.warnings)]
 
 
 def beside_plan(run: RunDir) -> dict[str, dict[str, float | None]]:
-    """What the plan of a run said and what was measured; {} before the first step. Memory is torch's peak on a GPU, the
-    process on a CPU."""
+    """What the plan of a run predicted, and what was measured; {} before the first step.
+
+    Memory is torch's peak on a GPU and that of the process on a CPU, in bytes.
+    """
     found, plan = measured.measured(run), measured.planned(run)
     if not found or not plan:
         return {}
@@ -54,19 +56,16 @@ def beside_plan_lines(run: RunDir) -> list[str]:
     found = beside_plan(run)
     if not found:
         return []
-    said, got = found["predicted"], found["measured"]
-    lines = []
-    if said["memory_bytes"] is not None:
-        ratio = got["memory_bytes"] / said["memory_bytes"]
-        lines.append(
-            f"  memory of a rank: {gib(got['memory_bytes'])}, predicted {gib(said['memory_bytes'])} ({ratio:.0%} of it)"
-        )
-    speed = f", predicted {said['tokens_per_second']:,.0f}" if said["tokens_per_second"] else ""
+    predicted, got, lines = found["predicted"], found["measured"], []
+    memory, planned = got["memory_bytes"], predicted["memory_bytes"]
+    if memory is not None and planned is not None:
+        lines.append(f"  memory of a rank: {gib(memory)}, predicted {gib(planned)} ({memory / planned:.0%} of it)")
+    speed = f", predicted {predicted['tokens_per_second']:,.0f}" if predicted["tokens_per_second"] else ""
     return [*lines, f"  tokens/s of all ranks: {got['tokens_per_second']:,.0f}{speed}"]
 
 
 def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
-    """Documents, rows and tokens of each split, and what was too long."""
+    """Documents, rows and tokens of each split, and how many rows were too long."""
     lines = []
     for split, count in counts.items():
         packed = f" in {count['rows']:,} packed rows" if count["rows"] != count["documents"] else ""
@@ -88,11 +87,11 @@ def eval_losses(status: Status) -> str:
 
 
 def result_lines(run: RunDir) -> list[str]:
-    """Where the result lies, and what it achieved."""
+    """Where the result is, and its eval loss."""
     status = read_status(run)
     lines = []
     if status.eval_loss_after is not None:
         lines.append(f"eval loss: {eval_losses(status)}")
     if run.final.is_dir():
         return [*lines, f"done: {run.final}"]
-    return [*lines, f"done; what it printed: distft logs {quote(str(run.path))}"]  # a script of one's own
+    return [*lines, f"done; its output: distft logs {quote(str(run.path))}"]  # the user's own script

@@ -1,18 +1,18 @@
-"""Remedies for what accelerate, DeepSpeed and bitsandbytes overlook on CPU ranks. Nothing here changes a run on GPUs.
+"""Fixes for what accelerate, DeepSpeed and bitsandbytes get wrong on CPU ranks. Nothing here changes a run on GPUs.
 
-FSDP: AcceleratorState takes the FSDP plugin for MULTI_GPU and its like only (state.py, 1.13 to 1.15), so on gloo ranks
-an FSDP job quietly runs DDP. Everything behind that point works on the CPU; the state is set right after construction.
+FSDP: AcceleratorState uses the FSDP plugin for MULTI_GPU and the like only (state.py, 1.13 to 1.15), so that on gloo
+ranks an FSDP job silently runs DDP. Everything after that point works on CPUs; the state is set right after it is made.
 
 DeepSpeed: ACCELERATE_USE_CPU turns it off, and without that variable PartialState finds no backend and makes every rank
-a world of 1. The backend is chosen as if the variable were there.
+a world of 1. The backend is chosen as if the variable were set.
 
-DeepSpeed's shared-memory all-reduce is left out: it is compiled with g++ while the ranks start (a minute, if there is
-a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever.
+DeepSpeed's shared-memory all-reduce is turned off: g++ compiles it while the ranks start up (for a minute, where there
+is a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever.
 
-bitsandbytes: importing it imports torch's compiler, to compile what its CPU kernels fall back to, whether or not it is
-used: a fifth of a rank's start, and then minutes with g++. These functions run as they are written. And in evaluation
-it packs 4-bit weights anew for CPUs with AVX512-BF16, in place, of which ZeRO-3 and FSDP know nothing: after the next
-gathering the weights are broken, silently. They stay as they are.
+bitsandbytes: on import it imports torch's compiler, to compile the fallbacks of its CPU kernels, needed or not: a fifth
+of a rank's start-up, and then minutes of g++. The fallbacks stay uncompiled. During evaluation it also repacks 4-bit
+weights in place for CPUs with AVX512-BF16, which ZeRO-3 and FSDP do not know: the weights that they gather next are
+silently wrong. Weights are not repacked.
 
 tests/integration/test_cpu_ranks.py fails when upstream no longer needs this.
 """
@@ -28,7 +28,7 @@ import torch
 
 
 def apply() -> None:
-    """Have CPU ranks do what was asked for from now on. Before anything imports bitsandbytes."""
+    """Apply the fixes, on CPU ranks only. Call it before anything imports bitsandbytes."""
     if torch.cuda.is_available():
         return
     if bitsandbytes := _import_uncompiled("bitsandbytes"):
@@ -64,15 +64,16 @@ def apply() -> None:
 
 
 def _import_uncompiled(name: str) -> Any:
-    """Import a package for which torch.compile leaves functions as they are; None where it is not installed."""
-    compiler = torch.compile
-    torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
+    """Import a package while torch.compile returns functions unchanged; None where it is not installed."""
+    namespace: Any = torch  # Any: torch declares `compile` as a function with overloads
+    original = namespace.compile
+    namespace.compile = lambda function=None, **options: function or (lambda decorated: decorated)
     try:
         return importlib.import_module(name)
     except ImportError:
         return None
     finally:
-        torch.compile = compiler
+        namespace.compile = original
 
 
 def _asked(engine: str) -> bool:

@@ -1,4 +1,4 @@
-"""The model of a recipe, as every rank builds it: dtype, attention, quantization, adapters."""
+"""Builds the model of a recipe on every rank: dtype, attention, quantization, adapters."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype of matrix products."""
+    """The dtype in which matrices are multiplied."""
     return DTYPES[recipe.training.mixed_precision]
 
 
 def choose_attention(recipe: Recipe) -> str:
-    """The attention implementation, `auto` resolved; says which and why."""
+    """The attention implementation; what `auto` stands for here is logged with the reason."""
     wanted = recipe.model.attn_implementation
     if wanted != "auto":
         return wanted
@@ -51,9 +51,9 @@ def choose_attention(recipe: Recipe) -> str:
 
 
 def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings.
+    """bitsandbytes' settings, None without quantization.
 
-    Sharding cuts flat parameters, which must all have one dtype, so there the 4-bit weights are stored in the compute
+    Strategies that shard parameters need all of them in one dtype, so there the 4-bit weights are stored in the compute
     dtype (peft docs, "bnb_4bit_quant_storage"; accelerate#3983 for what uint8 does under FSDP2).
     """
     dtype = compute_dtype(recipe)
@@ -73,9 +73,9 @@ def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | N
 def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     """Load the base model and wrap it with the adapters.
 
-    Weights that are trained are float32 (the optimizer's masters; autocast or the strategy casts on the way); frozen
-    ones are in the compute dtype. Norms and embeddings of a quantised base stay in the compute dtype too: the same
-    numbers under every strategy, and transformers' norms compute in float32 anyway.
+    Trained weights are float32: they are the optimizer's masters, and autocast or the strategy casts them for use.
+    Frozen weights are in the compute dtype, including norms and embeddings of a quantized base: the same numbers under
+    every strategy, and transformers' norms compute in float32 anyway.
 
     Raises:
         DataError: the weights cannot be read.
@@ -104,8 +104,8 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
         return model
     model = add_adapters(model, recipe)
     if KINDS[strategy].zero_stage == 3:
-        # DeepSpeed casts what it finds unless zero.Init made any of it (engine.py, _cast_module_mixed_precision): left
-        # alone, peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
+        # DeepSpeed does not cast a model of which zero.Init made any part (engine.py, _cast_module_mixed_precision):
+        # peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(compute_dtype(recipe))
@@ -113,13 +113,18 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
-    """Freeze the base and wrap it with the recipe's adapters, drawn from its seed."""
+    """Freeze the base and wrap it with the adapters of a recipe that has some, initialized from its seed.
+
+    Raises:
+        DataError: lora.start_from holds an adapter of another model.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
+    assert lora is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    # Loading draws a different number of random values under each strategy; from here all ranks draw the same.
+    # Loading draws a different number of random values under each strategy; from here on all ranks draw the same.
     set_seed(recipe.training.seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -140,5 +145,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
         if missing or found.unexpected_keys:
             some = (missing + found.unexpected_keys)[0]
             raise DataError(f"lora.start_from: {lora.start_from} is an adapter of another model ({some})")
-        log.info("adapter: starts from the weights of %s; optimizer, schedule and data begin anew", lora.start_from)
+        log.info(
+            "adapter: starts from the weights of %s, with a new optimizer, schedule and data order", lora.start_from
+        )
     return model

@@ -1,4 +1,4 @@
-"""Which row comes when: a stream that knows nothing of ranks."""
+"""The order of the rows: one stream, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class StreamSampler(torch.utils.data.Sampler[int]):
-    """`total` row numbers: one seeded permutation of the rows after the other, without a gap between epochs.
+    """`total` row numbers: one seeded permutation of the rows after another, without a gap between epochs.
 
-    Every global batch is the next `global_batch_size` of them, at every width: no short batch at the end of an epoch,
-    no repeated rows to fill one up. A run that is continued leaves out the first `start` of them.
+    Every global batch is the next `global_batch_size` of them, at every world size: there is no short batch at the end
+    of an epoch, and none is filled up with repeated rows. A run that continues skips the first `start`.
     """
 
     def __init__(self, rows: int, total: int, seed: int, start: int = 0):
@@ -30,5 +30,5 @@ class StreamSampler(torch.utils.data.Sampler[int]):
 
 
 def optimizer_steps(rows: int, global_batch_size: int, max_steps: int | None, epochs: float | None) -> int:
-    """Optimizer steps of a run; a last part of an epoch counts as a whole step."""
+    """Optimizer steps of a run; the last step may reach into the next epoch."""
     return max_steps or ceil((epochs or 1) * rows / global_batch_size)

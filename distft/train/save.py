@@ -1,4 +1,4 @@
-"""What was trained → a folder that peft / transformers load, read back and compared before anyone relies on it."""
+"""Writes what was trained into a folder that peft or transformers loads, reads it back and compares it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Tensors = dict[str, torch.Tensor]
 def save_trained(
     model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtype: torch.dtype | None, card: str | None = None
 ) -> None:
-    """Gather what is trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
+    """Gather what was trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
 
-    Collective: all ranks call it with the wrapped model; the rank that `writes` does. The folder appears whole or not
-    at all.
+    Collective: all ranks call it with the wrapped model; the one that `writes` writes. The folder appears complete or
+    not at all.
 
     Raises:
-        RunError: what lies on disk is not what was in memory.
+        RunError: what is on disk is not what was in memory.
     """
     from peft import get_peft_model_state_dict
 
@@ -40,7 +40,7 @@ def save_trained(
         base.save_pretrained(work, state_dict=trained, safe_serialization=True)
         expected = get_peft_model_state_dict(base, state_dict=dict(trained))  # the same tensors under peft's names
         if len(expected) != len(trained):
-            raise RunError(f"{folder}: peft saves {len(expected)} tensors of the {len(trained)} that were trained")
+            raise RunError(f"{folder}: peft saves {len(expected)} of the {len(trained)} trained tensors")
     else:
         trained = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.items()}
         base.config.dtype = dtype
@@ -48,9 +48,9 @@ def save_trained(
         expected = trained
     tokenizer.save_pretrained(work)
     if card is not None:
-        (work / "README.md").write_text(card)  # peft writes one, too, with nothing in it
+        (work / "README.md").write_text(card)  # replaces peft's, which has nothing in it
     for path in work.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors makes files for their owner alone
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
     verify(work, expected)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
@@ -66,9 +66,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and full tensor on the CPU of each parameter (and, for a whole model, persistent buffer), one at a time.
+    """Name and full tensor on the CPU of each parameter, one at a time; for a whole model, of persistent buffers too.
 
-    Every rank takes part; only the one that keeps them yields. Tied weights come once, as transformers saves them.
+    Collective: every rank iterates, and only the one that `keep`s the tensors gets any. Tied weights come once, as
+    transformers saves them.
     """
     zero = type(model).__name__ == "DeepSpeedEngine"
     if zero:
@@ -77,7 +78,7 @@ def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterato
         if only_trained and not parameter.requires_grad:
             continue
         if zero and parameter.requires_grad:
-            tensor = safe_get_full_fp32_param(parameter)  # the masters, not the 16-bit working copy
+            tensor = safe_get_full_fp32_param(parameter)  # the float32 master, not the 16-bit working copy
         elif hasattr(parameter, "full_tensor"):
             tensor = parameter.full_tensor()
         else:
@@ -95,7 +96,7 @@ def verify(folder: Path, expected: Tensors) -> None:
     """Compare the safetensors files of `folder` with `expected`: names, shapes, values.
 
     Raises:
-        RunError: a tensor is missing, left over, of another shape, empty, or has other values.
+        RunError: a tensor is missing, unexpected, empty, or has another shape or other values.
     """
     found: set[str] = set()
     problems = []

@@ -1,6 +1,6 @@
 """`torchrun ... -m distft.train.script RUN_DIR script.py args...`: an unmodified script as a rank of a run.
 
-The script gets its strategy through the environment that accelerate reads, and is run as `python script.py args...`.
+It runs as under `python script.py args...`, and gets its strategy through the environment that accelerate reads.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def main() -> None:
 
         cpu_ranks.apply()
     sys.argv = sys.argv[2:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as python sets it for a script
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as Python sets it for a script
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as error:  # argparse's way to refuse; no exception hook sees it
+    except SystemExit as error:  # from argparse, say; no exception hook sees it
         if error.code not in (0, None):
             worker.record_error(run, int(os.environ.get("RANK", "0")), error)
             raise

@@ -1,8 +1,9 @@
-"""What is trained and the optimizer's states, as this rank holds them under any strategy: ranges of flat tensors.
+"""What this rank holds of the trained parameters and the optimizer's states, under any strategy: ranges.
 
-DDP keeps whole parameters on every rank, ZeRO-1 and 2 a cut of all parameters laid end to end, ZeRO-3 a cut of each
-one, FSDP2 the rows of each one. Flattened, each of these is ONE range of a parameter's elements, and so is what belongs
-to it of every optimizer state. A checkpoint stores ranges; any strategy at any width reads those that it needs.
+DDP keeps whole parameters on every rank, ZeRO-1 and 2 a piece of all parameters laid end to end, ZeRO-3 a piece of each
+parameter, FSDP2 some rows of each. In the flattened parameter, each of these is ONE range of elements, and the
+optimizer's states of these elements are the same range. A checkpoint stores ranges; any strategy at any world size
+reads those that it needs.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from distft.train.save import unwrapped
 
 @dataclass(frozen=True)
 class Share:
-    """A range of a flattened parameter: its float32 masters and optimizer states as 1-D views of the training's own."""
+    """A range of a flattened parameter. The tensors are 1-D views of those that the training uses."""
 
-    name: str  # the parameter's, as in model.named_parameters()
+    name: str  # of the parameter, as in model.named_parameters()
     shape: tuple[int, ...]  # of the whole parameter
     start: int  # in elements of the flattened parameter
-    weights: torch.Tensor
-    states: dict[str, torch.Tensor]  # by the optimizer's names: a value for each element of the range
-    factors: dict[str, torch.Tensor]  # the states that are not (Adafactor's rows and columns), whole
-    copies: int = 1  # ranks that hold the same range
-    copy: int = 0  # which of them this is
+    weights: torch.Tensor  # float32 masters
+    states: dict[str, torch.Tensor]  # optimizer states with a value for each element of the range, by their names
+    factors: dict[str, torch.Tensor]  # other optimizer states (Adafactor's rows and columns), whole
+    copies: int = 1  # number of ranks that hold the same range
+    copy: int = 0  # which of them this rank is
 
     def own(self) -> slice:
-        """The part of the range that this rank writes: the copies share the work."""
+        """The part of the range that this rank writes: ranks with the same range share the work."""
         size = len(self.weights)
         return slice(size * self.copy // self.copies, size * (self.copy + 1) // self.copies)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a share lies: from element `offset` on in one of the optimizer's parameters."""
+    """Where a share is stored: from element `offset` of one of the optimizer's parameters."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,7 +59,7 @@ class Shares:
     """The shares of this rank. All ranks make, read and write theirs at the same time.
 
     Raises:
-        RunError: what wraps the model is not known here.
+        RunError: DeepSpeed wraps the model in a way that is unknown here.
     """
 
     def __init__(self, model: Any, optimizer: Any):
@@ -68,7 +69,7 @@ class Shares:
         self.unpacked: list[tuple[torch.Tensor, str, torch.Tensor]] = []
 
     def read(self) -> list[Share]:
-        """All of them, with the optimizer's states as far as there are any (make_states)."""
+        """All shares of this rank. They have no optimizer states before the first step or make_states."""
         self.unpacked.clear()
         states: dict[int, dict[str, torch.Tensor]] = {}
         found = []
@@ -93,7 +94,7 @@ class Shares:
             )
         return found
 
-    # ---- where they lie
+    # ---- where shares are stored
 
     def _places(self, base: Any) -> Iterator[_Place]:
         trained = [(name, p) for name, p in base.named_parameters() if p.requires_grad]
@@ -110,24 +111,24 @@ class Shares:
         else:
             flats = self._flats()
             for name, parameter in trained:
-                found = parameter._hp_mapping  # None where no element of it is this rank's
+                found = parameter._hp_mapping  # None where this rank holds no element of it
                 if found is not None:
                     here, there = found.lp_fragment_address, found.hp_fragment_address
                     flat = flats[found.param_group_index]
                     yield _Place(name, tuple(parameter.shape), here.start, here.numel, flat, there.start)
 
     def _flats(self) -> list[torch.Tensor]:
-        """float32 masters of the optimizer's groups, this rank's part of each."""
+        """This rank's part of the float32 masters of each optimizer group."""
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         for name in names:  # ZeRO-3, ZeRO-1 and 2, ZeRO-1 in bf16 with float32 gradients
             if hasattr(self.zero, name):
                 return getattr(self.zero, name)
-        raise RunError(f"checkpoint: {type(self.zero).__name__} is not known here")
+        raise RunError(f"checkpoint: DeepSpeed's {type(self.zero).__name__} is unknown here")
 
     # ---- the optimizer's states
 
     def _states(self, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and flat view of each state of one of the optimizer's parameters; bitsandbytes' 8-bit ones unpacked."""
+        """Name and flat view of each state of one of the optimizer's parameters, 8-bit ones dequantized."""
         state = self.optimizer.state.get(parameter, {})
         for name, value in state.items():
             if not torch.is_tensor(value) or name in _WITH_8_BIT or value.dim() == 0:
@@ -142,12 +143,12 @@ class Shares:
             yield name, value
 
     def _pack(self) -> None:
-        """What was written into unpacked states, back into 8 bit."""
+        """Quantize what was written into states that `_states` dequantized."""
         for parameter, name, values in self.unpacked:
             state = self.optimizer.state[parameter]
             packed, absmax, code = _local(state[name]), state[f"absmax{name[-1]}"], state[f"qmap{name[-1]}"].cpu()
-            # Not quantize_blockwise: its scale is a block's largest value, but where that is negative the code's end is
-            # -0.993, so that unpacking and packing would lose a little each time.
+            # Not quantize_blockwise: its scale is a block's largest absolute value, but the code's negative end is
+            # -0.993, so each round trip would lose a little where that value is negative.
             blocks = torch.nn.functional.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
             scale = blocks.amax(1) / code.max()
             if code.min() < 0:
@@ -158,22 +159,23 @@ class Shares:
             packed.copy_(nearest.view(-1)[: len(values)])
 
     def steps(self) -> float | None:
-        """How many steps the optimizer counts, None before the first."""
+        """The optimizer's step count, None before its first step."""
         for state in self.optimizer.state.values():
             if "step" in state:
                 return float(state["step"])
         return None
 
     def make_states(self, steps: float | None) -> None:
-        """Have the optimizer make its states, and count `steps`: one step of its own, with no gradient and no rate."""
+        """Have the optimizer allocate its states, by a step with zero gradient and learning rate; set its count."""
         groups = self.optimizer.param_groups
         rates, lists = [group["lr"] for group in groups], [group["params"] for group in groups]
-        # DeepSpeed's ZeRO-3 hands over one flat parameter at a time, and keeps the groups empty between.
-        flats = self._flats() if self.zero is not None else None
+        # ZeRO-3 gives the optimizer one flat parameter at a time, and leaves its groups empty in between.
+        flats = self._flats() if self.zero is not None else []
         for group in groups:
             group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
-        for index, flat in enumerate(flats or []):
-            number = self.zero.sub_group_to_group_id[index] if hasattr(self.zero, "sub_group_to_group_id") else index
+        group_of = getattr(self.zero, "sub_group_to_group_id", {})
+        for index, flat in enumerate(flats):
+            number = group_of.get(index, index)
             if not any(p is flat for p in groups[number]["params"]):
                 groups[number]["params"] = [*groups[number]["params"], flat]
         made = [(p, p.grad) for group in groups for p in group["params"]]
@@ -191,7 +193,7 @@ class Shares:
                 state["step"] = int(steps or 0)
 
     def take_over(self) -> None:
-        """Have the training take what was written into the shares. Collective under ZeRO."""
+        """Have the training use what was written into the shares. Collective under ZeRO."""
         self._pack()
         if self.zero is None:
             return
@@ -205,25 +207,25 @@ class Shares:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
 
-_BLOCK = 256  # elements a block of bitsandbytes' 8-bit states (optim/optimizer.py)
+_BLOCK = 256  # elements per block of bitsandbytes' 8-bit states (optim/optimizer.py)
 _WITH_8_BIT = ("qmap1", "qmap2", "absmax1", "absmax2")
 
 
 def _innermost(optimizer: Any) -> Any:
-    """torch's or bitsandbytes' optimizer inside accelerate's and DeepSpeed's."""
+    """The torch or bitsandbytes optimizer inside accelerate's and DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, flat; a view."""
+    """A flat view of this rank's part."""
     tensor = tensor.detach()
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
 
 
 def _whole(name: str, parameter: torch.Tensor) -> Iterator[_Place]:
-    """A parameter of DDP or FSDP2."""
+    """The place of a parameter under DDP or FSDP2."""
     shape = tuple(parameter.shape)
     if not isinstance(parameter, DTensor):
         ranks = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -231,7 +233,7 @@ def _whole(name: str, parameter: torch.Tensor) -> Iterator[_Place]:
         return
     mesh = parameter.device_mesh
     size, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, parameter.placements)
-    if prod(size):  # a rank beyond the last row has none
+    if prod(size):  # with more ranks than rows, the last ranks have none
         start = offset[0] * prod(shape[1:]) if shape else 0
         copies = (mesh.size(0), mesh.get_local_rank(0)) if mesh.ndim == 2 else (1, 0)  # HSDP
         yield _Place(name, shape, start, prod(size), parameter, 0, *copies)

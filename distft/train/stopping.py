@@ -1,7 +1,7 @@
 """Being asked to stop: by the run's stop file (the launcher's Ctrl-C, the job script's trap) or by SIGTERM.
 
-While a run starts there is nothing to lose, and the rank ends at once. Once it trains, all ranks agree at the end of a
-step, save, and end well.
+While a run starts up there is nothing to lose, and the rank ends at once. Once it trains, all ranks agree at the end of
+a step, save, and exit cleanly.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from distft.runs.failure import rank_errors
 from distft.runs.stop_file import stop_asked
 
 POLL_SECONDS = 0.5
-UNWIND_SECONDS = 3  # for a start that is stopped: temporary files go, and a rank that waits for others is ended
+UNWIND_SECONDS = 3  # for a rank stopped during start-up to remove temporary files; one that waits for others is killed
 
 
 class Stopping:
-    """Whether this rank was asked to stop. Import nothing heavy here: it is the first thing a rank does."""
+    """Whether this rank was asked to stop. A rank makes it first of all, so nothing heavy is imported here."""
 
     def __init__(self, run: RunDir):
-        self.run, self.why = run, None
-        self.training = False  # the loop runs, and asks `why` itself
+        self.run = run
+        self.why: str | None = None
+        self.training = False  # the training loop runs, and looks at `why` itself
         signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started it in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for jobs in the background
         threading.Thread(target=self._watch, daemon=True, name="stopping").start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # torchrun ends the ranks beside one that failed with SIGTERM too: they would wait for it at the next step.
+        # torchrun sends SIGTERM to the other ranks when one fails, too: they would wait for it at the next step.
         if not self.training or rank_errors(self.run) or _siblings() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -52,7 +53,7 @@ class Stopping:
 
 
 def _siblings() -> int:
-    """Live processes of this one's parent, this one among them."""
+    """Live processes with the same parent as this one, including this one."""
     found = 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""What really wraps the model, held against what was planned: a job that quietly ran DDP is a failed FSDP job."""
+"""What really wraps the model, compared with the plan: an FSDP job that silently runs DDP has failed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,8 @@ from distft.errors import RunError
 
 
 def describe(model: Any, optimizer: Any) -> dict[str, Any]:
-    """The wrapped model in words: class, kind, what it shards over, optimizer, backend and world size."""
-    if isinstance(model, DistributedDataParallel):
-        kind, detail = "ddp", {}
-    elif type(model).__name__ == "DeepSpeedEngine":
-        stage = model.zero_optimization_stage()
-        kind, detail = f"zero{stage}", {"zero_optimizer": type(model.optimizer).__name__}
-    elif isinstance(model, FSDPModule):
-        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        mesh = next(model.parameters()).device_mesh
-        kind = "hsdp" if mesh.ndim == 2 else "fsdp"
-        detail = {"mesh": list(mesh.shape), "units": dict(Counter(type(unit).__name__ for unit in units))}
-    else:
-        kind, detail = "single", {}
+    """What runs, for status.json: wrapper and its details, optimizer, gradient checkpointing, backend, world size."""
+    kind, detail = _wrapper(model)
     initialized = dist.is_initialized()
     return {
         "wrapped": type(model).__name__,
@@ -38,8 +27,26 @@ def describe(model: Any, optimizer: Any) -> dict[str, Any]:
     }
 
 
+def _wrapper(model: Any) -> tuple[str, dict[str, Any]]:
+    """The strategy that a wrapped model runs under (`single`: none), with details."""
+    if isinstance(model, DistributedDataParallel):
+        return "ddp", {}
+    if type(model).__name__ == "DeepSpeedEngine":
+        return f"zero{model.zero_optimization_stage()}", {"zero_optimizer": type(model.optimizer).__name__}
+    if isinstance(model, FSDPModule):
+        return _fsdp(model)
+    return "single", {}
+
+
+def _fsdp(model: Any) -> tuple[str, dict[str, Any]]:
+    """Mesh, and how many modules of each class FSDP2 shards as a unit."""
+    units = Counter(type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule))
+    mesh = next(model.parameters()).device_mesh
+    return ("hsdp" if mesh.ndim == 2 else "fsdp"), {"mesh": list(mesh.shape), "units": dict(units)}
+
+
 def _optimizer_name(optimizer: Any) -> str:
-    """`torch AdamW`, `bitsandbytes AdamW 8-bit`: whose, class, width of its states."""
+    """Package, class and bits of the states: `torch AdamW`, `bitsandbytes AdamW 8-bit`."""
     while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
         optimizer = optimizer.optimizer
     kind = type(optimizer)
@@ -48,12 +55,16 @@ def _optimizer_name(optimizer: Any) -> str:
 
 
 def check(planned: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raises RunError when what runs is not what was planned."""
+    """Compare what runs with plan.json.
+
+    Raises:
+        RunError: it is not what was planned.
+    """
     strategy, world = planned["strategy"], planned["topology"]["world_size"]
-    # One rank of ddp may be wrapped or not: there is nobody to reduce with.
+    # With one rank, ddp may or may not wrap the model: there is nothing to reduce.
     allowed = {strategy, "single"} if strategy == "ddp" and world == 1 else {strategy}
     if found["kind"] not in allowed or found["world_size"] != world:
         raise RunError(
-            f"the plan is {strategy} on {world} ranks, and what runs is {found['kind']} ({found['wrapped']}) on "
-            f"{found['world_size']}; the strategy was not taken up"
+            f"the plan is {strategy} on {world} ranks, but {found['kind']} ({found['wrapped']}) runs on "
+            f"{found['world_size']}: the strategy did not take effect"
         )

@@ -1,6 +1,6 @@
-"""What every rank does before anything else, whatever it trains: its own log, its first error on disk, its strategy.
+"""What every rank does first, whatever it trains: open its log, record its first error, take its strategy.
 
-Imports nothing heavy: a package that fails to import must already end in this rank's log.
+Nothing heavy is imported here: a package that cannot be imported must show in this rank's log.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _ended_well: list[bool] = []
 
 
 def enter(run: RunDir) -> dict[str, Any]:
-    """Set this process up as a rank of `run` and return its plan.json."""
+    """Make this process a rank of `run`, and return the run's plan.json."""
     atexit.register(_leave)  # before all others, so that it runs after them
     rank = int(os.environ.get("RANK", "0"))
-    die_with_parent()  # a torchrun that is killed outright must not leave its ranks behind, holding their GPUs
+    die_with_parent()  # the ranks of a torchrun that is killed must not stay behind and hold their GPUs
     _log_to(run, rank)
     _record_first_error(run, rank)
     plan = json.loads(run.plan.read_text())
@@ -46,9 +46,9 @@ def enter(run: RunDir) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import the training stack: a million objects that stay, through which the garbage collector need not look.
+    """Import the training stack without the garbage collector.
 
-    It takes a fifth of the time that the imports take.
+    It would look through a million objects that stay anyway, for a fifth of the time that the imports take.
     """
     gc.disable()
     try:
@@ -59,10 +59,10 @@ def importing() -> Iterator[None]:
 
 
 def ended_well() -> None:
-    """This rank has done its work. Its process ends without finalization, once its exit handlers are through.
+    """This rank has done its work: its process ends after its exit handlers, without the interpreter's finalization.
 
-    gloo's threads may meet an interpreter half gone there, and abort the rank:
-    https://github.com/pytorch/pytorch/pull/179291. So do those of a destroyed group, while an engine refers to it.
+    gloo's threads may meet a half finalized interpreter and abort the rank, even those of a destroyed group while an
+    engine still refers to it: https://github.com/pytorch/pytorch/pull/179291.
     """
     _ended_well.append(True)
 
@@ -76,7 +76,7 @@ def _leave() -> None:
 
 
 def _log_to(run: RunDir, rank: int) -> None:
-    """Send standard output and error, C libraries' included, to logs/rank-N.log."""
+    """Send standard output and error to logs/rank-N.log, C libraries' too."""
     log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -87,9 +87,9 @@ def _log_to(run: RunDir, rank: int) -> None:
 
 
 def _record_first_error(run: RunDir, rank: int) -> None:
-    """Write an uncaught exception to logs/rank-N.error.json with its time: the earliest one is the cause.
+    """Have an uncaught exception written to logs/rank-N.error.json with its time: the earliest one is the cause.
 
-    The ranks that lose their peer fail too, a moment later, with a network error that explains nothing.
+    The ranks that lose a peer fail a moment later, with a network error that explains nothing.
     """
     default = sys.excepthook
 
@@ -102,13 +102,16 @@ def _record_first_error(run: RunDir, rank: int) -> None:
 
 
 def host() -> str:
-    """This machine, as SLURM calls it."""
+    """The name of this machine, in a SLURM job SLURM's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def record_error(run: RunDir, rank: int, error: BaseException, where: str | None = None) -> None:
-    """Write logs/rank-N.error.json. `where`: the host to blame, "" for none; this one unless given."""
-    record = {
+    """Write logs/rank-N.error.json.
+
+    `where` is the host to blame: this one unless given, "" for none. `user_error` in the file says that only a person
+    can fix it, so that another attempt would end the same way.
+    """    record = {
         "rank": rank,
         "host": host() if where is None else where,
         "time": time.time(),

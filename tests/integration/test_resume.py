@@ -457,10 +457,10 @@ def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     reason = read_status(run).reason
-    assert reason.startswith("rank 1: Hang: no step for ") and "rank 1 does not answer: stopped, or cut off" in reason
+    assert reason.startswith("rank 1: Hang: no step for ") and "rank 1 does not answer: suspended, or cut off" in reason
     assert "rank 1 on " in said and "failed first" in said
     log = run.rank_log(0).read_text()
-    assert "the stacks of this rank:" in log and "(most recent call first)" in log
+    assert "stacks of this rank:" in log and "(most recent call first)" in log
     assert not list(processes.of_run(run.path))
     step = last_metrics(run)["step"]
     to = ("--set", f"training.max_steps={step + 2}", "--force")

@@ -1,6 +1,6 @@
-"""What one machine is, and whether it computes: for the preflight of a job and for `distft doctor`.
+"""Facts about one machine, and whether it computes correctly: for the preflight of a job and for `distft doctor`.
 
-Every check catches its own failure: a machine that lacks torch is to say so, not to end in a traceback.
+Every check catches its own failure: a machine without torch reports that, and does not end in a traceback.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distft.errors import in_one_line
 from distft.units import GIB
 
-MIN_FREE = 1 * GIB  # a LoRA run's files; less than this ends most runs
+MIN_FREE = 1 * GIB  # the files of a LoRA run; with less, most runs fail
 LOW_FREE = 20 * GIB
 VERSIONS = ("distft", "python", "torch", "cuda", "driver", "transformers")
 
 
 @dataclass
 class Findings:
-    """`facts` by name; `problems` end a job, `warnings` do not."""
+    """`facts` by name. `problems` end a job, `warnings` do not."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def attempt(self, check: Callable[[Findings], None], what: str) -> None:
-        """Run one check; an exception of its own is a problem of this machine."""
+        """Run one check; an exception is a problem of this machine."""
         try:
             check(self)
         except Exception as error:
-            text = next(iter(str(error).strip().splitlines()), "")
-            self.problems.append(f"{what}: {type(error).__name__}: {text}")
+            self.problems.append(f"{what}: {in_one_line(error)}")
 
 
 def look(folder: Path | None, gpus: int) -> Findings:
-    """Versions, `gpus` GPUs that compute a known product, free space under `folder`, name and clock."""
+    """Versions, whether `gpus` GPUs compute a known product, free space under `folder`, host name and time."""
     found = Findings()
     found.attempt(versions, "versions")
-    found.attempt(lambda f: products(f, gpus), "computing")
+    found.attempt(lambda f: products(f, gpus), "matrix products")
     if folder is not None:
         found.attempt(lambda f: space(f, folder), "runs_dir")
     found.attempt(own_name, "host name")
@@ -54,7 +54,11 @@ def look(folder: Path | None, gpus: int) -> Findings:
 
 
 def versions(found: Findings) -> None:
-    """Versions of what must be the same on all nodes. Raises ImportError where torch cannot be imported."""
+    """Versions of what must be the same on all nodes.
+
+    Raises:
+        ImportError: torch cannot be imported.
+    """
     from importlib import metadata
 
     import distft
@@ -76,22 +80,22 @@ def driver() -> str | None:
 
 
 def products(found: Findings, gpus: int) -> None:
-    """A product of known result on each device, with its speed in TFLOP/s (float32 on a CPU, bf16 on a GPU)."""
+    """Compute a product of known result on each device, and time products: TFLOP/s, float32 on a CPU, bf16 on a GPU."""
     import torch
 
     have = torch.cuda.device_count()
     if have < gpus:
-        found.problems.append(f"{gpus} GPUs were asked for, {have} are visible here")
+        found.problems.append(f"the job wants {gpus} GPUs, and {have} are visible here")
         return
     devices = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
     size, dtype, rounds = (8192, torch.bfloat16, 10) if gpus else (512, torch.float32, 5)
     speeds = []
     for device in devices:
-        # Products of 0s and 1s are whole numbers: A(B1) = (AB)1 holds to the last bit.
+        # Products of 0s and 1s are whole numbers, so A(B1) = (AB)1 holds to the last bit.
         a, b = (torch.randint(0, 2, (1024, 1024), device=device).float() for _ in range(2))
         ones = torch.ones(1024, 1, device=device)
         if not torch.equal((a @ b) @ ones, a @ (b @ ones)):
-            found.problems.append(f"{device} computes wrong products")
+            found.problems.append(f"{device} computes matrix products wrong")
         a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
         a @ b
         _wait(device)
@@ -116,14 +120,14 @@ def _wait(device: Any) -> None:
 
 
 def space(found: Findings, folder: Path) -> None:
-    """Free space of the file system of `folder`, in bytes."""
+    """Free space on the file system of `folder`, in bytes."""
     if not folder.is_dir():
-        found.problems.append(f"{folder} is not there: is its file system mounted?")
+        found.problems.append(f"{folder} does not exist: is its file system mounted?")
         return
     free = shutil.disk_usage(folder).free
     found.facts["free"] = free
     if not os.access(folder, os.W_OK):
-        found.problems.append(f"{folder} cannot be written")
+        found.problems.append(f"{folder} is not writable")
     elif free < MIN_FREE:
         found.problems.append(f"{folder} has only {free / GIB:.2f} GiB free")
     elif free < LOW_FREE:
@@ -131,10 +135,10 @@ def space(found: Findings, folder: Path) -> None:
 
 
 def own_name(found: Findings) -> None:
-    """Whether the host's own name leads to the network: gloo listens there (Debian's `127.0.1.1 host` does not)."""
+    """Whether the host's name resolves to a network address, where gloo listens; Debian's `127.0.1.1 host` does not."""
     name = socket.gethostname()
     found.facts["host"] = name
     try:
         found.facts["loopback"] = socket.gethostbyname(name).startswith("127.")
     except OSError:
-        found.warnings.append(f"the name {name} cannot be resolved")
+        found.warnings.append(f"the host name {name} cannot be resolved")

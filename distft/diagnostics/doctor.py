@@ -17,6 +17,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from distft.errors import in_one_line
+
 Verdict = tuple[str, str]  # state, text
 
 CHECK_SECONDS = 300.0  # a cold shared file system takes minutes to import everything
@@ -31,18 +33,12 @@ def main() -> None:
     try:
         import torch  # noqa: F401  (once for all forks; nothing may touch CUDA before them)
     except Exception as error:
-        found[0]["text"] += f": {first_line(error)}"
+        found[0]["text"] += f": {in_one_line(error)}"
     else:
         verdicts = {name: apart(check) for name, check in CHECKS.items()}
         found = [{"name": name, "state": v[0], "text": v[1]} for name, v in verdicts.items() if v]
     out.write(json.dumps(found))
     out.close()
-
-
-def first_line(error: Exception) -> str:
-    """An error on one line."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def apart(check: Callable[[], Verdict | None]) -> Verdict | None:
@@ -71,7 +67,7 @@ def _attempt(check: Callable[[], Verdict | None], send: Any) -> None:
     try:
         verdict = check()
     except Exception as error:
-        verdict = "failed", f"{check.__name__.replace('_', '-')}: {first_line(error)}"
+        verdict = "failed", f"{check.__name__.replace('_', '-')}: {in_one_line(error)}"
     send.send(verdict)
 
 
@@ -86,7 +82,7 @@ def imports() -> Verdict:
         try:
             importlib.import_module(name)
         except Exception as error:
-            failed.append(f"{name}: {first_line(error)}")
+            failed.append(f"{name}: {in_one_line(error)}")
     return ("failed", f"import {'; '.join(failed)}") if failed else ("ok", "all packages import")
 
 
@@ -139,7 +135,7 @@ def flash_attention() -> Verdict:
     except Exception as error:
         if device == "cpu" and re.search(NEEDS_GPU, str(error)):
             return "absent", "flash-attn needs a GPU to be tried: SDPA is used"
-        return "failed", f"flash-attn: {first_line(error)}"
+        return "failed", f"flash-attn: {in_one_line(error)}"
     q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     off = (got - expected).abs().max().item()
@@ -177,7 +173,8 @@ def all_reduce() -> Verdict:
 
     device = _device()
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not re-exported explicitly
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
     data = torch.ones(1024, device=device)
     dist.all_reduce(data)
     correct = bool((data == 1).all().item())

@@ -1,10 +1,10 @@
-"""All nodes of a job are checked before the training.
+"""Checks all nodes of a job before the training, with one process per node.
 
-`python -m distft.diagnostics.preflight RUN_DIR GPUS HEAD PORT`.
+`python -m distft.diagnostics.preflight RUN_DIR GPUS HEAD PORT`
 
-One process a node. Each looks at its own machine and tells the head node, over a plain socket: a node without the
-shared file system, or without torch, can still say so. If all are well, neighbours all-reduce in pairs. The head
-writes logs/preflight.json and, if nodes are bad, logs/preflight.bad (names with commas), and exits with 3.
+Each node checks its own machine and reports to the head node over a plain socket, so that a node without the shared
+file system, or without torch, can still report that. If all pass, neighbours all-reduce in pairs. The head node writes
+logs/preflight.json and, if nodes are bad, logs/preflight.bad (their names, separated by commas), and exits with 3.
 """
 
 from __future__ import annotations
@@ -13,28 +13,25 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from distft.diagnostics import checks
+from distft.diagnostics.verdict import REPORT_SECONDS, Report, judge_machines, judge_network
+from distft.errors import first_line
 from distft.runs.directory import RunDir
 
-# Together under a minute, whatever goes wrong.
-REPORT_SECONDS = 35.0  # for all nodes to import torch and report; a cold shared file system takes half of it
-SEEN_SECONDS = 6.0  # NFS shows a new file after its attribute cache's 3 s
-PAIR_SECONDS = 8.0  # each of two rounds
-CLOCK_SECONDS = 5.0
-BAD_NODES = 3
-
-Report = dict[str, Any]
+# With REPORT_SECONDS together under a minute, whatever goes wrong.
+SEEN_SECONDS = 6.0  # NFS shows a new file when its attribute cache of 3 s has expired
+PAIR_SECONDS = 8.0  # for each of two rounds
+BAD_NODES = 3  # the exit status
 
 
 def main() -> int:
@@ -49,22 +46,22 @@ def main() -> int:
         connection.settimeout(REPORT_SECONDS + 2 * PAIR_SECONDS + SEEN_SECONDS)
         stream = connection.makefile("rw")
         _send(stream, report)
-        order = json.loads(stream.readline() or "{}")
-        if order:
-            _send(stream, second_part(run_dir, order, head, port + 1, rank, nodes, gpus))
+        answer = json.loads(stream.readline() or "{}")
+        if answer:  # none where a machine is bad
+            _send(stream, check_network(run_dir, answer["token"], head, port + 1, rank, nodes, gpus))
     return 0
 
 
-def _send(stream: Any, value: Any) -> None:
+def _send(stream: TextIO, value: Any) -> None:
     stream.write(json.dumps(value) + "\n")
     stream.flush()
 
 
-def second_part(run_dir: Path, order: Report, head: str, port: int, rank: int, nodes: int, gpus: int) -> Report:
-    """What takes the others: the head's file seen from here, and all-reduce with both neighbours."""
+def check_network(run_dir: Path, token: str, head: str, port: int, rank: int, nodes: int, gpus: int) -> Report:
+    """The checks that need other nodes: the head node's file seen from here, and all-reduce with both neighbours."""
     return {
         "rank": rank,
-        "seen": _sees(run_dir / "logs" / "preflight.token", order["token"]),
+        "seen": _sees(run_dir / "logs" / "preflight.token", token),
         "pairs": pairs(rank, nodes, head, port, "nccl" if gpus else "gloo") if nodes > 1 else [],
         "sockets": _nccl_sockets(),
     }
@@ -81,14 +78,17 @@ def _sees(path: Path, token: str) -> bool:
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Neighbours on a ring, in two rounds of disjoint pairs; one for two nodes, an open ring for an odd number."""
+    """Pairs of neighbours on a ring, in two rounds of disjoint pairs.
+
+    Two nodes make one pair. With an odd number the ring stays open: its last pair would need a third round.
+    """
     first = [(i, i + 1) for i in range(0, nodes - 1, 2)]
     second = [(i, (i + 1) % nodes) for i in range(1, nodes - 1 + (nodes % 2 == 0), 2)]
     return [first, second] if nodes > 2 else [first]
 
 
 def pairs(rank: int, nodes: int, head: str, port: int, backend: str) -> list[Report]:
-    """All-reduce with each neighbour: bandwidth in GB/s of each direction, or the error."""
+    """All-reduce with each neighbour: GB/s in each direction, or the error."""
     import torch
     import torch.distributed as dist
 
@@ -97,7 +97,10 @@ def pairs(rank: int, nodes: int, head: str, port: int, backend: str) -> list[Rep
         os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": _nccl_log()}
         torch.cuda.set_device(0)
     device, size = ("cuda", 2**28) if backend == "nccl" else ("cpu", 2**22)
-    store = dist.TCPStore(head, port, nodes, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    # Both stores are public names of torch.distributed, which does not re-export them explicitly.
+    tcp: Any = dist.TCPStore  # type: ignore[attr-defined]
+    prefix: Any = dist.PrefixStore  # type: ignore[attr-defined]
+    store = tcp(head, port, nodes, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
     results = []
     for number, ring in enumerate(rounds(nodes)):
         for pair in ring:
@@ -105,7 +108,7 @@ def pairs(rank: int, nodes: int, head: str, port: int, backend: str) -> list[Rep
                 continue
             result: Report = {"peer": pair[1 - pair.index(rank)]}
             try:
-                own = dist.PrefixStore(f"{number}-{pair[0]}", store)
+                own = prefix(f"{number}-{pair[0]}", store)
                 dist.init_process_group(backend, store=own, rank=pair.index(rank), world_size=2, timeout=timeout)
                 data = torch.ones(size // 4, device=device)
                 dist.all_reduce(data)
@@ -118,12 +121,12 @@ def pairs(rank: int, nodes: int, head: str, port: int, backend: str) -> list[Rep
                 if data[0].item() != 2.0**5 or data[-1].item() != 2.0**5:
                     result["error"] = "wrong sums"
             except Exception as error:
-                result["error"] = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+                result["error"] = first_line(error)[:200]
             finally:
                 with contextlib.suppress(Exception):
                     dist.destroy_process_group()
             results.append(result)
-    with contextlib.suppress(Exception):  # the head holds the store until all are through
+    with contextlib.suppress(Exception):  # the head node keeps the store until all nodes are done
         store.add("done", 1)
         deadline = time.monotonic() + PAIR_SECONDS
         while rank == 0 and store.add("done", 0) < nodes and time.monotonic() < deadline:
@@ -143,7 +146,7 @@ def _nccl_log() -> str:
 
 
 def _nccl_sockets() -> bool:
-    """Whether NCCL said that it goes over plain sockets (no InfiniBand, no plugin)."""
+    """Whether NCCL logged that it uses plain sockets (no InfiniBand, no plugin)."""
     log = Path(_nccl_log())
     if not log.exists():
         return False
@@ -158,7 +161,7 @@ def uses_sockets(nccl_info: str) -> bool:
 
 
 class Head:
-    """The head node's part: collects the reports, orders the second part, decides."""
+    """The head node's part: collects the reports, starts the network checks, decides."""
 
     def __init__(self, run_dir: Path, head: str, port: int, nodes: int, gpus: int):
         self.run_dir, self.head, self.port, self.nodes, self.gpus = run_dir, head, port, nodes, gpus
@@ -166,36 +169,35 @@ class Head:
         self.names = _hostnames(nodes)
 
     def run(self, listener: socket.socket, own: Report) -> int:
-        reports, streams = {0: own}, {}
+        reports: dict[int, Report] = {0: own}
+        streams: dict[int, TextIO] = {}
         skew = {0: 0.0}
         while len(reports) < self.nodes and (left := self.deadline - time.monotonic()) > 0:
             listener.settimeout(left)
-            with contextlib.suppress(OSError, ValueError):  # a stranger, or a node that died in the middle
+            with contextlib.suppress(OSError, ValueError):  # not a node of ours, or one that died halfway
                 stream = self._accept(listener)
                 report = json.loads(stream.readline())
                 reports[report["rank"]], streams[report["rank"]] = report, stream
                 skew[report["rank"]] = abs(report["facts"].get("time", time.time()) - time.time())
-        problems, warnings = judge(reports, self.names, skew)
+        problems, warnings = judge_machines(reports, self.names, skew)
         if not problems:
             token, path = secrets.token_hex(8), self.run_dir / "logs" / "preflight.token"
             path.write_text(token)
             for stream in streams.values():
                 with contextlib.suppress(OSError):
                     _send(stream, {"token": token})
-            seconds = {
-                0: second_part(self.run_dir, {"token": token}, self.head, self.port + 1, 0, self.nodes, self.gpus)
-            }
+            of_network = {0: check_network(self.run_dir, token, self.head, self.port + 1, 0, self.nodes, self.gpus)}
             for rank, stream in streams.items():
                 with contextlib.suppress(OSError, ValueError):
-                    seconds[rank] = json.loads(stream.readline())
+                    of_network[rank] = json.loads(stream.readline())
             path.unlink()
-            more, told = judge_second(seconds, self.names, bool(self.gpus))
-            problems, warnings = problems | more, warnings + told
-            for rank, second in seconds.items():
-                reports[rank] |= second
+            both = {rank: reports[rank] | report for rank, report in of_network.items()}
+            problems, more = judge_network(both, self.names, bool(self.gpus))
+            warnings += more
+            reports |= both
         return self._conclude(reports, problems, warnings)
 
-    def _accept(self, listener: socket.socket) -> Any:
+    def _accept(self, listener: socket.socket) -> TextIO:
         connection, _ = listener.accept()
         connection.settimeout(max(1.0, self.deadline - time.monotonic()) + 2 * PAIR_SECONDS)
         return connection.makefile("rw")
@@ -220,88 +222,19 @@ class Head:
             for name, why in problems.items():
                 print(f"preflight: bad node {name}: {why}", flush=True)
             return BAD_NODES
-        speed = f", {min(speeds):.2f} GB/s between neighbours at least" if speeds else ""
-        print(f"preflight: {self.nodes} nodes are well{speed}", flush=True)
+        speed = f"; at least {min(speeds):.2f} GB/s between neighbours" if speeds else ""
+        print(f"preflight: {self.nodes} node{'s' * (self.nodes > 1)} passed{speed}", flush=True)
         return 0
 
 
 def _hostnames(nodes: int) -> list[str]:
-    """The job's nodes by SLURM_NODEID: SLURM numbers them in the order of the list."""
-    import shutil
-    import subprocess
-
-    if shutil.which("scontrol"):  # not in a container
+    """Names of the job's nodes by SLURM_NODEID, which counts them in the order of the list."""
+    if shutil.which("scontrol"):  # there is none in a container
         command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_STEP_NODELIST", "")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         if len(done.stdout.split()) == nodes:
             return done.stdout.split()
-    return [f"node number {rank}" for rank in range(nodes)]
-
-
-def judge(reports: dict[int, Report], names: list[str], skew: dict[int, float]) -> tuple[dict[str, str], list[str]]:
-    """Bad nodes with the reason, and warnings, from the first reports."""
-    problems: dict[str, str] = {}
-    warnings: list[str] = []
-    for rank, name in enumerate(names):
-        report = reports.get(rank)
-        if report is None:
-            problems[name] = f"said nothing in {REPORT_SECONDS:.0f} s (is distft installed there, and the network up?)"
-        elif report["problems"]:
-            problems[name] = "; ".join(report["problems"])
-        else:
-            warnings += [f"{name}: {text}" for text in report["warnings"]]
-    well = {rank: report["facts"] for rank, report in reports.items() if names[rank] not in problems}
-    for key in checks.VERSIONS:
-        most = _most_common(facts.get(key) for facts in well.values())
-        for rank, facts in well.items():
-            if facts.get(key) != most:
-                problems.setdefault(names[rank], f"has {key} {facts.get(key)}, the others {most}")
-    for rank, seconds in skew.items():
-        if seconds > CLOCK_SECONDS:
-            warnings.append(f"{names[rank]}: its clock is off by {seconds:.0f} s")
-    speeds = {rank: facts["tflops"] for rank, facts in well.items() if facts.get("device") == "cuda"}
-    usual = statistics.median(speeds.values()) if speeds else 0
-    for rank, speed in speeds.items():
-        if speed < 0.7 * usual:
-            problems.setdefault(names[rank], f"computes at {speed:.0f} TFLOP/s, the others at {usual:.0f}")
-    return problems, warnings
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    counted = Counter(values)
-    return counted.most_common(1)[0][0] if counted else None
-
-
-def judge_second(seconds: dict[int, Report], names: list[str], gpus: bool) -> tuple[dict[str, str], list[str]]:
-    """The same from the second reports. A node is bad if it cannot reach any neighbour; of one lone pair, both are."""
-    problems: dict[str, str] = {}
-    warnings: list[str] = []
-    failed: dict[int, list[str]] = {}
-    speeds: dict[tuple[int, int], float] = {}
-    tried: Counter[int] = Counter()
-    for rank, report in seconds.items():
-        if not report["seen"]:
-            problems[names[rank]] = "does not see what the head node writes into runs_dir"
-        for pair in report["pairs"]:
-            tried[rank] += 1
-            if "error" in pair:
-                failed.setdefault(rank, []).append(f"all-reduce with {names[pair['peer']]}: {pair['error']}")
-            else:
-                speeds[min(rank, pair["peer"]), max(rank, pair["peer"])] = pair["gb_per_s"]
-    for rank in range(len(names)):
-        if rank not in seconds:
-            problems.setdefault(names[rank], "said nothing more after its first report")
-    alone = [rank for rank, errors in failed.items() if len(errors) == tried[rank]]
-    for rank in alone or failed:
-        loop = "; its own name leads to 127.x: set network.interface" if seconds[rank].get("loopback") else ""
-        problems.setdefault(names[rank], failed[rank][0] + loop)
-    usual = statistics.median(speeds.values()) if speeds else 0
-    for (a, b), speed in speeds.items():
-        if speed < 0.5 * usual:
-            warnings.append(f"{names[a]} and {names[b]}: {speed:.2f} GB/s, the others {usual:.2f}")
-    if gpus and any(report["sockets"] for report in seconds.values()):
-        warnings.append("NCCL goes over plain sockets: no InfiniBand or RDMA was found; is network.interface right?")
-    return problems, warnings
+    return [f"node number {rank}" for rank in range(nodes)]  # of use to people, though not to sbatch --exclude
 
 
 if __name__ == "__main__":

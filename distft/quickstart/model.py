@@ -1,6 +1,6 @@
-"""The model that the quickstart's base run starts from: a tokenizer made from the data, and random weights.
+"""The model that the quickstart's base run starts from: a tokenizer trained on the data, and random weights.
 
-`python -m distft.quickstart.model DIR` reads DIR/data and writes DIR/base-untrained. Needs no network.
+`python -m distft.quickstart.model DIR` reads DIR/data and writes DIR/base-untrained, without a network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOCABULARY = 2048
 CONTEXT = 512
 SEED = 42
 
-# The generation marks say which tokens are the assistant's: its text and the end, but not the mark before it.
+# The generation marks enclose the assistant's tokens: its text and the end token, but not the mark before the text.
 CHAT_TEMPLATE = f"""\
 {{{{- bos_token }}}}
 {{%- for message in messages %}}
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = f"""\
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE made from `texts`: every string has tokens and comes back unchanged."""
+    """A byte-level BPE trained on `texts`: it encodes every string, and decodes it unchanged."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -52,7 +52,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    # A plain text begins as a conversation does, so that the base model has seen such a beginning.
+    # A plain text starts with the token that a conversation starts with, so that the base model has seen it.
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
@@ -67,7 +67,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """0.9 million parameters: in a minute on two CPU cores a deeper or wider model sees less text and learns less."""
+    """0.9 million parameters: in a minute on two CPU cores, a larger model sees less text and learns less."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -84,7 +84,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def make_untrained(folder: Path, texts: Iterable[str]) -> None:
-    """Write a model folder with the tokenizer and seeded random float32 weights."""
+    """Write a model folder with the tokenizer and random float32 weights from a fixed seed."""
     tokenizer = make_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -94,7 +94,7 @@ def make_untrained(folder: Path, texts: Iterable[str]) -> None:
 
 
 def read_texts(data: Path) -> Iterator[str]:
-    """All that is trained on; the held-out rows have no say in the tokenizer either."""
+    """All texts that are trained on. The held-out rows are not among them: the tokenizer must not see them either."""
     for line in (data / "base.jsonl").read_text().splitlines():
         yield json.loads(line)["text"]
     for line in (data / "train.jsonl").read_text().splitlines():

@@ -1,13 +1,14 @@
-"""`python -m distft.quickstart.sample DIR ADAPTER`: what base and fine-tuned model make of a held-out signature."""
+"""`python -m distft.quickstart.sample DIR ADAPTER`: what base and fine-tuned model write for a held-out signature."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 MAX_NEW_TOKENS = 40
@@ -19,14 +20,16 @@ def main(folder: Path, adapter: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
     turns = rows[len(rows) // 2]["messages"]
-    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    prompt: Any = tokenizer.apply_chat_template(turns[:1], **options)  # Any: what it returns depends on the options
 
-    def answer(model: PreTrainedModel | PeftModel) -> str:
+    def answer(model: Any) -> str:
         output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        text: Any = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text.strip()
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    before = answer(model)  # first: peft puts the adapter into this very model
+    before = answer(model)  # before peft, which puts the adapter into this model in place
     after = answer(PeftModel.from_pretrained(model, adapter))
     for label, text in zip(
         ("signature", "written by people", "base model", "fine-tuned"),

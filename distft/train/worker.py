@@ -111,7 +111,8 @@ def record_error(run: RunDir, rank: int, error: BaseException, where: str | None
 
     `where` is the host to blame: this one unless given, "" for none. `user_error` in the file says that only a person
     can fix it, so that another attempt would end the same way.
-    """    record = {
+    """
+    record = {
         "rank": rank,
         "host": host() if where is None else where,
         "time": time.time(),

@@ -384,7 +384,7 @@ def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, 
         (result.run_dir / "logs" / f"slurm-{job}.log").read_text().split(f"continues as job {job}, without node2")
     )
     assert "preflight: bad node node2: " in first and "is its file system mounted?" in first
-    assert "preflight: 3 nodes are well" in second
+    assert "preflight: 3 nodes passed" in second
     report = json.loads((result.run_dir / "logs" / "preflight.json").read_text())
     assert report["nodes"] == ["node1", "node3", "node4"]
 
@@ -412,7 +412,7 @@ def test_preflight_counts_the_gpus(site: Site) -> None:
     assert "#SBATCH --gpus-per-node=2\n" in (result.run_dir / "job.sbatch").read_text()
     for node in ("node1", "node2") if site.cluster.mode == "namespaces" else ("",):
         assert f"bad node {node}" in result.stderr
-    assert "2 GPUs were asked for, 0 are visible here" in result.stderr
+    assert "the job wants 2 GPUs, and 0 are visible here" in result.stderr
     assert "preflight: bad node" in site.run("logs", str(result.run_dir)).stdout
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from distft.diagnostics.preflight import judge, judge_second, rounds, uses_sockets
+from distft.diagnostics.preflight import rounds, uses_sockets
+from distft.diagnostics.verdict import judge_machines, judge_network
 
 NAMES = ["a1", "a2", "a3", "a4"]
 FACTS = {"distft": "1", "python": "3.11", "torch": "2.13", "cuda": "13.0", "driver": "580", "transformers": "5.23"}
@@ -17,8 +18,8 @@ def first(rank: int, **changes: Any) -> dict[str, Any]:
     return {"rank": rank, "facts": facts, "problems": [], "warnings": []}
 
 
-def test_all_well() -> None:
-    assert judge({rank: first(rank) for rank in range(4)}, NAMES, {}) == ({}, [])
+def test_all_pass() -> None:
+    assert judge_machines({rank: first(rank) for rank in range(4)}, NAMES, {}) == ({}, [])
 
 
 @pytest.mark.parametrize(
@@ -31,17 +32,17 @@ def test_all_well() -> None:
 )
 def test_the_odd_one_out(changes: dict[str, Any], said: str) -> None:
     reports = {rank: first(rank, **(changes if rank == 2 else {})) for rank in range(4)}
-    assert judge(reports, NAMES, {}) == ({"a3": said}, [])
+    assert judge_machines(reports, NAMES, {}) == ({"a3": said}, [])
 
 
-def test_one_that_says_nothing_and_one_that_says_what_is_wrong() -> None:
+def test_one_that_does_not_report_and_one_that_reports_problems() -> None:
     reports = {rank: first(rank) for rank in (0, 1, 3)}
-    reports[3]["problems"] = ["versions: ModuleNotFoundError: No module named 'torch'", "runs is not there"]
+    reports[3]["problems"] = ["versions: ModuleNotFoundError: No module named 'torch'", "runs does not exist"]
     reports[1]["warnings"] = ["runs has only 3.0 GiB free"]
-    bad, warnings = judge(reports, NAMES, {1: 61.0})
+    bad, warnings = judge_machines(reports, NAMES, {1: 61.0})
     assert list(bad) == ["a3", "a4"]
-    assert bad["a3"].startswith("said nothing in 35 s")
-    assert bad["a4"] == "versions: ModuleNotFoundError: No module named 'torch'; runs is not there"
+    assert bad["a3"].startswith("did not report within 35 s")
+    assert bad["a4"] == "versions: ModuleNotFoundError: No module named 'torch'; runs does not exist"
     assert warnings == ["a2: runs has only 3.0 GiB free", "a2: its clock is off by 61 s"]
 
 
@@ -61,23 +62,31 @@ def test_every_node_meets_its_neighbours(nodes: int) -> None:
 def second(rank: int, errors: tuple[int, ...] = (), speed: float = 40.0, **changes: Any) -> dict[str, Any]:
     neighbours = [(rank - 1) % 4, (rank + 1) % 4]
     pairs = [{"peer": p, "error": "timed out"} if p in errors else {"peer": p, "gb_per_s": speed} for p in neighbours]
-    return {"rank": rank, "seen": True, "sockets": False, "pairs": pairs} | changes
+    return first(rank) | {"seen": True, "sockets": False, "pairs": pairs} | changes
 
 
 def test_a_node_that_reaches_nobody_is_bad_and_its_neighbours_are_not() -> None:
     reports = {0: second(0, (1,)), 1: second(1, (0, 2)), 2: second(2, (1,)), 3: second(3)}
-    assert judge_second(reports, NAMES, True) == ({"a2": "all-reduce with a1: timed out"}, [])
+    assert judge_network(reports, NAMES, True) == ({"a2": "all-reduce with a1: timed out"}, [])
 
 
-def test_the_rest_of_the_second_part() -> None:
+def test_a_host_name_that_resolves_to_loopback_is_named() -> None:
+    """gloo listens on the address of the host's name: neighbours connect to 127.x, to themselves."""
+    reports = {0: second(0, (1,)), 1: second(1, (0, 2)), 2: second(2, (1,)), 3: second(3)}
+    reports[1]["facts"]["loopback"] = True
+    bad, _ = judge_network(reports, NAMES, False)
+    assert bad == {"a2": "all-reduce with a1: timed out; its host name resolves to 127.x: set network.interface"}
+
+
+def test_the_rest_of_the_network_checks() -> None:
     reports = {0: second(0), 1: second(1), 2: second(2, seen=False), 3: second(3, sockets=True)}
     reports[0]["pairs"][1]["gb_per_s"] = reports[1]["pairs"][0]["gb_per_s"] = 4.0
-    bad, warnings = judge_second(reports, NAMES, True)
-    assert bad == {"a3": "does not see what the head node writes into runs_dir"}
+    bad, warnings = judge_network(reports, NAMES, True)
+    assert bad == {"a3": "does not see the file that the head node wrote into runs_dir"}
     assert warnings[0] == "a1 and a2: 4.00 GB/s, the others 40.00"
-    assert warnings[1].startswith("NCCL goes over plain sockets")
+    assert warnings[1].startswith("NCCL uses plain sockets")
     del reports[3]
-    assert judge_second(reports, NAMES, True)[0]["a4"] == "said nothing more after its first report"
+    assert judge_network(reports, NAMES, True)[0]["a4"] == "did not report after its first report"
 
 
 def test_nccl_log() -> None:

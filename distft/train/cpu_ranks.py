@@ -7,7 +7,8 @@ DeepSpeed: ACCELERATE_USE_CPU turns it off, and without that variable PartialSta
 a world of 1. The backend is chosen as if the variable were set.
 
 DeepSpeed's shared-memory all-reduce is turned off: g++ compiles it while the ranks start up (for a minute, where there
-is a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever.
+is a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever. Its Muon
+optimizer, which every engine imports, imports torch's compiler: two seconds of a start-up. It stays uncompiled.
 
 bitsandbytes: on import it imports torch's compiler, to compile the fallbacks of its CPU kernels, needed or not: a fifth
 of a rank's start-up, and then minutes of g++. The fallbacks stay uncompiled. During evaluation it also repacks 4-bit
@@ -42,6 +43,7 @@ def apply() -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
     original = AcceleratorState.__init__
     choose_backend = PartialState._prepare_backend
 

@@ -1,0 +1,100 @@
+"""Ranks that need not import the training stack: for tests of the training, where the launcher is not the subject.
+
+Importing torch, transformers, DeepSpeed and the others takes a rank longer than to train a tiny model. A server
+(warm_server.py) imports them once and forks the ranks of job after job, of any strategy and world size. Each rank is a
+process of its own that runs what `python -m distft.train RUN_DIR` runs, with nothing left of any job before it.
+test_warm.py holds these ranks against those of a real launch, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from running import Result
+
+from distft.runs.directory import RunDir
+
+SECONDS = 120  # for one job
+
+
+class WarmRanks:
+    """Start the server with the first job; stop it with `close`."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[str] | None = None
+
+    def train(self, run: RunDir, before: Sequence[str] = ()) -> None:
+        """Train a run directory to its end. `before`: MODULE:FUNCTION, called with the job in each rank before it starts.
+
+        Raises:
+            AssertionError: a rank failed; with the ends of all logs.
+        """
+        import torch.distributed as dist
+
+        ranks = json.loads(run.plan.read_text())["topology"]["world_size"]
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's agent has it too
+        job = {"run_dir": str(run.path), "ranks": ranks, "port": store.port, "env": exports(run), "before": [*before]}
+        statuses = json.loads(self._ask(json.dumps(job)))
+        logs = (f"--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(run.logs.glob("rank-*.log")))
+        assert statuses == [0] * ranks, "\n".join([f"{run.path.name}: exit statuses {statuses}", *logs])
+
+    def close(self) -> None:
+        if self._server:
+            self._server.stdin.close()
+            self._server.wait(60)
+
+    def _ask(self, line: str) -> str:
+        if self._server is None:
+            # Else numpy's and Arrow's libraries start threads when they are imported.
+            quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            fixed = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+            command = [sys.executable, "-u", str(Path(__file__).with_name("warm_server.py"))]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._server = subprocess.Popen(command, env={**os.environ, **quiet, **fixed}, **pipes)
+            assert self._answer() == "ready\n"
+        self._server.stdin.write(line + "\n")
+        self._server.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        ready, _, _ = select.select([self._server.stdout], [], [], SECONDS)
+        if not ready:
+            self._server.kill()  # its ranks are ended by that too
+            self._server = None
+            raise AssertionError(f"no answer in {SECONDS} s")
+        return self._server.stdout.readline()
+
+
+def exports(run: RunDir) -> dict[str, str]:
+    """The variables that a run's job script sets."""
+    lines = re.findall(r"^export (\w+)=(.*)$", run.script.read_text(), re.MULTILINE)
+    return {name: "".join(shlex.split(value)) for name, value in lines}
+
+
+def create(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
+    """A run directory under `folder`, ready to start."""
+    from distft.commands import launch
+    from distft.jobs.target import Target, plan_recipe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    target = Target(1, ranks)
+    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
+    run = RunDir.create(str(folder), name)
+    job = launch.Launch(loaded, plan, target).job(run)
+    run.fill(launch.render(job), job.name)
+    return run
+
+
+def result(run: RunDir) -> Result:
+    return Result(0, "", "", run.path)

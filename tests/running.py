@@ -12,9 +12,6 @@ from typing import Any
 
 import yaml
 
-from distft.runs import attempts
-from distft.runs.directory import RunDir
-
 
 @dataclass(frozen=True)
 class Result:
@@ -104,27 +101,3 @@ def inject(folder: Path, where: str, code: str) -> dict[str, str]:
 def first_on_path(folder: Path) -> dict[str, str]:
     """The variable with which every Python finds `folder` before anything else."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
-
-
-def ready(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
-    """A run directory under `folder`, ready to start."""
-    from distft.commands import launch
-    from distft.jobs.target import Target, plan_recipe
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    target = Target(1, ranks)
-    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
-    run = RunDir.create(str(folder), name)
-    job = launch.Launch(loaded, plan, target).job(run)
-    attempts.fill(run, launch.render(job), job.name)
-    return run
-
-
-def train_together(runs: list[RunDir], ranks: int) -> None:
-    """Train runs of one strategy one after the other in the same ranks (several_runs.py)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    script = Path(__file__).parent / "integration" / "several_runs.py"
-    done = subprocess.run([*command, str(script), *(str(run.path) for run in runs)], capture_output=True, text=True)
-    logs = "\n".join(path.read_text()[-2000:] for run in runs for path in run.logs.glob("rank-*.log"))
-    assert done.returncode == 0, done.stderr[-1000:] + logs

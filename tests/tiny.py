@@ -70,14 +70,13 @@ class Tiny:
         return recipe
 
 
-def make_tiny(path: Path) -> Tiny:
+def make_tiny(path: Path) -> None:
     make_tokenizer(path / "model")
     make_model(path / "model")
     chat = random.Random(1)
     write_jsonl(path / "chat.jsonl", [chat_row(chat) for _ in range(90)])
     write_jsonl(path / "heldout.jsonl", [chat_row(chat) for _ in range(11)])
     write_jsonl(path / "text.jsonl", [{"text": sentence(chat, 4, 30)} for _ in range(60)])
-    return Tiny(path)
 
 
 def make_tokenizer(folder: Path, pad: bool = True, chat: bool = True) -> None:

@@ -7,8 +7,8 @@ DeepSpeed: ACCELERATE_USE_CPU turns it off, and without that variable PartialSta
 a world of 1. The backend is chosen as if the variable were set.
 
 DeepSpeed's shared-memory all-reduce is turned off: g++ compiles it while the ranks start up (for a minute, where there
-is a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever. Its Muon
-optimizer, which every engine imports, imports torch's compiler: two seconds of a start-up. It stays uncompiled.
+is a compiler), and a run that is killed meanwhile leaves a lock behind for which every later run waits for ever. Its
+Muon optimizer, which every engine imports, imports torch's compiler, for two seconds of a start-up: it is not compiled.
 
 bitsandbytes: on import it imports torch's compiler, to compile the fallbacks of its CPU kernels, needed or not: a fifth
 of a rank's start-up, and then minutes of g++. The fallbacks stay uncompiled. During evaluation it also repacks 4-bit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -11,15 +12,20 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+import torch
 import yaml
-from running import Result, distft, first_on_path, inject, launch, ready, train_together
+from jobs import FP32, SAVED, STEPS, STRATEGIES, Job, alone, assert_ran
+from running import Result, distft, first_on_path, inject, launch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from slurm_cluster import namespaces_work
 from tiny import Tiny
+from warm import WarmRanks, create
 
 from distft.runs import checkpoints, processes
 from distft.runs.directory import RunDir
@@ -27,65 +33,24 @@ from distft.runs.failure import rank_errors
 from distft.runs.metrics import last_metrics
 from distft.runs.status import State, read_status, update_status
 
-FP32 = 1e-5
-SAVED, STEPS = 2, 4
-
-
-class Case(NamedTuple):
-    strategy: str
-    ranks: int
-    changes: Mapping[str, Any] = {}
-
-    def __str__(self) -> str:
-        return f"{self.strategy}{'+offload' if 'parallelism__offload' in self.changes else ''}-x{self.ranks}"
-
-
-CASES = [
-    Case("ddp", 1),
-    Case("ddp", 2),
-    Case("zero1", 2),
-    Case("zero2", 2),
-    Case("zero3", 2),
-    Case("fsdp", 2),
-    Case("fsdp", 4),
-    Case("hsdp", 4, {"parallelism__hsdp_shard_size": 2}),
-    Case("zero2", 2, {"parallelism__offload": "optimizer"}),
-    Case("zero3", 2, {"parallelism__offload": "all"}),
+JOBS = [
+    Job(strategy, ranks, tuning, changes)
+    for tuning in ("lora", "full", "nf4")
+    for strategy, ranks, changes in [("ddp", 1, {}), *STRATEGIES]
+    if (strategy, ranks) != ("ddp", 4)
+    # 4-bit weights where a user would have them.
+    and (tuning != "nf4" or (ranks <= 2 and not changes and strategy != "zero1"))
 ]
-TUNINGS = {
-    "lora": {},
-    "full": {"lora": None, "training__learning_rate": 0.003},
-    "qlora": {"model__quantization": "nf4"},
-}
 
 
-def tunings(case: Case) -> list[str]:
-    """4-bit weights are tried where a user would have them."""
-    return [t for t in TUNINGS if t != "qlora" or str(case) in ("ddp-x1", "ddp-x2", "zero2-x2", "zero3-x2", "fsdp-x2")]
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
-    """A run directory, ready to start."""
-    folder = tmp_path_factory.mktemp("resume")
-
-    def made(case: Case, tuning: str, name: str) -> RunDir:
-        changes = {"parallelism__strategy": case.strategy, **case.changes, **TUNINGS[tuning]}
-        recipe = tiny.recipe(checkpoint__save_steps=SAVED, training__max_steps=STEPS, **changes)
-        return ready(recipe, folder, case.ranks, f"{name}-{tuning}")
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def saved(make: Callable[..., RunDir]) -> dict[tuple[str, str], RunDir]:
-    """Runs that saved at step 2 and went on to the end, by case and tuning."""
-    found = {}
-    for case in CASES:
-        runs = {tuning: make(case, tuning, str(case)) for tuning in tunings(case)}
-        train_together(list(runs.values()), case.ranks)
-        found |= {(str(case), tuning): run for tuning, run in runs.items()}
-    return found
+def sources(target: Job) -> list[Job]:
+    """A star: a single process continues all others, and they continue it. And across: from 2 ranks to 4, and back."""
+    same = [job for job in JOBS if job.tuning == target.tuning]
+    if target == alone(target.tuning):
+        return same
+    across = [job for job in same if job.ranks not in (1, target.ranks)]
+    itself = [target] if target.tuning == "lora" else []
+    return [alone(target.tuning), *itself, *across[same.index(target) % max(1, len(across)) :][:1]]
 
 
 def metrics(run: RunDir) -> dict[int, dict[str, Any]]:
@@ -98,64 +63,104 @@ def rows(run: RunDir, steps: range) -> Counter[tuple[int, ...]]:
     return Counter(tuple(row) for line in lines if line["step"] in steps for row in line["rows"])
 
 
-def assert_same_tensors(found: Path, wanted: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
+def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint put together from the ranges in its shards, by the offsets written beside them."""
+    ranges: dict[str, dict[int, torch.Tensor]] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118
+                (start,) = offsets[name]["saved_offsets"]
+                assert ranges.setdefault(name, {}).setdefault(start, file.get_tensor(name)) is not None
+    found = {}
+    for name, parts in ranges.items():
+        ends = itertools.accumulate(len(part) for _, part in sorted(parts.items()))
+        assert sorted(parts) == [0, *ends][:-1], f"{name}: ranges with a gap, or that overlap"
+        found[name] = torch.cat([part for _, part in sorted(parts.items())])
+    return found
 
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
     for path in wanted.glob("*.safetensors"):
         tensors = load_file(found / path.name)
         for name, value in load_file(path).items():
             torch.testing.assert_close(tensors[name], value, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_goes_on_from_any_other(case: Case, saved: dict[tuple[str, str], RunDir], make: Callable[..., RunDir]) -> None:
-    resumed = {}
-    for (source, tuning), run in saved.items():
-        if tuning in tunings(case):
-            again = make(case, tuning, f"{source}-to-{case}")
-            shutil.copytree(run.checkpoint(SAVED), again.checkpoint(SAVED))
-            shutil.copy(run.metrics, again.metrics)  # with the steps after the checkpoint, which come once more
-            resumed[source, tuning] = again
-    train_together(list(resumed.values()), case.ranks)
-    for (source, tuning), run in resumed.items():
-        found, reference = metrics(run), metrics(saved["ddp-x1", tuning])
-        assert [*found] == [*range(1, STEPS + 1)], (source, tuning)
-        ran = read_status(run).ran
-        assert (ran["world_size"], ran["kind"]) == (case.ranks, case.strategy)
-        for step in range(1, STEPS + 1):
-            for name in ("loss", "grad_norm", "learning_rate", "tokens"):
-                same = pytest.approx(reference[step][name], abs=FP32)
-                assert found[step][name] == same, (source, tuning, step, name)
-        assert_same_tensors(run.final, saved["ddp-x1", tuning].final)
-        before, after = rows(saved[source, tuning], range(1, SAVED + 1)), rows(run, range(1, STEPS + 1))
-        assert before + after == rows(saved["ddp-x1", tuning], range(1, STEPS + 1)), (source, tuning)
+@pytest.fixture(scope="module")
+def saved(trained: Callable[..., Result], tiny: Tiny) -> Callable[[Job], RunDir]:
+    """Runs that saved at step 2 and went on to the end."""
+    return lambda job: RunDir(trained(job.recipe(tiny), job.ranks).run_dir)
 
 
-def test_a_checkpoint_holds_what_is_trained(saved: dict[tuple[str, str], RunDir]) -> None:
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_every_checkpoint_is_the_one_of_a_single_process(saved: Callable[[Job], RunDir], job: Job) -> None:
+    """By name and value: weights, both of Adam's states, the step: so that to resume from one stands for the others."""
+    run, reference = saved(job), saved(alone(job.tuning))
+    found, wanted = (whole(each.checkpoint(SAVED)) for each in (run, reference))
+    for tensors in (found, wanted):  # each rank has random generators of its own
+        for name in [name for name in tensors if name.startswith("rng/")]:
+            tensors.pop(name)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == torch.float32, name
+        largest = value.abs().max().item()
+        assert (found[name] - value).abs().max().item() <= 1e-4 * largest + 1e-9, name
+    found, wanted = (json.loads((each.checkpoint(SAVED) / "manifest.json").read_text()) for each in (run, reference))
+    for name in ("schema", "step", "samples", "tokens", "identity", "optimizer_steps", "scheduler_steps"):
+        assert found[name] == wanted[name], name
+    assert (found["scaler"] or {"scale": 1.0}) == {"scale": 1.0}  # DeepSpeed has one that does nothing
+    assert (found["strategy"], found["world_size"]) == (job.strategy, job.ranks)
+    assert rows(run, range(1, STEPS + 1)) == rows(reference, range(1, STEPS + 1))
+    assert_same_tensors(run.final, reference.final)
+
+
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [pytest.param(job, source, id=f"{job}-from-{source}") for job in JOBS for source in sources(job)],
+)
+def test_goes_on_from_another(
+    saved: Callable[[Job], RunDir], warm: WarmRanks, tiny: Tiny, tmp_path: Path, target: Job, source: Job
+) -> None:
+    before, reference = saved(source), saved(alone(target.tuning))
+    run = create(target.recipe(tiny), tmp_path, target.ranks)
+    shutil.copytree(before.checkpoint(SAVED), run.checkpoint(SAVED))
+    shutil.copy(before.metrics, run.metrics)  # with the steps after the checkpoint, which come once more
+    warm.train(run, record=True)
+    assert_ran(Result(0, "", "", run.path), target)
+    found, wanted = metrics(run), metrics(reference)
+    assert [*found] == [*range(1, STEPS + 1)]
+    for step in range(1, STEPS + 1):
+        for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+            assert found[step][name] == pytest.approx(wanted[step][name], abs=FP32), (step, name)
+    assert_same_tensors(run.final, reference.final)
+    trained_on = rows(before, range(1, SAVED + 1)) + rows(run, range(1, STEPS + 1))
+    assert trained_on == rows(reference, range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_a_checkpoint_holds_what_is_trained(saved: Callable[[Job], RunDir], job: Job) -> None:
     """Adapters and their states alone; readable without pickle; every rank wrote its share."""
-    from safetensors import safe_open
-
-    for (case, tuning), run in saved.items():
-        folder = run.checkpoint(SAVED)
-        files = sorted(folder.iterdir())
-        assert {path.suffix for path in files} == {".safetensors", ".json"}
-        shards = [path for path in files if path.suffix == ".safetensors"]
-        manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["files"].keys() == {path.name for path in shards}
-        assert len(shards) == int(case[-1])
-        elements: Counter[str] = Counter()
-        for path in shards:
-            with safe_open(path, framework="pt") as file:
-                sizes = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
-                elements.update({name: size for name, size in sizes.items() if not name.startswith("rng/")})
-                assert sum(sizes.values()) > 1000, path
-        plan = json.loads(run.plan.read_text())
-        weights = {name: size for name, size in elements.items() if "/" not in name}
-        assert sum(weights.values()) == plan["model"]["trainable_parameters"]
-        assert all(("lora" in name) == (tuning != "full") for name in weights)
-        for state in ("exp_avg", "exp_avg_sq"):
-            assert {n.split("/")[0]: s for n, s in elements.items() if n.endswith(f"/{state}")} == weights
+    run = saved(job)
+    folder = run.checkpoint(SAVED)
+    files = sorted(folder.iterdir())
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    shards = [path for path in files if path.suffix == ".safetensors"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["files"].keys() == {path.name for path in shards}
+    assert len(shards) == job.ranks
+    elements: Counter[str] = Counter()
+    for path in shards:
+        with safe_open(path, framework="pt") as file:
+            sizes = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+            elements.update({name: size for name, size in sizes.items() if not name.startswith("rng/")})
+            assert sum(sizes.values()) > 1000, path
+    plan = json.loads(run.plan.read_text())
+    weights = {name: size for name, size in elements.items() if "/" not in name}
+    assert sum(weights.values()) == plan["model"]["trainable_parameters"]
+    assert all(("lora" in name) == (job.tuning != "full") for name in weights)
+    for state in ("exp_avg", "exp_avg_sq"):
+        assert {n.split("/")[0]: s for n, s in elements.items() if n.endswith(f"/{state}")} == weights
 
 
 # ---- the command
@@ -406,7 +411,7 @@ def test_all_steps_made_and_no_final(stopped: tuple[Path, str], tiny: Tiny, tmp_
     assert (result.run_dir / "metrics.jsonl").read_text() == lines
 
 
-def test_out_of_gpu_memory(tiny: Tiny, saved: dict[tuple[str, str], RunDir], tmp_path: Path) -> None:
+def test_out_of_gpu_memory(tiny: Tiny, saved: Callable[[Job], RunDir], tmp_path: Path) -> None:
     """Injected at a step: half the micro-batch, then checkpointing, then offload; the losses stay."""
     fails = (
         "import json, torch\n"
@@ -428,7 +433,7 @@ def test_out_of_gpu_memory(tiny: Tiny, saved: dict[tuple[str, str], RunDir], tmp
     plan = json.loads((result.run_dir / "plan.json").read_text())
     batch = {"global_batch_size": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 4}
     assert (plan["batch"], plan["gradient_checkpointing"], plan["offload"]) == (batch, True, "optimizer")
-    reference = metrics(saved["ddp-x1", "lora"])
+    reference = metrics(saved(alone("lora")))
     assert result.column("step") == [*reference]
     assert result.column("loss") == pytest.approx([line["loss"] for line in reference.values()], abs=FP32)
 

@@ -15,13 +15,12 @@ import select
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from running import Result
 
+from distft.runs import attempts
 from distft.runs.directory import RunDir
 
 SECONDS = 120  # for one job
@@ -33,8 +32,8 @@ class WarmRanks:
     def __init__(self) -> None:
         self._server: subprocess.Popen[str] | None = None
 
-    def train(self, run: RunDir, before: Sequence[str] = ()) -> None:
-        """Train a run directory to its end. `before`: MODULE:FUNCTION, called with the job in each rank before it starts.
+    def train(self, run: RunDir, *, record: bool = False) -> None:
+        """Train a run directory to its end. `record`: write down each rank's rows (recording.py).
 
         Raises:
             AssertionError: a rank failed; with the ends of all logs.
@@ -43,7 +42,7 @@ class WarmRanks:
 
         ranks = json.loads(run.plan.read_text())["topology"]["world_size"]
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's agent has it too
-        job = {"run_dir": str(run.path), "ranks": ranks, "port": store.port, "env": exports(run), "before": [*before]}
+        job = {"run_dir": str(run.path), "ranks": ranks, "port": store.port, "env": exports(run), "record": record}
         statuses = json.loads(self._ask(json.dumps(job)))
         logs = (f"--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(run.logs.glob("rank-*.log")))
         assert statuses == [0] * ranks, "\n".join([f"{run.path.name}: exit statuses {statuses}", *logs])
@@ -55,8 +54,10 @@ class WarmRanks:
 
     def _ask(self, line: str) -> str:
         if self._server is None:
-            # Else numpy's and Arrow's libraries start threads when they are imported.
-            quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            quiet = {
+                "OMP_NUM_THREADS": "1",
+                "JE_ARROW_MALLOC_CONF": "background_thread:false",
+            }  # else imports start threads
             fixed = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             command = [sys.executable, "-u", str(Path(__file__).with_name("warm_server.py"))]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -81,8 +82,8 @@ def exports(run: RunDir) -> dict[str, str]:
     return {name: "".join(shlex.split(value)) for name, value in lines}
 
 
-def create(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDir:
-    """A run directory under `folder`, ready to start."""
+def create(recipe: dict[str, Any], folder: Path, ranks: int) -> RunDir:
+    """What `distft launch --gpus-per-node RANKS` in `folder` would write; nothing is started."""
     from distft.commands import launch
     from distft.jobs.target import Target, plan_recipe
 
@@ -90,11 +91,7 @@ def create(recipe: dict[str, Any], folder: Path, ranks: int, name: str) -> RunDi
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     target = Target(1, ranks)
     loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
-    run = RunDir.create(str(folder), name)
+    run = RunDir.create(str(folder / "runs"), loaded.name)
     job = launch.Launch(loaded, plan, target).job(run)
-    run.fill(launch.render(job), job.name)
+    attempts.fill(run, launch.render(job), job.name)
     return run
-
-
-def result(run: RunDir) -> Result:
-    return Result(0, "", "", run.path)

@@ -1,14 +1,12 @@
 """A process that has imported the training stack, and forks the ranks of a job on request: see warm.py.
 
-A line of JSON in is a job, a line of JSON out its exit statuses. Between jobs nothing is running here: no second thread,
-no process group, nothing computed. So every rank starts as one of torchrun's is once it has imported the same modules.
+A line of JSON in is a job, a line of JSON out its exit statuses. Nothing else happens here: no second thread, no
+process group, nothing computed. So every rank begins as one of torchrun's that has imported the same modules.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import signal
@@ -16,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import IO, Any
+
+import recording
 
 TERM_SECONDS = 10  # for the ranks beside one that failed
 
@@ -94,9 +94,8 @@ if __name__ == "__main__":
     job = serve(answers)
     if job is not None:  # this is a rank
         sys.argv = ["distft.train", job["run_dir"]]
-        for name in job["before"]:
-            module, _, function = name.partition(":")
-            getattr(importlib.import_module(module), function)(job)
+        if job["record"]:
+            recording.record_rows(job)
         from distft.train.__main__ import main
 
         main()

@@ -1,0 +1,99 @@
+"""Tunings of a recipe under strategies: the jobs that test_equivalence.py and test_resume.py have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from running import Result
+from tiny import Tiny
+
+FP32 = 1e-5
+SAVED, STEPS = 2, 4
+# kind of `ran` → the class that must wrap the model; {} stands for the model's own class.
+WRAPPED = {"ddp": "DistributedDataParallel", "zero": "DeepSpeedEngine", "fsdp": "FSDP{}", "hsdp": "FSDP{}"}
+ZERO_OPTIMIZER = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+
+FULL = {"lora": None, "training__learning_rate": 0.003}
+BF16 = {"training__mixed_precision": "bf16"}
+TUNINGS = {
+    "lora": {},
+    "full": FULL,
+    "nf4": {"model__quantization": "nf4"},
+    "int8": {"model__quantization": "int8"},
+    "dora": {"lora": {"r": 4, "use_dora": True}},
+    "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    "unpacked": {"data__packing": False},
+    "unpacked full": {"data__packing": False, **FULL},
+    "bf16": BF16,
+    "bf16 full": {**BF16, **FULL},
+    "adamw_torch": {"training__optim": "adamw_torch"},
+    "adafactor": {"training__optim": "adafactor"},
+    "adamw_bnb_8bit": {"training__optim": "adamw_bnb_8bit"},
+    "paged_adamw_8bit": {"training__optim": "paged_adamw_8bit"},
+    "paged_adamw_32bit": {"training__optim": "paged_adamw_32bit"},
+}
+OPTIMIZER = {
+    "adamw_torch": "torch AdamW",
+    "adafactor": "transformers Adafactor",
+    "adamw_bnb_8bit": "bitsandbytes AdamW 8-bit",
+    "paged_adamw_8bit": "bitsandbytes AdamW 8-bit",
+    "paged_adamw_32bit": "bitsandbytes AdamW 32-bit",
+}
+
+
+class Job(NamedTuple):
+    """A recipe with a tuning of TUNINGS under a strategy; `changes` must change nothing."""
+
+    strategy: str
+    ranks: int
+    tuning: str
+    changes: Mapping[str, Any] = {}
+
+    def __str__(self) -> str:
+        changed = [f"{key.split('__')[1]}={value}" for key, value in self.changes.items()]
+        return "-".join([self.tuning.replace(" ", "-"), self.strategy, f"x{self.ranks}", *changed])
+
+    def recipe(self, tiny: Tiny) -> dict[str, Any]:
+        """Evaluates before and after, and saves at step SAVED: neither changes what is trained."""
+        beside = {"data__eval": str(tiny.path / "heldout.jsonl"), "checkpoint__save_steps": SAVED}
+        asked = {"parallelism__strategy": self.strategy, "training__max_steps": STEPS}
+        return tiny.recipe(**beside, **asked, **TUNINGS[self.tuning], **self.changes)
+
+
+def alone(tuning: str) -> Job:
+    """The same in one process."""
+    return Job("ddp", 1, tuning)
+
+
+STRATEGIES = [
+    ("ddp", 2, {}),
+    ("ddp", 4, {}),
+    ("zero1", 2, {}),
+    ("zero2", 2, {}),
+    ("zero2", 2, {"parallelism__offload": "optimizer"}),
+    ("zero3", 2, {}),
+    ("zero3", 2, {"parallelism__offload": "all"}),
+    ("fsdp", 2, {}),
+    ("fsdp", 4, {}),
+    ("hsdp", 4, {"parallelism__hsdp_shard_size": 2}),
+]
+
+
+def assert_ran(result: Result, job: Job) -> None:
+    ran, strategy = result.status["ran"], job.strategy
+    assert ran["kind"] == strategy
+    model_class = "LlamaForCausalLM" if "full" in job.tuning else "PeftModelForCausalLM"
+    assert ran["wrapped"] == WRAPPED[strategy.rstrip("123")].format(model_class)
+    assert (ran["world_size"], ran["backend"]) == (job.ranks, "gloo")
+    assert ran["gradient_checkpointing"] is job.changes.get("training__gradient_checkpointing", False)
+    if job.tuning in OPTIMIZER:
+        assert ran["optimizer"] == OPTIMIZER[job.tuning]
+    if strategy.startswith("zero"):
+        assert ran["zero_optimizer"] == ZERO_OPTIMIZER[int(strategy[-1])]
+    if strategy == "fsdp":
+        assert ran["mesh"] == [job.ranks]
+    if strategy == "hsdp":
+        assert ran["mesh"] == [2, 2]
+    if strategy in ("fsdp", "hsdp"):
+        assert ran["units"]["FSDPLlamaDecoderLayer"] == 2

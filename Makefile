@@ -9,7 +9,7 @@ QUICKSTART ?= quickstart
 RANKS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check reference bench clean
+.PHONY: demo test test-fast check reference activations bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -27,6 +27,10 @@ check: $(VENV)/.dev
 reference: $(VENV)/.dev
 	$(BIN)/python tools/reference_files.py .
 	$(BIN)/python tools/generated_docs.py docs
+
+# The planner's table of activations, from the installed transformers, torch and peft: an hour on two cores.
+activations: $(VENV)/.dev
+	$(BIN)/python -m distft.simulation.activation_table
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cli_latency.py

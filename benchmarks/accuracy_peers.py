@@ -24,18 +24,18 @@ from distft.simulation.simulate import simulate
 ROWS = """
 llama-3.2-1b   lora16  bf16 ddp*1   sdpa  4x1024 packed keep
 llama-3.1-8b   lora16  bf16 ddp*1   flash 2x4096 packed keep
-llama-3.1-8b   lora16  bf16 ddp*1   flash 1x2048 packed recompute
-llama-3.1-8b   nf4:16  bf16 ddp*1   flash 2x2048 packed recompute
-llama-3.1-8b   int8:16 bf16 ddp*1   flash 1x1024 packed recompute
-qwen2.5-0.5b   full    bf16 ddp*1   flash 4x2048 packed recompute
+llama-3.1-8b   lora16  bf16 ddp*1   flash 1x2048 packed checkpointing
+llama-3.1-8b   nf4:16  bf16 ddp*1   flash 2x2048 packed checkpointing
+llama-3.1-8b   int8:16 bf16 ddp*1   flash 1x1024 packed checkpointing
+qwen2.5-0.5b   full    bf16 ddp*1   flash 4x2048 packed checkpointing
 qwen2.5-7b     nf4:16  bf16 ddp*1   flash 1x2048 packed keep
 gemma-2-2b     lora16  bf16 ddp*1   eager 1x2048 packed keep
 phi-3-mini     lora16  bf16 ddp*1   flash 1x2048 packed keep
 gpt2-xl        full    bf16 ddp*1   flash 4x1024 packed keep
-llama-3.1-8b   full    bf16 zero2*8 flash 1x2048 packed recompute
-llama-3.1-8b   lora16  bf16 zero2*8 flash 1x2048 packed recompute
-llama-3.1-8b   full    bf16 zero3*8 flash 1x2048 packed recompute
-llama-3.1-70b  lora16  bf16 zero3*8 flash 1x2048 packed recompute
+llama-3.1-8b   full    bf16 zero2*8 flash 1x2048 packed checkpointing
+llama-3.1-8b   lora16  bf16 zero2*8 flash 1x2048 packed checkpointing
+llama-3.1-8b   full    bf16 zero3*8 flash 1x2048 packed checkpointing
+llama-3.1-70b  lora16  bf16 zero3*8 flash 1x2048 packed checkpointing
 """
 PEERS = ("distft", "DeepSpeed", "accelerate", "fitcheck-llm")
 
@@ -47,7 +47,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
     else:
         print("fitcheck-llm takes what prepare_model_for_kbit_training turns into float32, which distft does not do\n")
     rows: list[dict[str, Any]] = []
-    print(f"{'GiB':66}{'simulated':>10}" + "".join(f"{peer:>20}" for peer in PEERS))
+    print(f"{'GiB':70}{'simulated':>10}" + "".join(f"{peer:>20}" for peer in PEERS))
     for row in parse(ROWS):
         if only not in row.text:
             continue
@@ -61,7 +61,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
             "fitcheck-llm": fitcheck(command, folder, row) if command else None,
         }
         print(
-            f"{row.text:66}{simulated / 2**30:10.2f}" + "".join(_cell(found[p], simulated) for p in PEERS), flush=True
+            f"{row.text:70}{simulated / 2**30:10.2f}" + "".join(_cell(found[p], simulated) for p in PEERS), flush=True
         )
         rows.append({"row": row.text, "simulated": simulated, **found})
     means = {}

@@ -24,28 +24,28 @@ FAR = 10.0  # %; a row that is further off has to say why
 # torchtune: README.md, "Memory and training speed" (packed 2 x 2048, compiled), and its ladder of optimizations
 # (2 x 4096, each row adds one). torchtitan: llama3 8B on H100, selective checkpointing, which lies between its rows.
 PEAKS = """
-llama-3.1-8b   full   bf16 ddp*1    flash 2x2048 packed recompute peak=18.9 states=2/0/0 chunked compile
-llama-3.1-8b   full   bf16 ddp*1    flash 2x2048 packed recompute peak=37.4 states=2/2/0 chunked compile
-llama-3.1-8b   lora8  bf16 ddp*1    flash 2x2048 packed recompute peak=16.2 states=2/2/4 chunked compile
-llama-3.1-8b   lora8  bf16 ddp*1    flash 2x2048 packed keep      peak=30.3 states=2/2/4 chunked compile
-llama-3.1-8b   nf4:8  bf16 ddp*1    flash 2x2048 packed recompute peak=7.4 states=2/2/4 chunked compile
-llama-3.1-70b  lora16 bf16 fsdp*8   flash 2x2048 packed recompute peak=27.6 chunked compile
-llama-3.1-405b nf4:16 bf16 fsdp*8   flash 2x2048 packed recompute peak=41.7 chunked compile
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed keep      peak=60.0 states=2/2/4
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed keep      peak=51.0 states=2/2/4 compile
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed keep      peak=42.9 states=2/2/4 chunked compile
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed recompute peak=24.9 states=2/2/4 chunked compile
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed recompute peak=23.1 states=2/0/4 chunked compile in-backward
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed recompute peak=21.8 states=2/0/4 chunked compile offloaded
-llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed recompute peak=17.6 states=2/0/2 chunked compile offloaded
-llama-3.2-3b   lora8  bf16 ddp*1    flash 2x4096 packed recompute peak=8.5 states=2/2/4 chunked compile offloaded
-llama-3.2-3b   nf4:8  bf16 ddp*1    flash 2x4096 packed recompute peak=4.6 states=2/2/4 chunked compile offloaded
-llama-3.1-8b   full   bf16 fsdp*8   flash 2x8192 packed recompute peak=82.4
-llama-3.1-8b   full   bf16 fsdp*8   flash 2x8192 packed keep      peak=82.4
-llama-3.1-8b   full   bf16 fsdp*8   flash 2x8192 packed keep      peak=77.0 compile
-llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed recompute peak=67.0
-llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed keep      peak=67.0
-llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed keep      peak=62.0 compile
+llama-3.1-8b   full   bf16 ddp*1    flash 2x2048 packed checkpointing peak=18.9 states=2/0/0 chunked compile
+llama-3.1-8b   full   bf16 ddp*1    flash 2x2048 packed checkpointing peak=37.4 states=2/2/0 chunked compile
+llama-3.1-8b   lora8  bf16 ddp*1    flash 2x2048 packed checkpointing peak=16.2 states=2/2/4 chunked compile
+llama-3.1-8b   lora8  bf16 ddp*1    flash 2x2048 packed keep          peak=30.3 states=2/2/4 chunked compile
+llama-3.1-8b   nf4:8  bf16 ddp*1    flash 2x2048 packed checkpointing peak=7.4 states=2/2/4 chunked compile
+llama-3.1-70b  lora16 bf16 fsdp*8   flash 2x2048 packed checkpointing peak=27.6 chunked compile
+llama-3.1-405b nf4:16 bf16 fsdp*8   flash 2x2048 packed checkpointing peak=41.7 chunked compile
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed keep          peak=60.0 states=2/2/4
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed keep          peak=51.0 states=2/2/4 compile
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed keep          peak=42.9 states=2/2/4 chunked compile
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed checkpointing peak=24.9 states=2/2/4 chunked compile
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed checkpointing peak=23.1 states=2/0/4 chunked compile in-backward
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed checkpointing peak=21.8 states=2/0/4 chunked compile offloaded
+llama-3.2-3b   full   bf16 ddp*1    flash 2x4096 packed checkpointing peak=17.6 states=2/0/2 chunked compile offloaded
+llama-3.2-3b   lora8  bf16 ddp*1    flash 2x4096 packed checkpointing peak=8.5 states=2/2/4 chunked compile offloaded
+llama-3.2-3b   nf4:8  bf16 ddp*1    flash 2x4096 packed checkpointing peak=4.6 states=2/2/4 chunked compile offloaded
+llama-3.1-8b   full   bf16 fsdp*8   flash 2x8192 packed checkpointing peak=82.4
+llama-3.1-8b   full   bf16 fsdp*8   flash 2x8192 packed keep          peak=82.4
+llama-3.1-8b   full   bf16 fsdp*8   flash 2x8192 packed keep          peak=77.0 compile
+llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed checkpointing peak=67.0
+llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed keep          peak=67.0
+llama-3.1-8b   full   bf16 fsdp*128 flash 2x8192 packed keep          peak=62.0 compile
 """
 CHUNKED = 2 + (4 + 4) / 8  # bytes per token and vocabulary entry
 

@@ -32,7 +32,7 @@ class Row:
 
 def parse(text: str) -> Iterator[Row]:
     """One row per line: model, tuning, precision, strategy*ranks[/shard], attention, micro-batch x length,
-    packed | padded, recompute | keep; then NAME=VALUE."""
+    packed | padded, checkpointing | keep; then NAME=VALUE."""
     for line in filter(None, map(str.strip, text.splitlines())):
         model, tuning, precision, strategy, attention, size, packing, checkpointing, *rest = line.split()
         extra = {key: value for key, _, value in (word.partition("=") for word in rest)}
@@ -64,7 +64,7 @@ def parse(text: str) -> Iterator[Row]:
             world_size=int(ranks),
             nproc_per_node=min(int(ranks), 8),
             micro_batch_size=micro,
-            gradient_checkpointing=checkpointing == "recompute",
+            gradient_checkpointing=checkpointing == "checkpointing",
             attn_implementation=ATTENTION.get(attention, attention),
         )
         yield Row(line, model, recipe, setting, extra)

@@ -186,7 +186,7 @@ def main() -> int:
 
 
 def show(row: dict[str, Any]) -> None:
-    name = f"{row['model']} {row['method']}, {'recompute' if row['gradient_checkpointing'] else 'keep'}"
+    name = f"{row['model']} {row['method']}, {'checkpointing' if row['gradient_checkpointing'] else 'keep'}"
     name += f", {row['micro_batch']} x {row['sequence']}"
     said, got = row["predicted"], row["measured"]
     if not got["peak"]:

@@ -37,7 +37,7 @@ def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
     # Communication is in it: a plan for another width adds its own to that, and errs on the slow side.
     per_rank = found.tokens_per_second / plan["topology"]["world_size"]
     trained = plan["model"]["trainable_parameters"] < plan["model"]["parameters"]
-    return per_rank * per_token * speed.recomputed(trained, plan["gradient_checkpointing"])
+    return per_rank * per_token * speed.checkpointing_factor(trained, plan["gradient_checkpointing"])
 
 
 def _usual_name(gpu: str | None) -> str | None:

@@ -15,11 +15,13 @@ from typing import Any
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
 from distft.models.lora import adapters
+from distft.models.quantization import stored_bytes
 from distft.models.shapes import ModelShape
 from distft.planner import activations, sharding
 from distft.planner.setting import Setting
 from distft.planner.sharding import Share, Sizes, Unit
 from distft.rules.upstream import NOT_QUANTISED
+from distft.strategies.deepspeed import PERSISTENT
 from distft.units import GIB
 
 # Outside torch's allocator: the CUDA context (0.47 GiB, A100, lazy module loading), NCCL's buffers (the first
@@ -187,14 +189,6 @@ def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, An
     return config["zero_optimization"]
 
 
-def stored_bytes(quantization: str, size: int, rows: int) -> int:
-    """Bytes of a quantised weight: NF4 with double quantisation 0.5 bytes, an 8-bit scale per 64 and a float32 one per
-    64 * 256 (QLoRA, arXiv 2305.14314); int8 one byte and a float32 scale per row."""
-    if quantization == "nf4":
-        return size // 2 + -(-size // 64) + 4 * -(-size // (64 * 256))
-    return size + 4 * rows
-
-
 def bnb_state_bytes(optim: str, size: int, embedding: bool) -> int:
     """bitsandbytes' two moments of a tensor: 8 bit with a float32 scale per 256; float32 for small tensors
     (optim/optimizer.py:502) and the embedding (transformers trainer.py, GlobalOptimManager). 0 for other optimizers."""
@@ -235,9 +229,9 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     for tensor in model.tensors:
         modules[tensor.name.rpartition(".")[0]] += frozen(tensor) or low * tensor.size
     everything = [size for tensor in model.tensors for size in trained(tensor)]
-    small = sum(tensor.size for tensor in model.tensors if tensor.size < sharding.PERSISTENT)
+    small = sum(tensor.size for tensor in model.tensors if tensor.size < PERSISTENT)
     if recipe.lora:
-        small += sum(size for size in everything if size < sharding.PERSISTENT)
+        small += sum(size for size in everything if size < PERSISTENT)
         # A tied output layer's adapter is on no tensor of the model's own.
         everything += [size for tensor, sizes in _adapters(recipe, model) if tensor in model.tied for size in sizes]
     return Sizes(

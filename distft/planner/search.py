@@ -14,6 +14,7 @@ from distft.config.batch import Batch
 from distft.config.recipe import Parallelism, Recipe
 from distft.hardware.devices import GPUS, Device
 from distft.hardware.topology import Topology
+from distft.models.attention import planned_attention
 from distft.models.shapes import ModelShape
 from distft.planner import speed
 from distft.planner.communication import Links
@@ -135,11 +136,6 @@ class Search:
     def flops_per_token(self) -> float:
         return speed.flops_per_token(self.recipe, self.model, self.estimator.sizes)
 
-    def attention(self) -> str:
-        """What `auto` is planned as: SDPA. FlashAttention-2, where a rank finds it, needs no more memory."""
-        wanted = self.recipe.model.attn_implementation
-        return "sdpa" if wanted == "auto" else wanted
-
     def options(self) -> Iterator[tuple[str, str]]:
         """Strategies and offloads to try: those that the recipe leaves open and that differ from one another here."""
         wanted = self.recipe.parallelism
@@ -208,7 +204,7 @@ class Search:
             nproc_per_node=topology.nproc_per_node,
             micro_batch_size=batch.micro_batch_size,
             gradient_checkpointing=checkpointing,
-            attn_implementation=self.attention(),
+            attn_implementation=planned_attention(self.recipe.model.attn_implementation),
             device_type=self.where.device.type,
         )
         found = self.estimator.memory(setting, max_length)

@@ -14,10 +14,6 @@ from distft.strategies.kinds import Kind
 # deepspeed/runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: elements of the flat copy that ZeRO-1 averages at a time.
 ZERO1_MESSAGE = 500_000_000
 
-
-# Elements below which ZeRO-3 leaves a tensor whole (stage3_param_persistence_threshold, DeepSpeed's default).
-PERSISTENT = 100_000
-
 # `head` is the backward pass from the loss to the last block.
 MOMENTS = ("forward", "loss", "head", "backward", "optimizer")
 

@@ -95,7 +95,7 @@ def estimate(
     peak = gpu and 1e12 * (gpu.float32_tflops if recipe.training.mixed_precision == "no" else gpu.tflops)
     rate = measured or achievable(gpu, recipe) * TRAINED * QUANTIZED.get(recipe.model.quantization or "", 1.0)
     tokens = setting.micro_batch_size * recipe.data.max_length
-    again = recomputed(recipe.lora is not None, setting.gradient_checkpointing)
+    again = checkpointing_factor(recipe.lora is not None, setting.gradient_checkpointing)
     layers = model.num_hidden_layers or 0
     launches = layers * LAUNCH_SECONDS * (4 if setting.gradient_checkpointing else 3)
     compute = accumulation * max(tokens * per_token * again / rate, launches if gpu else 0.0)
@@ -115,9 +115,9 @@ def achievable(gpu: Gpu, recipe: Recipe) -> float:
     return 1e12 * (gpu.measured_tflops or ACHIEVABLE * gpu.tflops)
 
 
-def recomputed(lora: bool, gradient_checkpointing: bool) -> float:
-    """How much more is computed under checkpointing, which repeats the forward pass: a third of the FLOPs of full
-    fine-tuning, half of LoRA's."""
+def checkpointing_factor(lora: bool, gradient_checkpointing: bool) -> float:
+    """FLOPs of a step with gradient checkpointing over those without. It repeats the forward pass: a third of the FLOPs
+    of full fine-tuning, half of LoRA's."""
     return (1.5 if lora else 4 / 3) if gradient_checkpointing else 1.0
 
 

@@ -261,7 +261,7 @@ def liger_needs_a_gpu(case: Case) -> str | None:
     "{use_reentrant: true}}",
     versions=["deepspeed<0.19.4"],
 )
-def zero3_recomputes_no_frozen_weights(case: Case) -> str | None:
+def zero3_frees_frozen_weights_too_early(case: Case) -> str | None:
     """Under ZeRO-3 before 0.19.4, recomputing a block frees its frozen weights while torch's non-reentrant
     checkpointing still compares them: CheckpointError, shape [0]. From 0.19.4 on both kinds of checkpointing give the
     losses of one process (seen with 0.19.8 on 2 ranks, every weight partitioned), so distft does not force the

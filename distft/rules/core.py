@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft import extras
 from distft.errors import PlanError
+from distft.models.attention import AMPERE, no_flash_attention
 from distft.strategies.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -107,9 +108,10 @@ class Case:
 
     @property
     def attention(self) -> str:
-        """model.attn_implementation; `auto` is sdpa wherever FlashAttention-2 cannot be (train/model.py)."""
+        """model.attn_implementation; `auto` is `sdpa` where FlashAttention-2 cannot run (models/attention.py)."""
         wanted = self.recipe.model.attn_implementation if self.recipe else "auto"
-        if wanted == "auto" and (self.before_ampere or self.on_cpu or self.mixed_precision == "no"):
+        device = self.device
+        if wanted == "auto" and no_flash_attention(device.type, device.compute_capability, self.mixed_precision):
             return "sdpa"
         return wanted
 
@@ -119,7 +121,7 @@ class Case:
 
     @property
     def before_ampere(self) -> bool:
-        return (self.device.compute_capability or 8) < 8
+        return (self.device.compute_capability or AMPERE) < AMPERE
 
     @property
     def whole_config(self) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from distft import __version__
 from distft.config.document import load_yaml
 from distft.config.loading import validate
 from distft.config.recipe import Recipe
+from distft.models.quantization import NF4
 from distft.runs.directory import RunDir
 from distft.runs.metrics import last_metrics, read_metrics
 from distft.runs.status import read_status
@@ -73,9 +74,11 @@ def _use(recipe: Recipe, adapter: bool) -> str:
     kind, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
     code = f'```python\nfrom {package} import {kind}\nmodel = {kind}.from_pretrained("FOLDER")\n```'
     if adapter and recipe.model.quantization == "nf4":
+        words = {name: json.dumps(value) if isinstance(value, str) else value for name, value in NF4.items()}
+        settings = ", ".join(f"{name}={word}" for name, word in words.items())
         code += (
             "\n\nIt was trained beside 4-bit weights; for the same outputs load the base with "
-            '`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
+            f"`BitsAndBytesConfig({settings})`."
         )
     return code
 

@@ -1,4 +1,4 @@
-"""Makes distft/planner/activations.txt: `python -m distft.simulation.activation_table` (an hour on two cores, no GPU).
+"""Makes distft/planner/activations.txt: `make activations` (an hour on two cores, no GPU).
 
 The real classes of every family of the planner are traced on fake tensors (trace.py), in every mode that
 changes what a step keeps. Their sizes are chosen so that the bytes of a storage tell which sizes it is the product of;
@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from distft.config.loading import load_recipe
 from distft.errors import DistftError
 from distft.models.architecture import describe
 from distft.models.families import FAMILIES
-from distft.planner.activations import FILE, Mode, Polynomial, kept_in_backward, symbols, write
+from distft.planner.activations import FILE, MADE_WITH, Mode, Polynomial, kept_in_backward, symbols, write
 from distft.simulation import fake_model, trace
 
 # No two products of these that occur differ by a small factor. Rows are a multiple of 32 long: some kernels pad to it.
@@ -289,9 +290,8 @@ def main() -> None:
     families = [family for family in FAMILIES if family != "gemma3"]  # whose language model is gemma3_text
     with ProcessPoolExecutor() as pool:
         found = {key: moments for each in pool.map(of_family, families) for key, moments in each.items()}
-    FILE.write_text(
-        write({(f, m): found[f, m] for m in modes() for f in families if (f, m) in found}), encoding="utf-8"
-    )
+    in_order = {(f, m): found[f, m] for m in modes() for f in families if (f, m) in found}
+    FILE.write_text(write(in_order, {name: version(name) for name in MADE_WITH}), encoding="utf-8")
 
 
 if __name__ == "__main__":

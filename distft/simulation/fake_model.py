@@ -11,8 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distft.config.recipe import Recipe
 from distft.errors import PlanError
+from distft.models.attention import planned_attention
+from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, stored_bytes
 from distft.planner import memory
-from distft.planner.sharding import PERSISTENT, Sizes, Unit
+from distft.planner.sharding import Sizes, Unit
+from distft.strategies.deepspeed import PERSISTENT
 from distft.train.model import add_adapters, compute_dtype
 
 
@@ -51,13 +54,8 @@ def build(
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
         four = recipe.model.quantization == "nf4"
-        settings = BitsAndBytesConfig(
-            load_in_4bit=four,
-            load_in_8bit=not four,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        stored = {**NF4, "bnb_4bit_compute_dtype": dtype} if four else {"load_in_8bit": True}
+        settings = BitsAndBytesConfig(**stored)
         keep = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
@@ -89,7 +87,7 @@ def _attention(name: str) -> str:
     No "flash" in the name: transformers would look for such a kernel.
     """
     if name != "flash_attention_2":
-        return "sdpa" if name == "auto" else name
+        return planned_attention(name)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -151,23 +149,27 @@ def materialise(model: Any) -> None:
 
 
 def _quantise_nf4(linear: Any) -> None:
-    """NF4 with double quantisation: an 8-bit scale per 64 weights, a float32 one per 256 scales: 0.516 bytes a weight
-    (bitsandbytes functional.py, quantize_4bit)."""
+    """What bitsandbytes keeps beside the weight (functional.py, quantize_4bit)."""
     from bitsandbytes.functional import QuantState
 
     shape = (linear.out_features, linear.in_features)
-    scales = -(-shape[0] * shape[1] // 64)
+    scales = -(-shape[0] * shape[1] // NF4_BLOCK)
 
     def zeros(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device="cpu")
 
-    second = QuantState(absmax=zeros(-(-scales // 256)), code=zeros(256), blocksize=256, dtype=torch.float32)
+    second = QuantState(
+        absmax=zeros(-(-scales // NF4_SCALE_BLOCK)),
+        code=zeros(256),
+        blocksize=NF4_SCALE_BLOCK,
+        dtype=torch.float32,
+    )
     linear.weight.quant_state = QuantState(
         absmax=zeros(scales, torch.uint8),
         shape=torch.Size(shape),
         code=zeros(16),
-        blocksize=64,
-        quant_type="nf4",
+        blocksize=NF4_BLOCK,
+        quant_type=NF4_QUANT_TYPE,
         dtype=linear.compute_dtype,
         offset=zeros(1)[0],
         state2=second,
@@ -219,4 +221,4 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
 def _stored_bytes(parameter: Any) -> int | None:
     """Of a quantised weight."""
     kind = {"Params4bit": "nf4", "Int8Params": "int8"}.get(type(parameter).__name__)
-    return memory.stored_bytes(kind, parameter.numel(), parameter.shape[0]) if kind else None
+    return stored_bytes(kind, parameter.numel(), parameter.shape[0]) if kind else None

@@ -20,8 +20,9 @@ MILLION = 1_000_000
 # 2 GB, twice that with overlap_comm, even for an adapter of 20 million elements).
 LARGEST_BUCKET = 50 * MILLION
 SMALLEST_BUCKET = MILLION
-# At most so many elements stay unsharded under ZeRO-3 for being small (norms, biases, thin LoRA matrices): 0.2 GB in
-# 16 bit. DeepSpeed's default is no bound.
+# Elements below which ZeRO-3 leaves a tensor whole (DeepSpeed's default): norms, biases, thin LoRA matrices.
+PERSISTENT = 100_000
+# At most so many elements stay whole for that reason: 0.2 GB in 16 bit. DeepSpeed has no such bound by default.
 LARGEST_PERSISTENT = 100 * MILLION
 
 
@@ -190,7 +191,7 @@ def _zero_optimization(
         # Elements per slice of the optimizer step; its float32 temporaries are 0.4 GB (DeepSpeed's 1e9: 4 GB).
         "sub_group_size": 100 * MILLION,
         "stage3_prefetch_bucket_size": 50 * MILLION,
-        "stage3_param_persistence_threshold": 100_000,
+        "stage3_param_persistence_threshold": PERSISTENT,
         "stage3_model_persistence_threshold": LARGEST_PERSISTENT,
         # Gathered parameters alive at a time: 2 GB in 16 bit, and what the next layers need.
         "stage3_max_live_parameters": 1_000 * MILLION,

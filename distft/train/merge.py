@@ -38,6 +38,7 @@ from distft.config.document import load_yaml
 from distft.config.loading import validate
 from distft.config.recipe import Recipe
 from distft.errors import DataError, DistftError, RecipeError, RunError
+from distft.models.quantization import NF4_BLOCK, NF4_DOUBLE_QUANTIZATION, NF4_QUANT_TYPE
 from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
@@ -291,7 +292,12 @@ def dequantised(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     """
     functional = bitsandbytes.functional
     if quantization == "nf4":
-        packed, state = functional.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(),
+            blocksize=NF4_BLOCK,
+            compress_statistics=NF4_DOUBLE_QUANTIZATION,
+            quant_type=NF4_QUANT_TYPE,
+        )
         return functional.dequantize_4bit(packed, state).float()
     values, scales, _ = functional.int8_vectorwise_quant(weight.contiguous().half())  # Int8Params does, too
     return functional.int8_vectorwise_dequant(values, scales)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError
+from distft.models.attention import no_flash_attention
 from distft.models.lora import ADAPTER_WEIGHTS
+from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 
 log = logging.getLogger("distft")
@@ -26,28 +28,31 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def choose_attention(recipe: Recipe) -> str:
-    """The attention implementation; what `auto` stands for here is logged with the reason."""
+    """The attention implementation; what `auto` means here (models/attention.py) is logged with the reason."""
     wanted = recipe.model.attn_implementation
     if wanted != "auto":
         return wanted
-    if not torch.cuda.is_available():
-        why = "no GPU"
-    elif torch.cuda.get_device_capability() < (8, 0):
-        why = f"{torch.cuda.get_device_name()} is older than Ampere"
-    elif compute_dtype(recipe) is torch.float32:
-        why = "float32"
-    elif importlib.util.find_spec("flash_attn") is None:
-        why = "flash-attn is not installed"
-    else:
-        try:
-            import flash_attn
+    device, capability = "cpu", None
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        device, capability = "cuda", major + minor / 10
+    why = no_flash_attention(device, capability, recipe.training.mixed_precision) or _flash_attn_missing()
+    if why:
+        log.info("attention: sdpa (%s)", why)
+        return "sdpa"
+    log.info("attention: flash_attention_2")
+    return "flash_attention_2"
 
-            log.info("attention: flash_attention_2 (flash-attn %s)", flash_attn.__version__)
-            return "flash_attention_2"
-        except ImportError as error:  # built for another torch or CUDA
-            why = f"flash-attn cannot be imported: {error}"
-    log.info("attention: sdpa (%s)", why)
-    return "sdpa"
+
+def _flash_attn_missing() -> str | None:
+    """Why flash-attn cannot be imported; None where it can."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:  # built for another torch or CUDA
+        return f"flash-attn cannot be imported: {error}"
+    return None
 
 
 def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | None:
@@ -59,9 +64,7 @@ def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | N
     dtype = compute_dtype(recipe)
     if recipe.model.quantization == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            **NF4,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype if KINDS[strategy].shards_parameters else torch.uint8,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from distft.config.loading import load_recipe
+from distft.models.quantization import stored_bytes
 from distft.models.shapes import read_model_shape
 from distft.planner import activations
 from distft.planner.activations import Mode
-from distft.planner.memory import Estimator, Memory, bnb_state_bytes, put_together, stored_bytes
+from distft.planner.memory import Estimator, Memory, bnb_state_bytes, put_together
 from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes, Unit, share
 from distft.strategies.kinds import KINDS
@@ -412,6 +414,23 @@ def test_an_unknown_family_is_taken_for_llama(folder: Path) -> None:
     masked = activations.polynomials("falcon", Mode("autocast", "lora", "masked", False))
     without = [{name: size for name, size in p.items() if name != "T·s"} for p in masked["saved"]]
     assert activations.polynomials("falcon", mode)["saved"] == without != masked["saved"]
+
+
+def test_the_table_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *rest = activations.FILE.read_text().splitlines()
+    assert re.search(r"`make activations` .* transformers 5\.\d+, torch 2\.\d+, peft 0\.\d+\.$", second)
+    assert not any(line.startswith("#") for line in rest)
+    # The generator writes the same lines, and the reader skips them.
+    mode, p = Mode("autocast", "lora", "flash", True), {"T·h": 4.0, "h·q": 2.0}
+    made = {("llama", mode): {moment: [p] for moment in activations.MOMENTS}}
+    text = activations.write(made, {"transformers": "5.30.0.dev0", "torch": "2.14.1+cpu", "peft": "0.22.0"})
+    assert text.splitlines()[0] == first
+    assert text.splitlines()[1].endswith("transformers 5.30, torch 2.14, peft 0.22.")
+    monkeypatch.setattr(activations, "FILE", tmp_path / "activations.txt")
+    activations.FILE.write_text(text)
+    assert activations._table.__wrapped__() == {
+        (mode.key, "llama"): "|".join(f"{moment}:4 T·h 2 h·q" for moment in activations.MOMENTS)
+    }
 
 
 def test_overhead_is_of_the_device(folder: Path) -> None:

@@ -27,6 +27,7 @@ from distft.hardware.devices import Device, named_device
 from distft.hardware.topology import Topology
 from distft.jobs.target import Target, plan_recipe, plan_script
 from distft.models.architecture import Sizes
+from distft.models.attention import no_flash_attention, planned_attention
 from distft.models.shapes import ModelShape
 from distft.planner.plan import make_plan
 from distft.planner.search import Where
@@ -178,7 +179,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "flash-attention-needs-small-heads": [({**FLASH, "head_dim": 257}, {"head_dim": 256})],
     "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
-    "zero3-recomputes-no-frozen-weights": [
+    "zero3-frees-frozen-weights-too-early": [
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.18.0"}}, {"lora": None}),
         (
@@ -560,6 +561,17 @@ def test_a_rule_says_where_it_comes_from(rule: Rule) -> None:
     assert rule.for_scripts or not scripts
 
 
+def test_what_attention_auto_means() -> None:
+    """One answer for the rules, the planner and the ranks."""
+    why = [no_flash_attention("cpu", None, "bf16"), no_flash_attention("cuda", 7.5, "fp16")]
+    why += [no_flash_attention("cuda", 8.0, "no"), no_flash_attention("cuda", 8.0, "bf16")]
+    assert why == ["no GPU", "the GPU is older than Ampere", "float32", None]
+    assert no_flash_attention("cuda", None, "fp16") is None  # a GPU given by its memory alone
+    assert make_case().attention == "auto"
+    assert make_case(device=gpu("t4"), training={"mixed_precision": "fp16"}).attention == "sdpa"
+    assert (planned_attention("auto"), planned_attention("eager")) == ("sdpa", "eager")
+
+
 def test_all_errors_at_once() -> None:
     case = make_case(strategy="zero3", model__quantization="int8", lora=None, device="V100-32GB")
     with pytest.raises(PlanError) as error:
@@ -888,7 +900,7 @@ def test_one_rule(name: str) -> None:
 
 
 def test_versions_are_shown() -> None:
-    assert "versions deepspeed<0.19.4" in " ".join(run("rules", "zero3-recomputes-no-frozen-weights").stdout.split())
+    assert "versions deepspeed<0.19.4" in " ".join(run("rules", "zero3-frees-frozen-weights-too-early").stdout.split())
 
 
 def test_an_unknown_rule() -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 import yaml
 
+from distft.runs import attempts
+from distft.runs.directory import RunDir
+
 
 @dataclass(frozen=True)
 class Result:
@@ -65,6 +68,21 @@ def launch(
     result = Result(done.returncode, done.stdout, done.stderr, run_dir)
     assert done.returncode == expect, result.log()
     return result
+
+
+def create(recipe: dict[str, Any], folder: Path, ranks: int) -> RunDir:
+    """What `distft launch --gpus-per-node RANKS` in `folder` would write; nothing is started."""
+    from distft.commands import launch
+    from distft.jobs.target import Target, plan_recipe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    target = Target(1, ranks)
+    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
+    run = RunDir.create(str(folder / "runs"), loaded.name)
+    job = launch.Launch(loaded, plan, target).job(run)
+    attempts.fill(run, launch.render(job), job.name)
+    return run
 
 
 BEFORE = """

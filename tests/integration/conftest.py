@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Result
-from warm import WarmRanks, create
+from running import Result, create
+from warm import WarmRanks
 
 from distft.runs.directory import RunDir
 

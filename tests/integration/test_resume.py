@@ -20,12 +20,12 @@ import pytest
 import torch
 import yaml
 from jobs import FP32, SAVED, STEPS, STRATEGIES, Job, alone, assert_ran
-from running import Result, distft, first_on_path, inject, launch
+from running import Result, create, distft, first_on_path, inject, launch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from slurm_cluster import namespaces_work
 from tiny import Tiny
-from warm import WarmRanks, create
+from warm import WarmRanks
 
 from distft.runs import checkpoints, processes
 from distft.runs.directory import RunDir

@@ -16,11 +16,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from distft.runs import attempts
 from distft.runs.directory import RunDir
 
 SECONDS = 120  # for one job
@@ -80,18 +76,3 @@ def exports(run: RunDir) -> dict[str, str]:
     """The variables that a run's job script sets."""
     lines = re.findall(r"^export (\w+)=(.*)$", run.script.read_text(), re.MULTILINE)
     return {name: "".join(shlex.split(value)) for name, value in lines}
-
-
-def create(recipe: dict[str, Any], folder: Path, ranks: int) -> RunDir:
-    """What `distft launch --gpus-per-node RANKS` in `folder` would write; nothing is started."""
-    from distft.commands import launch
-    from distft.jobs.target import Target, plan_recipe
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    target = Target(1, ranks)
-    loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
-    run = RunDir.create(str(folder / "runs"), loaded.name)
-    job = launch.Launch(loaded, plan, target).job(run)
-    attempts.fill(run, launch.render(job), job.name)
-    return run

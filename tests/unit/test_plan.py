@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import distft, ready
+from running import create, distft
 from tiny import Tiny
 
 from distft.config.loading import dump_recipe, load_recipe
@@ -149,7 +149,7 @@ def test_a_resumed_run_is_offloaded_again(tmp_path: Path, monkeypatch: pytest.Mo
     recipe["training"] = {"global_batch_size": 1, "max_steps": 2}
     visible_gpus.cache_clear()
     try:
-        run = ready(recipe, tmp_path, 1, "run")
+        run = create(recipe, tmp_path, 1)
         first = json.loads(run.plan.read_text())
         assert (first["strategy"], first["offload"], first["memory"]["fits"]) == ("zero2", "optimizer", True)
         update_status(run, state=State.FAILED)

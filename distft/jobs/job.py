@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that has not started: `files` by name in the run directory, the command, and its extra environment.
+    """A run that has not started: its `files` by name in the run directory, its command, and its extra environment.
 
-    With a `cluster` it is SLURM's; `after` is the job that must have ended well before.
+    With a `cluster`, SLURM runs it; `after` is the job that must have succeeded before it starts.
     """
 
     name: str
@@ -50,7 +50,19 @@ def recipe_job(
     recipe: Recipe, plan: RecipePlan, run: RunDir, cluster: Cluster | None = None, after: str | None = None
 ) -> Job:
     """The job that trains a recipe."""
-    files = {names.RECIPE: dump_recipe(recipe)} | _config_files(plan, recipe, run)
+    ds_config = None
+    if KINDS[plan.strategy].engine == "deepspeed":
+        ds_config = deepspeed_config(
+            strategy=plan.strategy,
+            offload=plan.offload,
+            device_type=plan.device.type,
+            world_size=plan.topology.world_size,
+            recipe=recipe,
+            batch=plan.batch,
+            trainable_parameters=plan.model.trainable_parameters,
+        )
+    files = {names.RECIPE: dump_recipe(recipe)}
+    files |= _config_files(plan, recipe.name, run, ds_config, recipe.fsdp.overrides, recipe.model.quantization)
     if cluster:
         files[names.CLUSTER] = dump_yaml(cluster)
     return _job(recipe.name, plan, run, "distft.train", [str(run.path)], files, cluster, after)
@@ -64,8 +76,12 @@ def script_job(
     cluster: Cluster | None = None,
     after: str | None = None,
 ) -> Job:
-    """The job that runs a script of one's own, unmodified, under the plan's strategy."""
-    files = _config_files(plan, settings, run)
+    """The job that runs the user's own script, unmodified, under the plan's strategy."""
+    ds_config = None
+    if KINDS[plan.strategy].engine == "deepspeed":
+        portable = portable_config(strategy=plan.strategy, offload=plan.offload, device_type=plan.device.type)
+        ds_config = merge(portable, settings.deepspeed.overrides)
+    files = _config_files(plan, settings.name, run, ds_config, settings.fsdp.overrides)
     return _job(settings.name, plan, run, "distft.train.script", [str(run.path), *script], files, cluster, after)
 
 
@@ -82,18 +98,21 @@ def _job(
     if cluster is None:
         python, env = sys.executable, {"OMP_NUM_THREADS": threads_here(plan.topology)}
     else:
-        # Prepared data lies where all nodes see it.
+        # Prepared data goes where all nodes see it.
         python, env = cluster_python(cluster), {"DISTFT_CACHE": str(Path(cluster.runs_dir) / ".cache")}
     argv = torchrun_argv(python, plan.topology, module, arguments)
     return Job(name, run, plan.topology, tuple(argv), RANK_ENVIRONMENT | env, files, cluster, after)
 
 
-def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) -> dict[str, str]:
-    """plan.json, and what the strategy needs: accelerate.yaml, and ds_config.json under ZeRO."""
-    files = {names.PLAN: json.dumps(plan_json(plan, settings.name), indent=1) + "\n"}
-    zero = KINDS[plan.strategy].engine == "deepspeed"
-    if zero:
-        files[names.DS_CONFIG] = json.dumps(_ds_config(plan, settings), indent=2) + "\n"
+def _config_files(
+    plan: Plan,
+    name: str,
+    run: RunDir,
+    ds_config: dict[str, Any] | None,
+    fsdp_overrides: dict[str, Any],
+    quantization: str | None = None,
+) -> dict[str, str]:
+    """plan.json, accelerate.yaml and, for DeepSpeed, ds_config.json."""
     config = accelerate_config(
         strategy=plan.strategy,
         offload=plan.offload,
@@ -101,22 +120,14 @@ def _config_files(plan: Plan, settings: Recipe | ScriptSettings, run: RunDir) ->
         shard_size=plan.shard_size,
         mixed_precision=plan.mixed_precision,
         device_type=plan.device.type,
-        quantization=settings.model.quantization if isinstance(settings, Recipe) else None,
-        ds_config_file=str(run.ds_config) if zero else None,
-        overrides=settings.fsdp.overrides,
+        quantization=quantization,
+        ds_config_file=str(run.ds_config) if ds_config else None,
+        overrides=fsdp_overrides,
     )
-    files[names.ACCELERATE] = yaml.safe_dump(config, sort_keys=False)
+    files = {
+        names.PLAN: json.dumps(plan_json(plan, name), indent=1) + "\n",
+        names.ACCELERATE: yaml.safe_dump(config, sort_keys=False),
+    }
+    if ds_config:
+        files[names.DS_CONFIG] = json.dumps(ds_config, indent=2) + "\n"
     return files
-
-
-def _ds_config(plan: Plan, settings: Recipe | ScriptSettings) -> dict[str, Any]:
-    common = {"strategy": plan.strategy, "offload": plan.offload, "device_type": plan.device.type}
-    if isinstance(plan, RecipePlan):
-        return deepspeed_config(
-            **common,
-            world_size=plan.topology.world_size,
-            recipe=plan.recipe,
-            batch=plan.batch,
-            trainable_parameters=plan.model.trainable_parameters,
-        )
-    return merge(portable_config(**common), settings.deepspeed.overrides)

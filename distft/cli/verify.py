@@ -57,6 +57,7 @@ def verify(
     from rich.console import Console
 
     from distft.commands import verify
+    from distft.views import comparison
 
     asked = verify.parse_strategies(strategies) if strategies is not None else None
     planned = verify.plan(recipe, sets, verify.parse_world_sizes(world_sizes), asked, steps, tolerance)
@@ -65,10 +66,10 @@ def verify(
         os.environ["TMPDIR"] = temporary  # for the runs: torchrun leaves a folder behind
         result = verify.run(planned, kept or Path(temporary), Console(stderr=True), keep=kept is not None)
     if as_json:
-        options.print_json({"recipe": recipe} | verify.as_json(result))
+        options.print_json({"recipe": recipe} | comparison.as_json(result))
     else:
         width = max(60, min(shutil.get_terminal_size().columns, 120))
-        click.echo("\n".join(verify.lines(result, width)))
+        click.echo("\n".join(comparison.lines(result, width)))
     if not result.same:
         context.exit(1)
 

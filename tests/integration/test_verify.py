@@ -23,11 +23,13 @@ from tiny import Tiny
 from distft.cli import main
 from distft.commands import verify
 from distft.commands.launch import Launch
-from distft.commands.verify import Outcome, Result, Trial, Verification
+from distft.commands.verify import Trial, Verification
 from distft.errors import RunError
+from distft.runs.comparison import Comparison, Outcome
 from distft.runs.directory import RunDir
 from distft.runs.status import State, read_status, update_status
 from distft.runs.stop_file import ask_to_stop
+from distft.views import comparison
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_the_same_training(recipe: Path, tmp_path: Path) -> None:
     left_out = {(left["strategy"], left["ranks"]): left["reason"] for left in found["left_out"]}
     assert left_out["hsdp", 1] == "one rank has nothing to shard"
     assert "[hsdp-needs-whole-groups]" in left_out["hsdp", 2]
-    (note,) = found["not_equal"]
+    (note,) = found["notes"]
     assert note.startswith("lora.lora_dropout: 0.1 in the recipe, 0 here")
     assert "3/3  zero3 on 2 ranks: " in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # no runs/, nothing temporary
@@ -198,41 +200,45 @@ def test_dropout_of_the_model_itself(recipe: Path, tiny: Tiny, tmp_path: Path) -
 
 def outcome(trial: Trial, *losses: float, norm: float | None = 1.0, failure: str | None = None) -> Outcome:
     metrics = [{"step": n, "loss": loss, "grad_norm": norm, "tokens": 8 * n} for n, loss in enumerate(losses, 1)]
-    return Outcome(trial, tuple(metrics), "FSDPPeftModelForCausalLM", 1.0, failure)
+    return Outcome(trial.strategy, trial.ranks, tuple(metrics), "FSDPPeftModelForCausalLM", 1.0, failure)
+
+
+def compared(planned: Verification, *outcomes: Outcome) -> Comparison:
+    return Comparison(outcomes, planned.steps, planned.tolerance)
 
 
 def test_verdicts(planned: Verification) -> None:
     first, second, third = planned.trials
     reference, near = outcome(first, 5, 4, 3, 2), outcome(second, 5, 4, 3 + 2e-6, 2)
-    result = Result(planned, (reference, near, outcome(third, 5, 4, 3, 2)))
+    result = compared(planned, reference, near, outcome(third, 5, 4, 3, 2))
     assert result.same
-    assert verify.verdict(result) == (
-        "largest difference 2.0e-06 (loss of step 3, zero3 on 1 rank), allowed 1e-05: the same training"
+    assert comparison.verdict(result) == (
+        "largest difference 2.0e-06 (loss at step 3, zero3 on 1 rank), allowed 1e-05: the same training"
     )
     far = replace(result, outcomes=(reference, near, outcome(third, 5, 4, 3, 2, norm=1.5)))
     assert not far.same
-    assert verify.verdict(far) == (
-        "largest difference 5.0e-01 (grad_norm of step 1, zero3 on 2 ranks) exceeds 1e-05: not the same training"
+    assert comparison.verdict(far) == (
+        "largest difference 5.0e-01 (grad_norm at step 1, zero3 on 2 ranks) exceeds 1e-05: not the same training"
     )
     broken = replace(result, outcomes=(reference, near, outcome(third, 5, math.nan, 3, 2)))
     assert not broken.same
-    assert "largest difference inf (loss of step 2, zero3 on 2 ranks) exceeds" in verify.verdict(broken)
-    found = json.loads(json.dumps(verify.as_json(broken), allow_nan=False))
+    assert "largest difference inf (loss at step 2, zero3 on 2 ranks) exceeds" in comparison.verdict(broken)
+    found = json.loads(json.dumps(comparison.as_json(broken), allow_nan=False))
     assert (found["largest"]["difference"], found["runs"][2]["loss"]) == (None, [5, None, 3, 2])
     unmeasured = replace(result, outcomes=(reference, outcome(second, 5, 4, 3, 2, norm=None)))
-    assert verify.as_json(unmeasured)["runs"][1]["grad_norm_difference"] is None
+    assert comparison.as_json(unmeasured)["runs"][1]["grad_norm_difference"] is None
 
 
 def test_a_large_norm_is_compared_relative(planned: Verification) -> None:
     first, second, _ = planned.trials
-    result = Result(planned, (outcome(first, 5, norm=100.0), outcome(second, 5, norm=100.0001)))
+    result = compared(planned, outcome(first, 5, norm=100.0), outcome(second, 5, norm=100.0001))
     assert result.largest.size == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_it_fits_the_terminal(planned: Verification, width: int) -> None:
     outcomes = [outcome(trial, 5.25, 4, 3, 2.125) for trial in planned.trials]
-    said = verify.lines(Result(planned, tuple(outcomes)), width)
+    said = comparison.lines(compared(planned, *outcomes), width)
     assert max(map(len, said)) <= width
     assert sum("FSDPPeftModelForCausalLM" in line for line in said) == 3
     assert sum("5.250000" in line and "2.125000" in line for line in said) == 3
@@ -268,7 +274,7 @@ def test_a_run_that_fails(planned: Verification, fake: dict[str, Any], tmp_path:
     result = verify.run(planned, tmp_path / "runs", Console(quiet=True), keep)
     assert [outcome.failure is None for outcome in result.outcomes] == [True, False, False]
     assert not result.same
-    said = "\n".join(verify.lines(result, 120))
+    said = "\n".join(comparison.lines(result, 120))
     assert "failed: zero3 on 1 rank: rank 1: CUDA out of memory\n  the traceback\n" in said
     assert ("log: /gone" in said, "--keep DIR keeps its logs" in said) == (keep, not keep)
     assert said.endswith("nothing was compared: every run but the reference failed")
@@ -279,7 +285,7 @@ def test_other_rows_are_another_training(planned: Verification, fake: dict[str, 
     fake["tokens"] = 9
     result = verify.run(planned, tmp_path / "runs", Console(quiet=True), False)
     assert not result.same
-    assert "saw other rows" in result.failed[0].failure
+    assert "its rows are not those" in result.failed[0].failure
 
 
 def test_a_stop_ends_it_though_the_run_completed(planned: Verification, fake: dict[str, Any], tmp_path: Path) -> None:

@@ -17,16 +17,14 @@ MAX_NEW_TOKENS = 40
 def main(folder: Path, adapter: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer: Any = AutoTokenizer.from_pretrained(adapter)  # Any: what its methods return depends on their options
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
     turns = rows[len(rows) // 2]["messages"]
-    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    prompt: Any = tokenizer.apply_chat_template(turns[:1], **options)  # Any: what it returns depends on the options
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
     def answer(model: Any) -> str:
         output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        text: Any = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text.strip()
+        return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     before = answer(model)  # before peft, which puts the adapter into this model in place

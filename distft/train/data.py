@@ -1,6 +1,6 @@
-"""Rows → token rows, once a node, cached by the content of all that goes in (data_files.cache_folder).
+"""Prepared data: rows tokenized, shuffled and packed, once per node, cached under the digest of all that goes in.
 
-The result does not depend on the width: rows are tokenized, shuffled by seed and packed before anyone shards them.
+It does not depend on the world size: rows are shuffled by the recipe's seed and packed before they are distributed.
 The launcher runs this module before it starts anything, so that a bad row costs seconds and not an allocation.
 """
 
@@ -11,24 +11,24 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
 from distft.data import rows
-from distft.errors import DataError, DistftError
+from distft.errors import DataError, DistftError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
 from distft.train.stopping import Stopping
+from distft.train.tokens import Tokens, encoder, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label that the loss leaves out (torch.nn.CrossEntropyLoss)
-Tokens = tuple[list[int], list[bool]]  # ids, and whether each is trained on
 
 
 @dataclass
@@ -41,51 +41,24 @@ class Counts:
     trained_tokens: int = 0
     long_rows: int = 0
     longest: int = 0
-    done: str = ""  # what was done with the long rows
+    done: str = ""  # what was done to the long rows
     examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized data: `train`, and `eval` where the recipe names some. Columns: input_ids, labels, seq_lengths."""
+    """Tokenized data: `train`, and `eval` if the recipe names some. Columns: input_ids, labels, seq_lengths."""
 
     train: Dataset
     eval: Dataset | None
     counts: dict[str, dict[str, Any]]
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with a padding token.
-
-    Raises:
-        DataError: there is no tokenizer, or it has no padding token and the recipe names none.
-    """
-    from transformers import AutoTokenizer
-
-    model = recipe.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"model.name_or_path: no tokenizer can be read from {model.name_or_path} ({reason})") from None
-    if model.pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(model.pad_token) in (None, tokenizer.unk_token_id):
-            raise DataError(f"model.pad_token: {model.pad_token!r} is not in the tokenizer's vocabulary")
-        tokenizer.pad_token = model.pad_token
-    if tokenizer.pad_token_id is None:
-        mend = f"; set model.pad_token: {json.dumps(tokenizer.eos_token)}" if tokenizer.eos_token else ""
-        raise DataError(f"model.pad_token: the tokenizer of {model.name_or_path} has no padding token{mend}")
-    if recipe.data.chat_template:
-        tokenizer.chat_template = Path(recipe.data.chat_template).read_text()
-    return tokenizer
-
-
 def load_prepared(recipe: Recipe) -> Prepared:
-    """The prepared data from the cache; prepares it when it is not there.
+    """The prepared data from the cache; it is prepared if it is not there.
 
-    One process of a node prepares while the others wait for its file lock: no collective is open that could time out.
+    One process of a node prepares it while the others wait for its file lock: no collective is open that could time
+    out.
     """
     import datasets
 
@@ -94,7 +67,7 @@ def load_prepared(recipe: Recipe) -> Prepared:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"DISTFT_CACHE: {folder.parent} cannot be written ({error.strerror})") from None
+            raise DataError(_not_writable(folder, error)) from None
         with (folder.parent / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not rows.is_prepared(folder):
@@ -103,6 +76,10 @@ def load_prepared(recipe: Recipe) -> Prepared:
         name: datasets.load_from_disk(str(folder / name)) for name in ("train", "eval") if (folder / name).is_dir()
     }
     return Prepared(splits["train"], splits.get("eval"), rows.read_counts(folder))
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    return f"cache: {folder.parent} is not writable ({error.strerror or error}); set DISTFT_CACHE to another folder"
 
 
 def _prepare(recipe: Recipe, folder: Path) -> None:
@@ -118,17 +95,21 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:
             work.rename(folder)
-        except OSError:  # another node was quicker on a shared file system: the same content by its name
+        except OSError:  # another node was faster on a shared file system; the name says that the content is the same
             if not rows.is_prepared(folder):
                 raise
     except OSError as error:
-        raise DataError(f"DISTFT_CACHE: {folder.parent} cannot be written ({error.strerror or error})") from None
+        raise DataError(_not_writable(folder, error)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_model_code(recipe: Recipe) -> None:
-    """Raises DataError where transformers cannot make the model: code of its own that is not trusted, unknown type."""
+    """Check that transformers can make the model.
+
+    Raises:
+        DataError: its type is unknown, or it brings its own code, which the recipe does not trust.
+    """
     from transformers import AutoConfig
 
     model = recipe.model
@@ -138,11 +119,10 @@ def _check_model_code(recipe: Recipe) -> None:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise DataError(
-                f"model.trust_remote_code: got false, and {model.name_or_path} brings code of its own; "
-                "set it to true if you trust where it comes from"
+                f"model.trust_remote_code: got false, and {model.name_or_path} comes with its own code; "
+                "set it to true if you trust the source"
             ) from None
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"model.name_or_path: {model.name_or_path} cannot be used ({reason})") from None
+        raise DataError(f"model.name_or_path: {model.name_or_path} cannot be loaded ({first_line(error)})") from None
 
 
 def _prepare_split(
@@ -153,18 +133,16 @@ def _prepare_split(
     from trl import pack_dataset
 
     what, sources = "data.train" if split == "train" else "data.eval", rows.as_list(sources)
-    data_format = recipe.data.format
-    if data_format == "auto":
-        data_format = rows.first_format(sources)
-    encode = _ENCODERS[data_format](tokenizer, recipe)
+    data_format = rows.first_format(sources) if recipe.data.format == "auto" else recipe.data.format
+    encode = encoder(data_format, tokenizer, recipe)
     checked = rows.check_rows(rows.read_rows(sources), data_format, what)
     done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
     counts, temporary = Counts(done=done), work / "tmp" / split
 
     def documents() -> Iterator[dict[str, list[int]]]:
         for place, row in checked:
-            for ids, trained in _fit(place, encode(place, row), recipe, data_format, counts):
-                # The first token of a document has nothing before it to predict it from: in a packed row the model
+            for ids, trained in _fit(place, encode(place, row), recipe, counts):
+                # A document's first token cannot be predicted: nothing comes before it. In a packed row, the model
                 # would learn to guess it from the document before.
                 labels = [i if t else IGNORE for i, t in zip(ids, trained, strict=True)]
                 labels[0] = IGNORE
@@ -192,8 +170,12 @@ def _prepare_split(
     return counts
 
 
-def _fit(place: str, tokens: Tokens, recipe: Recipe, data_format: str, counts: Counts) -> Iterator[Tokens]:
-    """A row as one document of at most max_length tokens, several (split), or none (drop)."""
+def _fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[Tokens]:
+    """A row as one document of at most max_length tokens, as several (`split`), or as none (`drop`).
+
+    Raises:
+        DataError: the row fits, and none of its tokens is trained on.
+    """
     ids, trained = tokens
     limit, how = recipe.data.max_length, recipe.data.long_rows
     if len(ids) > limit:
@@ -205,7 +187,7 @@ def _fit(place: str, tokens: Tokens, recipe: Recipe, data_format: str, counts: C
             return
         if how == "split":
             for start in range(0, len(ids), limit):
-                if len(ids) - start > 1:  # a single token predicts nothing
+                if len(ids) - start > 1:  # from a single token nothing is predicted
                     yield ids[start : start + limit], trained[start : start + limit]
             return
         ids, trained = ids[:limit], trained[:limit]
@@ -218,110 +200,33 @@ def _fit(place: str, tokens: Tokens, recipe: Recipe, data_format: str, counts: C
 
 
 def _check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -> None:
-    """Raises DataError for long rows under `long_rows: error`, and where nothing is left."""
+    """Check what became of long rows, at the end of a split.
+
+    Raises:
+        DataError: there are some, and long_rows is `error`; or no row is left.
+    """
+    limit = recipe.data.max_length
     if counts.long_rows and recipe.data.long_rows == "error":
         choices = "truncate, drop" + (" or split" if data_format == "text" else "")
-        raise DataError(
-            "\n".join(
-                [
-                    *counts.examples,
-                    f"{what}: rows longer than data.max_length {recipe.data.max_length}: {counts.long_rows}, the "
-                    f"longest of {counts.longest} tokens; raise it, or set data.long_rows: {choices}",
-                ]
-            )
+        number = f"{counts.long_rows} rows are" if counts.long_rows > 1 else "1 row is"
+        total = (
+            f"{what}: {number} longer than data.max_length ({limit} tokens), the longest has {counts.longest}; raise "
+            f"data.max_length, or set data.long_rows: {choices}"
         )
+        raise DataError("\n".join([*counts.examples, total]))
     if not counts.documents:
-        raise DataError(f"{what}: no row is left: all are longer than data.max_length {recipe.data.max_length}")
-
-
-Encoder = Callable[[str, dict[str, Any]], Tokens]
-
-
-def _text_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    def encode(place: str, row: dict[str, Any]) -> Tokens:
-        ids = _with_end(tokenizer(row["text"])["input_ids"], tokenizer)
-        return ids, [True] * len(ids)
-
-    return encode
-
-
-def _prompt_completion_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    def encode(place: str, row: dict[str, Any]) -> Tokens:
-        # Apart, as at inference: there the prompt is tokenized before any completion exists.
-        prompt = _without_end(tokenizer(row["prompt"])["input_ids"], tokenizer)
-        completion = _with_end(tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer)
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-    return encode
-
-
-def _messages_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    """Chat template, loss on the assistant's turns.
-
-    A template with generation marks says what those are; for well-known ones trl has a marked twin; for the rest the
-    turn is what the text gains from the generation prompt on, checked row by row.
-    """
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"data.format: messages need a chat template, and the tokenizer of {recipe.model.name_or_path} has none; "
-            "set data.chat_template to a Jinja file, or use prompt + completion"
-        )
-    try:
-        template = get_training_chat_template(tokenizer) or tokenizer.chat_template
-    except ValueError:  # not one that trl knows
-        template = tokenizer.chat_template
-    marked = has_generation_markers(template)
-
-    def render(messages: list[dict[str, str]], **options: Any) -> Any:
-        return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True, **options)
-
-    def encode(place: str, row: dict[str, Any]) -> Tokens:
-        messages = row["messages"]
-        try:
-            if marked:
-                result = render(messages, return_assistant_tokens_mask=True)
-                return result["input_ids"], [bool(flag) for flag in result["assistant_masks"]]
-            ids = render(messages)["input_ids"]
-            trained = [False] * len(ids)
-            for index, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    before = render(messages[:index], add_generation_prompt=True)["input_ids"]
-                    until = render(messages[: index + 1])["input_ids"]
-                    if ids[: len(until)] != until or until[: len(before)] != before:
-                        raise DataError(
-                            f"{place}: the chat template changes earlier turns as later ones are added, so the "
-                            "assistant's cannot be told; set data.chat_template to one with {% generation %} marks"
-                        )
-                    trained[len(before) : len(until)] = [True] * (len(until) - len(before))
-            return ids, trained
-        except DistftError:
-            raise
-        except Exception as error:  # the template's own: jinja2's errors and what its raise_exception gives
-            raise DataError(f"{place}: messages: the chat template refuses this row ({error})") from None
-
-    return encode
-
-
-_ENCODERS = {"text": _text_encoder, "prompt_completion": _prompt_completion_encoder, "messages": _messages_encoder}
-
-
-def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+        raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit} tokens)")
 
 
 def main() -> int:
-    """`python -m distft.train.data RECIPE [PROBLEM]`: prepare. What is wrong with the data goes to the file PROBLEM."""
+    """`python -m distft.train.data RECIPE [PROBLEM]`: prepare the data of RECIPE.
+
+    What is wrong with it goes into the file PROBLEM, else to standard error.
+    """
     from distft.config.loading import DATA_FILES, load_recipe
 
     run = RunDir(Path(sys.argv[1]).parent)
-    if run.stop.exists():  # a step of a job
+    if run.stop.exists():  # RECIPE is in a run directory: a step of a job, which may be asked to stop
         Stopping(run)
     try:
         recipe = load_recipe(sys.argv[1], needed=DATA_FILES)

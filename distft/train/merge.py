@@ -43,10 +43,10 @@ from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.status import read_status
-from distft.train.data import load_tokenizer
 from distft.train.model import add_adapters, compute_dtype, quantization_config
 from distft.train.ranges import read_weights
 from distft.train.save import Tensors
+from distft.train.tokens import load_tokenizer
 
 SHARD_BYTES = 2 << 30
 ROWS, TOKENS = 4, 32  # of the logits that are compared

@@ -24,13 +24,14 @@ from distft.strategies.kinds import KINDS
 from distft.train import worker
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
-from distft.train.data import Prepared, load_prepared, load_tokenizer
+from distft.train.data import Prepared, load_prepared
 from distft.train.model import build_model, choose_attention
 from distft.train.ranks import RankGroup
 from distft.train.sampler import StreamSampler, optimizer_steps
 from distft.train.save import save_trained
 from distft.train.status import StatusWriter
 from distft.train.stopping import Stopping
+from distft.train.tokens import load_tokenizer
 from distft.train.trainer import Collator, RecipeTrainer, training_arguments
 from distft.train.watchdog import Watchdog
 

@@ -105,7 +105,7 @@ def test_row_longer_than_max_length(refused: Callable[..., str], tmp_path: Path)
     path = data_file(tmp_path, [ROW, ROW, long])
     said = refused(data__train=path)
     assert f"{path}:3: " in said
-    assert "data.train: rows longer than data.max_length 64: 1, the longest of " in said
+    assert "data.train: 1 row is longer than data.max_length (64 tokens), the longest has " in said
     assert "data.long_rows: truncate, drop" in said
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from distft.config.cluster import Cluster, load_cluster
 from distft.hardware.topology import Topology
-from distft.jobs.job import Job
+from distft.jobs.job import SlurmJob
 from distft.jobs.torchrun import RANK_ENVIRONMENT, torchrun_argv
 from distft.runs.directory import RECIPE, RunDir
 from distft.schedulers import slurm
@@ -55,12 +55,12 @@ def _job_scripts(root: Path) -> dict[str, str]:
     return made
 
 
-def _example_job(cluster: Cluster, run: RunDir) -> Job:
+def _example_job(cluster: Cluster, run: RunDir) -> SlurmJob:
     """Four full nodes that train a recipe."""
     topology = Topology(4, cluster.node.gpus_per_node or 2)
     argv = torchrun_argv(cluster.python or "python", topology, "distft.train", [str(run.path)])
-    env = RANK_ENVIRONMENT | {"DISTFT_CACHE": str(Path(cluster.runs_dir) / ".cache")}
-    return Job("example", run, topology, tuple(argv), env, {RECIPE: ""}, cluster)
+    env = RANK_ENVIRONMENT | {"DISTFT_CACHE": str(cluster.cache_dir)}
+    return SlurmJob("example", run, topology, tuple(argv), env, {RECIPE: ""}, cluster)
 
 
 def _yaml(strategy: str, topology: Topology) -> str:

@@ -38,7 +38,7 @@ def demo(folder: Path, gpus_per_node: int | None) -> None:
         recipe, plan = plan_recipe(
             str(folder / "recipe.yaml"), sets, Target(gpus_per_node=gpus_per_node), for_launch=True
         )
-        run = launch.Launch(recipe, plan).start(console)
+        run = launch.RecipeLaunch(recipe, plan).start(console)
         say(console, ["", "3. one held-out row, before and after"])
         command = [sys.executable, "-m", "distft.quickstart.sample", str(folder), str(run.final)]
         shown = subprocess.run(command, capture_output=True, text=True)

@@ -9,13 +9,14 @@ import click
 from distft.cli import options
 
 if TYPE_CHECKING:
+    from distft.config.cluster import Cluster
     from distft.jobs.job import Job
     from distft.jobs.target import Target
     from distft.planner.plan import Plan
 
 
 class _LaunchCommand(click.Command):
-    """Everything after `--` belongs to a script of one's own; click alone would mix it with the arguments."""
+    """Everything after `--` is the command of a user's script; click would mix it with its own arguments."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         if "--" in args:
@@ -33,7 +34,7 @@ class _LaunchCommand(click.Command):
 @click.argument("recipe", required=False)
 @options.target
 @options.SETS
-@click.option("--after", metavar="JOB", help="Start when this job of SLURM's, or this run, has ended well.")
+@click.option("--after", metavar="JOB", help="Start once this SLURM job, or this run, has completed.")
 @click.option(
     "--sweep",
     "sweeps",
@@ -41,7 +42,7 @@ class _LaunchCommand(click.Command):
     metavar="KEY=V,V...",
     help="A run for each value (and each combination, when repeated), as one array job.",
 )
-@click.option("--force", is_flag=True, help="Start what the plan says will run out of memory.")
+@click.option("--force", is_flag=True, help="Start even if the plan says that memory will run out.")
 @click.option("--dry-run", is_flag=True, help="Print every file and the command; write and start nothing.")
 @click.option("--detach", is_flag=True, help="Do not follow it; see `distft status` and `distft logs`.")
 @options.JSON
@@ -60,39 +61,42 @@ def launch(
 ) -> None:
     """Train RECIPE here or on a cluster, or run an unmodified accelerate or transformers SCRIPT under a strategy.
 
-    Here, Ctrl-C saves at the next step and ends the run, and once more ends it at once; a cluster's job goes on. Exit
-    status: 0 done, 1 the run failed, 2 what was asked is wrong.
+    For a run on this machine, Ctrl-C saves at the next step and ends the run; a second Ctrl-C ends it at once. A job
+    on a cluster keeps running. Exit status: 0 done, 1 the run failed, 2 the request is wrong.
     """
     from distft.commands.follow import describe_run
-    from distft.commands.launch import Launch, dependency, must_fit
+    from distft.commands.launch import Launch, RecipeLaunch, ScriptLaunch, dependency, must_fit
     from distft.jobs.target import plan_recipe, plan_script
     from distft.runs.directory import RunDir
 
-    script = context.meta.get("script")
-    if bool(recipe) == bool(script):
-        raise click.UsageError(
-            "give a RECIPE, or a script after --" if not recipe else "give a RECIPE or a script, not both"
-        )
+    script: list[str] = context.meta.get("script", [])
+    if not recipe and not script:
+        raise click.UsageError("give a RECIPE, or a script after --")
+    if recipe and script:
+        raise click.UsageError("give a RECIPE or a script, not both")
     if recipe and recipe.endswith(".py"):
         raise click.UsageError(f"{recipe} is a script: put -- before it")
     for option, given in (("--after", after), ("--sweep", sweeps)):
         if given and not target.cluster:
             raise click.UsageError(f"{option} needs --cluster PROFILE")
-    if sweeps:
-        if script:
+    if sweeps and target.cluster:
+        if not recipe:
             raise click.UsageError("--sweep is for a RECIPE, not for a script")
-        _sweep(recipe, target, sets, sweeps, after, force, dry_run, detach, as_json)
+        _sweep(recipe, target, target.cluster, sets, sweeps, after, force, dry_run, detach, as_json)
         return
-    if script:
-        settings, plan = plan_script(script, sets, target)
-    else:
-        settings, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True)
+    planned: Launch
+    if recipe:
+        loaded, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True)
         if not (dry_run or force):
             must_fit(plan)
-    after = after and dependency(after, target.runs_dir(settings))
-    planned = Launch(settings, plan, target, script, after, detach)
+        after = after and dependency(after, target.runs_dir(loaded))
+        planned = RecipeLaunch(loaded, plan, target, after, detach)
+    else:
+        settings, script_plan = plan_script(script, sets, target)
+        after = after and dependency(after, target.runs_dir(settings))
+        planned = ScriptLaunch(settings, script_plan, target, after, detach, script=script)
     if dry_run:
-        _show(planned.next_job(), plan, as_json)
+        _show(planned.job(planned.next_run()), planned.plan, as_json)
         return
     from rich.console import Console
 
@@ -107,6 +111,7 @@ def launch(
 def _sweep(
     recipe: str,
     target: Target,
+    cluster: Cluster,
     sets: tuple[str, ...],
     sweeps: tuple[str, ...],
     after: str | None,
@@ -115,21 +120,19 @@ def _sweep(
     detach: bool,
     as_json: bool,
 ) -> None:
-    from pathlib import Path
-
     from rich.console import Console
 
     from distft.commands import sweep
     from distft.commands.follow import describe_runs
     from distft.commands.launch import dependency, must_fit
 
-    after = after and dependency(after, target.cluster.runs_dir)
-    planned = sweep.plan(recipe, sets, sweeps, target, after, need_weights=not dry_run)
+    after = after and dependency(after, cluster.runs_dir)
+    planned = sweep.plan(recipe, sets, sweeps, target, cluster, after, need_weights=not dry_run)
     if not (dry_run or force):
         for launch in planned.launches:
             must_fit(launch.plan)
     if dry_run:
-        folder = Path(target.cluster.runs_dir) / f"{planned.name}-sweep"
+        folder = planned.next_folder
         if as_json:
             options.print_json({"sweep": str(folder), "sets": planned.sets, "script": planned.script(folder)})
         else:
@@ -150,7 +153,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
     """Write all that launch would write into DIR; `bash DIR/job.sh` or `sbatch DIR/job.sbatch` starts it."""
     from pathlib import Path
 
-    from distft.commands.launch import Launch
+    from distft.commands.launch import RecipeLaunch
     from distft.commands.launch import render as rendered
     from distft.jobs.target import plan_recipe
     from distft.runs import attempts
@@ -159,7 +162,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
 
     loaded, plan = plan_recipe(recipe, sets, target)
     folder = Path(output).absolute()
-    planned = Launch(loaded, plan, target)
+    planned = RecipeLaunch(loaded, plan, target)
     rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong
     run = RunDir.create(str(folder.parent), folder.name, exact=True)
     attempts.fill(run, rendered(planned.job(run)), loaded.name)
@@ -184,6 +187,6 @@ def _show(job: Job, plan: Plan, as_json: bool) -> None:
         click.secho(f"\n# {job.run.path / name}", bold=True)
         click.echo(text.rstrip("\n"))
     click.secho("\n# command", bold=True)
-    command, script = ("sbatch", SBATCH) if job.cluster else ("bash", SCRIPT)
+    command, script = ("sbatch", SBATCH) if SBATCH in files else ("bash", SCRIPT)
     click.echo(f"{command} {quote(str(job.run.path / script))}")
     click.echo("\nnothing was written or started")

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @options.target
 @options.SETS
 @click.option(
-    "--output-dir", metavar="DIR", help="Where a RUN is looked for by its name. Default: the profile's, or runs."
+    "--output-dir", metavar="DIR", help="Where RUN is looked up by name. Default: the profile's runs_dir, or runs."
 )
 @click.option(
-    "--force", is_flag=True, help="Go on although the recipe or the data changed, and start what may not fit."
+    "--force", is_flag=True, help="Continue although the recipe or the data changed, and start what may not fit."
 )
 @click.option("--detach", is_flag=True, help="Do not follow it; see `distft status` and `distft logs`.")
 @options.JSON
@@ -33,9 +33,9 @@ def resume(
     detach: bool,
     as_json: bool,
 ) -> None:
-    """Go on with RUN from its newest checkpoint, here or on a cluster, on as many GPUs as you say.
+    """Continue RUN from its newest checkpoint, here or on a cluster, on any number of GPUs.
 
-    Strategy and width may change, the training does not. Without a width it is the one that RUN had.
+    Strategy and world size may change, the training does not. They default to what RUN had.
     """
     from rich.console import Console
 

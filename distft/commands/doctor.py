@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.commands.follow import follow
 from distft.errors import RunError
-from distft.jobs.job import Job
+from distft.jobs.job import SlurmJob
 from distft.jobs.target import Target
 from distft.runs import attempts
 from distft.runs.directory import SBATCH, RunDir
@@ -214,7 +214,7 @@ def preflight(target: Target, console: Console) -> dict[str, Any]:
 
     cluster = target.cluster.model_copy(update={"preflight": True, "max_requeues": 0})
     run = RunDir.create(cluster.runs_dir, "doctor")
-    job = Job("doctor", run, target.topology(), argv=(), env={}, files={}, cluster=cluster)
+    job = SlurmJob("doctor", run, target.topology(), argv=(), env={}, files={}, cluster=cluster)
     ended = None
     try:
         if slurm.allocation():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,17 @@ from distft.config.recipe import Recipe, ScriptSettings
 from distft.data import rows
 from distft.errors import DataError, PlanError, RunError, SubmitError
 from distft.hardware.devices import only_this_machine
-from distft.jobs.job import Job, recipe_job, script_job
+from distft.jobs.job import (
+    Job,
+    SlurmJob,
+    Workload,
+    local_job,
+    recipe_workload,
+    script_workload,
+    slurm_job,
+)
 from distft.jobs.target import HERE, Target
-from distft.planner.plan import Plan, RecipePlan
+from distft.planner.plan import Plan, RecipePlan, ScriptPlan
 from distft.runs import attempts
 from distft.runs.directory import SBATCH, SCRIPT, RunDir
 from distft.runs.status import State, job_ids
@@ -31,9 +40,11 @@ from distft.views import summary
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from distft.config.cluster import Cluster
 
-def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
-    """Tokenize the data into the cache before anything starts, where it is not there yet. Returns the counts.
+
+def prepare_data(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
+    """Tokenize the data into the cache before anything starts, unless it is there already. Returns the counts.
 
     In a process of its own: the command line never imports torch.
 
@@ -42,13 +53,13 @@ def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
         DataError: data or tokenizer cannot be used.
     """
     extras.require()
-    folder = rows.cache_folder(recipe, cache)
+    folder = rows.cache_folder(recipe, str(cache) if cache else None)
     if not rows.is_prepared(folder):
         with tempfile.TemporaryDirectory() as temporary:
             file, problem = Path(temporary) / "recipe.yaml", Path(temporary) / "problem"
             file.write_text(dump_recipe(recipe))
             command = [sys.executable, "-m", "distft.train.data", str(file), str(problem)]
-            env = {**os.environ, "TQDM_DISABLE": "1", **({"DISTFT_CACHE": cache} if cache else {})}
+            env = {**os.environ, "TQDM_DISABLE": "1", **({"DISTFT_CACHE": str(cache)} if cache else {})}
             done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode == DataError.exit_status and problem.exists():
                 raise DataError(problem.read_text())
@@ -57,52 +68,64 @@ def prepare_data(recipe: Recipe, cache: str | None = None) -> dict[str, Any]:
     return rows.read_counts(folder)
 
 
-def must_fit(plan: Plan) -> None:
+def must_fit(plan: RecipePlan) -> None:
     """Raises PlanError for a plan that will run out of memory, with what would fit."""
-    if not isinstance(plan, RecipePlan) or plan.fits:
+    if plan.fits:
         return
     from distft.planner import limits
     from distft.planner.plan import misfit
 
-    mends = "".join(f"\n  would fit: {mend}" for mend in limits.would_fit(plan.search))
-    raise PlanError(f"{misfit(plan.chosen)}{mends}\n  --force starts it all the same")
+    fixes = "".join(f"\n  would fit: {fix}" for fix in limits.would_fit(plan.search))
+    raise PlanError(f"{misfit(plan.chosen)}{fixes}\n  --force starts it anyway")
 
 
 def render(job: Job) -> dict[str, str]:
-    """Every file of a job that is to run: by name, its text."""
-    if job.cluster:
+    """Every file of a job, by name."""
+    if isinstance(job, SlurmJob):
         return {**job.files, SBATCH: slurm.render(job)}
     return {**job.files, SCRIPT: local.render(job)}
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A launch that was planned: what runs, where, and how it is followed. `run` is one that is to go on."""
+class Launch(ABC):
+    """A planned launch: what runs, where, and whether it is followed. `run` is one to resume."""
 
     settings: Recipe | ScriptSettings
     plan: Plan
     target: Target = HERE
-    script: Sequence[str] | None = None
     after: str | None = None
     detach: bool = False
     run: RunDir | None = None
 
+    @abstractmethod
+    def workload(self, run: RunDir) -> Workload:
+        """What the ranks run, with its files in `run`."""
+
+    @abstractmethod
+    def prepare(self, console: Console) -> None:
+        """Do here what must be done before the ranks start, where it can be done here."""
+
+    def warnings(self, cluster: Cluster) -> list[str]:
+        """What is unwise on a cluster."""
+        return []
+
     def job(self, run: RunDir) -> Job:
         """The job with its files in `run`."""
-        where = (self.target.cluster, self.after)
-        if self.script is None:
-            return recipe_job(self.settings, self.plan, run, *where)
-        return script_job(self.settings, self.script, self.plan, run, *where)
+        cluster = self.target.cluster
+        return self.slurm_job(run, cluster) if cluster else local_job(self.workload(run), run)
 
-    def next_job(self) -> Job:
-        """The job under the name that it would have if it started now."""
-        return self.job(self.run or RunDir.next_free(self.target.runs_dir(self.settings), self.settings.name))
+    def slurm_job(self, run: RunDir, cluster: Cluster) -> SlurmJob:
+        return slurm_job(self.workload(run), run, cluster, self.after)
+
+    def next_run(self) -> RunDir:
+        """The run directory that it would have if it started now."""
+        return self.run or RunDir.next_free(self.target.runs_dir(self.settings), self.settings.name)
 
     def create(self) -> RunDir:
         return self.run or RunDir.create(self.target.runs_dir(self.settings), self.settings.name)
 
     def start(self, console: Console, started: Callable[[RunDir], None] = lambda run: None) -> RunDir:
-        """Start it and follow it to its end unless `detach`; says on `console` what it does.
+        """Start it and follow it to its end unless `detach`; prints what it does on `console`.
 
         Raises:
             DistftError: nothing was started.
@@ -110,12 +133,13 @@ class Launch:
         """
         from distft.views.progress import say
 
-        if self.target.cluster is None:
+        cluster = self.target.cluster
+        if cluster is None:
             only_this_machine(self.plan.topology)
         say(console, summary.plan_lines(self.plan))
-        if self.target.cluster is None or slurm.allocation():
+        if cluster is None or slurm.allocation():
             return self._start_here(console, started)
-        return self._start_on_slurm(console, started)
+        return self._start_on_slurm(cluster, console, started)
 
     def _start_here(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
         """On this machine, or with srun on the nodes of the allocation that this process is in."""
@@ -125,7 +149,7 @@ class Launch:
         run = self.create()
         started(run)
         job = self.job(run)
-        if job.cluster:  # the allocation is the user's: not ours to put into the queue again
+        if isinstance(job, SlurmJob):  # the allocation is the user's: distft must not requeue it
             job = replace(job, cluster=job.cluster.model_copy(update={"max_requeues": 0}))
         attempts.fill(run, render(job), job.name, resumed=self.run is not None)
         say(console, [self._named(run)])
@@ -138,20 +162,19 @@ class Launch:
         say(console, summary.result_lines(run))
         return run
 
-    def _start_on_slurm(self, console: Console, started: Callable[[RunDir], None]) -> RunDir:
+    def _start_on_slurm(self, cluster: Cluster, console: Console, started: Callable[[RunDir], None]) -> RunDir:
         from distft.views.progress import say
 
-        if self.target.cluster.max_requeues and self.script is None and self.settings.checkpoint.save_steps is None:
-            say(console, ["warning: checkpoint.save_steps is not set: after a fault the run begins anew"])
-        say(console, [f"  SLURM {slurm.test_only(slurm.render(self.next_job()))}"])
+        say(console, [f"warning: {text}" for text in self.warnings(cluster)])
+        say(console, [f"  SLURM {slurm.test_only(slurm.render(self.slurm_job(self.next_run(), cluster)))}"])
         self.prepare(console)
         run = self.create()
         started(run)
-        job_id = slurm.submit(self.job(run), resumed=self.run is not None)
+        job_id = slurm.submit(self.slurm_job(run, cluster), resumed=self.run is not None)
         name = quote(str(run.path))
         say(console, [self._named(run), f"job {job_id} is queued"])
         if self.detach:
-            say(console, [f"look after it with: distft status {name} · distft logs -f {name} · distft cancel {name}"])
+            say(console, [f"next: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
         follow(run, console, resumed=self.run is not None)
         return run
@@ -160,27 +183,55 @@ class Launch:
         name = self.settings.name
         return f"run: {run.path}" + ("" if self.run or run.path.name == name else f" ({name} is taken)")
 
+
+@dataclass(frozen=True)
+class RecipeLaunch(Launch):
+    """Trains a recipe."""
+
+    settings: Recipe
+    plan: RecipePlan
+
+    def workload(self, run: RunDir) -> Workload:
+        return recipe_workload(self.settings, self.plan, run)
+
+    def warnings(self, cluster: Cluster) -> list[str]:
+        if cluster.max_requeues and self.settings.checkpoint.save_steps is None:
+            return ["checkpoint.save_steps is not set: after a fault the run restarts from the beginning"]
+        return []
+
     def prepare(self, console: Console) -> None:
-        """Prepare the data where that is done here; else the job does it, on its first node."""
+        """Prepare the data, unless the job does so on its first node."""
         from distft.views.progress import say
 
-        cluster = self.target.cluster
-        if self.script is not None:
-            if cluster is None:
-                extras.require()
-        elif self.target.prepares_data():
-            cache = str(Path(cluster.runs_dir) / ".cache") if cluster else None
-            say(console, summary.data_lines(prepare_data(self.settings, cache)))
+        if self.target.prepares_data():
+            cluster = self.target.cluster
+            say(console, summary.data_lines(prepare_data(self.settings, cluster.cache_dir if cluster else None)))
+
+
+@dataclass(frozen=True)
+class ScriptLaunch(Launch):
+    """Runs a user's script, unmodified."""
+
+    settings: ScriptSettings
+    plan: ScriptPlan
+    script: Sequence[str] = ()
+
+    def workload(self, run: RunDir) -> Workload:
+        return script_workload(self.settings, self.script, self.plan, run)
+
+    def prepare(self, console: Console) -> None:
+        if self.target.cluster is None:
+            extras.require()
 
 
 def dependency(word: str, runs_dir: str) -> str | None:
-    """SLURM's id of the job to wait for, given as such or by its run; None for a run that has ended well.
+    """SLURM's id of the job to wait for, given as such or by its run; None for a run that has completed.
 
     Raises:
         SubmitError: nothing could start after it: no such run or job, or it has failed.
     """
     if word.replace("_", "").isdigit():
-        if word not in slurm.look([word]):  # SLURM itself would take an unknown job for one that ended well
+        if word not in slurm.look([word]):  # SLURM itself would take an unknown job for one that completed
             raise SubmitError(f"--after: SLURM does not know job {word}")
         return word
     run = RunDir.find(word, runs_dir)

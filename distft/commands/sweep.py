@@ -1,4 +1,4 @@
-"""A sweep: one recipe with several values, as an array job of SLURM's. Each element is a run like any other.
+"""A sweep: one recipe with several values, as an array job. Each element is a run like any other.
 
 NAME-sweep/  sweep.json  job.sbatch  0/ 1/ ...   (run directories)
 """
@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distft.commands import launch
 from distft.commands.follow import FOLLOW_SECONDS, Pace
+from distft.commands.launch import RecipeLaunch, render
 from distft.errors import RecipeError, RunError
+from distft.jobs.job import SlurmJob
 from distft.jobs.target import Target, plan_recipe
 from distft.runs import attempts
 from distft.runs.directory import SBATCH, SWEEP, RunDir
@@ -27,6 +28,8 @@ from distft.views import summary
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from distft.config.cluster import Cluster
 
 Sets = tuple[str, ...]  # ("training.learning_rate=1e-4", "lora.r=8")
 
@@ -62,18 +65,20 @@ def _split(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that was planned: a launch for each combination."""
+    """A planned sweep: a launch for each combination."""
 
     name: str
+    cluster: Cluster
     sets: list[Sets]
-    launches: list[launch.Launch]
+    launches: list[RecipeLaunch]
 
     @property
-    def target(self) -> Target:
-        return self.launches[0].target
+    def next_folder(self) -> Path:
+        """The folder that it would have if it started now."""
+        return RunDir.next_free(self.cluster.runs_dir, f"{self.name}-sweep").path
 
-    def jobs(self, folder: Path) -> list[Any]:
-        return [planned.job(RunDir(folder / str(k))) for k, planned in enumerate(self.launches)]
+    def jobs(self, folder: Path) -> list[SlurmJob]:
+        return [one.slurm_job(RunDir(folder / str(k)), self.cluster) for k, one in enumerate(self.launches)]
 
     def script(self, folder: Path) -> str:
         return slurm.array_script(self.jobs(folder)[0], folder, len(self.sets))
@@ -87,27 +92,28 @@ class Sweep:
         """
         from distft.views.progress import say
 
-        say(console, summary.plan_lines(self.launches[0].plan))
-        runs_dir, name = self.target.runs_dir(self.launches[0].settings), f"{self.name}-sweep"
-        free = RunDir.next_free(runs_dir, name)
-        say(console, [f"  SLURM {slurm.test_only(self.script(free.path))}"])
-        files = [launch.render(job) for job in self.jobs(free.path)]  # all of them are right before one is written
-        self.launches[0].prepare(console)
-        folder = RunDir.create(runs_dir, name).path
+        first = self.launches[0]
+        say(console, summary.plan_lines(first.plan))
+        free = self.next_folder
+        say(console, [f"  SLURM {slurm.test_only(self.script(free))}"])
+        for job in self.jobs(free):
+            render(job)  # raises before anything is written
+        first.prepare(console)
+        folder = RunDir.create(self.cluster.runs_dir, f"{self.name}-sweep").path
         (folder / "logs").rmdir()
-        for k, (job, _) in enumerate(zip(self.jobs(folder), files, strict=True)):
+        jobs = self.jobs(folder)
+        for k, job in enumerate(jobs):
             RunDir.create(str(folder), str(k), exact=True)
-            attempts.fill(job.run, launch.render(job), job.name)
+            attempts.fill(job.run, render(job), job.name)
         (folder / SWEEP).write_text(json.dumps({"sets": self.sets}, indent=1) + "\n")
         (folder / SBATCH).write_text(self.script(folder))
-        job_id = slurm.client("sbatch", "--parsable", str(folder / SBATCH)).stdout.strip().split(";")[0]
-        for k in range(len(self.sets)):
-            run = RunDir(folder / str(k))
-            add_job_id(run, f"{job_id}_{k}")
-            update_status(run, job_id=f"{job_id}_{k}")
+        job_id = slurm.sbatch(folder / SBATCH)
+        for k, job in enumerate(jobs):
+            add_job_id(job.run, f"{job_id}_{k}")
+            update_status(job.run, job_id=f"{job_id}_{k}")
         say(console, [f"sweep: {folder}", f"job {job_id} of {len(self.sets)} runs is queued"])
         if detach:
-            say(console, [f"look after it with: distft status {quote(str(folder))}"])
+            say(console, [f"next: distft status {quote(str(folder))}"])
             return folder
         follow(folder, console)
         return folder
@@ -118,20 +124,21 @@ def plan(
     sets: Sequence[str],
     sweeps: Sequence[str],
     target: Target,
+    cluster: Cluster,
     after: str | None,
     need_weights: bool = False,
 ) -> Sweep:
-    """Plan every combination; all problems of the first that has any.
+    """Plan every combination; reports all problems of the first one that has any. `cluster`: the target's.
 
     Raises:
-        DistftError: what was asked is wrong.
+        DistftError: the request is wrong.
     """
     chosen = combinations(sweeps)
-    launches = [
-        launch.Launch(*plan_recipe(recipe, [*sets, *combination], target, need_weights, True), target, None, after)
-        for combination in chosen
-    ]
-    return Sweep(launches[0].settings.name, chosen, launches)
+    launches = []
+    for combination in chosen:
+        loaded = plan_recipe(recipe, [*sets, *combination], target, need_weights, for_launch=True)
+        launches.append(RecipeLaunch(*loaded, target, after))
+    return Sweep(launches[0].settings.name, cluster, chosen, launches)
 
 
 def is_sweep(folder: Path) -> bool:

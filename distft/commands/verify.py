@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from distft.commands.launch import Launch
+from distft.commands.launch import RecipeLaunch
 from distft.config import batch
 from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe, Strategy
@@ -273,7 +273,7 @@ def _run(trial: Trial, folder: Path, quiet: Console, keep: bool, reference: Outc
     runs: list[RunDir] = []
     failure, began = None, time.monotonic()
     try:
-        Launch(settings, trial.plan, Target(1, trial.ranks)).start(quiet, runs.append)
+        RecipeLaunch(settings, trial.plan, Target(1, trial.ranks)).start(quiet, runs.append)
     except RunError as error:
         if not runs:
             raise

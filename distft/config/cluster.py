@@ -155,6 +155,11 @@ class Cluster(Group):
     template: NonEmpty | None = None
     """Your own job template (`distft slurm template`), relative to the profile's folder."""
 
+    @property
+    def cache_dir(self) -> Path:
+        """Prepared data, where all nodes see it."""
+        return Path(self.runs_dir) / ".cache"
+
 
 def profiles_dir() -> Path:
     """The folder in which profiles are found by name."""

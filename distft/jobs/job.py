@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -30,11 +29,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run that has not started: its `files` by name in the run directory, its command, and its extra environment.
+class Workload:
+    """What every rank runs, and the files for it by name in the run directory. The same on any machine."""
 
-    With a `cluster`, SLURM runs it; `after` is the job that must have succeeded before it starts.
-    """
+    name: str
+    topology: Topology
+    module: str
+    arguments: tuple[str, ...]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has not started: its `files` by name in the run directory, its command, and its extra environment."""
 
     name: str
     run: RunDir
@@ -42,14 +49,23 @@ class Job:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     files: Mapping[str, str]
-    cluster: Cluster | None = None
+
+    @property
+    def trains_recipe(self) -> bool:
+        """As RunDir.trains_recipe, before anything is written."""
+        return names.RECIPE in self.files
+
+
+@dataclass(frozen=True)
+class SlurmJob(Job):
+    """A job for a cluster. `after`: SLURM's id of the job that must have completed before."""
+
+    cluster: Cluster
     after: str | None = None
 
 
-def recipe_job(
-    recipe: Recipe, plan: RecipePlan, run: RunDir, cluster: Cluster | None = None, after: str | None = None
-) -> Job:
-    """The job that trains a recipe."""
+def recipe_workload(recipe: Recipe, plan: RecipePlan, run: RunDir) -> Workload:
+    """Training a recipe."""
     ds_config = None
     if KINDS[plan.strategy].engine == "deepspeed":
         ds_config = deepspeed_config(
@@ -63,45 +79,37 @@ def recipe_job(
         )
     files = {names.RECIPE: dump_recipe(recipe)}
     files |= _config_files(plan, recipe.name, run, ds_config, recipe.fsdp.overrides, recipe.model.quantization)
-    if cluster:
-        files[names.CLUSTER] = dump_yaml(cluster)
-    return _job(recipe.name, plan, run, "distft.train", [str(run.path)], files, cluster, after)
+    return Workload(recipe.name, plan.topology, "distft.train", (str(run.path),), files)
 
 
-def script_job(
-    settings: ScriptSettings,
-    script: Sequence[str],
-    plan: ScriptPlan,
-    run: RunDir,
-    cluster: Cluster | None = None,
-    after: str | None = None,
-) -> Job:
-    """The job that runs the user's own script, unmodified, under the plan's strategy."""
+def script_workload(settings: ScriptSettings, script: Sequence[str], plan: ScriptPlan, run: RunDir) -> Workload:
+    """Running the user's own script, unmodified, under the plan's strategy."""
     ds_config = None
     if KINDS[plan.strategy].engine == "deepspeed":
         portable = portable_config(strategy=plan.strategy, offload=plan.offload, device_type=plan.device.type)
         ds_config = merge(portable, settings.deepspeed.overrides)
     files = _config_files(plan, settings.name, run, ds_config, settings.fsdp.overrides)
-    return _job(settings.name, plan, run, "distft.train.script", [str(run.path), *script], files, cluster, after)
+    return Workload(settings.name, plan.topology, "distft.train.script", (str(run.path), *script), files)
 
 
-def _job(
-    name: str,
-    plan: Plan,
-    run: RunDir,
-    module: str,
-    arguments: Sequence[str],
-    files: Mapping[str, str],
-    cluster: Cluster | None,
-    after: str | None,
-) -> Job:
-    if cluster is None:
-        python, env = sys.executable, {"OMP_NUM_THREADS": threads_here(plan.topology)}
-    else:
-        # Prepared data goes where all nodes see it.
-        python, env = cluster_python(cluster), {"DISTFT_CACHE": str(Path(cluster.runs_dir) / ".cache")}
-    argv = torchrun_argv(python, plan.topology, module, arguments)
-    return Job(name, run, plan.topology, tuple(argv), RANK_ENVIRONMENT | env, files, cluster, after)
+def local_job(work: Workload, run: RunDir) -> Job:
+    """The job that runs on this machine."""
+    env = RANK_ENVIRONMENT | {"OMP_NUM_THREADS": threads_here(work.topology)}
+    return Job(work.name, run, work.topology, _argv(sys.executable, work), env, work.files)
+
+
+def slurm_job(work: Workload, run: RunDir, cluster: Cluster, after: str | None = None) -> SlurmJob:
+    """The job that runs on a cluster."""
+    env = RANK_ENVIRONMENT | {"DISTFT_CACHE": str(cluster.cache_dir)}
+    files = dict(work.files)
+    if names.RECIPE in files:  # `distft resume` reads the profile
+        files[names.CLUSTER] = dump_yaml(cluster)
+    argv = _argv(cluster_python(cluster), work)
+    return SlurmJob(work.name, run, work.topology, argv, env, files, cluster, after)
+
+
+def _argv(python: str, work: Workload) -> tuple[str, ...]:
+    return tuple(torchrun_argv(python, work.topology, work.module, work.arguments))
 
 
 def _config_files(

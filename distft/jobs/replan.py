@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.errors import DistftError
-from distft.jobs.job import recipe_job
+from distft.jobs.job import recipe_workload
 from distft.jobs.target import Target, plan_recipe, target_of
 from distft.runs.directory import RunDir
 from distft.strategies.kinds import KINDS
@@ -52,7 +52,7 @@ def less_memory(run: RunDir) -> Change | None:
     try:
         target = target_of(run, Target())
         recipe, planned = plan_recipe(str(run.recipe), words, target)
-        files = recipe_job(recipe, planned, run, target.cluster).files
+        files = recipe_workload(recipe, planned, run).files
     except DistftError:  # a rule: no offload with this model; or files that the profile names are not visible here
         return None
     text = ", ".join(f"{name}: {sets[name]} -> {json.dumps(value)}" for name, value in change.items())

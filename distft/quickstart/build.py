@@ -61,7 +61,7 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
     target = Target(gpus_per_node=gpus_per_node)
     recipe, plan = plan_recipe(str(folder / "base.yaml"), sets, target, for_launch=True)
-    run = launch.Launch(recipe, plan).start(console)
+    run = launch.RecipeLaunch(recipe, plan).start(console)
     losses = [line["loss"] for line in read_metrics(run.metrics)[0]]
     shutil.copytree(run.final, folder / "base")
     say(

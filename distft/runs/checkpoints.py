@@ -1,7 +1,7 @@
 """checkpoints/step-N: which are complete, and what may continue them. Without torch, for `resume` and `status`.
 
-A folder counts once its manifest.json lies in it, and that is written last: before it every file was flushed to disk,
-read back and compared, and the folder had another name.
+A folder counts once manifest.json is in it. That is written last: every other file was flushed to disk, read back and
+compared before, and until then the folder had another name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from distft.runs.directory import RunDir
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-SAMPLE = 2**16  # bytes of a weights file's ends that tell it from another
-# What a checkpoint holds belongs to these: no --force makes another adapter fit it.
+SAMPLE = 2**16  # bytes at both ends of a weights file, which identify it
+# What is stored in a checkpoint depends on these: not even --force makes another adapter fit it.
 FIXED = ("model", "lora", "training.optim")
 
 
@@ -34,19 +34,19 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
-        """What is wrong with its files, by their checksums; of every `parts`-th file from `part` on."""
+        """What is wrong with its files, by their checksums; checks every `parts`-th file from `part` on."""
         for name, facts in sorted(self.manifest["files"].items())[part::parts]:
             try:
                 digest = rows.file_digest(self.path / name).hex()
             except OSError as error:
                 return f"{name}: {error.strerror}"
             if digest != facts["sha256"]:
-                return f"{name}: its checksum is not the manifest's"
+                return f"{name}: its checksum differs from the manifest's"
         return None
 
 
 def complete(run: RunDir) -> list[Checkpoint]:
-    """The complete checkpoints of a run, the newest first. Checksums are not looked at (Checkpoint.damage)."""
+    """The complete checkpoints of a run, the newest first. Checksums are not compared (Checkpoint.damage does)."""
     found = []
     for path in run.checkpoints.glob("step-*"):
         try:
@@ -71,9 +71,9 @@ def changes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
 
 
 def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
-    """What a checkpoint and its continuation have in common, by the recipe's dotted names.
+    """What a checkpoint and the run that continues it must have in common, by the recipe's dotted names.
 
-    Not among it: strategy, width, micro-batch, checkpointing and all else that leaves the maths alone.
+    Left out is what does not change the maths: strategy, world size, micro-batch, gradient checkpointing.
     """
     training = recipe.training
     return {
@@ -110,17 +110,17 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         before, after = saved.get(name), now.get(name)
         if before != after:
             hidden = name in ("data", "model.config", "model.weights")  # digests
-            found[name] = "its content is another" if hidden else f"was {before!r}, is {after!r}"
+            found[name] = "its content has changed" if hidden else f"was {before!r}, is {after!r}"
     return found
 
 
 def is_fixed(name: str) -> bool:
-    """Whether no --force lets a checkpoint go on with another value of this."""
+    """Whether a checkpoint cannot continue with another value of this, not even with --force."""
     return any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED)
 
 
 def model_identity(recipe: Recipe) -> dict[str, Any]:
-    """A hub id by its name and revision; a folder, wherever it lies, by its configuration and its weights' ends."""
+    """A hub id by name and revision; a folder, wherever it is, by its configuration and both ends of its weights."""
     model, folder = recipe.model, Path(recipe.model.name_or_path)
     found: dict[str, Any] = {"model.quantization": model.quantization}
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Why a run failed: the first failing rank's own words, and what people usually do about it."""
+"""Why a run failed: the first failing rank's own error, and the usual fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from distft.runs.directory import RunDir
 
 LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
-# Pattern in the error → what mends it. The first that matches is shown.
+# Pattern in the error → the fix. The first that matches is shown.
 HINTS = (
     (
         r"OutOfMemoryError|CUDA out of memory|can't allocate memory|Cannot allocate memory|std::bad_alloc",
@@ -23,11 +23,11 @@ HINTS = (
     ),
     (r"(?m)^ *(ModuleNotFoundError|ImportError): ", 'a package is missing: pip install "distft[train]"'),
     (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
-    (r"No space left on device", "the disk is full: free some, or set another output_dir"),
-    (r"DataError", "a row of the data does not fit: mend it, or set data.long_rows"),
-    (LOST_PEER, "a rank lost its peer: look at the other ranks' logs"),
+    (r"No space left on device", "the disk is full: free some space, or set another output_dir"),
+    (r"DataError", "a row of the data is wrong or too long: fix it, or set data.long_rows"),
+    (LOST_PEER, "a rank lost its peer: see the other ranks' logs"),
 )
-OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # of the GPU; the host's ends a rank with SIGKILL
+OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # on the GPU; on the host a rank gets SIGKILL
 KILLED = re.compile(
     r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: -(\d+) \(pid: (\d+)\)"
 )
@@ -37,19 +37,14 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Failure:
-    """`reason` is one line for status.json, `text` is for the terminal; the first failing rank and where it ran.
+    """What ended a run, and the rank that failed first."""
 
-    `host`: "" where it is not the one to blame, None where at most its node's number in the job is known: `node`.
-
-    `user_error`: by a person alone; another attempt ends the same way.
-    """
-
-    reason: str
-    text: str
+    reason: str  # one line, for status.json
+    text: str  # for the terminal
     rank: int | None = None
-    host: str | None = None
-    user_error: bool = False
-    node: int | None = None
+    host: str | None = None  # to blame; "" if none is, None if at most its number is known (`node`)
+    user_error: bool = False  # only a person can fix it: another attempt would end the same way
+    node: int | None = None  # number of the node in the job
 
     @property
     def out_of_memory(self) -> bool:
@@ -77,14 +72,14 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
     logs = job_logs(run)
     log = "\n".join(path.read_text(errors="replace") for path in logs)
     killed = _killed_rank(logs)
-    # A rank that was killed could write nothing; those that lost it wrote of a network error.
+    # A rank that was killed could write nothing; those that lost it recorded a network error.
     own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
     if own:
         first = own[0]
         rank_log = run.rank_log(first["rank"])
         reason = f"rank {first['rank']}: {first['type']}: {_first_line(first['message'])}"
         where = f"rank {first['rank']}" + (f" on {first['host']}" if first["host"] else "") + " failed first"
-        # What a person can mend needs no traceback, and a script that exits by itself has printed why.
+        # What a person can fix needs no traceback, and a script that exits by itself has printed why.
         body = first["message"] if first["user_error"] else first["traceback"].rstrip()
         if first["type"] == "SystemExit":
             reason = f"rank {first['rank']} exited by itself with status {first['message']}"
@@ -116,15 +111,15 @@ def preflight_report(run: RunDir) -> dict[str, Any]:
 
 
 def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
-    """Rank, signal and number of the node of the first rank that a signal ended, from the nodes' torchrun summaries:
+    """Rank, signal and node number of the first rank that a signal ended, from torchrun's summaries on all nodes:
 
           time      : 2026-01-31_23:59:59
           host      : node1
           rank      : 1 (local_rank: 1)
           exitcode  : -9 (pid: 7)
 
-    Their root cause may be a rank that lost this one within the same second. Those that torchrun ended do not count;
-    SLURM does so with SIGTERM too, and with SIGABRT NCCL ends a rank whose peer is gone.
+    What they call the root cause may be a rank that lost this one within the same second. Ranks that torchrun ended do
+    not count, nor those that SLURM ended with SIGTERM. SIGABRT comes last: with it NCCL ends a rank that lost its peer.
     """
     found = []
     for path in logs:
@@ -137,7 +132,7 @@ def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
 
 
 def _text(where: str, body: str, searched: str, log: object) -> str:
-    hint = next((mend for pattern, mend in HINTS if re.search(pattern, searched)), None)
+    hint = next((fix for pattern, fix in HINTS if re.search(pattern, searched)), None)
     lines = [where, *(f"  {line}" for line in body.splitlines()), f"log: {log}"]
     return "\n".join([*lines, f"hint: {hint}"] if hint else lines)
 

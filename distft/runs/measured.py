@@ -1,4 +1,4 @@
-"""What a run measured, and its plan."""
+"""What a run measured, beside what its plan estimated."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a run: tokens a second of all ranks (the median after the first steps), and the largest peak in bytes."""
+    """What the metrics of a run come down to."""
 
-    tokens_per_second: float
-    peak_memory: int
+    tokens_per_second: float  # of all ranks: the median after the first steps
+    peak_memory: int  # bytes, of the rank that needed most
 
 
 def measured(run: RunDir) -> Measured | None:
-    """None for a run that has made no step."""
+    """None for a run without a step."""
     lines, _ = read_metrics(run.metrics)
     if not lines:
         return None
@@ -31,7 +31,7 @@ def measured(run: RunDir) -> Measured | None:
 
 
 def planned(run: RunDir) -> dict[str, Any]:
-    """Its plan.json; {} where there is none that can be read."""
+    """The plan.json of a run; {} if there is none that can be read."""
     try:
         found = json.loads(run.plan.read_text())
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
-"""The README.md of a trained model: what it was made of, how, and what came of it. No torch, no clock, no environment.
+"""The README.md of a trained model: from what it was made, how, and with which result.
 
-All of it comes from the run directory. Local paths are shortened to their names: a card is made to be published.
+Everything in it comes from the run directory: no torch, no clock, no environment. Local paths are shortened to their
+names, because a card is meant to be published.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ FIRST_BYTES = 2**14  # of metrics.jsonl: more than its first line
 
 
 def text(run: RunDir, *, merged: bool = False, step: int | None = None) -> str:
-    """Markdown with the YAML front matter that the hub reads.
+    """The card as Markdown, with the YAML front matter that the hub reads.
 
-    Of what a run has trained: final/, or the checkpoint of `step`; `merged`: the adapter is in the base's weights.
+    It describes final/, or the checkpoint of `step`. `merged`: the adapter is merged into the base's weights.
     """
     recipe = validate(load_yaml(run.recipe, Recipe))
     adapter = recipe.lora is not None and not merged
@@ -59,15 +60,16 @@ def _front_matter(recipe: Recipe, adapter: bool, merged: bool) -> dict[str, Any]
 def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
     base, lora = f"`{_name(recipe.model.name_or_path)}`", recipe.lora
     if lora is None:
-        said = f"All weights of {base}, fine-tuned"
+        what = f"All weights of {base}, fine-tuned"
     else:
         kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-        beside = f", trained beside {recipe.model.quantization} weights" if recipe.model.quantization else ""
-        made = f"{kind} adapter (r {lora.r}) of {base}{beside}"
-        into = " as they are after quantising and dequantising" if recipe.model.quantization else ""
-        said = f"{made}, merged into its weights{into}" if merged else made
+        on = f", trained on {recipe.model.quantization} weights" if recipe.model.quantization else ""
+        what = f"{kind} adapter (r {lora.r}) of {base}{on}"
+        if merged:
+            rounded = " as they are after quantizing and dequantizing" if recipe.model.quantization else ""
+            what = f"{what}, merged into its weights{rounded}"
     at = f", at step {step}" if step is not None else ""
-    return f"{said}{at}. Made with distft {__version__}."
+    return f"{what}{at}. Made with distft {__version__}."
 
 
 def _use(recipe: Recipe, adapter: bool) -> str:
@@ -77,7 +79,7 @@ def _use(recipe: Recipe, adapter: bool) -> str:
         words = {name: json.dumps(value) if isinstance(value, str) else value for name, value in NF4.items()}
         settings = ", ".join(f"{name}={word}" for name, word in words.items())
         code += (
-            "\n\nIt was trained beside 4-bit weights; for the same outputs load the base with "
+            "\n\nIt was trained on 4-bit weights; for the same outputs load the base with "
             f"`BitsAndBytesConfig({settings})`."
         )
     return code
@@ -120,7 +122,7 @@ def _plan(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
     parts = f"{batch['micro_batch_size']} micro × {batch['gradient_accumulation_steps']} accumulation"
     return [
         ("strategy", f"{plan['strategy']}{offload}"),
-        ("width", f"{topology['nnodes']} × {topology['nproc_per_node']} ranks ({topology['gpu'] or 'CPU'})"),
+        ("nodes × ranks", f"{topology['nnodes']} × {topology['nproc_per_node']} ({topology['gpu'] or 'CPU'})"),
         ("global batch", f"{batch['global_batch_size']} = {parts} × {topology['world_size']} ranks"),
         ("mixed precision", recipe.training.mixed_precision),
         ("gradient checkpointing", "yes" if plan["gradient_checkpointing"] else "no"),

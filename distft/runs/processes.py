@@ -1,4 +1,4 @@
-"""The processes of a run on this machine: found by a variable they inherit, ended to the last one."""
+"""The processes of a run on this machine: found by a variable that they inherit, and all of them ended."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from pathlib import Path
 
 RUN_VARIABLE = "DISTFT_RUN_DIR"
 POLL_SECONDS = 0.2
-# torchrun passes SIGTERM on and waits up to 30 s for its ranks; people wait 10 at most.
+# torchrun forwards SIGTERM and waits up to 30 s for its ranks; people wait for 10 s at most.
 TERM_SECONDS = 6
 KILL_SECONDS = 3
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent is gone, however that ended."""
+    """Have the kernel send SIGTERM to this process when its parent is gone, however the parent ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start_time(pid: int) -> str | None:
-    """When a live process started, in clock ticks since boot (proc(5), field 22): tells a pid from a later one."""
+    """When a live process started, in clock ticks since boot (proc(5), field 22): pids are used again."""
     fields = _stat(Path(f"/proc/{pid}"))
     return fields[19] if fields else None
 
 
 def of_run(run_dir: Path) -> Iterator[int]:
-    """Every live process of a run but this one. Ranks have sessions of their own: no process group holds them."""
+    """Every live process of a run except this one. Ranks have their own sessions: no process group holds them all."""
     mark = f"{RUN_VARIABLE}={run_dir}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):  # it ended, or is another user's
+            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                 if mark in (entry / "environ").read_bytes().split(b"\0") and _stat(entry):
                     yield int(entry.name)
 
 
 def end(run_dir: Path, reap: Callable[[], object]) -> None:
-    """SIGTERM, then SIGKILL, to every process of a run, until none is left. `reap` collects our own child's status."""
+    """Send SIGTERM, then SIGKILL, to every process of a run, until none is left. `reap` collects our child's status."""
     for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         for pid in of_run(run_dir):
             with contextlib.suppress(ProcessLookupError):

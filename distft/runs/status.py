@@ -70,10 +70,11 @@ class Attempt:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Attempt:
-        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
-        known |= {"cause": _member(Cause, raw.get("cause")) or Cause.STOPPED}
-        known |= {"bad_nodes": tuple(raw.get("bad_nodes") or ())}
-        return cls(**({"time": 0.0, "step": 0, "reason": ""} | known))
+        known: dict[str, Any] = {"time": 0.0, "step": 0, "reason": ""}
+        known |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        known["cause"] = _member(Cause, raw.get("cause")) or Cause.STOPPED
+        known["bad_nodes"] = tuple(raw.get("bad_nodes") or ())
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ class Status:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Status:
         names = {f.name for f in dataclasses.fields(cls)} - {"other"}
-        known = {name: raw[name] for name in names if raw.get(name) is not None}
-        known |= {"state": _member(State, raw.get("state"))}
-        known |= {"attempts": tuple(Attempt.from_json(attempt) for attempt in raw.get("attempts") or ())}
+        known: dict[str, Any] = {name: raw[name] for name in names if raw.get(name) is not None}
+        known["state"] = _member(State, raw.get("state"))
+        known["attempts"] = tuple(Attempt.from_json(attempt) for attempt in raw.get("attempts") or ())
         return cls(**known, other={name: value for name, value in raw.items() if name not in names})
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""SLURM: a job as an sbatch script, submitted, looked after and cancelled with SLURM's own commands.
+"""SLURM: a job as an sbatch script, submitted, watched and cancelled with SLURM's commands.
 
-Everything that differs from job to job and node to node is expanded by bash there; `render` is pure.
+Everything that differs between jobs and nodes is expanded by bash on the nodes; `render` is pure.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.errors import ClusterError, RunError, SubmitError
-from distft.jobs.job import Job
+from distft.jobs.job import SlurmJob
 from distft.jobs.target import cluster_python
 from distft.runs import attempts
-from distft.runs.directory import RECIPE, SBATCH, RunDir
+from distft.runs.directory import SBATCH, RunDir
 from distft.runs.status import State, Status, add_job_id, job_ids, read_status, update_status
 from distft.shell import quote, sbatch_quote
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from distft.config.cluster import Cluster
 
 CLIENT_SECONDS = 30
@@ -81,8 +83,8 @@ FIXES = (
 )
 
 
-def directives(job: Job) -> list[str]:
-    """The #SBATCH lines, each one flag."""
+def directives(job: SlurmJob) -> list[str]:
+    """The #SBATCH lines, one flag each."""
     cluster, log = job.cluster, str(job.run.logs).replace("%", "%%")
     s, gpus = cluster.slurm, job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
     gpu_type = f"{cluster.node.gpu_type}:" if cluster.node.gpu_type else ""
@@ -105,22 +107,22 @@ def directives(job: Job) -> list[str]:
     }
     lines = [f"--{flag}={sbatch_quote(str(value))}" for flag, value in flags.items() if value is not None]
     fixed = ["--open-mode=append", "--requeue" if cluster.max_requeues else "--no-requeue"]
-    if RECIPE in job.files and cluster.signal_seconds:  # a script of one's own would not hear of it
+    if job.trains_recipe and cluster.signal_seconds:  # a user's script would not handle it
         fixed.append(f"--signal=B:USR1@{cluster.signal_seconds}")
     if s.exclusive:
         fixed.append("--exclusive")
-    if job.after:  # without it the job would wait for ever once the other has failed
+    if job.after:  # without it the job would wait forever once the other has failed
         fixed.append("--kill-on-invalid-dep=yes")
     return [*lines, *fixed, *s.sbatch]
 
 
-def render(job: Job) -> str:
+def render(job: SlurmJob) -> str:
     """The job script. Pure: the same job gives the same text.
 
     Raises:
-        ClusterError: the profile's own template is wrong.
+        ClusterError: the profile's template is wrong.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
     from markupsafe import Markup
 
     own = job.cluster.template
@@ -128,18 +130,18 @@ def render(job: Job) -> str:
         text = Path(own).read_text() if own else packaged_template()
         return _compiled(text).render(**_context(job, Markup))
     except (TemplateError, OSError, UnicodeDecodeError, TypeError) as error:
-        line = f":{error.lineno}" if getattr(error, "lineno", None) else ""
+        line = f":{error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise ClusterError(f"template: {own or TEMPLATE}{line}: {error}") from None
 
 
 @functools.cache
-def _compiled(text: str) -> Any:
-    """A Jinja template whose printed values are quoted for bash, and which knows no undefined name."""
+def _compiled(text: str) -> Template:
+    """A Jinja template that quotes the values it prints for bash, and in which an undefined name is an error."""
     from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound
     from markupsafe import Markup
 
     def shell(value: Any) -> Markup:
-        """What a template prints is a word of bash, a list several; text of the template itself stays."""
+        """A printed value is one word of bash, a list several; the template's own text stays as it is."""
         if isinstance(value, Markup):
             return value
         if isinstance(value, (list, tuple)):
@@ -160,8 +162,8 @@ def _compiled(text: str) -> Any:
     return environment.from_string(text)
 
 
-def array_script(job: Job, folder: Path, count: int) -> str:
-    """The script of an array of `count` jobs such as `job`, whose run directories are folder/0, 1, ... Pure.
+def array_script(job: SlurmJob, folder: Path, count: int) -> str:
+    """The script of an array of `count` jobs like `job`, with run directories folder/0, folder/1, ... Pure.
 
     Each element runs the script of its own run directory.
     """
@@ -180,10 +182,10 @@ def array_script(job: Job, folder: Path, count: int) -> str:
 
 def packaged_template() -> str:
     """The built-in job script."""
-    return resources.files(__package__).joinpath("templates", f"{TEMPLATE}.jinja").read_text()
+    return (resources.files(__package__) / "templates" / f"{TEMPLATE}.jinja").read_text()
 
 
-def _context(job: Job, raw: type) -> dict[str, Any]:
+def _context(job: SlurmJob, raw: type) -> dict[str, Any]:
     cluster, run = job.cluster, job.run
     inside, step_flags = _container(cluster, run)
     interface = cluster.network.interface
@@ -194,7 +196,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
     }
     python = job.argv[0] if job.argv else cluster_python(cluster)
     gpus = job.topology.nproc_per_node if cluster.node.gpus_per_node else 0
-    recipe = str(run.recipe) if run.recipe.name in job.files else None
+    recipe = str(run.recipe) if job.trains_recipe else None
     return {
         "name": job.name,
         "nnodes": job.topology.nnodes,
@@ -217,7 +219,7 @@ def _context(job: Job, raw: type) -> dict[str, Any]:
 
 
 def _container(cluster: Cluster, run: RunDir) -> tuple[list[str], list[str]]:
-    """What stands before a command, and srun's flags, to run it in the site's container."""
+    """What to put before a command, and srun's flags, to run it in the site's container."""
     container = cluster.container
     if container is None:
         return [], []
@@ -234,7 +236,7 @@ def _container(cluster: Cluster, run: RunDir) -> tuple[list[str], list[str]]:
 
 def client(
     *argv: str, stdin: str | None = None, check: type[SubmitError] | type[RunError] | None = SubmitError
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's commands.
 
     Raises:
@@ -278,7 +280,16 @@ def test_only(script: str) -> str:
     return f"would start it at {start[1]} on {start[2]}, partition {start[3]}" if start else f"answers: {answer}"
 
 
-def submit(job: Job, resumed: bool = False) -> str:
+def sbatch(script: Path) -> str:
+    """Queue a job script. Returns the job's id.
+
+    Raises:
+        SubmitError: SLURM refused it.
+    """
+    return client("sbatch", "--parsable", str(script)).stdout.strip().split(";")[0]  # "ID;CLUSTER" where there are many
+
+
+def submit(job: SlurmJob, resumed: bool = False) -> str:
     """Write the files of a run and queue it. Returns the job's id. The run directory exists, empty unless `resumed`.
 
     Raises:
@@ -286,7 +297,7 @@ def submit(job: Job, resumed: bool = False) -> str:
     """
     attempts.fill(job.run, {**job.files, SBATCH: render(job)}, job.name, resumed)
     try:
-        job_id = client("sbatch", "--parsable", str(job.run.path / SBATCH)).stdout.strip().split(";")[0]
+        job_id = sbatch(job.run.path / SBATCH)
     except SubmitError as error:
         if resumed:
             update_status(job.run, state=State.FAILED, reason=str(error).splitlines()[0])

@@ -346,7 +346,7 @@ def test_files_that_are_damaged_or_others(lora: Result, tiny: Tiny, tmp_path: Pa
     run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(tmp_path / "gone"))))
     fails(DataError, f"model.name_or_path: {tmp_path / 'gone'} cannot be read")
     make_model(tmp_path / "gone", initializer_range=0.03)
-    fails(RecipeError, "model.weights: its content is another, since the run was trained")
+    fails(RecipeError, "model.weights: its content has changed, since the run was trained")
     config = json.loads((tmp_path / "gone" / "config.json").read_text())
     (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     fails(RecipeError, "is stored quantised")
@@ -434,7 +434,7 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
         "rsLoRA adapter (r 4) of `base`.",
         "from peft import AutoPeftModelForCausalLM\n",
         "| strategy | ddp |",
-        "| width | 1 × 2 ranks (CPU) |",
+        "| nodes × ranks | 1 × 2 (CPU) |",
         "| global batch | 8 = 4 micro × 1 accumulation × 2 ranks |",
         "| mixed precision | no |",
         f"| digest of content, tokenizer and settings | `{rows.content_digest(recipe)}` |",

@@ -253,7 +253,7 @@ def test_ctrl_c_while_it_evaluates(tiny: Tiny, tmp_path: Path) -> None:
         (["model.quantization=nf4"], "model.quantization: was None, is 'nf4'"),
         (["training.optim=adafactor"], "training.optim: was 'adamw_torch_fused', is 'adafactor'"),
         (["training.global_batch_size=16"], "training.global_batch_size: was 8, is 16"),
-        (["data.max_length=128"], "data: its content is another"),
+        (["data.max_length=128"], "data: its content has changed"),
         (["training.max_steps=20"], "training.max_steps: was 3000, is 20"),
     ],
 )
@@ -264,7 +264,7 @@ def test_what_cannot_be_continued(stopped: tuple[Path, str], sets: list[str], sa
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr and "Traceback" not in done.stderr
     fixed = sets[0].split(".")[0] in ("lora", "model") or "optim" in sets[0]
-    assert ("launch a new run" if fixed else "--force goes on all the same") in done.stderr
+    assert ("launch a new run" if fixed else "--force continues anyway") in done.stderr
     assert (folder / "runs" / "tiny" / "status.json").read_bytes() == before
 
 
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped: tuple[Path, str], tmp_path
     assert (run.checkpoints / f"damaged-step-{newest}").is_dir()  # counts no more for save_total_limit
     for sets in ((), ("--set", "parallelism.strategy=zero3")):
         completed = distft("resume", "tiny", *sets, cwd=folder)
-        assert completed.returncode == 2 and "is completed; to train on" in completed.stderr
+        assert completed.returncode == 2 and "is completed; to train more" in completed.stderr
 
 
 # What happens when a rank flushes its part of the save of step 3.
@@ -344,7 +344,7 @@ def test_a_rank_killed_while_it_saves(tiny: Tiny, tmp_path: Path) -> None:
     assert {path.name for path in run.checkpoints.iterdir()} == {"step-1", "step-2", ".step-3.partial"}
     done = distft("resume", "tiny", "--set", "training.max_steps=4", "--force", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "goes on after step 2," in done.stdout
+    assert "continues after step 2," in done.stdout
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-1", "step-2", "step-3", "step-4"]
 
 
@@ -374,7 +374,7 @@ def test_a_disk_that_stays_full(tiny: Tiny, tmp_path: Path) -> None:
         filler.unlink()
         done = distft("resume", "tiny", cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"goes on after step {found[0].step}," in done.stdout
+        assert f"continues after step {found[0].step}," in done.stdout
         steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
         assert steps == [*range(1, 201)]
     finally:

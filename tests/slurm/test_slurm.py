@@ -520,9 +520,9 @@ def test_cluster_init_and_check(site: Site) -> None:
     (site.folder / "first.yaml").write_text(yaml.safe_dump(written))
     wrong = site.run("cluster", "check", "first.yaml", "--nodes", "5", expect=2).stdout
     for words in (
-        "failed: node.gpus_per_node 3, the partition has 2 GPUs a node",
+        "failed: node.gpus_per_node 3, the partition has 2 GPUs per node",
         "failed: node.gpu_type h100: the cluster lists none",
-        "failed: slurm.cpus_per_task 9, the partition has 8 cores a node",
+        "failed: slurm.cpus_per_task 9, the partition has 8 cores per node",
         "failed: slurm.time 1:00:00, the partition allows 5:00",
         "failed: nodes 5, the partition has 4 nodes",
         "failed: sbatch --test-only: SLURM refuses the job",

@@ -16,7 +16,7 @@ import yaml
 
 from distft.config.cluster import load_cluster
 from distft.hardware.topology import Topology
-from distft.jobs.job import Job
+from distft.jobs.job import SlurmJob
 from distft.runs.directory import RECIPE, RunDir
 from distft.runs.status import Attempt, Cause, State, Status, add_job_id, read_status, update_status
 from distft.schedulers import slurm
@@ -151,7 +151,7 @@ class Script:
         self.run_dir.recipe.touch()
         argv = ("python", "-m", "torch.distributed.run")
         cluster = load_cluster(str(folder / "site.yaml"))
-        job = Job("run", self.run_dir, Topology(2, 1), argv, {}, {RECIPE: ""}, cluster)
+        job = SlurmJob("run", self.run_dir, Topology(2, 1), argv, {}, {RECIPE: ""}, cluster)
         self.path = folder / "job.sbatch"
         self.path.write_text(slurm.render(job))
         (folder / "bin").mkdir()

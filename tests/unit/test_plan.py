@@ -484,7 +484,7 @@ def test_launch_refuses_what_does_not_fit(too_large: Path) -> None:
     assert done.returncode == 2
     assert "error: will run out of memory: a rank needs about " in done.stderr
     assert "would fit: data.max_length: " in done.stderr
-    assert done.stderr.rstrip().endswith("--force starts it all the same")
+    assert done.stderr.rstrip().endswith("--force starts it anyway")
     assert not (too_large / "runs").exists()
     assert distft("launch", "recipe.yaml", "--dry-run", cwd=too_large).returncode == 0
 

@@ -80,7 +80,7 @@ def create(recipe: dict[str, Any], folder: Path, ranks: int) -> RunDir:
     target = Target(1, ranks)
     loaded, plan = plan_recipe(str(folder / "recipe.yaml"), (), target)
     run = RunDir.create(str(folder / "runs"), loaded.name)
-    job = launch.Launch(loaded, plan, target).job(run)
+    job = launch.RecipeLaunch(loaded, plan, target).job(run)
     attempts.fill(run, launch.render(job), job.name)
     return run
 

@@ -152,7 +152,7 @@ def _rule(rule: Rule) -> str:
         f"### {rule.name}",
         f"*{kind}:* {rule.when}.",
         f"{rule.explanation}{versions}",
-        f"- Mend: {rule.mend}.\n- Source: {rule.source}.",
+        f"- Fix: {rule.fix}.\n- Source: {rule.source}.",
     ]
     return "\n\n".join(lines)
 

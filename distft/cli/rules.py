@@ -64,7 +64,7 @@ def _explain(rule: Rule) -> None:
     rows = {
         "why": rule.explanation,
         "applies to": rule.when + ("; for scripts too" if rule.for_scripts else ""),
-        "fix": rule.mend,
+        "fix": rule.fix,
         "versions": ", ".join(rule.versions) or "all that distft supports",
         "source": rule.source,
     }
@@ -78,7 +78,7 @@ def _as_json(rule: Rule) -> dict[str, Any]:
         "kind": rule.kind,
         "when": rule.when,
         "explanation": rule.explanation,
-        "mend": rule.mend,
+        "fix": rule.fix,
         "source": rule.source,
         "versions": list(rule.versions),
         "scripts": rule.for_scripts,

@@ -20,7 +20,7 @@ from distft.models.shapes import ModelShape
 from distft.planner import activations, sharding
 from distft.planner.setting import Setting
 from distft.planner.sharding import Share, Sizes, Unit
-from distft.rules.upstream import NOT_QUANTISED
+from distft.rules.upstream import NOT_QUANTIZED
 from distft.strategies.deepspeed import PERSISTENT
 from distft.units import GIB
 
@@ -210,7 +210,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
             return 0
-        if quantization and tensor.is_linear and model.model_type not in NOT_QUANTISED:
+        if quantization and tensor.is_linear and model.model_type not in NOT_QUANTIZED:
             return stored_bytes(quantization, tensor.size, tensor.shape[0])
         return low * tensor.size
 

@@ -313,7 +313,15 @@ def script_plan(settings: ScriptSettings, where: Where) -> ScriptPlan:
         strategy = "ddp"
         reasons.append("ddp: nothing is known of a script's model; --set parallelism.strategy=... shards it")
     shards, offload = shard_size(parallelism, strategy, topology), fixed_offload(parallelism)
-    case = rules.Case(strategy, offload, shards, topology, device, script=settings, bandwidth=where.bandwidth)
+    case = rules.ScriptCase(
+        strategy=strategy,
+        offload=offload,
+        shard_size=shards,
+        topology=topology,
+        device=device,
+        settings=settings,
+        bandwidth=where.bandwidth,
+    )
     rules.apply(case)
     return ScriptPlan(
         topology=topology,

@@ -221,7 +221,7 @@ class Search:
         )
         return Candidate(setting, batch, found, time, self.where.device.memory, self.where.host_memory)
 
-    def case_of(self, candidate: Candidate) -> rules.Case:
+    def case_of(self, candidate: Candidate) -> rules.RecipeCase:
         """All that is known of a candidate."""
         setting, batch = candidate.setting, candidate.batch
         return self.case(
@@ -232,16 +232,15 @@ class Search:
             accumulation=batch.gradient_accumulation_steps,
         )
 
-    def case(self, strategy: str, offload: str, **known: Any) -> rules.Case:
+    def case(self, strategy: str, offload: str, **known: Any) -> rules.RecipeCase:
         where = self.where
-        return rules.Case(
-            strategy,
-            offload,
-            shard_size(self.recipe.parallelism, strategy, where.topology),
-            where.topology,
-            where.device,
-            self.recipe,
-            self.model.head_dim,
+        return rules.RecipeCase(
+            strategy=strategy,
+            offload=offload,
+            shard_size=shard_size(self.recipe.parallelism, strategy, where.topology),
+            topology=where.topology,
+            device=where.device,
+            settings=self.recipe,
             model=self.model,
             bandwidth=where.bandwidth,
             **known,

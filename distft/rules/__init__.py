@@ -1,9 +1,20 @@
-"""What cannot be combined, and what is unwise: named rules, each a small function with its source and its mend.
+"""What cannot be combined, and what is unwise: named rules, each a small function with its source and its fix.
 
-`distft rules` lists them; docs/rules.md is made from them.
+`distft rules` lists them; docs/rules.md is generated from them.
 """
 
 from distft.rules import advice, combinations, models, overrides  # noqa: F401 (each registers its rules)
-from distft.rules.core import RULES, Case, Rule, apply, broken, sentences, unwise, warnings
+from distft.rules.core import RULES, Case, RecipeCase, Rule, ScriptCase, apply, broken, sentences, unwise, warnings
 
-__all__ = ["RULES", "Case", "Rule", "apply", "broken", "sentences", "unwise", "warnings"]
+__all__ = [
+    "RULES",
+    "Case",
+    "RecipeCase",
+    "Rule",
+    "ScriptCase",
+    "apply",
+    "broken",
+    "sentences",
+    "unwise",
+    "warnings",
+]

@@ -1,40 +1,43 @@
-"""What runs and is unwise: slow, or more memory than it looks, or numbers that are worse than need be."""
+"""What runs but is unwise: slow, or more memory than it seems, or worse numbers than necessary."""
 
 from __future__ import annotations
 
+from distft.models.quantization import stored_bytes
 from distft.rules import upstream
 from distft.rules.combinations import is_bitsandbytes
-from distft.rules.core import Case, rule
+from distft.rules.core import Case, RecipeCase, rule
 from distft.strategies.kinds import KINDS
 from distft.units import GIB
 
-# GB/s of a node: two links of 100 Gb/s, ZeRO++'s clusters of low bandwidth.
+# GB/s of a node: two links of 100 Gb/s, the low-bandwidth clusters of ZeRO++.
 SLOW_LINKS = 25
-# Tokens of a row from which the scores of eager attention outgrow everything else.
+# Tokens per row above which the scores of eager attention outgrow everything else.
 LONG_ROWS = 4096
-# Names of layers whose weight is one where embeddings are tied (peft's EMBEDDING_LAYER_NAMES).
+# Names of layers that share one weight where embeddings are tied (peft's EMBEDDING_LAYER_NAMES).
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @rule(
-    "zero3, fsdp or wide hsdp groups with lora between nodes of network.bandwidth < 25",
+    "zero3, fsdp or hsdp groups across nodes, with lora and network.bandwidth < 25",
     "https://www.deepspeed.ai/tutorials/zeropp and arXiv 2306.10209: between nodes ZeRO-3's gathers are what is slow",
-    "use ddp or zero2 if the model fits, else hsdp, whose groups stay inside a node",
+    "use ddp or zero2 if the model fits, else hsdp with groups within a node",
     kind="warning",
 )
-def adapters_over_slow_links(case: Case) -> str | None:
-    """An adapter's gradients are small, but sharding over all ranks sends the whole frozen model between the nodes
+def adapters_over_slow_links(case: RecipeCase) -> str | None:
+    """The gradients of an adapter are small, but sharding over all ranks sends the whole frozen model between the nodes
     twice in every micro-batch. Under ddp, zero2 or hsdp only what is trained crosses.
     """
     spans = case.shards_parameters and case.shard_size > case.topology.nproc_per_node
-    if not (spans and case.recipe.lora and case.model and case.bandwidth and case.bandwidth < SLOW_LINKS):
+    if not (spans and case.recipe.lora and case.bandwidth and case.bandwidth < SLOW_LINKS):
         return None
-    bytes_each = {"nf4": 0.516, "int8": 1}.get(case.quantization or "", 4 if case.mixed_precision == "no" else 2)
-    nodes = case.topology.nnodes
-    seconds = 2 * case.model.parameters * bytes_each * (nodes - 1) / nodes / (case.bandwidth * 1e9)
+    elements, nodes = case.model.parameters, case.topology.nnodes
+    size = (4 if case.mixed_precision == "no" else 2) * elements
+    if case.quantization:
+        size = stored_bytes(case.quantization, elements, rows=0)
+    seconds = 2 * size * (nodes - 1) / nodes / (case.bandwidth * 1e9)
     return (
-        f"parallelism.strategy: {case.strategy} gathers the whole model between {nodes} nodes, about {seconds:.2g} s a "
-        f"micro-batch at network.bandwidth {case.bandwidth:g} GB/s"
+        f"parallelism.strategy: {case.strategy} gathers the whole model across {nodes} nodes, about {seconds:.2g} s "
+        f"per micro-batch at network.bandwidth {case.bandwidth:g} GB/s"
     )
 
 
@@ -44,8 +47,8 @@ def adapters_over_slow_links(case: Case) -> str | None:
     "use parallelism.offload: none",
     kind="warning",
 )
-def qlora_under_zero3_is_not_offloaded(case: Case) -> str | None:
-    """peft's authors measured it: QLoRA under ZeRO-3 takes more GPU memory with offload than without."""
+def offload_costs_memory_under_zero3_with_nf4(case: RecipeCase) -> str | None:
+    """Measured by peft's authors: QLoRA under ZeRO-3 takes more GPU memory with offload than without."""
     if case.zero_stage == 3 and case.quantization == "nf4" and case.offload != "none":
         return f"parallelism.offload: {case.offload} makes nf4 under zero3 take more GPU memory, not less"
     return None
@@ -58,33 +61,33 @@ def qlora_under_zero3_is_not_offloaded(case: Case) -> str | None:
     "use parallelism.offload: none, or all (zero3) for the base model",
     kind="warning",
 )
-def adapters_have_little_to_offload(case: Case) -> str | None:
-    """The optimizer's states of an adapter are small; on the host they save next to nothing and cost a copy both ways
-    in every step.
+def adapters_have_little_to_offload(case: RecipeCase) -> str | None:
+    """The optimizer states of an adapter are small; moving them to the host saves next to nothing and costs a copy in
+    each direction at every step.
     """
-    if not (case.recipe.lora and case.offload == "optimizer" and case.model):
+    if not (case.recipe.lora and case.offload == "optimizer"):
         return None
     share = case.model.trainable_parameters / case.model.parameters
     if share > 0.05:
         return None
-    return f"parallelism.offload: only {100 * share:.2g}% of the parameters have states that optimizer could move"
+    return f"parallelism.offload: only {100 * share:.2g}% of the parameters have optimizer states to move"
 
 
 @rule(
-    "a training.micro_batch_size that makes several micro-batches a step, under zero3, fsdp or hsdp",
-    "ZeRO, arXiv 1910.02054, section 7.2.2: two all-gathers of the weights a backward pass; "
+    "a training.micro_batch_size that needs several micro-batches per step, under zero3, fsdp or hsdp",
+    "ZeRO, arXiv 1910.02054, section 7.2.2: two all-gathers of the weights per backward pass; "
     "https://github.com/pytorch/pytorch/pull/126166",
     "use training.micro_batch_size: auto (the largest that fits), or zero2",
     kind="warning",
 )
-def accumulation_repeats_gathers(case: Case) -> str | None:
-    """Where parameters are sharded, every micro-batch gathers all weights, forward and backward. Accumulation under
-    ddp, zero1 and zero2 costs no gathers.
+def accumulation_repeats_gathers(case: RecipeCase) -> str | None:
+    """Where parameters are sharded, every micro-batch gathers all weights, forward and backward. Under ddp, zero1 and
+    zero2 gradient accumulation costs no gathers.
     """
     asked = case.recipe.training.micro_batch_size != "auto"
     if case.shards_parameters and asked and (case.accumulation or 1) > 1 and case.topology.world_size > 1:
         return (
-            f"training.micro_batch_size: {case.micro_batch_size} makes {case.accumulation} micro-batches a step, and "
+            f"training.micro_batch_size: {case.micro_batch_size} makes {case.accumulation} micro-batches per step, and "
             f"{case.strategy} gathers all weights in each"
         )
     return None
@@ -98,14 +101,14 @@ def accumulation_repeats_gathers(case: Case) -> str | None:
     for_scripts=True,
 )
 def one_rank_has_nothing_to_shard(case: Case) -> str | None:
-    """ZeRO on one rank keeps everything, with DeepSpeed's buffers beside it. It is of use there only with offload."""
+    """ZeRO on one rank keeps everything, plus DeepSpeed's buffers. There it is useful only with offload."""
     if case.zero and case.topology.world_size == 1 and case.offload == "none":
         return f"parallelism.strategy: {case.strategy} on one rank shards nothing"
     return None
 
 
 @rule(
-    "a parallelism.hsdp_shard_size whose groups reach from node to node",
+    "a parallelism.hsdp_shard_size whose groups span nodes",
     "torch.distributed.fsdp.fully_shard docs: HSDP shards within a node and replicates across; "
     "distft/strategies/accelerate.py: groups are of neighbouring ranks",
     "use a size that divides the ranks of a node, or auto",
@@ -113,27 +116,26 @@ def one_rank_has_nothing_to_shard(case: Case) -> str | None:
     for_scripts=True,
 )
 def hsdp_groups_stay_in_a_node(case: Case) -> str | None:
-    """HSDP is for gathering weights over the fast links inside a node. A group that reaches into the next node gathers
-    over the slow ones, as fsdp does, with more memory.
+    """HSDP is meant to gather weights over the fast links within a node. A group that reaches into the next node
+    gathers over the slow ones, as fsdp does, but takes more memory.
     """
     per_node = case.topology.nproc_per_node
     if case.kind.in_groups and case.topology.nnodes > 1 and per_node % case.shard_size:
-        return f"parallelism.hsdp_shard_size: groups of {case.shard_size} cross nodes of {per_node}"
+        return f"parallelism.hsdp_shard_size: groups of {case.shard_size} span nodes of {per_node}"
     return None
 
 
 @rule(
-    "a parallelism.hsdp_shard_size under another strategy than hsdp",
+    "a parallelism.hsdp_shard_size under a strategy other than hsdp",
     "distft/strategies/accelerate.py: only hsdp has groups",
     "set parallelism.strategy: hsdp, or leave it out",
     kind="warning",
     for_scripts=True,
 )
-def shard_size_is_of_hsdp(case: Case) -> str | None:
-    """The size of a group says nothing to the other strategies, which shard over all ranks or not at all."""
-    settings = case.recipe or case.script
-    asked = settings.parallelism if settings else None
-    if asked and asked.hsdp_shard_size != "auto" and asked.strategy != "auto" and not KINDS[asked.strategy].in_groups:
+def shard_size_is_for_hsdp(case: Case) -> str | None:
+    """The size of a group means nothing to the other strategies, which shard over all ranks or not at all."""
+    asked = case.settings.parallelism
+    if asked.hsdp_shard_size != "auto" and asked.strategy != "auto" and not KINDS[asked.strategy].in_groups:
         return f"parallelism.hsdp_shard_size: {asked.hsdp_shard_size} is not used under {asked.strategy}"
     return None
 
@@ -145,13 +147,13 @@ def shard_size_is_of_hsdp(case: Case) -> str | None:
     "use training.mixed_precision: bf16",
     kind="warning",
 )
-def bf16_where_it_can_be_had(case: Case) -> str | None:
-    """fp16 has a small range: it needs a loss scale, and skips steps at which that was too large. bf16 is as fast from
-    Ampere on and needs neither.
+def bf16_where_the_gpu_has_it(case: RecipeCase) -> str | None:
+    """fp16 has a small range: it needs a loss scale, and skips the steps at which that was too large. From Ampere on,
+    bf16 is as fast and needs neither.
     """
     capability = case.device.compute_capability
     if case.mixed_precision == "fp16" and capability is not None and capability >= 8:
-        return f"training.mixed_precision: fp16, and {case.device.name} has bf16"
+        return f"training.mixed_precision: got fp16, and {case.device.name} has bf16"
     return None
 
 
@@ -161,13 +163,13 @@ def bf16_where_it_can_be_had(case: Case) -> str | None:
     'watch grad_norm in metrics.jsonl, or use training.mixed_precision: "no"',
     kind="warning",
 )
-def bf16_models_overflow_in_fp16(case: Case) -> str | None:
-    """Activations of a model that was trained in bf16 may lie beyond fp16's 65504: the loss becomes NaN, or every step
-    is skipped.
+def bf16_models_overflow_in_fp16(case: RecipeCase) -> str | None:
+    """Activations of a model that was trained in bf16 may exceed fp16's 65504: the loss becomes NaN, or every step is
+    skipped.
     """
     dtype = case.config.get("dtype") or case.config.get("torch_dtype") or case.whole_config.get("dtype")
     if case.mixed_precision == "fp16" and dtype == "bfloat16":
-        return "training.mixed_precision: fp16, and the model's weights are bfloat16"
+        return "training.mixed_precision: got fp16, and the model's weights are bfloat16"
     return None
 
 
@@ -177,8 +179,8 @@ def bf16_models_overflow_in_fp16(case: Case) -> str | None:
     "use training.mixed_precision: bf16 (fp16 before Ampere)",
     kind="warning",
 )
-def float32_wastes_a_gpu(case: Case) -> str | None:
-    """In float32 a GPU's tensor cores stand idle and everything takes twice the memory. What is trained is kept in
+def float32_wastes_a_gpu(case: RecipeCase) -> str | None:
+    """In float32 a GPU's tensor cores are idle, and everything takes twice the memory. The trained weights are kept in
     float32 under bf16 too.
     """
     if case.mixed_precision == "no" and not case.on_cpu and case.trainer.get("tf32") is not True:
@@ -192,7 +194,7 @@ def float32_wastes_a_gpu(case: Case) -> str | None:
     "use model.quantization: nf4",
     kind="warning",
 )
-def int8_is_slow_before_turing(case: Case) -> str | None:
+def int8_is_slow_before_turing(case: RecipeCase) -> str | None:
     """LLM.int8() multiplies on int8 tensor cores, which GPUs have from compute capability 7.5 on; on a V100 it is
     slower than 16 bit.
     """
@@ -207,45 +209,45 @@ def int8_is_slow_before_turing(case: Case) -> str | None:
     "use the optimizer without paged_",
     kind="warning",
 )
-def paging_needs_a_gpu(case: Case) -> str | None:
-    """Paging moves states between GPU and host. Where they lie on the host anyway bitsandbytes leaves it out."""
+def paging_needs_a_gpu(case: RecipeCase) -> str | None:
+    """Paging moves states between GPU and host. Where they are in host memory anyway, bitsandbytes does not page."""
     if case.optim.startswith("paged") and (case.on_cpu or (case.zero and case.offload != "none")):
-        return f"training.optim: {case.optim} does not page what lies in host memory"
+        return f"training.optim: {case.optim} does not page states that are in host memory"
     return None
 
 
 @rule(
-    "model.attn_implementation: eager with rows of 4096 tokens or more, where sdpa can be had",
+    "model.attn_implementation: eager with rows of 4096 tokens or more, where sdpa is available",
     "transformers 5.23 models/llama/modeling_llama.py:193, eager_attention_forward",
     "use model.attn_implementation: auto",
     kind="warning",
 )
-def eager_attention_keeps_all_scores(case: Case) -> str | None:
-    """Eager attention writes down a score for every pair of tokens and head, twice, and keeps them for the backward
-    pass: memory grows with the square of max_length. SDPA and FlashAttention do not.
+def eager_attention_keeps_all_scores(case: RecipeCase) -> str | None:
+    """Eager attention stores a score for every pair of tokens and every head, twice, until the backward pass: memory
+    grows with the square of max_length. SDPA and FlashAttention do not.
     """
     attention, longest = case.recipe.model.attn_implementation, case.recipe.data.max_length
     has_better = case.model_type not in upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21
     if attention == "eager" and longest >= LONG_ROWS and has_better:
-        return f"model.attn_implementation: eager with rows of {longest} tokens"
+        return f"model.attn_implementation: got eager, with rows of {longest} tokens"
     return None
 
 
 @rule(
-    "lora.target_modules with embed_tokens or lm_head, where these are one weight",
+    "lora.target_modules with embed_tokens or lm_head, where these share one weight",
     "https://github.com/huggingface/peft/issues/2777; peft 0.21 tuners/tuners_utils.py:671 and :1457",
     "leave it out of lora.target_modules",
     kind="warning",
 )
-def tied_embeddings_are_not_adapted(case: Case) -> str | None:
-    """Where input and output embeddings are one weight, an adapter on one of them makes them two: it cannot be merged,
-    and other formats than peft's lose it.
+def tied_embeddings_take_no_adapter(case: RecipeCase) -> str | None:
+    """Where input and output embeddings share one weight, an adapter on one of them makes them differ: it cannot be
+    merged, and formats other than peft's lose it.
     """
     lora = case.recipe.lora
-    if not lora or lora.target_modules == "all-linear" or not (case.model and case.model.sizes.tie_word_embeddings):
+    if not lora or lora.target_modules == "all-linear" or not case.model.sizes.tie_word_embeddings:
         return None
     named = [name for name in lora.target_modules if name.rpartition(".")[2] in EMBEDDINGS]
-    return f"lora.target_modules: {', '.join(named)}, and the model's embeddings are tied" if named else None
+    return f"lora.target_modules: got {', '.join(named)}, and the model's embeddings are tied" if named else None
 
 
 @rule(
@@ -254,11 +256,11 @@ def tied_embeddings_are_not_adapted(case: Case) -> str | None:
     "use adamw_torch_fused",
     kind="warning",
 )
-def adapters_gain_little_from_8_bit(case: Case) -> str | None:
-    """8-bit optimizers save six bytes a trained parameter. Of an adapter that is little, and its states lose digits for
-    it.
+def adapters_gain_little_from_8_bit(case: RecipeCase) -> str | None:
+    """8-bit optimizers save six bytes per trained parameter. For an adapter that is little, and its states lose digits
+    for it.
     """
-    if not (case.recipe.lora and case.model and is_bitsandbytes(case.optim) and "8bit" in case.optim):
+    if not (case.recipe.lora and is_bitsandbytes(case.optim) and "8bit" in case.optim):
         return None
     saved = 6 * case.model.trainable_parameters / GIB
-    return f"training.optim: {case.optim} saves {saved:.2f} GiB of an adapter" if saved < 0.5 else None
+    return f"training.optim: {case.optim} saves {saved:.2f} GiB for an adapter" if saved < 0.5 else None

@@ -1,11 +1,11 @@
-"""What a rule is, what it looks at, and how all of them are applied. The rules are this module's siblings."""
+"""What a rule is, what it checks, and how all of them are applied. The rules are in the other modules of this room."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from distft import extras
 from distft.errors import PlanError
@@ -19,27 +19,17 @@ if TYPE_CHECKING:
     from distft.models.shapes import ModelShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """One combination to check: a recipe under a strategy on some devices.
-
-    A script of one's own has `script` instead of `recipe`, and nothing is known of its model. What is None has not been
-    worked out (yet), and no rule fires for it.
-    """
+    """One combination to check: a recipe, or your own script, under a strategy on some devices."""
 
     strategy: str
     offload: str
     shard_size: int
     topology: Topology
     device: Device
-    recipe: Recipe | None = None
-    head_dim: int | None = None
-    model: ModelShape | None = None
-    script: ScriptSettings | None = None
-    bandwidth: float | None = None  # between nodes, GB/s of one node
-    gradient_checkpointing: bool | None = None
-    micro_batch_size: int | None = None
-    accumulation: int | None = None
+    settings: Recipe | ScriptSettings
+    bandwidth: float | None = None  # between nodes, GB/s of one node; None: unknown
 
     @property
     def kind(self) -> Kind:
@@ -64,29 +54,17 @@ class Case:
 
     @property
     def mixed_precision(self) -> str:
-        settings = self.recipe or self.script
-        return settings.training.mixed_precision if settings else "no"
-
-    @property
-    def quantization(self) -> str | None:
-        return self.recipe.model.quantization if self.recipe else None
-
-    @property
-    def trainer(self) -> Mapping[str, Any]:
-        """trainer.overrides."""
-        return self.recipe.trainer.overrides if self.recipe else {}
+        return self.settings.training.mixed_precision
 
     @property
     def deepspeed(self) -> Mapping[str, Any]:
         """deepspeed.overrides."""
-        settings = self.recipe or self.script
-        return settings.deepspeed.overrides if settings else {}
+        return self.settings.deepspeed.overrides
 
     @property
     def fsdp_config(self) -> Mapping[str, Any]:
-        """fsdp.overrides, every key with its `fsdp_`, which accelerate_environment takes away again."""
-        settings = self.recipe or self.script
-        given = settings.fsdp.overrides if settings else {}
+        """fsdp.overrides, every key with its `fsdp_`, which accelerate_environment takes off again."""
+        given = self.settings.fsdp.overrides
         return {key if key.startswith("fsdp_") else f"fsdp_{key}": value for key, value in given.items()}
 
     @property
@@ -94,26 +72,12 @@ class Case:
         return str(self.fsdp_config.get("fsdp_version", 2))
 
     def zero_option(self, *keys: str) -> Any:
-        """What deepspeed.overrides says below zero_optimization; None for nothing."""
+        """What deepspeed.overrides has below zero_optimization; None for nothing."""
         return look(self.deepspeed, "zero_optimization", *keys)
 
     def offloads(self, what: str) -> bool:
         """Whether parallelism.offload moves the `optimizer`, or the `param`eters."""
         return self.offload == "all" or (self.offload == "optimizer" and what == "optimizer")
-
-    @property
-    def optim(self) -> str:
-        """The optimizer that really runs: trainer.overrides may name one that the recipe has no word for."""
-        return str(self.trainer.get("optim", self.recipe.training.optim if self.recipe else ""))
-
-    @property
-    def attention(self) -> str:
-        """model.attn_implementation; `auto` is `sdpa` where FlashAttention-2 cannot run (models/attention.py)."""
-        wanted = self.recipe.model.attn_implementation if self.recipe else "auto"
-        device = self.device
-        if wanted == "auto" and no_flash_attention(device.type, device.compute_capability, self.mixed_precision):
-            return "sdpa"
-        return wanted
 
     @property
     def on_cpu(self) -> bool:
@@ -123,10 +87,54 @@ class Case:
     def before_ampere(self) -> bool:
         return (self.device.compute_capability or AMPERE) < AMPERE
 
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptCase(Case):
+    """Your own script: nothing is known about its model and its training."""
+
+    settings: ScriptSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeCase(Case):
+    """A recipe. What is None has not been derived yet, and no rule applies to it."""
+
+    settings: Recipe
+    model: ModelShape
+    gradient_checkpointing: bool | None = None
+    micro_batch_size: int | None = None
+    accumulation: int | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.settings
+
+    @property
+    def quantization(self) -> str | None:
+        return self.recipe.model.quantization
+
+    @property
+    def trainer(self) -> Mapping[str, Any]:
+        """trainer.overrides."""
+        return self.recipe.trainer.overrides
+
+    @property
+    def optim(self) -> str:
+        """The optimizer that actually runs: trainer.overrides may name one that the recipe has no word for."""
+        return str(self.trainer.get("optim", self.recipe.training.optim))
+
+    @property
+    def attention(self) -> str:
+        """model.attn_implementation; `auto` is `sdpa` where FlashAttention-2 cannot run (models/attention.py)."""
+        wanted, device = self.recipe.model.attn_implementation, self.device
+        if wanted == "auto" and no_flash_attention(device.type, device.compute_capability, self.mixed_precision):
+            return "sdpa"
+        return wanted
+
     @property
     def whole_config(self) -> Mapping[str, Any]:
         """The model's config.json."""
-        return self.model.config if self.model else {}
+        return self.model.config
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -139,43 +147,44 @@ class Case:
         return str(self.whole_config.get("model_type") or "")
 
     @property
-    def has_code(self) -> bool:
-        """Whether Python code of its own comes with the model."""
+    def has_remote_code(self) -> bool:
+        """Whether the model comes with its own Python code."""
         return look(self.whole_config, "auto_map", "AutoModelForCausalLM") is not None
 
     @property
-    def own_code(self) -> bool:
-        """Whether that code makes the model, not transformers."""
-        return self.has_code and bool(self.recipe and self.recipe.model.trust_remote_code)
+    def runs_remote_code(self) -> bool:
+        """Whether that code builds the model, rather than transformers."""
+        return self.has_remote_code and self.recipe.model.trust_remote_code
 
     @property
     def is_moe(self) -> bool:
-        """A mixture of experts, by the words that transformers' configs have for their number."""
+        """Whether the model is a mixture of experts, by the names that transformers' configs have for their number."""
         names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
         return any(isinstance(n := self.config.get(name), int) and n > 1 for name in names)
 
     @property
     def disk_quantization(self) -> Mapping[str, Any]:
-        """How the weights on disk are quantised already; {} for plain weights."""
+        """How the weights on disk are quantized already; {} for plain weights."""
         found = self.whole_config.get("quantization_config")
         return found if isinstance(found, Mapping) else {}
 
 
 Check = Callable[[Case], "str | None"]
+RecipeCheck = Callable[[RecipeCase], "str | None"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A named rule. `check` says what is wrong with a case, or nothing."""
+    """A named rule. `check` returns what is wrong with a case, or None."""
 
     name: str
     kind: str  # error: the case cannot run, or would not do what it says; warning: it is unwise
-    family: str  # the module it stands in
-    when: str  # it fires, in a line
+    family: str  # the module it is in
+    when: str  # what it applies to, in one line
     source: str
-    mend: str
-    versions: tuple[str, ...]  # such as "deepspeed<0.19.4": it holds for these alone; () for all
-    check: Check
+    fix: str
+    versions: tuple[str, ...]  # such as "deepspeed<0.19.4": it holds for these only; () for all
+    check: Check | RecipeCheck
     for_scripts: bool
 
     @property
@@ -186,7 +195,7 @@ class Rule:
     def holds(self) -> bool:
         """Whether the packages installed here are of the versions that this rule is about.
 
-        One that is not installed (on a login node) says nothing, and the rule is silent.
+        About a package that is not installed (on a login node) nothing is known, and the rule is silent.
         """
         if not self.versions:
             return True
@@ -195,41 +204,50 @@ class Rule:
         return all(name in found and extras.within(found[name], bounds) for name, bounds in wanted)
 
     def __call__(self, case: Case) -> str | None:
-        """What is wrong with a case and the mend, or None."""
-        text = self.check(case) if case.recipe or self.for_scripts else None
-        return f"{text}; {self.mend}" if text and self.holds() else None
+        """What is wrong with a case and the fix, or None."""
+        applies = self.for_scripts or isinstance(case, RecipeCase)
+        text = self.check(case) if applies else None  # type: ignore[arg-type]  # `rule` pairs checks with for_scripts
+        return f"{text}; {self.fix}" if text and self.holds() else None
 
 
 RULES: list[Rule] = []
 
 
+@overload
 def rule(
-    when: str, source: str, mend: str, *, kind: str = "error", versions: Sequence[str] = (), for_scripts: bool = False
-) -> Callable[[Check], Check]:
-    """Register the function below under its name; its docstring is the explanation.
+    when: str, source: str, fix: str, *, kind: str = "error", versions: Sequence[str] = (), for_scripts: Literal[True]
+) -> Callable[[Check], Check]: ...
+@overload
+def rule(
+    when: str, source: str, fix: str, *, kind: str = "error", versions: Sequence[str] = ()
+) -> Callable[[RecipeCheck], RecipeCheck]: ...
+def rule(
+    when: str, source: str, fix: str, *, kind: str = "error", versions: Sequence[str] = (), for_scripts: bool = False
+) -> Callable[[Any], Any]:
+    """Register the function below as a rule of its name; its docstring is the explanation.
 
     Args:
-        when: what it fires for, in a line.
-        source: where it can be read or seen that this is so.
-        mend: what to do instead, in half a sentence.
-        for_scripts: it needs no recipe, and holds for a script of one's own too.
+        when: what it applies to, in one line.
+        source: where this can be read, or how it was seen.
+        fix: what to do instead, in half a sentence.
+        for_scripts: it needs no recipe, and applies to your own scripts too.
     """
 
-    def register(check: Check) -> Check:
+    def register(check: Any) -> Any:
         name, family = check.__name__.replace("_", "-"), check.__module__.rpartition(".")[2]
-        RULES.append(Rule(name, kind, family, when, source, mend, tuple(versions), check, for_scripts))
+        RULES.append(Rule(name, kind, family, when, source, fix, tuple(versions), check, for_scripts))
         return check
 
     return register
 
 
 def broken(case: Case) -> list[tuple[Rule, str]]:
-    """The errors of a case: each rule that it breaks, with what is wrong and the mend."""
+    """The errors of a case: each rule that it breaks, with what is wrong and the fix."""
     return _applied(case, "error")
 
 
 def unwise(case: Case) -> list[tuple[Rule, str]]:
-    """The same for warnings."""
+    """The warnings of a case, likewise."""
     return _applied(case, "warning")
 
 
@@ -241,14 +259,14 @@ def apply(case: Case) -> None:
     """Check a case against every rule.
 
     Raises:
-        PlanError: all that it breaks, a line each, with the mend and the rule's name.
+        PlanError: all rules that it breaks, one per line, with the fix and the rule's name.
     """
     if found := broken(case):
         raise PlanError("\n".join(sentences(found)))
 
 
 def warnings(case: Case) -> list[str]:
-    """What is unwise about a case, a sentence each, for plan.warnings."""
+    """What is unwise about a case, one sentence each, for plan.warnings."""
     return sentences(unwise(case))
 
 
@@ -258,7 +276,7 @@ def sentences(found: Sequence[tuple[Rule, str]]) -> list[str]:
 
 def parse(requirement: str) -> tuple[str, list[tuple[str, str]]]:
     """`deepspeed>=0.19,<0.19.4` → its name and [(">=", "0.19"), ("<", "0.19.4")]."""
-    name = re.match(r"[\w-]+", requirement)[0]
+    name = re.split(r"[^\w-]", requirement, maxsplit=1)[0]
     return name, re.findall(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)", requirement)
 
 
@@ -272,7 +290,7 @@ def look(mapping: Any, *keys: str) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value in a word, as YAML spells it."""
+    """A value in one word, as YAML spells it."""
     if isinstance(value, (Mapping, list)):
         return "a group" if isinstance(value, Mapping) else "a list"
     return {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value)[:60])

@@ -1,12 +1,11 @@
-"""What the overrides may say: DeepSpeed's config, accelerate's fsdp_config, transformers' arguments."""
+"""What the overrides may contain: DeepSpeed's config, accelerate's fsdp_config, transformers' arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from distft.rules import upstream
-from distft.rules.core import Case, look, rule, show
+from distft.rules.core import Case, RecipeCase, ScriptCase, look, rule, show
 
 ZERO = "deepspeed.overrides.zero_optimization"
 
@@ -22,7 +21,7 @@ ZERO = "deepspeed.overrides.zero_optimization"
     for_scripts=True,
 )
 def deepspeed_keys_must_exist(case: Case) -> str | None:
-    """DeepSpeed looks for the keys that it knows and overlooks all others: a misspelt one is as good as absent."""
+    """DeepSpeed looks for the keys that it knows and ignores all others: a misspelled one has no effect."""
     if not case.zero:
         return None
     unknown = case.deepspeed.keys() - upstream.DEEPSPEED_KEYS - upstream.DEEPSPEED_REMOVED
@@ -36,8 +35,8 @@ def deepspeed_keys_must_exist(case: Case) -> str | None:
     for_scripts=True,
 )
 def zero_keys_must_exist(case: Case) -> str | None:
-    """Below zero_optimization DeepSpeed takes no key that it does not know; every rank would end, after the weights
-    were loaded.
+    """Below zero_optimization DeepSpeed accepts no key that it does not know; every rank would fail, after loading the
+    weights.
     """
     section = case.zero_option()
     if not case.zero or not isinstance(section, dict):
@@ -46,14 +45,14 @@ def zero_keys_must_exist(case: Case) -> str | None:
 
 
 @rule(
-    "deepspeed.overrides.zero_optimization.stage of another strategy",
+    "a deepspeed.overrides.zero_optimization.stage that is not the strategy's",
     "distft/train/strategy_check.py, check; accelerate 1.15 utils/dataclasses.py, DeepSpeedPlugin",
     "set parallelism.strategy instead",
     for_scripts=True,
 )
-def the_strategy_is_the_stage(case: Case) -> str | None:
-    """The stage is planned for: memory, zero.Init, saving. Another one in the config makes the plan wrong, and the run
-    ends when it sees what wraps the model.
+def the_strategy_sets_the_stage(case: Case) -> str | None:
+    """The plan depends on the stage: memory, zero.Init, saving. Another one in the config makes the plan wrong, and the
+    run fails when it checks what wraps the model.
     """
     stage = case.zero_option("stage")
     if case.zero and stage is not None and str(stage) != str(case.zero_stage):
@@ -68,7 +67,7 @@ def the_strategy_is_the_stage(case: Case) -> str | None:
     for_scripts=True,
 )
 def offload_is_planned(case: Case) -> str | None:
-    """What lies in host memory is planned for. An override that moves something else there, or keeps it on the GPU,
+    """The plan counts what is in host memory. An override that moves something else there, or keeps it on the GPU,
     makes the plan's memory wrong.
     """
     for what in ("optimizer", "param") if case.zero else ():
@@ -83,30 +82,30 @@ def offload_is_planned(case: Case) -> str | None:
 
 @rule(
     "round_robin_gradients under zero1 or zero2",
-    "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py:824 (_link_all_hp_params goes by the groups' order, "
-    "the flat masters by the round robin's); tests/integration/test_resume.py",
+    "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py:824 (_link_all_hp_params follows the order of the groups, the flat "
+    "masters that of the round robin); tests/integration/test_resume.py",
     "leave it out",
     for_scripts=True,
 )
-def round_robin_mixes_parameters_up(case: Case) -> str | None:
-    """It reorders parameters among the ranks, and a parameter's float32 master is then looked for where another's lies:
-    what is saved of it, and restored, is another's.
+def round_robin_mixes_up_parameters(case: Case) -> str | None:
+    """It reorders parameters among the ranks, and DeepSpeed then looks for a parameter's float32 master where another's
+    is: what is saved and restored under its name is another's.
     """
     if case.zero_stage in (1, 2) and case.zero_option("round_robin_gradients"):
-        return f"{ZERO}.round_robin_gradients: got true, which mixes parameters up in what is saved"
+        return f"{ZERO}.round_robin_gradients: got true, which mixes up the saved parameters"
     return None
 
 
 @rule(
     "offload to nvme without zero3, or without an nvme_path",
     "https://www.deepspeed.ai/docs/config-json/#parameter-offloading; DeepSpeed 0.19.8 "
-    "runtime/zero/stage_1_and_2.py:229 "
-    "(NVMe offload uses the CPU's path) and partition_parameters.py:1229 (nvme_path cannot be None)",
+    "runtime/zero/stage_1_and_2.py:229 (NVMe offload uses the CPU's path) and partition_parameters.py:1229 (nvme_path "
+    "cannot be None)",
     "use zero3 and name an nvme_path, or device: cpu",
     for_scripts=True,
 )
 def nvme_needs_zero3_and_a_path(case: Case) -> str | None:
-    """Only ZeRO-3 swaps to disk; stages 1 and 2 would quietly use host memory. Where to is never guessed."""
+    """Only ZeRO-3 swaps to disk; stages 1 and 2 would silently use host memory. The path is never guessed."""
     for what in ("optimizer", "param") if case.zero else ():
         section = case.zero_option(f"offload_{what}")
         if look(section, "device") == "nvme" and (case.zero_stage != 3 or not look(section, "nvme_path")):
@@ -117,31 +116,30 @@ def nvme_needs_zero3_and_a_path(case: Case) -> str | None:
 @rule(
     "offload_optimizer.ratio below 1 without zero3 and DeepSpeedCPUAdam",
     "DeepSpeed 0.19.8 runtime/zero/config.py:399 (Partial offloading only supported for ZeRO Stage 3) and "
-    "stage3.py:316 "
-    "(Hybrid Optimizer Only Supports DeepSpeedCPUAdam)",
+    "stage3.py:316 (Hybrid Optimizer Only Supports DeepSpeedCPUAdam)",
     "leave the ratio out, or use zero3 with deepspeed.overrides.zero_force_ds_cpu_optimizer: true",
     for_scripts=True,
 )
 def partial_offload_needs_zero3_and_cpu_adam(case: Case) -> str | None:
-    """Splitting the optimizer between host and GPU is ZeRO-3's, and its host part must be DeepSpeedCPUAdam. distft lets
-    torch's AdamW step on the host unless told otherwise.
+    """Only ZeRO-3 can split the optimizer between host and GPU, and its host part must be DeepSpeedCPUAdam. By default
+    distft lets torch's AdamW step on the host.
     """
     ratio = case.zero_option("offload_optimizer", "ratio")
     if not (case.zero and case.offloads("optimizer") and isinstance(ratio, (int, float)) and ratio < 1):
         return None
     if case.zero_stage == 3 and case.deepspeed.get("zero_force_ds_cpu_optimizer"):
         return None
-    return f"{ZERO}.offload_optimizer.ratio: got {show(ratio)}, which {case.strategy} with torch's AdamW does not have"
+    return f"{ZERO}.offload_optimizer.ratio: got {show(ratio)}, not possible for {case.strategy} with torch's AdamW"
 
 
 @rule(
-    "batch, clipping or precision in deepspeed.overrides, other than the recipe's",
+    "batch size, clipping or precision in deepspeed.overrides, other than the recipe's",
     "transformers 5.23 integrations/deepspeed.py:145, trainer_config_process: mismatches end the run",
     "set training.* instead, and leave it out here",
 )
-def deepspeed_must_agree_with_the_recipe(case: Case) -> str | None:
-    """Batch, clipping and precision are the recipe's and stand in the generated config. transformers compares that
-    config with its arguments and ends where they differ.
+def deepspeed_must_agree_with_the_recipe(case: RecipeCase) -> str | None:
+    """The recipe sets batch size, clipping and precision, and the generated config has them. transformers compares that
+    config with its own arguments and fails where they differ.
     """
     if not case.zero:
         return None
@@ -171,7 +169,7 @@ def deepspeed_must_agree_with_the_recipe(case: Case) -> str | None:
 def zero3_averages_gradients(case: Case) -> str | None:
     """ZeRO-3 refuses to sum gradients over the ranks."""
     if case.zero_stage == 3 and case.deepspeed.get("gradient_allreduce_op") == "sum":
-        return "deepspeed.overrides.gradient_allreduce_op: zero3 does not have sum"
+        return "deepspeed.overrides.gradient_allreduce_op: zero3 does not support sum"
     return None
 
 
@@ -181,9 +179,9 @@ def zero3_averages_gradients(case: Case) -> str | None:
     "leave it out",
     kind="warning",
 )
-def sums_of_gradients_grow_with_the_width(case: Case) -> str | None:
+def summed_gradients_grow_with_the_world_size(case: RecipeCase) -> str | None:
     """The loss is already the mean over the whole global batch. Gradients that are summed instead of averaged grow with
-    the number of ranks, and with them every step before clipping: the recipe would train differently at every width.
+    the number of ranks, and so does every step before clipping: the recipe would train differently at every world size.
     """
     if case.zero_stage in (1, 2) and case.deepspeed.get("gradient_allreduce_op") == "sum":
         return (
@@ -207,7 +205,7 @@ def reduce_scatter_takes_no_prescaling(case: Case) -> str | None:
     divides = case.deepspeed.get("gradient_predivide_factor", 1) != 1
     if case.zero_stage in (2, 3) and (scales or divides) and case.zero_option("reduce_scatter") is not False:
         key = "prescale_gradients" if scales else "gradient_predivide_factor"
-        return f"deepspeed.overrides.{key}: not with reduce_scatter, which {case.strategy} uses"
+        return f"deepspeed.overrides.{key}: not possible with reduce_scatter, which {case.strategy} uses"
     return None
 
 
@@ -218,19 +216,15 @@ def reduce_scatter_takes_no_prescaling(case: Case) -> str | None:
     for_scripts=True,
 )
 def gradient_norm_is_needed(case: Case) -> str | None:
-    """compute_grad_norm: false is for stages 1 and 2, without offload and without clipping; stage 1 in bf16 with
-    float32 sums, as distft writes it, does not have it either.
+    """compute_grad_norm: false is for stages 1 and 2, without offload and without clipping; nor does stage 1 support it
+    in bf16 with float32 sums, as distft configures it.
     """
     if not case.zero or case.zero_option("compute_grad_norm") is not False:
         return None
-    clips = bool(case.recipe and case.recipe.training.max_grad_norm)
-    if (
-        case.zero_stage == 3
-        or case.offload != "none"
-        or clips
-        or (case.zero_stage == 1 and case.mixed_precision == "bf16")
-    ):
-        return f"{ZERO}.compute_grad_norm: false is not for {case.strategy} with this offload, clipping and precision"
+    clips = isinstance(case, RecipeCase) and case.recipe.training.max_grad_norm > 0
+    in_bf16 = case.zero_stage == 1 and case.mixed_precision == "bf16"
+    if case.zero_stage == 3 or case.offload != "none" or clips or in_bf16:
+        return f"{ZERO}.compute_grad_norm: false needs zero1 or zero2 without offload and clipping, and zero1 no bf16"
     return None
 
 
@@ -241,8 +235,8 @@ def gradient_norm_is_needed(case: Case) -> str | None:
     for_scripts=True,
 )
 def low_precision_masters_need_cpu_adam(case: Case) -> str | None:
-    """16-bit master weights are for DeepSpeedCPUAdam under ZeRO-Offload; only with bf16_optimizer_states too, and
-    nothing offloaded, does another optimizer do.
+    """16-bit master weights are for DeepSpeedCPUAdam under ZeRO-Offload. Another optimizer works only together with
+    bf16_optimizer_states, and only with nothing offloaded.
     """
     if not case.zero:
         return None
@@ -265,8 +259,8 @@ def low_precision_masters_need_cpu_adam(case: Case) -> str | None:
     for_scripts=True,
 )
 def hpz_groups_divide_the_ranks(case: Case) -> str | None:
-    """hpZ keeps a second copy of the weights in each group of ranks, so that the backward pass gathers inside the
-    group. It is ZeRO-3's, and the groups must come out even.
+    """hpZ keeps a second copy of the weights in each group of ranks, so that the backward pass gathers within the
+    group. Only ZeRO-3 has it, and all groups must have the same size.
     """
     size = case.zero_option("zero_hpz_partition_size")
     if not case.zero or type(size) is not int or size <= 1:
@@ -283,12 +277,12 @@ def hpz_groups_divide_the_ranks(case: Case) -> str | None:
     "use training.optim, training.weight_decay and training.lr_scheduler_type",
     kind="warning",
 )
-def the_recipe_has_the_optimizer(case: Case) -> str | None:
+def the_optimizer_belongs_in_the_recipe(case: RecipeCase) -> str | None:
     """DeepSpeed builds what its config names, over all parameters alike: norms and biases decay too, and the schedule
-    is another, so that the losses are not those of the other strategies.
+    differs, so the losses are not those of the other strategies.
     """
     named = [key for key in ("optimizer", "scheduler") if case.zero and case.deepspeed.get(key)]
-    return f"deepspeed.overrides: {' and '.join(named)} of DeepSpeed's replace the recipe's" if named else None
+    return f"deepspeed.overrides: DeepSpeed's {' and '.join(named)} would replace the recipe's" if named else None
 
 
 @rule(
@@ -299,12 +293,12 @@ def the_recipe_has_the_optimizer(case: Case) -> str | None:
     kind="warning",
     for_scripts=True,
 )
-def zero3_scripts_gather_to_save(case: Case) -> str | None:
-    """A script's save_model() under ZeRO-3 writes a model only if DeepSpeed gathers it first; otherwise a checkpoint of
-    pieces that zero_to_fp32.py must join. (A recipe's weights are gathered by distft itself.)
+def zero3_scripts_must_gather_to_save(case: Case) -> str | None:
+    """A script's save_model() under ZeRO-3 writes a model only if DeepSpeed gathers it first; otherwise it writes a
+    checkpoint in pieces, which zero_to_fp32.py must join. (For a recipe, distft gathers the weights itself.)
     """
     key = "stage3_gather_16bit_weights_on_model_save"
-    if case.script and case.zero_stage == 3 and case.zero_option(key) is False:
+    if isinstance(case, ScriptCase) and case.zero_stage == 3 and case.zero_option(key) is False:
         return f"{ZERO}.{key}: without it save_model() writes no model"
     return None
 
@@ -319,7 +313,7 @@ def zero3_scripts_gather_to_save(case: Case) -> str | None:
     for_scripts=True,
 )
 def fsdp_keys_must_exist(case: Case) -> str | None:
-    """fsdp_config reaches accelerate as environment variables; one that nobody reads is overlooked."""
+    """fsdp_config reaches accelerate as environment variables; one that nobody reads is ignored."""
     if not case.fsdp:
         return None
     keys = upstream.FSDP_KEYS | upstream.FSDP1_KEYS
@@ -331,9 +325,9 @@ def fsdp_keys_must_exist(case: Case) -> str | None:
     "distft/train/strategy_check.py looks for torch's FSDPModule, which is FSDP2's",
     "leave it out",
 )
-def recipes_use_fsdp2(case: Case) -> str | None:
-    """A recipe's trainer is written for FSDP2: dtypes, saving and the check of what wraps the model. Under FSDP1 the
-    run ends at that check.
+def recipes_use_fsdp2(case: RecipeCase) -> str | None:
+    """The trainer of recipes is written for FSDP2: dtypes, saving and the check of what wraps the model. Under FSDP1
+    the run fails at that check.
     """
     if case.fsdp and case.fsdp_version != "2":
         return f"fsdp.overrides.fsdp_version: got {case.fsdp_version}, and recipes run under FSDP2"
@@ -341,31 +335,31 @@ def recipes_use_fsdp2(case: Case) -> str | None:
 
 
 @rule(
-    "keys of FSDP1 in fsdp.overrides under FSDP2",
+    "FSDP1's keys in fsdp.overrides under FSDP2",
     "accelerate 1.15 utils/dataclasses.py:1845 (sharding strategy), :1904 (prefetch), :1938-1953: read for "
-    "fsdp_version 1 alone",
+    "fsdp_version 1 only",
     "leave it out, or for a script: fsdp.overrides.fsdp_version: 1",
     for_scripts=True,
 )
-def fsdp1_keys_are_not_fsdp2s(case: Case) -> str | None:
-    """FSDP2 has no sharding strategy, prefetch or use_orig_params to choose, and accelerate does not read them for it:
-    what was asked for would quietly not be.
+def fsdp2_has_no_fsdp1_keys(case: Case) -> str | None:
+    """FSDP2 has no choice of sharding strategy, prefetch or use_orig_params, and accelerate does not read these keys
+    for it: they would silently have no effect.
     """
     given = sorted(case.fsdp_config.keys() & upstream.FSDP1_KEYS)
     if case.fsdp and case.fsdp_version == "2" and given:
-        return f"fsdp.overrides: {', '.join(given)} of FSDP1"
+        return f"fsdp.overrides: got {', '.join(given)}, which FSDP2 does not have"
     return None
 
 
 @rule(
-    "fsdp_reshard_after_forward that is no boolean under FSDP2, or one under FSDP1",
+    "fsdp_reshard_after_forward that is not a boolean under FSDP2, or is one under FSDP1",
     "accelerate 1.15 utils/dataclasses.py:1876-1885: a `bool` with FSDP2, a `str` with FSDP1",
-    "true or false with FSDP2; FULL_SHARD, SHARD_GRAD_OP, ... with fsdp_version: 1",
+    "use true or false with FSDP2; FULL_SHARD, SHARD_GRAD_OP, ... with fsdp_version: 1",
     for_scripts=True,
 )
 def reshard_after_forward_has_two_spellings(case: Case) -> str | None:
-    """FSDP2 asks whether weights are freed after the forward pass, FSDP1 for a sharding strategy by name. distft writes
-    true, so a script that wants FSDP1 must name its strategy.
+    """For FSDP2 it says whether weights are freed after the forward pass, for FSDP1 it names a sharding strategy.
+    distft writes true, so a script that wants FSDP1 must name its strategy.
     """
     if not case.fsdp:
         return None
@@ -391,28 +385,29 @@ def fsdp2_has_no_local_state_dict(case: Case) -> str | None:
 @rule(
     "a script under fsdp or hsdp with fsdp_state_dict_type: SHARDED_STATE_DICT",
     "transformers 5.23 trainer.py, save_model: writes under FSDP only with FULL_STATE_DICT; seen with accelerate 1.15",
-    "leave it at FULL_STATE_DICT, or have the script save by itself",
+    "leave it at FULL_STATE_DICT, or save the model in the script itself",
     kind="warning",
     for_scripts=True,
 )
 def sharded_state_dicts_save_no_model(case: Case) -> str | None:
-    """With SHARDED_STATE_DICT transformers' Trainer.save_model() writes nothing, in silence, and a script ends without
-    its model. (A recipe's weights are gathered by distft itself.)
+    """With SHARDED_STATE_DICT transformers' Trainer.save_model() silently writes nothing, and a script ends without its
+    model. (For a recipe, distft gathers the weights itself.)
     """
-    if case.script and case.fsdp and _text(case, "fsdp_state_dict_type") == "SHARDED_STATE_DICT":
+    sharded = case.fsdp and _text(case, "fsdp_state_dict_type") == "SHARDED_STATE_DICT"
+    if isinstance(case, ScriptCase) and sharded:
         return "fsdp.overrides.fsdp_state_dict_type: with SHARDED_STATE_DICT transformers' save_model() writes nothing"
     return None
 
 
 @rule(
-    "fsdp_activation_checkpointing beside training.gradient_checkpointing",
+    "fsdp_activation_checkpointing together with training.gradient_checkpointing",
     "transformers 5.23 trainer.py:880: can't both be set to True",
     "leave fsdp_activation_checkpointing out: training.gradient_checkpointing does the same under every strategy",
 )
-def checkpointing_is_set_once(case: Case) -> str | None:
-    """FSDP's checkpointing and the model's own would recompute every block twice; transformers ends."""
+def checkpointing_is_set_once(case: RecipeCase) -> str | None:
+    """With FSDP's checkpointing and the model's own, every block would be recomputed twice; transformers refuses it."""
     if case.fsdp and case.gradient_checkpointing and case.fsdp_config.get("fsdp_activation_checkpointing"):
-        return "fsdp.overrides.fsdp_activation_checkpointing: on beside training.gradient_checkpointing"
+        return "fsdp.overrides.fsdp_activation_checkpointing: true together with training.gradient_checkpointing"
     return None
 
 
@@ -423,9 +418,7 @@ def checkpointing_is_set_once(case: Case) -> str | None:
     for_scripts=True,
 )
 def activation_offload_needs_checkpointing(case: Case) -> str | None:
-    """What is moved to the host are the inputs that FSDP2's own checkpointing keeps; without it there is nothing to
-    move.
-    """
+    """It moves to the host the inputs that FSDP2's own checkpointing keeps; without that there is nothing to move."""
     config = case.fsdp_config
     if not case.fsdp or not config.get("fsdp_activation_checkpointing_offload"):
         return None
@@ -439,9 +432,9 @@ def activation_offload_needs_checkpointing(case: Case) -> str | None:
     "seen with accelerate 1.15 and transformers 5.23 (distft/strategies/accelerate.py, fsdp_config)",
     "leave it out: distft turns it off with quantization",
 )
-def quantized_weights_are_read_by_all_ranks(case: Case) -> str | None:
-    """With fsdp_cpu_ram_efficient_loading one rank reads the weights and sends them on, but accelerate does not send
-    bitsandbytes weights: the other ranks would train with what happened to lie in memory.
+def quantized_weights_are_read_by_all_ranks(case: RecipeCase) -> str | None:
+    """With fsdp_cpu_ram_efficient_loading one rank reads the weights and sends them to the others, but accelerate does
+    not send bitsandbytes weights: the other ranks would train on uninitialized memory.
     """
     if case.fsdp and case.quantization and case.fsdp_config.get("fsdp_cpu_ram_efficient_loading"):
         return f"fsdp.overrides.fsdp_cpu_ram_efficient_loading: true loses {case.quantization} weights"
@@ -456,8 +449,8 @@ def quantized_weights_are_read_by_all_ranks(case: Case) -> str | None:
     for_scripts=True,
 )
 def one_unit_gathers_all_weights(case: Case) -> str | None:
-    """FSDP gathers a unit at a time. With NO_WRAP the whole model is one unit, gathered as a whole in every forward
-    pass: the peak is that of no sharding, and nothing overlaps.
+    """FSDP gathers one unit at a time. With NO_WRAP the whole model is one unit, gathered as a whole in every forward
+    pass: the peak is that without sharding, and nothing overlaps.
     """
     if case.fsdp and _text(case, "fsdp_auto_wrap_policy") == "NO_WRAP":
         return "fsdp.overrides.fsdp_auto_wrap_policy: NO_WRAP gathers all weights at once"
@@ -472,13 +465,13 @@ def one_unit_gathers_all_weights(case: Case) -> str | None:
     "transformers training_args.py, TrainingArguments: a dataclass takes no other arguments",
     "correct or remove it",
 )
-def trainer_arguments_must_exist(case: Case) -> str | None:
-    """An argument that TrainingArguments does not have ends every rank. Checked where transformers is installed."""
+def trainer_arguments_must_exist(case: RecipeCase) -> str | None:
+    """Every rank fails on an argument that TrainingArguments does not have. Checked where transformers is installed."""
     names = upstream.trainer_arguments() if case.trainer else None
     return _unknown("trainer.overrides", case.trainer.keys() - names, names) if names else None
 
 
-# Arguments that distft derives or does itself → where to say it.
+# Arguments that distft derives or handles itself → where to set them.
 PLANNED = {
     "output_dir": "output_dir",
     "per_device_train_batch_size": "training.micro_batch_size",
@@ -505,26 +498,26 @@ PLANNED = {
     "load_best_model_at_end": "training.eval_steps, and choose among checkpoints/",
     "eval_strategy": "training.eval_steps",
     "eval_steps": "training.eval_steps",
-    "average_tokens_across_devices": "nothing: the loss is the mean over the whole global batch at every width",
+    "average_tokens_across_devices": "nothing: the loss is the mean over the whole global batch at every world size",
     "remove_unused_columns": "nothing: the rows have exactly what is needed",
     "report_to": "training.report_to",
 }
 
 
 @rule(
-    "trainer.overrides of what the recipe has a field for, or distft does itself",
+    "trainer.overrides for what the recipe has a field for, or distft handles itself",
     "distft/train/trainer.py, training_arguments: what the plan, the sampler and the saving rely on",
-    "say it where the recipe does, and leave it out here",
+    "set it in the recipe, and leave it out here",
 )
-def planned_arguments_are_the_recipes(case: Case) -> str | None:
-    """Batch, steps, precision, sharding and saving are derived from the recipe and planned for. Set behind the plan's
-    back, the run would not be what plan.json says, or would end (transformers' own saving fails under FSDP2 with
-    adapters).
+def planned_arguments_belong_in_the_recipe(case: RecipeCase) -> str | None:
+    """Batch size, steps, precision, sharding and saving follow from the recipe, and the plan counts on them. With an
+    override, the run would not be what plan.json describes, or would fail (transformers' own saving does not work under
+    FSDP2 with adapters).
     """
     if not case.trainer:
         return None
     given = [f"{key} (set {PLANNED[key]})" for key in sorted(case.trainer.keys() & PLANNED.keys())]
-    return f"trainer.overrides: {', '.join(given)}" if given else None
+    return f"trainer.overrides: got {', '.join(given)}" if given else None
 
 
 @rule(
@@ -532,8 +525,8 @@ def planned_arguments_are_the_recipes(case: Case) -> str | None:
     "transformers 5.23 training_args.py:1682: --tf32 requires Ampere or a newer GPU arch",
     "leave it out",
 )
-def tf32_needs_ampere(case: Case) -> str | None:
-    """TF32 is a mode of tensor cores of compute capability 8.0 and later; transformers ends where it cannot be had."""
+def tf32_needs_ampere(case: RecipeCase) -> str | None:
+    """TF32 is a mode of tensor cores of compute capability 8.0 and later; elsewhere transformers refuses it."""
     if case.trainer.get("tf32") is True and (case.on_cpu or case.before_ampere):
         return f"trainer.overrides.tf32: {case.device.name} has no TF32"
     return None
@@ -544,14 +537,14 @@ def tf32_needs_ampere(case: Case) -> str | None:
     "transformers 5.23 integrations/integration_utils.py:2674, get_reporting_integration_callbacks",
     "use names that it has, or report_to: []",
 )
-def trackers_must_be_known(case: Case) -> str | None:
-    """transformers' Trainer ends at a tracker that it has no callback for. Checked where transformers is installed."""
+def trackers_must_be_known(case: RecipeCase) -> str | None:
+    """transformers' Trainer fails on a tracker that it has no callback for. Checked where transformers is installed."""
     wanted = case.recipe.training.report_to
     if not wanted or wanted in (["all"], ["none"]):
         return None
-    names = upstream.trackers()
+    names = upstream.trackers() or frozenset()
     unknown = sorted(set(wanted) - names) if names else []
-    return f"training.report_to: {', '.join(unknown)} is none of {', '.join(sorted(names))}" if unknown else None
+    return f"training.report_to: got {', '.join(unknown)}, not one of {', '.join(sorted(names))}" if unknown else None
 
 
 @rule(
@@ -562,28 +555,28 @@ def trackers_must_be_known(case: Case) -> str | None:
     for_scripts=True,
 )
 def overrides_of_another_strategy(case: Case) -> str | None:
-    """deepspeed.overrides are read under zero1 to zero3, fsdp.overrides under fsdp and hsdp."""
-    idle = []
+    """deepspeed.overrides are read under zero1, zero2 and zero3, fsdp.overrides under fsdp and hsdp."""
+    unread = []
     if case.deepspeed and not case.zero:
-        idle.append("deepspeed.overrides")
+        unread.append("deepspeed.overrides")
     if case.fsdp_config and not case.fsdp:
-        idle.append("fsdp.overrides")
-    return f"{' and '.join(idle)}: not read under {case.strategy}" if idle else None
+        unread.append("fsdp.overrides")
+    return f"{' and '.join(unread)}: not read under {case.strategy}" if unread else None
 
 
 def _unknown(where: str, unknown: Iterable[str], names: Iterable[str]) -> str | None:
-    """`where: unknown key a; did you mean b?`, for all of them."""
+    """`where: unknown key a (did you mean b?)`, for all of them."""
     if not unknown:
         return None
     from distft.config.schema_text import closest
 
-    said = []
+    found = []
     for key in sorted(map(str, unknown)):
         near = closest(key, sorted(names))
-        said.append(show(key) + (f" (did you mean {near}?)" if near else ""))
-    return f"{where}: unknown key {', '.join(said)}"
+        found.append(show(key) + (f" (did you mean {near}?)" if near else ""))
+    return f"{where}: unknown key {', '.join(found)}"
 
 
-def _text(case: Case, key: str) -> Any:
+def _text(case: Case, key: str) -> str:
     """A value of fsdp.overrides as accelerate compares it."""
     return str(case.fsdp_config.get(key, "")).upper()

@@ -1,7 +1,7 @@
 """What the rules know by name: model types, keys of configs, and how to look into the packages installed here.
 
-test_rules.py holds lists against the installed packages. Nothing here imports these: what can be read off their
-sources is read as text, so that it is right for the version that will run.
+tests/unit/test_rules.py compares the lists with the installed packages. Nothing here imports these: what their sources
+show is read as text, so that it is right for the version that will run.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 from functools import cache
 from pathlib import Path
 
-# Model types of transformers 5.17 to 5.23 in which a token of a packed row sees the document before it, although its
-# position ids start again there: tiny models of every type, the first document changed, the second looked at
-# (test_rules.py does so for some).
-# Attention that does not make its mask from position ids:
+# Model types of transformers 5.17 to 5.23 in which a token of a packed row sees the document before its own, although
+# position ids start again there. Found with tiny models of every type: the first document was changed, and the outputs
+# of the second compared (tests/unit/test_rules.py does so for some).
+# Attention that does not build its mask from position ids:
 MIXES_BY_MASK = frozenset(
     [
         "afmoe",
@@ -81,7 +81,7 @@ MIXES_BY_STATE = frozenset(
         "zaya",
     ]
 )
-# The same without any attention, so that no kernel of FlashAttention's could tell documents apart:
+# The same without any attention, so that not even FlashAttention's kernels could tell documents apart:
 NO_ATTENTION = frozenset(["falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"])
 
 # Model types whose class has no `_supports_sdpa` (transformers 5.17 to 5.23).
@@ -176,14 +176,18 @@ NO_CHECKPOINTING = frozenset(
     ["cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"]
 )
 
-# Weights quantised on disk, by transformers' quant_method (quantizers/*.py). Only adapters can be trained on top of
-# these, ...
+# Weights that are quantized on disk, by transformers' quant_method (quantizers/*.py). On top of these only adapters
+# can be trained, ...
 NEEDS_ADAPTERS = frozenset(["aqlm", "awq", "bitsandbytes", "eetq", "gptq", "hqq"])
-# ... and on top of these, not even adapters. (mxfp4, metal and fp8 are undone on loading where there is no kernel.)
+# ... and on top of these, nothing. (mxfp4, metal and fp8 are dequantized on loading where there is no kernel.)
 UNTRAINABLE = frozenset(["auto-round", "fbgemm_fp8", "gemma", "higgs", "nvfp4", "quark", "spqr", "vptq"])
 
-# Keys that deepspeed 0.19.4 to 0.19.8 look for at the top of a config. The second list is of features that were
-# removed on the way: where they are gone, DeepSpeed itself says so.
+# Types whose layers have classes of their own, which transformers 5 does not quantize (integrations/bitsandbytes.py,
+# replace_with_bnb_linear: `type(module) is nn.Linear`).
+NOT_QUANTIZED = ("falcon",)
+
+# Keys that deepspeed 0.19.4 to 0.19.8 look for at the top level of a config. The second list has features that were
+# removed between these versions: where one is gone, DeepSpeed itself reports it.
 DEEPSPEED_KEYS = frozenset(
     [
         "activation_checkpointing",
@@ -252,7 +256,7 @@ DEEPSPEED_REMOVED = frozenset(
         "sparse_gradients",
     ]
 )
-# What DeepSpeedZeroConfig takes (0.19.8), by name and by alias; any other key ends the run.
+# What DeepSpeedZeroConfig accepts (0.19.8), by name and by alias; the run fails on any other key.
 ZERO_KEYS = frozenset(
     [
         "allgather_bucket_size",
@@ -309,7 +313,7 @@ ZERO_KEYS = frozenset(
         "zero_quantized_weights",
     ]
 )
-# What accelerate's FSDP2 reads of the environment that its launcher makes of fsdp_config (utils/dataclasses.py,
+# What accelerate's FSDP2 reads from the environment that its launcher makes from fsdp_config (utils/dataclasses.py,
 # FullyShardedDataParallelPlugin), ...
 FSDP_KEYS = frozenset(
     [
@@ -341,20 +345,21 @@ FSDP1_KEYS = frozenset(
 
 
 def trainer_arguments() -> frozenset[str] | None:
-    """Names of the arguments of the installed transformers' TrainingArguments; None where there is none."""
+    """Names of the arguments of the installed transformers' TrainingArguments; None where it is not installed."""
     text = _source("transformers", "training_args.py")
-    return text and frozenset(re.findall(r"^    (\w+): [^\n]* = (?:field\(|[\w\"'\[])", text, re.MULTILINE))
+    field = r"^    (\w+): [^\n]* = (?:field\(|[\w\"'\[])"
+    return None if text is None else frozenset(re.findall(field, text, re.MULTILINE))
 
 
 def causal_lm_types() -> frozenset[str] | None:
-    """Model types that the installed transformers' AutoModelForCausalLM can make."""
+    """Model types that the installed transformers' AutoModelForCausalLM can build; None where it is not installed."""
     text = _source("transformers", "models/auto/modeling_auto.py")
     table = (text or "").partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)")[0]
     return frozenset(re.findall(r'\("([\w-]+)", ', table)) or None
 
 
 def trackers() -> frozenset[str] | None:
-    """Names that the installed transformers takes in report_to."""
+    """Names that the installed transformers accepts in report_to; None where it is not installed."""
     text = _source("transformers", "integrations/integration_utils.py")
     table = (text or "").partition("\nINTEGRATION_TO_CALLBACK = {")[2].partition("\n}")[0]
     return frozenset(re.findall(r'"(\w+)": ', table)) or None
@@ -363,13 +368,8 @@ def trackers() -> frozenset[str] | None:
 @cache
 def _source(package: str, path: str) -> str | None:
     """The text of a module; finding a package does not import it."""
-    import importlib.util  # only here: most recipes ask for nothing of the kind
+    import importlib.util  # only here: most recipes need none of this
 
     found = importlib.util.find_spec(package)
     file = Path(found.origin).parent / path if found and found.origin else None
     return file.read_text(encoding="utf-8") if file and file.is_file() else None
-
-
-# Types whose layers are classes of their own, which transformers 5 does not quantise (integrations/bitsandbytes.py,
-# replace_with_bnb_linear: `type(module) is nn.Linear`).
-NOT_QUANTISED = ("falcon",)

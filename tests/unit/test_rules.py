@@ -32,7 +32,7 @@ from distft.models.shapes import ModelShape
 from distft.planner.plan import make_plan
 from distft.planner.search import Where
 from distft.rules import upstream
-from distft.rules.core import Case, Rule
+from distft.rules.core import Case, RecipeCase, Rule, ScriptCase
 from distft.rules.overrides import PLANNED
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def make_case(
         "device": gpu(device) if isinstance(device, str) else device,
     }
     if script is not None:
-        return Case(**where, script=ScriptSettings.model_validate({"name": "script", **script}))
+        return ScriptCase(**where, settings=ScriptSettings.model_validate({"name": "script", **script}))
     tree: dict[str, Any] = {"name": "test", "model": {"name_or_path": "model"}, "data": {"train": "data"}}
     for key, value in recipe.items():
         *groups, last = key.split("__")
@@ -105,10 +105,9 @@ def make_case(
         config={"model_type": "llama"} if config is None else config,
         peft_experts=merged,
     )
-    return Case(
+    return RecipeCase(
         **where,
-        recipe=Recipe.model_validate(tree),
-        head_dim=head_dim,
+        settings=Recipe.model_validate(tree),
         model=model,
         bandwidth=bandwidth,
         gradient_checkpointing=checkpointing,
@@ -123,7 +122,7 @@ INT8 = {"model__quantization": "int8"}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
-# Rule → cases that break it, each with what mends it laid over. `installed` are versions to pretend.
+# Rule → cases that break it, each with what fixes it laid over. `installed` are versions to pretend.
 TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "quantization-needs-lora": [({**QLORA, "lora": None}, {"lora": {}}), ({**INT8, "lora": None}, {"lora": {}})],
     "int8-cannot-be-sharded": [
@@ -189,7 +188,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     # ---- models
     "model-must-be-a-causal-lm": [({"config": {"model_type": "t5"}}, {"config": {"model_type": "bloom"}})],
-    "own-code-must-be-trusted": [({"config": OWN_CODE}, {"model__trust_remote_code": True})],
+    "remote-code-must-be-trusted": [({"config": OWN_CODE}, {"model__trust_remote_code": True})],
     "sdpa-needs-a-model-that-has-it": [
         ({"config": {"model_type": "bloom"}, "device": CPU}, {"config": {"model_type": "llama"}}),
         ({"config": {"model_type": "bloom"}}, {"config": {"model_type": "gptj"}}),  # auto, on a GPU
@@ -213,13 +212,13 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "quantization-needs-plain-layers": [
         ({"config": {"model_type": "falcon"}, "model__quantization": "nf4"}, {"config": {"model_type": "llama"}}),
     ],
-    "packing-needs-documents-apart": [
+    "packing-needs-separate-documents": [
         ({"config": {"model_type": "gpt_oss"}}, {"data__packing": False}),
         ({"config": {"model_type": "qwen3_next"}}, {"config": {"model_type": "qwen3"}}),
         ({"config": {"model_type": "jamba"}}, FLASH),
         ({"config": {"model_type": "mamba"}, **FLASH}, {"data__packing": False}),
     ],
-    "packing-trusts-the-models-code": [
+    "packing-relies-on-remote-code": [
         ({"config": OWN_CODE, "model__trust_remote_code": True}, {"data__packing": False})
     ],
     "zero3-experts-need-a-leaf-module": [
@@ -250,7 +249,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             {"config": {"quantization_config": {"quant_method": "gptq"}}},
         )
     ],
-    "fsdp-shards-no-uint8": [
+    "fsdp-does-not-shard-uint8": [
         ({**FSDP, "config": {"quantization_config": {"load_in_4bit": True}}}, Z3),
         (
             {**FSDP, "config": {"quantization_config": {"load_in_4bit": True}}},
@@ -276,13 +275,13 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "zero-keys-must-exist": [
         ({**Z2, "deepspeed": zero(reduce_bucketsize=1)}, {"deepspeed": zero(reduce_bucket_size=1)})
     ],
-    "the-strategy-is-the-stage": [({**Z2, "deepspeed": zero(stage=3)}, Z3)],
+    "the-strategy-sets-the-stage": [({**Z2, "deepspeed": zero(stage=3)}, Z3)],
     "offload-is-planned": [
         ({**Z2, "deepspeed": zero(offload_optimizer={"device": "cpu"})}, {"offload": "optimizer"}),
         ({**Z3, "offload": "all", "deepspeed": zero(offload_param={"device": "none"})}, {"offload": "optimizer"}),
         ({**FSDP, "fsdp": over(offload_params=True)}, {"offload": "all"}),
     ],
-    "round-robin-mixes-parameters-up": [
+    "round-robin-mixes-up-parameters": [
         (
             {**Z2, "offload": "optimizer", "deepspeed": zero(round_robin_gradients=True)},
             {"deepspeed": zero(round_robin_gradients=False)},
@@ -319,7 +318,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z2, "deepspeed": over(gradient_accumulation_steps=4), "accumulation": 2}, {"accumulation": 4}),
     ],
     "zero3-averages-gradients": [({**Z3, "deepspeed": over(gradient_allreduce_op="sum")}, Z2)],
-    "sums-of-gradients-grow-with-the-width": [
+    "summed-gradients-grow-with-the-world-size": [
         ({**Z2, "deepspeed": over(gradient_allreduce_op="sum")}, {"deepspeed": over(gradient_allreduce_op="mean")})
     ],
     "reduce-scatter-takes-no-prescaling": [
@@ -359,8 +358,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z3, "ranks": 6, "deepspeed": zero(zero_hpz_partition_size=4)}, {"ranks": 8}),
         ({**Z2, "ranks": 8, "deepspeed": zero(zero_hpz_partition_size=4)}, Z3),
     ],
-    "the-recipe-has-the-optimizer": [({**Z2, "deepspeed": over(optimizer={"type": "Adam"})}, {"deepspeed": over()})],
-    "zero3-scripts-gather-to-save": [
+    "the-optimizer-belongs-in-the-recipe": [
+        ({**Z2, "deepspeed": over(optimizer={"type": "Adam"})}, {"deepspeed": over()})
+    ],
+    "zero3-scripts-must-gather-to-save": [
         ({**Z3, "script": {"deepspeed": zero(stage3_gather_16bit_weights_on_model_save=False)}}, Z2)
     ],
     "fsdp-keys-must-exist": [
@@ -371,7 +372,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FSDP, "fsdp": over(fsdp_version=1)}, {"fsdp": over(fsdp_version=2)}),
         ({**FSDP, "fsdp": over(version="1")}, {"fsdp": over(version="2")}),
     ],
-    "fsdp1-keys-are-not-fsdp2s": [
+    "fsdp2-has-no-fsdp1-keys": [
         ({**FSDP, "fsdp": over(fsdp_use_orig_params=True)}, {"fsdp": over()}),
         (
             {**FSDP, "script": {"fsdp": over(backward_prefetch="BACKWARD_PRE")}},
@@ -416,7 +417,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FSDP, "fsdp": over(auto_wrap_policy="NO_WRAP")}, {"fsdp": over(auto_wrap_policy="TRANSFORMER_BASED_WRAP")})
     ],
     "trainer-arguments-must-exist": [({"trainer": over(log_steps=5)}, {"trainer": over(logging_steps=5)})],
-    "planned-arguments-are-the-recipes": [
+    "planned-arguments-belong-in-the-recipe": [
         ({"trainer": over(per_device_train_batch_size=4)}, {"trainer": over(neftune_noise_alpha=5.0)}),
         ({"trainer": over(load_best_model_at_end=True)}, {"trainer": over()}),
     ],
@@ -436,7 +437,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FSDP, "nodes": 2, "bandwidth": 12.5}, {"strategy": "hsdp"}),
         ({**FSDP, "nodes": 2, "bandwidth": 12.5}, {"lora": None}),
     ],
-    "qlora-under-zero3-is-not-offloaded": [({**Z3, **QLORA, "offload": "all"}, {"offload": "none"})],
+    "offload-costs-memory-under-zero3-with-nf4": [({**Z3, **QLORA, "offload": "all"}, {"offload": "none"})],
     "adapters-have-little-to-offload": [
         ({**Z2, "offload": "optimizer"}, {"offload": "none"}),
         ({**Z2, "offload": "optimizer"}, {"lora": None}),
@@ -457,7 +458,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"strategy": "hsdp", "nodes": 4, "ranks": 4, "shard": 8}, {"shard": 4}),
         ({"strategy": "hsdp", "nodes": 2, "ranks": 6, "shard": 4, "script": {}}, {"shard": 3}),
     ],
-    "shard-size-is-of-hsdp": [
+    "shard-size-is-for-hsdp": [
         (
             {**FSDP, "parallelism__hsdp_shard_size": 2, "parallelism__strategy": "fsdp"},
             {"parallelism__strategy": "auto"},
@@ -467,7 +468,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             {"script": {"parallelism": {"hsdp_shard_size": 2, "strategy": "hsdp"}}},
         ),
     ],
-    "bf16-where-it-can-be-had": [({"training__mixed_precision": "fp16"}, {"device": "T4"})],
+    "bf16-where-the-gpu-has-it": [({"training__mixed_precision": "fp16"}, {"device": "T4"})],
     "bf16-models-overflow-in-fp16": [
         (
             {"config": {"dtype": "bfloat16"}, "training__mixed_precision": "fp16", "device": "T4"},
@@ -488,7 +489,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"model__attn_implementation": "eager", "data__max_length": 4096}, {"data__max_length": 4095}),
         ({"model__attn_implementation": "eager", "data__max_length": 8192}, {"config": {"model_type": "gpt_oss"}}),
     ],
-    "tied-embeddings-are-not-adapted": [
+    "tied-embeddings-take-no-adapter": [
         ({"tied": True, "lora__target_modules": ["q_proj", "lm_head"]}, {"tied": False}),
         ({"tied": True, "lora__target_modules": ["model.embed_tokens"]}, {"lora__target_modules": "all-linear"}),
     ],
@@ -498,9 +499,9 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
 }
 PAIRS = [
-    pytest.param(name, breaks, breaks | mends, id=f"{name}-{number}")
+    pytest.param(name, breaks, breaks | fix, id=f"{name}-{number}")
     for name, pairs in TABLE.items()
-    for number, (breaks, mends) in enumerate(pairs)
+    for number, (breaks, fix) in enumerate(pairs)
 ]
 
 
@@ -526,21 +527,21 @@ def fired(changes: dict[str, Any], pretend: Any) -> dict[str, str]:
     return {rule.name: text for rule, text in errors + warnings}
 
 
-@pytest.mark.parametrize(("name", "breaks", "mended"), PAIRS)
+@pytest.mark.parametrize(("name", "breaks", "fixed"), PAIRS)
 def test_a_rule_fires_and_its_neighbour_is_let_be(
-    name: str, breaks: dict[str, Any], mended: dict[str, Any], pretend: Any
+    name: str, breaks: dict[str, Any], fixed: dict[str, Any], pretend: Any
 ) -> None:
     said = fired(breaks, pretend)
     assert name in said, said
-    assert said[name].endswith(f"; {NAMES[name].mend}")
+    assert said[name].endswith(f"; {NAMES[name].fix}")
     assert ": " in said[name].partition(";")[0]
     assert "\n" not in said[name]
-    assert name not in fired(mended, pretend)
+    assert name not in fired(fixed, pretend)
 
 
 def test_every_rule_has_both_sides() -> None:
     assert TABLE.keys() == NAMES.keys()
-    assert all(len(mends) == 1 for pairs in TABLE.values() for _, mends in pairs), "more than the neighbour changes"
+    assert all(len(fix) == 1 for pairs in TABLE.values() for _, fix in pairs), "more than the neighbour changes"
     assert len(NAMES) == len(rules.RULES) >= 30
 
 
@@ -554,8 +555,8 @@ def test_what_is_plain_breaks_nothing(pretend: Any) -> None:
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
 def test_a_rule_says_where_it_comes_from(rule: Rule) -> None:
     assert rule.kind in ("error", "warning")
-    assert len(rule.source) > 15 and len(rule.explanation) > 40 and rule.mend and rule.when
-    assert not {rule.source[-1], rule.mend[-1], rule.when[-1]} & {".", ";", " "}
+    assert len(rule.source) > 15 and len(rule.explanation) > 40 and rule.fix and rule.when
+    assert not {rule.source[-1], rule.fix[-1], rule.when[-1]} & {".", ";", " "}
     assert rule.explanation.endswith((".", ".)"))
     scripts = any("script" in breaks for breaks, _ in TABLE[rule.name])
     assert rule.for_scripts or not scripts
@@ -568,7 +569,7 @@ def test_what_attention_auto_means() -> None:
     assert why == ["no GPU", "the GPU is older than Ampere", "float32", None]
     assert no_flash_attention("cuda", None, "fp16") is None  # a GPU given by its memory alone
     assert make_case().attention == "auto"
-    assert make_case(device=gpu("t4"), training={"mixed_precision": "fp16"}).attention == "sdpa"
+    assert make_case(device="T4", training__mixed_precision="fp16").attention == "sdpa"
     assert (planned_attention("auto"), planned_attention("eager")) == ("sdpa", "eager")
 
 
@@ -595,7 +596,7 @@ def test_unknown_keys_get_the_nearest(pretend: Any) -> None:
 def test_seconds_over_slow_links(pretend: Any) -> None:
     said = fired({**Z3, "nodes": 2, "bandwidth": 10.0}, pretend)["adapters-over-slow-links"]
     # 8e9 weights of 2 bytes, half of them from the other node, twice: 16 GB at 10 GB/s.
-    assert "between 2 nodes, about 1.6 s a micro-batch at network.bandwidth 10 GB/s" in said
+    assert "between 2 nodes, about 1.6 s per micro-batch at network.bandwidth 10 GB/s" in said
 
 
 # ---- versions
@@ -623,7 +624,7 @@ def test_quick_and_light() -> None:
     program = """
 import sys, types
 from distft.rules import RULES, broken, unwise
-from distft.rules.core import Case
+from distft.rules import RecipeCase
 from distft.hardware.devices import Device
 from distft.hardware.topology import Topology
 group = types.SimpleNamespace
@@ -635,9 +636,12 @@ recipe = group(
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
+sizes = group(tie_word_embeddings=False)
+model = group(config={}, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes)
 def case(checkpointing):
-    return Case("zero3", "none", 2, Topology(1, 2), Device("cuda", "H100", 2**36, 9.0), recipe,
-                gradient_checkpointing=checkpointing)
+    return RecipeCase(strategy="zero3", offload="none", shard_size=2, topology=Topology(1, 2), settings=recipe,
+                      device=Device("cuda", "H100", 2**36, 9.0), model=model,
+                      gradient_checkpointing=checkpointing)
 assert len(RULES) >= 30
 before = set(sys.modules)
 assert broken(case(False)) == unwise(case(False)) == []
@@ -822,7 +826,7 @@ def test_a_plan_checks_what_it_derived(tiny: Tiny, tmp_path: Path) -> None:
     _, plan = plan_recipe(path, (), Target(2, 2, cluster))
     assert len(plan.warnings) == 2
     assert "[adapters-over-slow-links]" in plan.warnings[0]
-    assert "micro_batch_size: 1 makes 2 micro-batches a step" in plan.warnings[1]
+    assert "micro_batch_size: 1 makes 2 micro-batches per step" in plan.warnings[1]
     with pytest.raises(PlanError, match=r"gradient_accumulation_steps is 4, the recipe's 2;.*with-the-recipe\]"):
         plan_recipe(path, ["deepspeed.overrides.gradient_accumulation_steps=4"], Target(2, 2, cluster))
 
@@ -861,11 +865,11 @@ def test_scripts_of_ones_own(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("print('hello')\n")
     sets = ["parallelism.strategy=zero3", "deepspeed.overrides.zero_optimization.stage=2"]
-    with pytest.raises(PlanError, match=r"stage: got 2, and the strategy is zero3; .* \[the-strategy-is-the-stage\]"):
+    with pytest.raises(PlanError, match=r"stage: got 2, and the strategy is zero3; .* \[the-strategy-sets-the-stage\]"):
         plan_script([str(script)], sets)
     saves = "deepspeed.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=false"
     _, plan = plan_script([str(script)], [sets[0], saves], Target(1, 2))
-    assert [text.rpartition("[")[2] for text in plan.warnings] == ["zero3-scripts-gather-to-save]"]
+    assert [text.rpartition("[")[2] for text in plan.warnings] == ["zero3-scripts-must-gather-to-save]"]
     done = run("launch", "--set", sets[0], "--set", saves, "--dry-run", "--", str(script))
     assert "warning: deepspeed.overrides.zero_optimization.stage3_gather" in done.output
     done = run("launch", "--set", sets[0], "--set", sets[1], "--dry-run", "--", str(script))
@@ -894,7 +898,7 @@ def test_one_rule(name: str) -> None:
     text = " ".join(run("rules", name).stdout.split())
     rule = NAMES["int8-cannot-be-sharded"]
     assert text.startswith("int8-cannot-be-sharded (error) why ")
-    for part in (rule.explanation, rule.when, rule.mend, rule.source, "versions all"):
+    for part in (rule.explanation, rule.when, rule.fix, rule.source, "versions all"):
         assert part in text
     assert json.loads(run("rules", name, "--json").stdout)["explanation"] == rule.explanation
 
@@ -917,4 +921,4 @@ def test_the_reference_has_every_rule() -> None:
     assert text.count("\n### ") == len(NAMES)
     for rule in rules.RULES:
         assert f"\n### {rule.name}\n" in text
-        assert rule.mend in text and rule.source in text
+        assert rule.fix in text and rule.source in text

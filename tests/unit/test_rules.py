@@ -596,7 +596,7 @@ def test_unknown_keys_get_the_nearest(pretend: Any) -> None:
 def test_seconds_over_slow_links(pretend: Any) -> None:
     said = fired({**Z3, "nodes": 2, "bandwidth": 10.0}, pretend)["adapters-over-slow-links"]
     # 8e9 weights of 2 bytes, half of them from the other node, twice: 16 GB at 10 GB/s.
-    assert "between 2 nodes, about 1.6 s per micro-batch at network.bandwidth 10 GB/s" in said
+    assert "across 2 nodes, about 1.6 s per micro-batch at network.bandwidth 10 GB/s" in said
 
 
 # ---- versions

@@ -18,7 +18,8 @@ def sbatch_quote(value: str) -> str:
     """One value of an #SBATCH line. sbatch has its own rules: nothing is expanded, `\\"` is a quote.
 
     Raises: ClusterError: control characters, which such a line cannot hold, or a backslash, which file names of SLURM
-    cannot."""
+    cannot.
+    """
     if re.fullmatch(r"[\w.,:@+=/&|*()\[\]%~^-]+", value, re.ASCII):
         return value
     if not value.isprintable() or "\\" in value:

@@ -19,7 +19,8 @@ def merge(run: str, output: str, step: int | None, output_dir: str, as_json: boo
     """Merge the adapter of RUN into its base model.
 
     DIR can then be loaded by transformers alone. Merging takes place on the CPU, one tensor at a time, and the result
-    is compared with what was trained before DIR appears."""
+    is compared with what was trained before DIR appears.
+    """
     from distft.commands import merge
     from distft.runs.directory import RunDir
 

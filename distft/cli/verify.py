@@ -53,7 +53,8 @@ def verify(
     """Check that RECIPE trains the same at every world size.
 
     Trains a few steps at each world size and under each strategy, on this machine, one run after the other. Exit
-    status: 0 the same training, 1 not the same or a run failed, 2 the request is wrong."""
+    status: 0 the same training, 1 not the same or a run failed, 2 the request is wrong.
+    """
     from rich.console import Console
 
     from distft.commands import verify

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.commands.follow import follow
-from distft.errors import RunError
+from distft.errors import ClusterError, RunError
 from distft.jobs.job import SlurmJob
 from distft.jobs.target import Target
 from distft.runs import attempts
@@ -212,6 +212,8 @@ def preflight(target: Target, console: Console) -> dict[str, Any]:
     """
     from distft.views.progress import say
 
+    if target.cluster is None:
+        raise ClusterError("--cluster: missing; the nodes to check are those of a profile or an allocation")
     cluster = target.cluster.model_copy(update={"preflight": True, "max_requeues": 0})
     run = RunDir.create(cluster.runs_dir, "doctor")
     job = SlurmJob("doctor", run, target.topology(), argv=(), env={}, files={}, cluster=cluster)

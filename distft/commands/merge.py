@@ -1,4 +1,4 @@
-"""Merging a run's adapter into its base: what is checked before, and the process that does it. No torch here."""
+"""`distft merge`: the checks before a run's adapter is merged into its base, and the process that merges. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from distft.units import GIB
 
 
 def merge(run: RunDir, output: Path, step: int | None = None) -> dict[str, Any]:
-    """Write the merged model of `step`, or of final/, into the new folder `output` (train/merge.py, Merged).
+    """Write the merged model of `step`, or of final/, into the new folder `output`.
+
+    Returns:
+        The fields of Merged in train/merge.py.
 
     Raises:
         DistftError: nothing was written.
@@ -31,33 +34,35 @@ def merge(run: RunDir, output: Path, step: int | None = None) -> dict[str, Any]:
     command = [sys.executable, "-m", "distft.train.merge", str(run.path), str(output.absolute())]
     done = subprocess.run([*command, *([] if step is None else [str(step)])], capture_output=True, text=True)
     last = next(reversed(done.stdout.strip().splitlines()), "")
-    said = json.loads(last) if last.startswith("{") else {}
-    if done.returncode == DistftError.exit_status and "error" in said:
-        raise RecipeError(said["error"].splitlines())
-    if done.returncode or not said:
-        raise RunError(f"{run.name} could not be merged: {said.get('error') or _why(done)}")
-    return said
+    answer: dict[str, Any] = json.loads(last) if last.startswith("{") else {}
+    if done.returncode == DistftError.exit_status and "error" in answer:
+        raise RecipeError(answer["error"].splitlines())
+    if done.returncode or not answer:
+        raise RunError(f"{run.name} could not be merged: {answer.get('error') or _why(done)}")
+    return answer
 
 
 def check(run: RunDir, output: Path, step: int | None) -> None:
-    """Raises RecipeError for a run that has nothing to merge, and for an `output` that exists."""
+    """Raises RecipeError for a run that has nothing to merge, or an `output` that exists."""
     if not run.recipe.is_file():
-        raise RecipeError(f"RUN: {run.name} is a script of one's own; what it saved is for it to merge")
+        raise RecipeError(f"RUN: {run.name} ran your own script; distft does not know what it saved")
     if validate(load_yaml(run.recipe, Recipe)).lora is None:
-        raise RecipeError(f"RUN: {run.name} trained all weights; nothing is to be merged: final/ is the whole model")
+        raise RecipeError(
+            f"RUN: {run.name} trained all weights, so there is nothing to merge: final/ is the whole model"
+        )
     found = checkpoints.complete(run)
     have = f"complete checkpoints: {', '.join(str(c.step) for c in reversed(found)) or 'none'}"
     if step is not None and step not in [checkpoint.step for checkpoint in found]:
         raise RecipeError(f"--step: got {step}; {run.name} has {have}")
     if step is None and not run.final.is_dir():
         state = dispatch.status_now(run).state
-        mend = f"; --step N merges a checkpoint ({have})"
-        raise RecipeError(f"RUN: {run.name} is {state} and has no final/{mend}")
+        fix = f"; --step N merges a checkpoint ({have})"
+        raise RecipeError(f"RUN: {run.name} is {state} and has no final/{fix}")
     if output.exists():
-        raise RecipeError(f"-o: {output} exists already; name a new folder")
+        raise RecipeError(f"-o: {output} already exists; name a new folder")
 
 
-def _why(done: subprocess.CompletedProcess) -> str:
+def _why(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
         return f"ended by signal {-done.returncode}" + (" (out of memory?)" if done.returncode == -9 else "")
     return next(reversed(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
@@ -65,19 +70,19 @@ def _why(done: subprocess.CompletedProcess) -> str:
 
 def lines(merged: dict[str, Any]) -> list[str]:
     """What was written and what was compared, for people."""
-    plain = f", {merged['dequantised']} others dequantised" if merged["dequantised"] else ""
-    said = [
+    plain = f", {merged['dequantised']} others dequantized" if merged["dequantised"] else ""
+    found = [
         f"{merged['merged']} weights merged from {merged['source']}{plain}; {merged['tensors']} tensors, "
         f"{merged['bytes'] / GIB:.2f} GiB in {merged['dtype']}",
-        f"compared: outputs of every merged layer on random inputs in float32, largest difference "
-        f"{merged['layers_difference']:.1e} of their size",
+        f"compared: the output of every merged layer on random inputs in float32, largest difference "
+        f"{merged['layers_difference']:.1e}, relative to its size",
     ]
     if merged["logits_difference"] is None:
-        said.append(f"warning: logits are not compared: {merged['logits_unknown']}")
+        found.append(f"warning: logits were not compared: {merged['logits_unknown']}")
     else:
-        what = "largest" if merged["dtype"] == "float32" else "root mean square of the"
-        said.append(
-            f"compared: logits of the trained and the written model, {what} difference "
-            f"{merged['logits_difference']:.1e} of their size (at most {merged['logits_tolerance']:.1e})"
+        what = "largest" if merged["dtype"] == "float32" else "root mean square"
+        found.append(
+            f"compared: the logits of the trained and of the written model, {what} difference "
+            f"{merged['logits_difference']:.1e}, relative to their size (allowed {merged['logits_tolerance']:.1e})"
         )
-    return [*said, f"done: {merged['output']}"]
+    return [*found, f"done: {merged['output']}"]

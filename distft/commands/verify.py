@@ -218,8 +218,8 @@ def _unequal(recipe: Recipe, model: ModelShape) -> tuple[float, tuple[str, ...],
         allowed = HALF
         size = {"bf16": "2^-8 (0.4%)", "fp16": "2^-11 (0.05%)"}[precision]
         notes.append(
-            f"training.mixed_precision: {precision} rounds every number to within {size}, and sums in another order round "
-            f"differently: differences of up to {HALF:g} are allowed"
+            f"training.mixed_precision: {precision} rounds every number to within {size}, and sums in another order "
+            f"round differently: differences of up to {HALF:g} are allowed"
         )
     if recipe.lora and recipe.lora.lora_dropout:
         fixes.append("lora.lora_dropout=0")

@@ -1,8 +1,8 @@
 """The embedded quickstart: a real fine-tuning job with no network and no download.
 
-Every machine with Python has real text: the standard library's sources. A small base model is trained on them from
-scratch (base.yaml), then a LoRA run (recipe.yaml) teaches it to describe a signature in one line. Whole files are held
-out, so the eval loss says something. This module needs the standard library only; model.py needs torch.
+Every machine with Python has real text: the sources of the standard library. A small base model is trained on them from
+scratch (base.yaml); then a LoRA run (recipe.yaml) teaches it to describe a signature in one line. Whole files are held
+out, so that the eval loss means something. This module needs only the standard library; model.py needs torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 
 from distft.errors import DataError
 
-# Tests, tables and vendored code: long, repetitive, and not documentation of anything.
+# Tests, tables and vendored code: long, repetitive, and they document nothing.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-# Written by whoever built or runs this Python: machine paths, not library text.
+# Files from whoever built or runs this Python: paths of the machine, not text of the library.
 LOCAL_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 # A byte-level BPE never makes more tokens than there are bytes, so a row of this size with its 4 chat marks fits the
-# recipes' max_length of 128 whatever the tokenizer: no row has to be tokenized here to know that.
+# recipes' max_length of 128 with any tokenizer, and no row has to be tokenized here to know that.
 MAX_ROW_BYTES = 120
-MIN_WORDS = 3  # "Constructor." and "Internal function." say nothing
+MIN_WORDS = 3  # "Constructor." and "Internal function." mean nothing
 HELDOUT_PERCENT = 10
 MIN_ROWS = 100  # of train.jsonl and heldout.jsonl each
 
@@ -52,17 +52,17 @@ class Counts:
 
 
 def is_heldout(module: str) -> bool:
-    """Whether a module's file is held out. By a hash of its name: the same on every machine and Python version."""
+    """Whether a module's file is held out, by a hash of its name: the same on every machine and Python version."""
     return hashlib.sha256(module.encode()).digest()[0] * 100 // 256 < HELDOUT_PERCENT
 
 
 def stdlib_files() -> Iterator[tuple[str, Path]]:
-    """(module name, file) of the standard library's documented part, in the order of the names."""
+    """(module name, file) of the documented part of the standard library, sorted by name."""
     root = sysconfig.get_path("stdlib")
     found = {}
     for folder, folders, names in os.walk(root):
-        # Pruned, not filtered: site-packages alone may hold more files than the library. Folders such as
-        # config-3.12-x86_64 are no packages.
+        # Pruned, not filtered: site-packages may hold more files than the library. Folders such as config-3.12-x86_64
+        # are not packages.
         folders[:] = [name for name in folders if name.isidentifier() and name not in LEFT_OUT]
         for path in (Path(folder, name) for name in names):
             if path.suffix == ".py" and path.stem.isidentifier() and not path.stem.startswith(LOCAL_PREFIXES):
@@ -71,7 +71,7 @@ def stdlib_files() -> Iterator[tuple[str, Path]]:
 
 
 def read_source(path: Path) -> tuple[str, ast.Module] | None:
-    """Text and syntax tree of a file; None for one that cannot be read or parsed (test data, another version's)."""
+    """Text and syntax tree of a file; None if it cannot be read or parsed (test data, files for other versions)."""
     try:
         with tokenize.open(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old docstrings
@@ -82,7 +82,7 @@ def read_source(path: Path) -> tuple[str, ast.Module] | None:
 
 
 def definitions(node: ast.AST, owner: str = "") -> Iterator[tuple[Definition, str]]:
-    """Documented classes, functions and methods in the order of the source, each with the name of its class."""
+    """Documented classes, functions and methods in source order, each with the name of its class."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             if ast.get_docstring(child):
@@ -94,7 +94,8 @@ def definitions(node: ast.AST, owner: str = "") -> Iterator[tuple[Definition, st
 
 
 def signature(node: Definition, owner: str) -> str:
-    """The head of a definition, `class Name(Base):` or `def name(x) -> int:`, below the name of its class if any."""
+    """The head of a definition, `class Name(Base):` or `def name(x) -> int:`, below the name of its class if it has
+    one."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         return f"class {node.name}({bases}):" if bases else f"class {node.name}:"
@@ -105,7 +106,7 @@ def signature(node: Definition, owner: str) -> str:
 
 
 def summary(node: Definition) -> str | None:
-    """The docstring's first line; None where it is no whole sentence or phrase, or too short to say anything."""
+    """The docstring's first line; None if it is not a whole sentence or phrase, or too short to mean anything."""
     first, *rest = (ast.get_docstring(node) or "").split("\n")
     whole = first.endswith(".") or not rest or not rest[0].strip()
     # A lone surrogate from an escape cannot be encoded; isprintable() refuses it.
@@ -113,9 +114,9 @@ def summary(node: Definition) -> str | None:
 
 
 def read_file(text: str, tree: ast.Module) -> tuple[list[str], dict[str, str]]:
-    """What a file gives: its texts (module docstring, heads with docstrings, as they stand there), and its rows."""
+    """The texts of a file (its docstring, and heads with docstrings, as they are in the file), and its rows."""
     lines = text.split("\n")
-    texts, rows = [], {}
+    texts, rows = [], dict[str, str]()
     if ast.get_docstring(tree):
         texts.append("\n".join(lines[tree.body[0].lineno - 1 : tree.body[0].end_lineno]))
     for node, owner in definitions(tree):
@@ -127,13 +128,13 @@ def read_file(text: str, tree: ast.Module) -> tuple[list[str], dict[str, str]]:
 
 
 def write_data(folder: Path) -> Counts:
-    """Write base.jsonl, train.jsonl and heldout.jsonl into `folder`/data: twice gives the same bytes.
+    """Write base.jsonl, train.jsonl and heldout.jsonl into `folder`/data; doing it twice gives the same bytes.
 
-    Held out are whole files. The library copies docstrings from file to file, so of their rows those are left out whose
-    answer occurs anywhere in what is trained on, or whose question is one of train.jsonl.
+    Whole files are held out. Because the library copies docstrings from file to file, a held-out row is dropped if its
+    answer occurs anywhere in the training text, or its question in train.jsonl.
 
     Raises:
-        DataError: this Python comes without its library's sources.
+        DataError: this Python comes without the sources of its library.
     """
     texts: dict[str, None] = {}
     train: dict[str, str] = {}
@@ -177,11 +178,11 @@ def _conversation(prompt: str, answer: str) -> dict[str, object]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    # ASCII: people read such files with str.splitlines(), which cuts at characters that JSON may leave be (U+2028).
+    # ASCII: people read such files with str.splitlines(), which also cuts at characters that JSON keeps (U+2028).
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
 def write_recipes(folder: Path) -> None:
-    """Copy base.yaml and recipe.yaml into `folder` as they are: they are there to be read and edited."""
+    """Copy base.yaml and recipe.yaml into `folder` unchanged, for people to read and edit."""
     for name in RECIPES:
         (folder / name).write_bytes((resources.files(__package__) / name).read_bytes())

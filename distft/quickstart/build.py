@@ -1,4 +1,4 @@
-"""`distft quickstart`: data, recipes, and the base model, really trained."""
+"""`distft quickstart`: data, recipes, and the base model, trained on the spot."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ FALLBACK_RANKS = 2  # CPU processes, where there are as many cores
 
 
 def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
-    """Fill `folder`; a build that was interrupted is begun anew.
+    """Fill `folder`; a build that was interrupted restarts from the beginning.
 
     Raises:
         RecipeError: the folder holds something else, or a finished quickstart.
         RunError: the base model could not be trained.
     """
     if (folder / "base").exists():
-        raise RecipeError(f"{folder}: holds a quickstart already; train it with: distft launch {folder}/recipe.yaml")
+        raise RecipeError(f"{folder}: already holds a quickstart; train it with: distft launch {folder}/recipe.yaml")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "base.yaml").exists())):
-        raise RecipeError(f"{folder}: exists and is no quickstart; name a new folder")
+        raise RecipeError(f"{folder}: exists and is not a quickstart; name a new folder")
     extras.require()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     say(
         console,
         [
-            f"quickstart in {folder}: the standard library's text, {counts.train_rows:,} rows to train on from "
-            f"{counts.files - counts.heldout_files} files, {counts.heldout_rows:,} held out from "
+            f"quickstart in {folder}: text of Python's standard library, {counts.train_rows:,} rows to train on from "
+            f"{counts.files - counts.heldout_files} files, {counts.heldout_rows:,} held-out rows from "
             f"{counts.heldout_files} others",
             "1. train the base model on the text",
         ],
@@ -55,7 +55,7 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
         [sys.executable, "-m", "distft.quickstart.model", str(folder)], capture_output=True, text=True
     )
     if made.returncode:
-        raise RunError(f"the tokenizer and the untrained model could not be made:\n{made.stderr.strip()}")
+        raise RunError(f"the tokenizer and the untrained model could not be created:\n{made.stderr.strip()}")
     if gpus_per_node is None and not visible_gpus():
         gpus_per_node = min(FALLBACK_RANKS, len(os.sched_getaffinity(0)))
     sets = [f"output_dir={json.dumps(str(folder / 'runs'))}"]
@@ -67,7 +67,7 @@ def build(folder: Path, gpus_per_node: int | None, console: Console) -> None:
     say(
         console,
         [
-            f"base model: loss {losses[0]:.2f} -> {losses[-1]:.2f} in {len(losses)} steps, in {folder / 'base'}",
+            f"base model in {folder / 'base'}: loss {losses[0]:.2f} -> {losses[-1]:.2f} in {len(losses)} steps",
             f"next: distft launch {folder / 'recipe.yaml'} --gpus-per-node {plan.topology.nproc_per_node}",
         ],
     )

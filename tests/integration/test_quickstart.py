@@ -200,7 +200,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("ten years")
     done = distft("quickstart", "mine", cwd=tmp_path)
     assert done.returncode == 2
-    assert "exists and is no quickstart" in done.stderr
+    assert "exists and is not a quickstart" in done.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -227,10 +227,10 @@ def test_demo_end_to_end_on_fewer_steps(tmp_path: Path) -> None:
     status = json.loads((target / "runs" / "quickstart" / "status.json").read_text())
     assert status["eval_loss_after"] < status["eval_loss_before"] - 0.2
     assert f"{status['eval_loss_before']:.4f} -> {status['eval_loss_after']:.4f}" in done.stdout
-    for part in ("base model: loss", "fine-tuned:", "written by people:", "PeftModel.from_pretrained"):
+    for part in ("base model in ", "fine-tuned:", "written by people:", "PeftModel.from_pretrained"):
         assert part in done.stdout
     again = distft("quickstart", str(target), cwd=tmp_path)
-    assert (again.returncode, "holds a quickstart already" in again.stderr) == (2, True)
+    assert (again.returncode, "already holds a quickstart" in again.stderr) == (2, True)
 
 
 def test_a_folder_that_cannot_be_written() -> None:

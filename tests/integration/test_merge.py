@@ -300,7 +300,7 @@ def test_what_cannot_be_merged(lora: Result, tiny: Tiny, tmp_path: Path) -> None
     refused(RunDir(tmp_path / "nowhere"), "no run directory of that name", cwd=tmp_path)
     refused(run, "--step: got 3; tiny has complete checkpoints: 2, 4", "--step", "3", cwd=tmp_path)
     (tmp_path / "out").mkdir()
-    refused(run, "-o: out exists already", cwd=tmp_path)
+    refused(run, "-o: out already exists", cwd=tmp_path)
     (tmp_path / "out").rmdir()
     shutil.rmtree(run.final)
     refused(

@@ -511,7 +511,7 @@ def test_cluster_init_and_check(site: Site) -> None:
     written = yaml.safe_load((site.folder / "first.yaml").read_text())
     assert written["slurm"]["partition"] == "debug"
     assert (written["node"]["gpus_per_node"], written["slurm"]["cpus_per_task"]) == (2, 8)
-    assert "exists already" in site.run("cluster", "init", "first.yaml", expect=2).stderr
+    assert "already exists" in site.run("cluster", "init", "first.yaml", expect=2).stderr
     right = site.run("cluster", "check", "first.yaml", "--nodes", "4").stdout
     assert "ok: partition debug" in right
     assert "wrong" not in right

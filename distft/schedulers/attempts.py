@@ -82,7 +82,7 @@ def decide(
             return Decision(Next.AGAIN, State.RUNNING)
         return Decision(Next.DONE, State.COMPLETED)
     attempts = [*status.attempts, ended]
-    if _is_a_bug(attempts):
+    if step is not Step.BEGIN and _is_a_bug(attempts):  # not where nodes were lost
         why = f"failed {SAME_STEP} times at the same step: likely a bug, not hardware ({ended.reason})"
         return Decision(Next.FAIL, State.FAILED, why)
     if ended.cause is Cause.ERROR or len(attempts) > budget:
@@ -93,10 +93,11 @@ def decide(
     without = f", without {', '.join(excluded)}" if excluded else ""
     continues = f"continues after step {saved}" if saved is not None else "restarts from the beginning"
     reason = f"{ended.reason}; {continues}{without}"
-    leaves = step is not Step.BEGIN and ended.cause in (Cause.STOPPED, Cause.BAD_NODES)
-    if leaves or set(excluded) & set(nodes):
-        return Decision(Next.REQUEUE, State.QUEUED, reason, excluded)
-    return Decision(Next.AGAIN, State.RUNNING, reason, less_memory=ended.cause is Cause.OUT_OF_MEMORY)
+    less_memory = ended.cause is Cause.OUT_OF_MEMORY
+    gives_up_nodes = step is not Step.BEGIN and ended.cause in (Cause.STOPPED, Cause.BAD_NODES)
+    if gives_up_nodes or set(excluded) & set(nodes):
+        return Decision(Next.REQUEUE, State.QUEUED, reason, excluded, less_memory)
+    return Decision(Next.AGAIN, State.RUNNING, reason, less_memory=less_memory)
 
 
 def bad_nodes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
@@ -143,9 +144,9 @@ def _ending(
         return Ending(new_attempt(run, why, Cause.STOPPED))
     found = first_failure(run, returncode)
     bad = _bad_in_preflight(run, nodes) if step is Step.PREFLIGHT else ()
-    change, node = None, _blamed(found, nodes)
+    node = None if bad else _blamed(found, nodes)
     if bad:
-        cause, node = Cause.BAD_NODES, None
+        cause = Cause.BAD_NODES
     elif found.user_error or step is not Step.TRAIN or not run.trains_recipe:
         cause = Cause.ERROR
     elif found.out_of_memory and less_memory and (change := replan.less_memory(run)):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from distft.config.cluster import Cluster
 
 CLIENT_SECONDS = 30
-CANCEL_SECONDS = 60
+CANCEL_SECONDS, POLL_SECONDS = 60, 0.5  # for a cancelled job to end, and between two looks at it
 TEMPLATE = "job.sbatch"
 
 # SLURM's state → ours (https://slurm.schedmd.com/job_state_codes.html). In another one, a run stays as it was.
@@ -446,7 +446,7 @@ def cancel(run: RunDir) -> Status:
             return status
         if status.finished:
             return update_status(run, state=State.CANCELLED, ended=time.time(), reason="cancelled by distft cancel")
-        time.sleep(0.5)
+        time.sleep(POLL_SECONDS)
     raise RunError(f"{run.path.name}: job {job_ids(run)[-1]} is still {status.state} after {CANCEL_SECONDS} s")
 
 

@@ -380,6 +380,8 @@ def test_preflight_names_a_bad_node_and_goes_on_without_it(namespaces: Cluster, 
     finally:
         namespaces.unmount("node2", site.runs)
     assert result.status["state"] == "completed"
+    [attempt] = result.status["attempts"]
+    assert (attempt["cause"], attempt["bad_nodes"]) == ("bad_nodes", ["node2"])
     first, second = (
         (result.run_dir / "logs" / f"slurm-{job}.log").read_text().split(f"continues as job {job}, without node2")
     )

@@ -97,6 +97,7 @@ def test_the_same_step_again_and_again_is_a_bug() -> None:
     assert found == Decision(Next.FAIL, State.FAILED, why)
     assert decided(attempt(Cause.FAULT, step=8), faults).next is Next.AGAIN
     assert decided(attempt(Cause.STOPPED), faults).next is Next.REQUEUE
+    assert decided(attempt(Cause.FAULT), faults, step=Step.BEGIN).next is Next.AGAIN  # nodes that were lost
 
 
 def test_an_error_of_the_user_ends_it() -> None:
@@ -125,7 +126,11 @@ def test_the_last_attempt(cause: Cause, job_id: str, state: State) -> None:
 STAND_INS = {
     # Runs the command here. Options come first, and all of them have their value in the same word.
     "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n',
-    "scontrol": '#!/bin/bash\necho "$*" >> "$RECORD"\n[ "$2" != hostnames ] || printf "%s\\n" $NODES\n',
+    "scontrol": """#!/bin/bash
+echo "$*" >> "$RECORD"
+[ "$2" != hostnames ] || printf "%s\\n" $NODES
+[ "$*" != "$REFUSED" ]
+""",
     "sinfo": '#!/bin/bash\necho "$DOWN"\n',
     "getent": "#!/bin/bash\n",
     "sleep": "#!/bin/bash\n",
@@ -133,11 +138,21 @@ STAND_INS = {
 case $2 in
   distft.diagnostics.preflight) cp "$REPORT" "$3/logs/preflight.json"; grep -q '"bad": {}' "$REPORT" ;;
   distft.train.data) ;;
-  torch.distributed.run) cp "$RUN/status.json" "$RUN/seen.json"; sed -i s/running/completed/ "$RUN/status.json" ;;
+  torch.distributed.run) cd "$RUN" && eval "$TRAINS" ;;
   *) exec %s "$@" ;;
 esac
 """,
 }
+
+
+COMPLETES = "sed -i 's/running/completed/; s/queued/completed/' status.json"
+IS_TOLD_TO_STOP = "echo 'the time limit is near' > logs/stop; exit 1"
+
+
+def fails(**changes: Any) -> str:
+    """A training of which rank 1 fails, on node2."""
+    error = {"rank": 1, "host": "node2", "time": 1.0, "type": "ValueError", "message": "no", "user_error": False}
+    return f"echo '{json.dumps({**error, 'traceback': '', **changes})}' > logs/rank-1.error.json; exit 1"
 
 
 class Script:
@@ -160,17 +175,29 @@ class Script:
             (folder / "bin" / name).chmod(0o755)
         update_status(self.run_dir, state=State.QUEUED)
 
-    def start(self, restarts: int, nodes: Sequence[str] = NODES, bad: Sequence[str] = (), down: str = "") -> int:
-        """Once, as SLURM does after so many restarts, on `nodes`, of which the preflight finds some `bad`.
+    def start(
+        self,
+        restarts: int,
+        nodes: Sequence[str] = NODES,
+        bad: Sequence[str] = (),
+        down: str = "",
+        trains: str = COMPLETES,
+        refused: str = "",
+    ) -> int:
+        """Once, as SLURM does after so many restarts. Returns the script's exit status.
 
-        Returns the script's exit status.
+        Args:
+            bad: what the preflight finds among `nodes`.
+            down: nodes that SLURM counts as failed.
+            trains: bash that stands for the training, in the run directory.
+            refused: the request of scontrol that fails.
         """
         self.record.write_text("")
         report = {"nodes": [*nodes], "bad": dict.fromkeys(bad, "it is broken")}
         (self.folder / "report").write_text(json.dumps(report))
         paths = {"RECORD": str(self.record), "REPORT": str(self.folder / "report"), "RUN": str(self.run_dir.path)}
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_RESTART_COUNT": str(restarts)}
-        cluster = {"NODES": " ".join(nodes), "DOWN": down}
+        cluster = {"NODES": " ".join(nodes), "DOWN": down, "TRAINS": trains, "REFUSED": refused}
         env = {**os.environ, **paths, **job, **cluster, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
         done = subprocess.run(["bash", str(self.path)], env=env, cwd=self.folder, capture_output=True, text=True)
         self.output = done.stdout + done.stderr
@@ -227,7 +254,7 @@ def test_a_job_that_began_again_counts_as_running(tmp_path: Path) -> None:
     script = Script(tmp_path, max_requeues=5)
     script.start(0, bad=["node9"])
     assert (script.status.state, script.status.nodes) == (State.QUEUED, None)
-    assert script.start(1) == 0
+    assert script.start(1, trains=f"cp status.json seen.json; {COMPLETES}") == 0
     seen = json.loads((script.run_dir.path / "seen.json").read_text())
     assert (seen["state"], seen["nodes"]) == ("running", "node[1-2]")
     assert script.status.state is State.COMPLETED
@@ -240,6 +267,45 @@ def test_a_node_that_failed_is_named(tmp_path: Path) -> None:
     [attempt] = script.status.attempts
     assert (attempt.cause, attempt.node, attempt.reason) == (Cause.FAULT, "node2", "node node2 failed")
     assert script.asked() == []
+
+
+def test_a_training_that_is_told_to_stop_is_requeued(tmp_path: Path) -> None:
+    script = Script(tmp_path, max_requeues=1)
+    assert script.start(0, trains=IS_TOLD_TO_STOP) == 1
+    assert script.asked() == ["requeue 7"]
+    [attempt] = script.status.attempts
+    assert (attempt.cause, attempt.reason) == (Cause.STOPPED, "stopped: the time limit is near")
+    assert script.status.state is State.QUEUED
+    assert script.status.reason == "stopped: the time limit is near; restarts from the beginning"
+    # What it left does not explain the next one's end.
+    assert not (script.run_dir.logs / "stop").exists()
+    assert (script.run_dir.logs / attempt.logs / "stop").exists()
+    assert script.start(1, trains=IS_TOLD_TO_STOP) != 0
+    assert script.status.state is State.PREEMPTED
+    assert script.status.reason == "stopped: the time limit is near; max_requeues is used up (1)"
+
+
+def test_a_node_that_fails_twice_is_left_out(tmp_path: Path) -> None:
+    script = Script(tmp_path, max_requeues=5)
+    assert script.start(0, trains=fails()) == 1
+    assert [(a.cause, a.node, a.reason) for a in script.status.attempts] == 2 * [
+        (Cause.FAULT, "node2", "rank 1: ValueError: no")
+    ]
+    assert script.asked() == ["requeue 7", "show job 7", "update jobid=7 ExcNodeList=node2"]
+
+
+def test_an_error_of_the_user_is_not_tried_again(tmp_path: Path) -> None:
+    script = Script(tmp_path, max_requeues=5)
+    assert script.start(0, trains=fails(user_error=True)) != 0
+    assert (script.status.state, script.status.reason) == (State.FAILED, "rank 1: ValueError: no")
+    assert script.status.exit_status == 1
+
+
+def test_a_site_that_does_not_requeue(tmp_path: Path) -> None:
+    script = Script(tmp_path, max_requeues=5)
+    assert script.start(0, trains=IS_TOLD_TO_STOP, refused="requeue 7") == 1
+    assert script.status.state is State.PREEMPTED
+    assert script.status.reason == "stopped: the time limit is near; SLURM does not requeue it"
 
 
 # ---- status.json

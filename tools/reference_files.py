@@ -20,6 +20,7 @@ from distft.runs.directory import RECIPE, RunDir
 from distft.schedulers import slurm
 from distft.strategies.accelerate import accelerate_config
 from distft.strategies.deepspeed import portable_config
+from distft.strategies.kinds import KINDS
 
 # ZeRO-1 with offload is left out: ZeRO-2 moves as much and keeps less on the GPU.
 DEEPSPEED = {
@@ -64,7 +65,7 @@ def _example_job(cluster: Cluster, run: RunDir) -> SlurmJob:
 
 
 def _yaml(strategy: str, topology: Topology) -> str:
-    zero = strategy.startswith("zero")
+    zero = KINDS[strategy].engine == "deepspeed"
     config = accelerate_config(
         strategy=strategy,
         offload="none",

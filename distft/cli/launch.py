@@ -59,10 +59,11 @@ def launch(
     detach: bool,
     as_json: bool,
 ) -> None:
-    """Train RECIPE here or on a cluster, or run an unmodified accelerate or transformers SCRIPT under a strategy.
+    """Train RECIPE, or run your own script, here or on a cluster.
 
-    For a run on this machine, Ctrl-C saves at the next step and ends the run; a second Ctrl-C ends it at once. A job
-    on a cluster keeps running. Exit status: 0 done, 1 the run failed, 2 the request is wrong.
+    SCRIPT is an unmodified accelerate or transformers.Trainer script, which runs under the strategy. For a run on this
+    machine, Ctrl-C saves at the next step and ends the run; a second Ctrl-C ends it at once. A job on a cluster keeps
+    running. Exit status: 0 done, 1 the run failed, 2 the request is wrong.
     """
     from distft.commands.follow import describe_run
     from distft.commands.launch import Launch, RecipeLaunch, ScriptLaunch, dependency, must_fit
@@ -150,7 +151,10 @@ def _sweep(
 @options.SETS
 @click.option("-o", "--output", required=True, metavar="DIR", help="A new folder for the files.")
 def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> None:
-    """Write all that launch would write into DIR; `bash DIR/job.sh` or `sbatch DIR/job.sbatch` starts it."""
+    """Write all files of a launch into DIR, and start nothing.
+
+    `bash DIR/job.sh` or `sbatch DIR/job.sbatch` starts it.
+    """
     from pathlib import Path
 
     from distft.commands.launch import RecipeLaunch

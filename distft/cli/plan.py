@@ -49,9 +49,9 @@ def plan(
     found = planned(recipe, sets, target, gpu, simulate, calibrate)
     if as_json:
         around = asdict(found.limits) | {"would_fit": found.would_fit}
-        options.print_json(plan_json(found.plan, found.recipe.name) | {"limits": around})
+        options.print_json(plan_json(found.plan, found.plan.recipe.name) | {"limits": around})
     else:
         width = max(60, min(shutil.get_terminal_size().columns, 200))
-        click.echo("\n".join(plan_page.lines(found.plan, found.recipe, found.limits, found.would_fit, width)))
+        click.echo("\n".join(plan_page.lines(found.plan, found.limits, found.would_fit, width)))
     if not found.plan.fits:
         context.exit(1)

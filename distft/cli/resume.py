@@ -33,9 +33,10 @@ def resume(
     detach: bool,
     as_json: bool,
 ) -> None:
-    """Continue RUN from its newest checkpoint, here or on a cluster, on any number of GPUs.
+    """Continue RUN from its newest checkpoint.
 
-    Strategy and world size may change, the training does not. They default to what RUN had.
+    It may continue here or on a cluster, under another strategy and on another number of GPUs: the training stays the
+    same. By default all of these are as they were.
     """
     from rich.console import Console
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @options.runs_dir
 @options.JSON
 def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
-    """Show the state of RUN, of a sweep, or of every run in the output folder."""
+    """Show the state of RUN, or of every run.
+
+    RUN may be a sweep too.
+    """
     from distft.commands import sweep
     from distft.commands.follow import described
     from distft.runs.directory import RunDir
@@ -86,7 +89,10 @@ def _attempts(run: RunDir, status: Status) -> list[str]:
 )
 @options.runs_dir
 def logs(run: str, follow: bool, rank: int, failed: bool, output_dir: str) -> None:
-    """Print the log of a rank of RUN, or of its job while there are no ranks yet."""
+    """Print the log of a rank of RUN.
+
+    While there are no ranks yet, it is the log of the job.
+    """
     from distft.commands.follow import follow_log
     from distft.errors import RecipeError
     from distft.runs.directory import RunDir

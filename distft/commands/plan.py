@@ -1,4 +1,4 @@
-"""`distft plan`: the plan of a recipe, how far it carries, and what would fit where it does not."""
+"""`distft plan`: the plan of a recipe, its limits, and what would fit where it does not."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from distft.planner import calibrate, limits
 from distft.planner.plan import RecipePlan, make_plan
 from distft.planner.search import Where
 
-# Planned for where neither --gpu nor --cluster names a GPU: this machine is looked at only when asked.
+# The GPU to plan for where neither --gpu nor --cluster names one: this machine's is used only when asked for.
 USUAL_GPU = "H100"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe with its plan and the limits around it; `would_fit` has changes that fit where the plan does not."""
+    """A plan and the limits around it; `would_fit` has changes that make a plan fit that does not."""
 
-    recipe: Recipe
     plan: RecipePlan
     limits: limits.Limits
     would_fit: list[str]
@@ -42,12 +41,12 @@ def plan(
     """Plan a recipe for a GPU, a cluster or this machine.
 
     Args:
-        gpu: see hardware.devices.named_device; the profile's, or USUAL_GPU, unless given.
-        simulate: count the memory of the chosen way; needs torch.
-        calibrate_with: a run whose speed is taken.
+        gpu: as for hardware.devices.named_device; None for the profile's, or USUAL_GPU.
+        simulate: count the memory of the chosen candidate; needs torch.
+        calibrate_with: a run whose speed is used.
 
     Raises:
-        DistftError: what was asked is wrong.
+        DistftError: the request is wrong.
     """
     loaded = read_recipe(path, sets)
     recipe = loaded.recipe
@@ -62,17 +61,17 @@ def plan(
     else:
         made = make_plan(recipe, where, compare=True, measured=measured)
     if assumed:
-        text = f"{USUAL_GPU}: neither --gpu nor --cluster names another; --gpu local is this machine"
+        text = f"{USUAL_GPU}, because neither --gpu nor --cluster names a GPU; --gpu local is this machine's"
         made = replace(made, assumptions=(text, *made.assumptions))
     made = replace(made, warnings=(*loaded.notes, *made.warnings))
     around = limits.limits(made.search, made.chosen)
-    return Planned(recipe, made, around, [] if made.fits else limits.would_fit(made.search))
+    return Planned(made, around, [] if made.fits else limits.would_fit(made.search))
 
 
 def _simulated(recipe: Recipe, where: Where, measured: float | None) -> RecipePlan:
-    """The plan with its memory counted, also of a model whose config.json the planner cannot read."""
+    """The plan with its memory counted; also for models whose config.json the planner does not know."""
     extras.require()
-    # transformers and bitsandbytes tell of what does not matter here.
+    # transformers and bitsandbytes warn about what does not matter here.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     from distft.simulation.simulate import model_shape, simulate

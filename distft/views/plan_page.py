@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from distft.config.recipe import Recipe
 from distft.planner.limits import Limits
 from distft.planner.plan import PRECISIONS, RecipePlan
 from distft.planner.search import ABOUT
@@ -24,7 +23,7 @@ COLOURS = ("blue", "cyan", "magenta", "yellow", "red", "green", "white")
 MARKS = "█▓▒░█▓▒"  # neighbours also differ without colours
 
 
-def lines(plan: RecipePlan, recipe: Recipe, limits: Limits, fixes: Sequence[str], width: int) -> Iterator[str]:
+def lines(plan: RecipePlan, limits: Limits, fixes: Sequence[str], width: int) -> Iterator[str]:
     """The page, `width` columns wide. `fixes`: changes that make a plan fit that does not."""
     first, *more = _wrapped(_verdict(plan), width)
     word, colon, rest = first.partition(":")
@@ -33,7 +32,7 @@ def lines(plan: RecipePlan, recipe: Recipe, limits: Limits, fixes: Sequence[str]
     for fix in fixes:
         yield from _wrapped(f"would fit: {fix}", width, "  ")
     yield ""
-    yield from _job(plan, recipe, width)
+    yield from _job(plan, width)
     yield from _table(plan, width)
     yield from _memory(plan, width)
     for title, sentences in (
@@ -63,8 +62,9 @@ def _verdict(plan: RecipePlan) -> str:
     return f"{verdict}: {plan.chosen.name} on {where}, {need} ({how})"
 
 
-def _job(plan: RecipePlan, recipe: Recipe, width: int) -> Iterator[str]:
-    m, b, adapters = plan.model, plan.batch, f"LoRA r {recipe.lora.r}" if recipe.lora else "full fine-tuning"
+def _job(plan: RecipePlan, width: int) -> Iterator[str]:
+    m, b, recipe = plan.model, plan.batch, plan.recipe
+    adapters = f"LoRA r {recipe.lora.r}" if recipe.lora else "full fine-tuning"
     quantized = f" on {recipe.model.quantization}" if recipe.model.quantization else ""
     yield from _wrapped(
         f"{m.name}: {m.parameters:,} parameters, {m.trainable_parameters:,} trained "
@@ -77,15 +77,15 @@ def _job(plan: RecipePlan, recipe: Recipe, width: int) -> Iterator[str]:
         f"accumulation x {ranks} rank{'s' * (ranks > 1)}, rows of {recipe.data.max_length:,} tokens",
         width,
     )
-    if speed := _speed(plan, recipe):
+    if speed := _speed(plan):
         yield from _wrapped(speed, width)
 
 
-def _speed(plan: RecipePlan, recipe: Recipe) -> str | None:
+def _speed(plan: RecipePlan) -> str | None:
     s = plan.speed
     if s.step_seconds is None:
         return None
-    steps = recipe.training.max_steps or 1000
+    steps = plan.recipe.training.max_steps or 1000
     seconds = steps * s.step_seconds
     gpu_hours = seconds / 3600 * plan.topology.world_size
     cost = f", {gpu_hours:,.1f} GPU-hours" if gpu_hours >= 0.05 and plan.device.type == "cuda" else ""
@@ -182,7 +182,7 @@ def _limits(plan: RecipePlan, limits: Limits) -> Iterator[str]:
         yield f"fewest such GPUs on which it fits without more offload: {shape}"
     else:
         yield "without more offload it does not fit on any number of such GPUs that divides the global batch"
-    free = plan.search.recipe.training.gradient_checkpointing == "auto"
+    free = plan.recipe.training.gradient_checkpointing == "auto"
     how = "with gradient checkpointing" if free else "with the recipe's settings"
     if length := limits.max_length:
         positions = plan.model.config.get("max_position_embeddings")

@@ -435,7 +435,7 @@ def test_no_gpu_is_looked_for_unless_asked(folder: Path, tmp_path: Path) -> None
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = run(folder, "8b.yaml", PATH=path)
-    assert "H100: neither --gpu nor --cluster names another; --gpu local is this machine" in done.stdout
+    assert "H100, because neither --gpu nor --cluster names a GPU;" in done.stdout
     assert not asked.exists()
     assert "NVIDIA L4" in run(folder, "8b.yaml", "--gpu", "local", PATH=path).stdout
     assert asked.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -84,3 +85,24 @@ def test_files_exist(page: Path) -> None:
     """Files of this repository in code within sentences: by their path from its root, or from distft/."""
     words = re.findall(r"`([\w./]+/[\w.]*\.(?:py|txt|sh|jinja|toml))`", FENCED.sub("", page.read_text()))
     assert [word for word in words if not (ROOT / word).exists() and not (ROOT / "distft" / word).exists()] == []
+
+
+def messages() -> str:
+    """Every string of the code, a line each, and the job script."""
+    found = [(ROOT / "distft/schedulers/templates/job.sbatch.jinja").read_text()]
+    for path in (ROOT / "distft").rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        found += [node.value for node in nodes if isinstance(node.value, str)]
+    return "\n".join(found)
+
+
+def test_symptoms_are_messages() -> None:
+    """What slurm.md says that people see is what they see: each quotation, without the words that are filled in."""
+    table = (ROOT / "docs" / "slurm.md").read_text().partition("## 3.")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    parts = [part.strip(" ;") for text in quoted for part in re.split(r"…|\d+\b|\b[NX]\b|\bID\b|\bSIG\w+|: ", text)]
+    sentences = [part for part in parts if " " in part]
+    assert len(sentences) > 15
+    known = messages()
+    assert [sentence for sentence in sentences if sentence not in known] == []

@@ -44,7 +44,7 @@ def merge(run: RunDir, output: Path, step: int | None = None) -> dict[str, Any]:
 
 def check(run: RunDir, output: Path, step: int | None) -> None:
     """Raises RecipeError for a run that has nothing to merge, or an `output` that exists."""
-    if not run.recipe.is_file():
+    if not run.trains_recipe:
         raise RecipeError(f"RUN: {run.name} ran your own script; distft does not know what it saved")
     if validate(load_yaml(run.recipe, Recipe)).lora is None:
         raise RecipeError(

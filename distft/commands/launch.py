@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 def prepare_data(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
     """Tokenize the data into the cache before anything starts, unless it is there already. Returns the counts.
 
-    In a process of its own: the command line never imports torch.
+    In a separate process: the command line never imports torch.
 
     Raises:
         MissingPartError: the train part is not installed.

@@ -66,7 +66,7 @@ class Attempt:
     cause: Cause = Cause.STOPPED
     node: str | None = None  # to blame for it
     bad_nodes: tuple[str, ...] = ()  # found by the preflight
-    logs: str = ""  # the folder in logs/ with its last words
+    logs: str = ""  # the folder in logs/ with its errors and torchrun's output
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Attempt:
@@ -81,7 +81,7 @@ class Attempt:
 class Status:
     """status.json. What is not known (yet) is None, or empty."""
 
-    state: State | None = None
+    state: State | None = None  # None before the first write
     job_id: str | None = None  # SLURM's, or local:PID:START_TIME of the launcher
     name: str | None = None
     nodes: str | None = None  # as SLURM writes them: node[1-4]
@@ -110,7 +110,7 @@ class Status:
 
     # What SLURM says at the moment; shown, never written.
     slurm_state: str | None = None
-    expected_start: str | None = None
+    expected_start: str | None = None  # or the actual one
 
     other: Mapping[str, Any] = field(default_factory=dict)  # keys of another version
 
@@ -150,10 +150,9 @@ def _member(kind: Any, value: Any) -> Any:
 def read_status(run: RunDir) -> Status:
     """The status of a run; an empty one before the first write, or where the file is damaged."""
     try:
-        raw = json.loads(run.status.read_text())
-    except (FileNotFoundError, ValueError):
+        return Status.from_json(json.loads(run.status.read_text()))
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # the last two: JSON of another shape
         return Status()
-    return Status.from_json(raw) if isinstance(raw, dict) else Status()
 
 
 def update_status(run: RunDir, **fields: Any) -> Status:

@@ -165,7 +165,7 @@ def _compiled(text: str) -> Template:
 def array_script(job: SlurmJob, folder: Path, count: int) -> str:
     """The script of an array of `count` jobs like `job`, with run directories folder/0, folder/1, ... Pure.
 
-    Each element runs the script of its own run directory.
+    Each element runs the script in its run directory.
     """
     output = f"--output={sbatch_quote(str(folder).replace('%', '%%') + '/%a/logs/slurm-%A_%a.log')}"
     lines = [output if line.startswith("--output=") else line for line in directives(job)]
@@ -173,7 +173,7 @@ def array_script(job: SlurmJob, folder: Path, count: int) -> str:
         [
             "#!/bin/bash",
             *(f"#SBATCH {line}" for line in (*lines, f"--array=0-{count - 1}")),
-            f"# distft: {count} runs of {job.name}; each element runs the job script of its own run directory.",
+            f"# distft: {count} runs of {job.name}; each element runs the job script in its run directory.",
             f'exec bash {quote(str(folder))}/"$SLURM_ARRAY_TASK_ID"/{SBATCH}',
             "",
         ]
@@ -338,7 +338,7 @@ def look(job_ids: Iterable[str]) -> dict[str, Seen]:
     if not wanted:
         return {}
     # All of the user's jobs: squeue fails for a single id that it has forgotten, and a long list of ids is no quicker.
-    # -r: each element of an array for itself; it is known by two ids, ARRAY_ELEMENT and one of its own.
+    # -r: each element of an array for itself; it has two ids, ARRAY_ELEMENT and a plain number.
     done = client("squeue", "-h", "-a", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%A|%T|%r|%S|%N")
     found = _parse(done.stdout, wanted)
     left = sorted(wanted - found.keys())

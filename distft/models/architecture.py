@@ -16,7 +16,7 @@ from distft.models.layout import Tensor, tensors
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the language model. None: config.json of an unknown family does not say."""
+    """Sizes of the language model. None: of an unknown family, whose config.json does not say."""
 
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
@@ -29,24 +29,24 @@ class Sizes:
     gated_mlp: bool | None = None  # act(gate(x)) * up(x), not act(up(x))
     parallel_attention: bool | None = None  # attention and MLP of a layer read the same input
     sliding_window: int | None = None  # tokens; None: no layer has one
-    layer_types: tuple[str, ...] = ()  # a layer: full_attention | sliding_attention
+    layer_types: tuple[str, ...] = ()  # of each layer: full_attention | sliding_attention
     experts: Experts | None = None
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts."""
+    """Sizes of a mixture of experts."""
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int  # of one expert
-    shared_intermediate_size: int = 0  # of the expert that every token takes
+    shared_intermediate_size: int = 0  # of the expert that every token uses
     layers: tuple[bool, ...] = ()  # which layers have experts; the others are dense
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of a known family. `tied` are weights that are another's of `tensors`: not counted."""
+    """A model of a known family. `tied` weights are shared with one of `tensors`, and not counted again."""
 
     sizes: Sizes
     tensors: tuple[Tensor, ...]
@@ -58,11 +58,11 @@ class Architecture:
         return sum(tensor.size for tensor in self.tensors)
 
 
-# A config.json with more has a slip of the pen, and would fill the memory of whoever plans it.
+# A config.json with larger sizes or counts has a typo, and planning it would fill the memory of this machine.
 LARGEST, MOST = 2**24, 2**12
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts", "num_kv_heads")
 
-# Sizes that a config gives as numbers, with the least that they may be.
+# Sizes that a config gives as numbers, with the smallest value allowed.
 NUMBERS = {
     "hidden_size": 1,
     "num_hidden_layers": 1,
@@ -94,16 +94,16 @@ MAY_BE_NULL = (
 )
 
 
-def is_known(config: Config) -> bool:
-    """Whether `describe` knows the family of a config.json."""
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether `describe` knows the family of this config.json."""
     return isinstance(config.get("model_type"), str) and config["model_type"] in FAMILIES
 
 
 def describe(config: Config) -> Architecture:
-    """The model of a config.json of a known family.
+    """The model that config.json describes, of a known family.
 
     Raises:
-        PlanError: a size that is no such number.
+        PlanError: a size that is not a number, or out of range.
     """
     family = FAMILIES[config["model_type"]]
     c = _resolve(family, config if family.vision is None else _part(config, "text_config"))
@@ -132,7 +132,7 @@ def _part(config: Config, key: str) -> Config:
 
 
 def _stack(family: Family, c: Config, names: Mapping[str, int], sparse: tuple[bool, ...]) -> list[Tensor]:
-    """All parameters of a stack of blocks and of what surrounds it."""
+    """All parameters of a stack of blocks and of what is around it."""
     blocks = {kind: list(tensors(family.block, names, {**c, "sparse": kind})) for kind in set(sparse)}
     return list(tensors(family.outside, names, c)) + [
         Tensor(f"{family.blocks}.{index}.{tensor.name}", tensor.shape, tensor.kind)
@@ -142,8 +142,11 @@ def _stack(family: Family, c: Config, names: Mapping[str, int], sparse: tuple[bo
 
 
 def _resolve(family: Family, config: Config) -> Config:
-    """The values of a config that its family reads, with defaults and rules filled in, under the names of Sizes."""
-    c = {"layer_types": config.get("layer_types"), "sliding_window_pattern": config.get("sliding_window_pattern")}
+    """The values of a config that its family reads, by the names in Sizes, with defaults and rules applied."""
+    c: Config = {
+        "layer_types": config.get("layer_types"),
+        "sliding_window_pattern": config.get("sliding_window_pattern"),
+    }
     for name, default in family.defaults.items():
         keys = family.keys.get(name, name).split() if name not in family.unread else []
         key = next((key for key in keys if key in config), None)
@@ -151,7 +154,7 @@ def _resolve(family: Family, config: Config) -> Config:
         if name not in NUMBERS or (c[name] is None and name in MAY_BE_NULL):
             continue
         if type(c[name]) is not int or c[name] < NUMBERS[name]:
-            need = f"need a whole number >= {NUMBERS[name]}"
+            need = f"need an integer >= {NUMBERS[name]}"
             raise PlanError(f"model.name_or_path: config.json: {key or name}: got {c[name]!r}, {need}")
         if c[name] > (most := MOST if name in COUNTS else LARGEST):
             raise PlanError(f"model.name_or_path: config.json: {key or name}: got {c[name]:,}, need at most {most:,}")
@@ -170,7 +173,7 @@ def _resolve(family: Family, config: Config) -> Config:
 
 
 def symbols(c: Config) -> dict[str, int]:
-    """The sizes that layouts name."""
+    """The sizes that layouts refer to, by symbol."""
     heads, kv_heads, d = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     names = {
         "h": c["hidden_size"],
@@ -229,7 +232,7 @@ def _sizes(family: Family, c: Config, sparse: tuple[bool, ...]) -> Sizes:
 
 
 def guess_sizes(config: Config) -> Sizes:
-    """The sizes of an unknown family by the names that are usual; nothing is assumed of its layers."""
+    """The sizes of an unknown family, by the usual names; nothing is assumed about its layers."""
     text: Mapping[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
 
     def first(*names: str) -> int | None:

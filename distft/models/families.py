@@ -1,6 +1,6 @@
 """The families of models that are planned from config.json alone, as data: layouts, and defaults of config classes.
 
-Sources: configuration_*.py and modeling_*.py of transformers 5, of the classes that AutoModelForCausalLM picks by
+Sources: configuration_*.py and modeling_*.py of transformers 5, for the classes that AutoModelForCausalLM picks by
 model_type. test_model_shapes.py holds each family equal to them, name by name, and each default to its class's.
 """
 
@@ -11,28 +11,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Config = dict[str, Any]
-Rule = Callable[[Config, int], Any]  # of a config with defaults filled in, and a layer's index
+Rule = Callable[[Config, int], Any]  # takes a config with defaults filled in, and a layer's index
 
 LLAMA_OUTSIDE = "model.embed_tokens embedding V h\nmodel.norm norm h\nlm_head output V h\n"
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a model is made of its config.json. Layouts: see layout.py; their symbols: `symbols` in architecture.py."""
+    """How a model follows from its config.json. Layouts: see layout.py; their symbols: `symbols` in architecture.py."""
 
-    defaults: Config  # of the config class, under the names of Sizes where these have one
+    defaults: Config  # of the config class, by the names in Sizes where there is one
     block: str  # rows of a block
-    outside: str = LLAMA_OUTSIDE  # the other rows
+    outside: str = LLAMA_OUTSIDE  # rows of everything else
     blocks: str = "model.layers"
-    keys: Mapping[str, str] = field(default_factory=dict)  # the config's own names of a size, the strongest first
+    keys: Mapping[str, str] = field(default_factory=dict)  # the config's own names for a size; the first one wins
     unread: tuple[str, ...] = ()  # sizes that the classes do not read from the config
-    derive: Callable[[Config], Config] = lambda c: {}  # switches that take a rule
-    sliding: Rule = lambda c, i: True  # whether layer i has the window, where there is one
-    sparse: Rule = lambda c, i: True  # whether layer i has experts, where there are any
+    derive: Callable[[Config], Config] = lambda c: {}  # switches that follow from several keys
+    sliding: Rule = lambda c, i: True  # whether layer i has the sliding window, if there is one
+    sparse: Rule = lambda c, i: True  # whether layer i has experts, if there are any
     gated: bool = True
-    parallel: str = "no"  # a switch
-    # Which of peft's tables for experts applies (lora.py).
-    peft_experts: str | None = None
+    parallel: str = "no"  # a switch: attention and MLP read the same input
+    peft_experts: str | None = None  # which of peft's tables for experts applies (lora.py)
     vision: Family | None = None  # of its vision_config
 
 
@@ -41,7 +40,7 @@ def _family(defaults: Config, *block: str, **more: Any) -> Family:
 
 
 def _sizes(vocab: int, hidden: int, mlp: int | None, layers: int, heads: int, kv: int | None, **more: Any) -> Config:
-    """None: 4 x hidden, as many key-value heads as heads."""
+    """`mlp` None: 4 x hidden. `kv` None: as many key-value heads as heads."""
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -56,7 +55,7 @@ def _sizes(vocab: int, hidden: int, mlp: int | None, layers: int, heads: int, kv
 
 
 def _attention(qkv: str = "no", out: str = "no", name: str = "self_attn", o_proj: str = "o_proj") -> str:
-    """Separate projections, and the switches of their biases."""
+    """Separate projections, with the switches of their biases."""
     return f"""
         {name}.q_proj linear q h bias={qkv}
         {name}.k_proj linear kv h bias={qkv}
@@ -78,7 +77,7 @@ def _plain(up: str, down: str, bias: str = "yes") -> str:
 
 
 def _fused(attention: str, bias: str = "yes") -> str:
-    """Query, key and value in one matrix, as GPT-NeoX, Falcon and BLOOM have them."""
+    """Query, key and value in one matrix, as in GPT-NeoX, Falcon and BLOOM."""
     names = f"{attention}.query_key_value linear qkv h bias={bias}\n{attention}.dense linear h q bias={bias}\n"
     return names + _plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", bias)
 
@@ -96,7 +95,7 @@ def _norms(*names: str, size: str = "h", bias: str = "no", when: str = "yes") ->
 
 
 def _every(interval: int, key: str = "") -> Rule:
-    """Every n-th layer sees all, the others a window."""
+    """Every n-th layer has full attention, the others a sliding window."""
     return lambda c, i: (i + 1) % (c.get(key) or interval)
 
 
@@ -107,7 +106,7 @@ NORMS = _norms(*PRE)
 POST_NORMS = _norms("post_attention_layernorm", "post_feedforward_layernorm")
 FOUR_NORMS = NORMS + _norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
 LAYER_NORMS = _norms(*PRE, bias="yes")
-HEAD_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", size="d")  # a head at a time
+HEAD_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", size="d")  # per head
 WHOLE_NORMS = _norms("self_attn.q_norm", size="q") + _norms("self_attn.k_norm", size="kv")
 LAYER_NORM_OUTSIDE = LLAMA_OUTSIDE.replace("model.norm norm h", "model.norm norm h bias=yes")
 GPT_OUTSIDE = """
@@ -163,7 +162,7 @@ QWEN_WINDOW: Config = {**WINDOW, "use_sliding_window": False, "max_window_layers
 QWEN_MOE: Config = {**WINDOW, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
 GEMMA: Config = {"head_dim": 256, **TIED, **NO_BIAS}
 
-# The images' part of Gemma 3.
+# The vision tower of Gemma 3.
 SIGLIP = _family(
     {
         "hidden_size": 768,

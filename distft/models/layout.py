@@ -1,13 +1,13 @@
-"""Layouts of models in text, and the parameters that they stand for.
+"""Layouts of models as text, and the parameters that they stand for.
 
-A layout has a row a module:
+A layout has one row per module:
 
     name kind size size... [bias=switch] [if=switch,!switch] [times=size]
 
 Kinds: linear (out in), conv1d (in out: GPT-2's transposed Linear), conv2d, output (the output layer), embedding,
 norm, and router (a matrix that is no Linear) have a `.weight`; experts and param are bare parameters of that name.
-A size is a symbol (`h`), a number, or `2f`, `P+2`; a switch is a key of the config, `yes` or `no`. With `times`, the
-row stands for so many modules, and `%` in its name for the number of each.
+A size is a symbol (`h`), a number, or `2f`, `P+2`; a switch is a key of the config, `yes` or `no`. With `times` the row
+stands for that many modules, and `%` in its name for the index of each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 
 class Tensor(NamedTuple):
-    """A parameter as named_parameters() of the model has it; the kind is its module's, or `bias`."""
+    """A parameter, named as in the model's named_parameters(); the kind is its module's, or `bias`."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,17 +28,17 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """In elements."""
+        """Elements."""
         return prod(self.shape)
 
     @property
     def is_linear(self) -> bool:
-        """Weight of a linear layer that is not the output layer: what bitsandbytes quantises."""
+        """Whether it is the weight of a linear layer other than the output layer: what bitsandbytes quantizes."""
         return self.kind in ("linear", "conv1d")
 
     @property
     def features(self) -> tuple[int, int]:
-        """In and out of the module that the weight is of (of one expert, for `experts`)."""
+        """Input and output features of the weight's module (of one expert, for `experts`)."""
         if self.kind in ("conv1d", "embedding"):
             return self.shape[0], self.shape[1]
         if self.kind == "experts":
@@ -71,7 +71,8 @@ def tensors(layout: str, symbols: Mapping[str, int], switches: Mapping[str, Any]
 
     def number(word: str) -> int:
         first, _, plus = word.partition("+")
-        factor, symbol = re.fullmatch(r"(\d*)(\w*)", first).groups()
+        symbol = first.lstrip("0123456789")
+        factor = first.removesuffix(symbol)
         return int(factor or 1) * (symbols[symbol] if symbol else 1) + int(plus or 0)
 
     def on(switch: str) -> bool:
@@ -92,7 +93,7 @@ def tensors(layout: str, symbols: Mapping[str, int], switches: Mapping[str, Any]
 
 
 def blocks(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors by block: those under the numbered prefix that has the most numbers."""
+    """Tensors by block: those under the numbered prefix with the most numbers."""
     stacks: dict[str, dict[str, list[Tensor]]] = {}
     for tensor in tensors:
         if match := re.match(r"(.*?)\.(\d+)\.", tensor.name):

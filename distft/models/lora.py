@@ -1,4 +1,4 @@
-"""What an adapter adds: peft's rules (peft/tuners/tuners_utils.py, tuners/lora/layer.py) without peft."""
+"""What an adapter adds to a model: peft's rules (peft/tuners/tuners_utils.py, tuners/lora/layer.py) without peft."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distft.config.recipe import Lora
 from distft.errors import PlanError
 from distft.models.layout import Tensor
 
-# The weight that an adapter is put on, and the elements of each of the adapter's own tensors.
+# The weight that an adapter is put on, and the elements of each of the adapter's tensors.
 Adapter = tuple[Tensor, tuple[int, ...]]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -16,9 +16,9 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # Modules that peft can put an adapter on, by the kind of their weight.
 ADAPTABLE = ("linear", "conv1d", "conv2d", "output", "embedding")
 
-# transformers 5 keeps a layer's experts in two parameters, where earlier ones had three matrices an expert. peft takes
-# the old names for parts of the new parameters, all-linear included, for the families below
-# (peft/utils/transformers_weight_conversion.py, _MOE_TARGET_MODULE_MAPPING). peft 0.19 fails on their all-linear.
+# transformers 5 keeps a layer's experts in two parameters; earlier versions had three matrices per expert. For the
+# families below peft takes the old names for parts of the new parameters, in all-linear too
+# (peft/utils/transformers_weight_conversion.py, _MOE_TARGET_MODULE_MAPPING). Their all-linear fails in peft 0.19.
 EXPERTS = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
     "qwen2_moe": {
@@ -31,16 +31,16 @@ EXPERTS = {
 
 
 def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> int:
-    """Trainable parameters of an adapter; see `adapters`."""
+    """Number of trainable parameters of an adapter; see `adapters`."""
     return sum(sum(sizes) for _, sizes in adapters(lora, tensors, peft_experts))
 
 
 def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> list[Adapter]:
-    """What an adapter adds to the model with these tensors (tied ones among them).
+    """What an adapter adds to the model with these tensors (tied ones included).
 
-    r x (in + out) a layer, and DoRA's magnitude vector of `out`; r x experts x (in + out) for the parameters of a
-    mixture, with twice the rank where two matrices became one. rsLoRA changes the scale alone. `all-linear` is every
-    linear layer but the output layer; a list is of module names or their ends, as peft matches them.
+    r x (in + out) elements per layer, and DoRA's magnitude vector of `out`; r x experts x (in + out) for the parameters
+    of a mixture of experts, with twice the rank where two matrices became one. rsLoRA only changes the scale.
+    `all-linear` is every linear layer but the output layer; a list has module names or their ends, as in peft.
 
     Raises:
         PlanError: nothing matches, or what matches cannot have an adapter.
@@ -51,7 +51,7 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     if everything and not experts and any(tensor.is_linear for tensor in tensors):
         return [(tensor, _sizes(lora, tensor)) for tensor in tensors if tensor.is_linear]
     targets = {*_names(tensors), *experts} if everything else set(lora.target_modules)
-    merged: dict[str, set[str]] = {}  # a parameter of the mixture, and the old names that stand for it
+    merged: dict[str, set[str]] = {}  # parameter of the mixture → the old names that stand for it
     for target in sorted(targets):
         old = next((name for name in experts if f".{target}".endswith(f".{name}")), None)
         if old is not None:
@@ -59,14 +59,14 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
             targets.remove(target)
     if len(merged.get("gate_up_proj", ())) == 1:
         pair = " and ".join(old for old, new in experts.items() if new == "gate_up_proj")
-        raise PlanError(f"lora.target_modules: {pair} are one parameter here and can only be named together")
+        raise PlanError(f"lora.target_modules: {pair} are one parameter here: name both or neither")
     found = _of_modules(lora, tensors, targets)
     parameters = [(t, len(old)) for new, old in merged.items() for t in tensors if f".{t.name}".endswith(f".{new}")]
     if parameters and (lora.use_dora or lora.lora_dropout):
         option = "lora.use_dora" if lora.use_dora else "lora.lora_dropout"
         raise PlanError(
-            f"{option}: peft cannot use it on the experts of a mixture; name other layers in lora.target_modules: "
-            f"{', '.join(_names(tensors))}"
+            f"{option}: peft does not support it on the experts of a mixture; name other layers in "
+            f"lora.target_modules: {', '.join(_names(tensors))}"
         )
     for tensor, ranks in parameters:
         number = tensor.shape[0] if tensor.kind == "experts" else 1
@@ -75,14 +75,14 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
         raise PlanError(
             "lora.target_modules: the model has no linear layer"
             if everything
-            else f"lora.target_modules: got {', '.join(lora.target_modules)}, no layer of the model is called so; "
+            else f"lora.target_modules: got {', '.join(lora.target_modules)}, and the model has no such layer; "
             f"it has {', '.join([*_names(tensors), *experts])}"
         )
     return found
 
 
 def _of_modules(lora: Lora, tensors: Sequence[Tensor], targets: Iterable[str]) -> list[Adapter]:
-    """For the modules whose whole name, or its end after a dot, is a target."""
+    """The adapters of modules whose whole name, or its end after a dot, is a target."""
     ends = tuple(f".{target}" for target in targets)
     found, seen = [], set()
     for tensor in tensors:
@@ -93,7 +93,7 @@ def _of_modules(lora: Lora, tensors: Sequence[Tensor], targets: Iterable[str]) -
             if f".{path}".endswith(ends):
                 found.append((tensor, _sizes(lora, tensor)))
             path = path.rpartition(".")[0]
-        while path and path not in seen:  # what holds it
+        while path and path not in seen:  # the modules that contain it
             if f".{path}".endswith(ends):
                 raise PlanError(
                     f"lora.target_modules: {path} cannot have an adapter; name layers: {', '.join(_names(tensors))}"
@@ -109,7 +109,7 @@ def _sizes(lora: Lora, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _path(tensor: Tensor) -> str:
-    """The module that a tensor is of."""
+    """Name of the tensor's module."""
     return tensor.name.rpartition(".")[0]
 
 

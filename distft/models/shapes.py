@@ -1,6 +1,6 @@
-"""What the model of a recipe is: its parameters and sizes, from config.json and the headers of its weights.
+"""A recipe's model: its parameters and sizes, from config.json and the headers of its weights.
 
-Reading a header takes no torch: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, "Format").
+Reading a header needs no torch: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.layout import Tensor
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parameters
 
-# A header is JSON of some hundred bytes a tensor; what claims more is not a safetensors file.
+# A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
 MAX_HEADER_BYTES = 100_000_000
 
-Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
+Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor → its shape
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Counts in elements. The sizes are None where config.json has no such entry."""
+    """Parameters, in elements, and sizes, which are None where config.json has no such entry."""
 
     name: str
     parameters: int
     trainable_parameters: int
-    linear_parameters: int  # weights of linear layers but the output layer: what quantization stores in fewer bits
+    linear_parameters: int  # of linear layers but the output layer: what quantization stores in fewer bits
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     vocab_size: int | None = None
     head_dim: int | None = None
     sizes: Sizes = field(default_factory=Sizes)
-    tensors: tuple[Tensor, ...] = field(default=(), repr=False)  # every parameter of the base model, tied ones once
+    tensors: tuple[Tensor, ...] = field(default=(), repr=False)  # all parameters of the base model, tied ones once
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json
     peft_experts: str | None = None  # see families.Family
-    tied: tuple[Tensor, ...] = field(default=(), repr=False)  # weights that are another's of `tensors`
+    tied: tuple[Tensor, ...] = field(default=(), repr=False)  # weights shared with one of `tensors`
 
     @property
     def model_type(self) -> str | None:
@@ -57,14 +57,14 @@ class ModelShape:
 def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     """The model of a recipe, from its local folder or the hub.
 
-    Of a known family, exactly what transformers builds from config.json: a checkpoint may hold other things (buffers,
-    a tied weight twice, experts one by one). Of any other, what the headers of the weights hold.
+    For a known family, exactly what transformers builds from config.json: a checkpoint may have other tensors (buffers,
+    a tied weight twice, experts one by one). For any other family, what the headers of the weights list.
 
     Args:
         need_weights: refuse a model that could be planned but not loaded.
 
     Raises:
-        PlanError: no config.json, a file that is not what its name says, or weights that are needed and not there.
+        PlanError: no config.json, a file that is not what its name says, or weights that are needed and missing.
         MissingPartError: a hub id, without huggingface_hub installed.
     """
     name = recipe.model.name_or_path
@@ -75,7 +75,7 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     if is_known(config):
         model = describe(config)
         sizes, tensors, tied, experts = model.sizes, model.tensors, model.tied, model.peft_experts
-        if header and "quantization_config" not in config:  # which packs weights into other shapes
+        if header and "quantization_config" not in config:  # quantized weights are packed into other shapes
             tensors = tuple(t._replace(shape=header.get(t.name, t.shape)) for t in tensors)
     elif header is not None:
         sizes, tensors = guess_sizes(config), tuple(Tensor(n, s, _guess_kind(n, s)) for n, s in header.items())
@@ -84,7 +84,7 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
         raise PlanError(
             f"model.name_or_path: {name} has no weights (*.safetensors), and "
             + (f"model_type {kind} is not known here" if kind else "its config.json has no model_type")
-            + "; add the weights, or plan with --simulate, which takes any transformers model"
+            + "; add the weights, or plan with --simulate, which works for any transformers model"
         )
     return shape_of(recipe, tensors, tied, sizes, config, experts)
 
@@ -97,7 +97,7 @@ def shape_of(
     config: Mapping[str, Any],
     peft_experts: str | None = None,
 ) -> ModelShape:
-    """The counts of a model with these parameters.
+    """A model with these parameters, counted.
 
     Raises:
         PlanError: lora.target_modules names none of its layers.
@@ -122,7 +122,7 @@ def shape_of(
 
 
 def _guess_kind(name: str, shape: tuple[int, ...]) -> str:
-    """The kind of a tensor of an unknown family: a matrix in a numbered block is a linear layer's."""
+    """The kind of a tensor of an unknown family: a matrix in a numbered block is taken for a linear layer's."""
     if name.endswith(".bias"):
         return "bias"
     if len(shape) == 3 and "expert" in name:
@@ -134,8 +134,8 @@ def _guess_kind(name: str, shape: tuple[int, ...]) -> str:
     return "output" if name in ("lm_head.weight", "embed_out.weight") else "embedding"
 
 
-def _read_folder(folder: Path, need_weights: bool) -> tuple[dict, Shapes | None]:
-    """Config of a model folder, and the tensors of its weights; None where there are none."""
+def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shapes | None]:
+    """The config in a model folder, and the tensors of its weights; None where there are none."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def _read_folder(folder: Path, need_weights: bool) -> tuple[dict, Shapes | None]
     if (missing or not files) and not need_weights:
         return config, None
     if missing and files:
-        raise PlanError(f"model.name_or_path: {folder} lacks {', '.join(missing[:3])}, which its index names")
+        raise PlanError(f"model.name_or_path: {folder} lacks {', '.join(missing[:3])}, listed in its index")
     if not files:
         other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         found = (
@@ -162,7 +162,7 @@ def _read_folder(folder: Path, need_weights: bool) -> tuple[dict, Shapes | None]
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files that transformers loads: model.safetensors, or those of the index; else all. And which are missing."""
+    """The files that transformers loads (model.safetensors, else those in the index, else all), and those missing."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors")), []
@@ -170,15 +170,15 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise PlanError(f"model.name_or_path: {index} is no index of weights") from None
+        raise PlanError(f"model.name_or_path: {index} is not an index of weights") from None
     return [file for file in files if file.exists()], [file.name for file in files if not file.exists()]
 
 
 def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a file.
+    """Name and shape of every tensor in a file.
 
     Raises:
-        PlanError: the file is not safetensors, or is cut short.
+        PlanError: the file is not safetensors, or it is truncated.
     """
     try:
         with path.open("rb") as file:
@@ -189,20 +189,23 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         header.pop("__metadata__", None)
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if path.stat().st_size != end:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes and should have {end:,}: a broken copy?")
+            raise ValueError(f"it has {path.stat().st_size:,} bytes and should have {end:,}: an incomplete copy?")
         return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"model.name_or_path: {path} is not a whole safetensors file ({error})") from None
+        raise PlanError(f"model.name_or_path: {path} is not a complete safetensors file ({error})") from None
 
 
-def check_start(lora: Lora, parameters: int) -> None:
-    """Raises PlanError where `lora.start_from` is no adapter such as this recipe's, of so many parameters."""
-    folder = Path(lora.start_from)
+def check_start(folder: Path, lora: Lora, parameters: int) -> None:
+    """Check the adapter in `folder`, which `lora.start_from` names.
+
+    Raises:
+        PlanError: it is not an adapter like this recipe's, which has this many parameters.
+    """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
         header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, PlanError) as error:
-        raise PlanError(f"lora.start_from: {folder} is no peft adapter in safetensors ({error})") from None
+        raise PlanError(f"lora.start_from: {folder} is not a peft adapter in safetensors ({error})") from None
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if config.get(name) != getattr(lora, name):
             raise PlanError(
@@ -212,13 +215,13 @@ def check_start(lora: Lora, parameters: int) -> None:
     found = sum(prod(shape) for shape in header.values())
     if found != parameters:
         raise PlanError(
-            f"lora.start_from: the adapter has {found:,} parameters, and this one would have {parameters:,}: another "
-            "model, or other lora.target_modules"
+            f"lora.start_from: the adapter has {found:,} parameters, and this recipe's would have {parameters:,}: "
+            "it is for another model, or has other lora.target_modules"
         )
 
 
-def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict, Shapes | None]:
-    """The same from the hub's cache where the model lies there, else from the hub itself, without the weights."""
+def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict[str, Any], Shapes | None]:
+    """As _read_folder, from the hub's cache if the model is there, else from the hub itself, without the weights."""
     try:
         import huggingface_hub as hub
     except ImportError:
@@ -234,7 +237,7 @@ def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict, Shapes | None]:
             if header is not None or (is_known(config) and not need_weights):
                 return config, header
         if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-            raise OSError("HF_HUB_OFFLINE is set, and it is not in the hub's cache")
+            raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
         config = json.loads(Path(hub.hf_hub_download(name, "config.json", revision=revision)).read_text())
         if is_known(config) and not need_weights:
             return config, None
@@ -242,11 +245,10 @@ def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict, Shapes | None]:
     except PlanError:
         raise
     except Exception as error:
-        # huggingface_hub raises its own, httpx's and OSError's errors here; all mean the same to the user.
+        # huggingface_hub raises its own errors, httpx's and OSError here; all mean the same to the user.
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise PlanError(
-            f"model.name_or_path: {name} is neither a folder beside the recipe nor a hub model that can be read "
-            f"({reason})"
+            f"model.name_or_path: {name} is neither a folder beside the recipe nor a readable hub model ({reason})"
         ) from None
     return config, {n: tuple(t.shape) for f in metadata.files_metadata.values() for n, t in f.tensors.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from distft import rules
@@ -116,7 +117,7 @@ def make_plan(
     """
     model = model or read_model_shape(recipe, need_weights)
     if recipe.lora and recipe.lora.start_from:
-        check_start(recipe.lora, model.trainable_parameters)
+        check_start(Path(recipe.lora.start_from), recipe.lora, model.trainable_parameters)
     search = Search.of(recipe, model, where, measured)
     reasons: list[str] = []
     warnings = _warnings(where.topology, where.device)

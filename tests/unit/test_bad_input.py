@@ -127,7 +127,7 @@ def test_model_folder_without_weights(refused: Callable[..., str], tiny: Tiny, t
     shutil.copytree(tiny.path / "model", folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "is not a whole safetensors file" in refused(model__name_or_path=str(folder))
+    assert "is not a complete safetensors file" in refused(model__name_or_path=str(folder))
     weights.rename(folder / "pytorch_model.bin")
     said = refused(model__name_or_path=str(folder))
     assert "has no weights (*.safetensors); found pytorch_model.bin, which is a pickle and is not loaded" in said
@@ -138,7 +138,7 @@ def test_model_folder_without_weights(refused: Callable[..., str], tiny: Tiny, t
 
 
 def test_hub_model_without_network(refused: Callable[..., str]) -> None:
-    assert "owner/missing is neither a folder beside the recipe nor a hub model" in refused(
+    assert "owner/missing is neither a folder beside the recipe nor a readable hub model" in refused(
         model__name_or_path="owner/missing"
     )
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_combined(refused: Callable[..., str], changes: dict[str,
 
 def test_target_modules_that_do_not_exist(refused: Callable[..., str], tiny: Tiny) -> None:
     said = refused(lora={"target_modules": ["query_proj"]})
-    assert "got query_proj, no layer of the model is called so; it has down_proj, gate_proj, k_proj" in said
+    assert "got query_proj, and the model has no such layer; it has down_proj, gate_proj, k_proj" in said
 
 
 def test_several_nodes_without_a_cluster(refused: Callable[..., str]) -> None:

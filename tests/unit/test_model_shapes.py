@@ -224,7 +224,7 @@ def test_lora_counts_are_those_of_peft(config: dict[str, Any]) -> None:
         assert our_count(config, lora) == peft_count(config, lora), lora
     dora = Lora(r=5, use_dora=True)
     if ours.peft_experts:
-        with pytest.raises(PlanError, match=r"lora.use_dora: peft cannot use it on the experts"):
+        with pytest.raises(PlanError, match=r"lora.use_dora: peft does not support it on the experts"):
             our_count(config, dora)
         dora = Lora(r=5, use_dora=True, target_modules=["q_proj", "o_proj"])
     assert our_count(config, dora) == peft_count(config, dora)
@@ -286,13 +286,13 @@ def test_named_layers_are_those_of_peft(family: str, targets: list[str], use_dor
 @pytest.mark.parametrize(
     ("family", "options", "said"),
     [
-        ("llama", {"target_modules": ["qproj"]}, "got qproj, no layer of the model is called so; it has down_proj, "),
+        ("llama", {"target_modules": ["qproj"]}, "got qproj, and the model has no such layer; it has down_proj, "),
         ("llama", {"target_modules": ["mlp"]}, "model.layers.0.mlp cannot have an adapter"),
         ("llama", {"target_modules": ["q_proj", "norm"]}, "model.norm cannot have an adapter"),
         ("granitemoe", {"target_modules": ["router"]}, "router cannot have an adapter"),
         ("olmoe", {"target_modules": ["experts"]}, "experts cannot have an adapter"),
         ("mixtral", {"target_modules": ["w1"]}, "w1 and w3 are one parameter here"),
-        ("mixtral", {"lora_dropout": 0.1}, "lora.lora_dropout: peft cannot use it on the experts"),
+        ("mixtral", {"lora_dropout": 0.1}, "lora.lora_dropout: peft does not support it on the experts"),
     ],
 )
 def test_what_peft_refuses_is_refused(family: str, options: dict[str, Any], said: str) -> None:
@@ -411,7 +411,7 @@ def test_70b_takes_milliseconds() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_size": "24"}, "config.json: hidden_size: got '24', need a whole number >= 1"),
+        ({"hidden_size": "24"}, "config.json: hidden_size: got '24', need an integer >= 1"),
         ({"num_attention_heads": 0}, "config.json: num_attention_heads: got 0"),
         ({"vocab_size": None}, "config.json: vocab_size: got None"),
         ({"num_hidden_layers": True}, "config.json: num_hidden_layers: got True"),
@@ -484,10 +484,10 @@ def test_shards(tiny: Tiny, folder: Path) -> None:
     assert read(folder, tiny, need_weights=True) == whole
     (folder / "model-2.safetensors").unlink()
     assert read(folder, tiny) == whole
-    with pytest.raises(PlanError, match=r"lacks model-2.safetensors, which its index names"):
+    with pytest.raises(PlanError, match=r"lacks model-2.safetensors, listed in its index"):
         read(folder, tiny, need_weights=True)
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(PlanError, match="is no index of weights"):
+    with pytest.raises(PlanError, match="is not an index of weights"):
         read(folder, tiny)
 
 
@@ -503,7 +503,7 @@ def test_unknown_family(tiny: Tiny, folder: Path) -> None:
         read(folder, tiny)
     assert str(error.value) == (
         f"model.name_or_path: {folder} has no weights (*.safetensors), and model_type fancy is not known here; add the "
-        "weights, or plan with --simulate, which takes any transformers model"
+        "weights, or plan with --simulate, which works for any transformers model"
     )
     edit(folder / "config.json", model_type=None)
     with pytest.raises(PlanError, match=r"its config.json has no model_type; add the weights"):
@@ -523,7 +523,7 @@ def test_hub_model_whose_config_alone_is_cached(
     assert read_model_shape(recipe, need_weights=True).tensors == whole.tensors
     (folder / "model.safetensors").unlink()
     assert read_model_shape(recipe).tensors == whole.tensors
-    with pytest.raises(PlanError, match="owner/tiny is neither a folder beside the recipe nor a hub model"):
+    with pytest.raises(PlanError, match="owner/tiny is neither a folder beside the recipe nor a readable hub model"):
         read_model_shape(recipe, need_weights=True)
 
 

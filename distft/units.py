@@ -1,4 +1,4 @@
-"""Sizes and times for people."""
+"""Sizes and times as people read them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a training step keeps beside the states: polynomials in a model's sizes, by family and mode.
+"""What a training step keeps besides the states: polynomials in a model's sizes, by family and mode.
 
-The table is activations.txt, which simulation/activation_table.py makes from the real classes. Symbols: T tokens of a
-micro-batch, s tokens of a row, h hidden size, q and kv the widths of queries and of keys, a heads, d head size, f MLP,
-V words, r LoRA's rank; of a mixture m one expert's MLP, n its shared MLP, e experts, k experts of a token. Coefficients
-are bytes.
+The table is activations.txt, which simulation/activation_table.py generates from the real classes. Symbols: T tokens of
+a micro-batch, s tokens of a row, h hidden size, q and kv the widths of queries and keys, a heads, d head size, f MLP, V
+vocabulary, r LoRA's rank; in a mixture of experts m one expert's MLP, n the shared MLP, e experts, k experts a token.
+Coefficients are bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).parent / "activations.txt"
 MOMENTS = ("base", "saved", "forward", "loss", "head", "top", "bottom")
-ATTENTIONS = ("flash", "masked", "eager")  # the least memory first
+ATTENTIONS = ("flash", "masked", "eager")  # least memory first
 
 Polynomial = dict[str, float]  # monomial → bytes
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What changes what a step keeps."""
+    """Everything but sizes that changes what a step keeps."""
 
     dtype_regime: str  # autocast (DDP) | low (ZeRO and FSDP compute in 16 bit) | float32
     adapters: str  # full | lora | nf4 | int8
@@ -44,7 +44,7 @@ class Mode:
 
 
 def symbols(sizes: Any, tokens: int, row: int, rank: int) -> dict[str, int]:
-    """The value of every monomial for a model's sizes."""
+    """The value of every monomial for a model's `Sizes`, none of which is None."""
     a, d = sizes.num_attention_heads, sizes.head_dim
     one = {
         "h": sizes.hidden_size,
@@ -80,8 +80,8 @@ def symbols(sizes: Any, tokens: int, row: int, rank: int) -> dict[str, int]:
 
 
 def kept_in_backward(saved: Polynomial, checkpointing: bool) -> Polynomial:
-    """What the backward pass still has of `saved`: autocast's 16-bit copies of weights end with the forward pass, but
-    for those that operators kept; under checkpointing there are none."""
+    """What of `saved` the backward pass still has. After the forward pass autocast's 16-bit copies of weights are gone,
+    except those that operators kept; under checkpointing there are none."""
     return {name: size for name, size in saved.items() if "T" in name} if checkpointing else saved
 
 
@@ -97,15 +97,16 @@ def mode_of(recipe: Recipe, setting: Setting) -> Mode:
 
 
 def needs_mask(recipe: Recipe, setting: Setting) -> bool:
-    """SDPA: packed rows hold several documents, and rows of several lengths are padded."""
+    """Whether SDPA needs a mask: packed rows hold several documents, and rows of different lengths are padded."""
     return recipe.data.packing or setting.micro_batch_size > 1
 
 
 @lru_cache
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
-    """Moment → what may be its peak. A mode that a family lacks is taken for a costlier one (FlashAttention for SDPA
-    without its mask, Gemma 2's SDPA for eager; mixtures cannot be traced in float32), an unknown family for Llama's."""
-    # The language model of Gemma 3 is the same beside images.
+    """Moment → what may be its peak. Where a family lacks a mode, a costlier one stands in (SDPA without its mask for
+    FlashAttention, eager for Gemma 2's SDPA, 16 bit for mixtures in float32, which cannot be traced); for an unknown
+    family, Llama."""
+    # The language model of Gemma 3 is the same with and without images.
     family = "gemma3_text" if family == "gemma3" else family
     for name, regime in ((family, mode.dtype_regime), (family, "low"), ("llama", mode.dtype_regime)):
         for attention in ATTENTIONS[ATTENTIONS.index(mode.attention) :]:
@@ -163,8 +164,8 @@ def write(found: dict[tuple[str, Mode], dict[str, list[Polynomial]]], versions: 
 def peaks(
     recipe: Recipe, model: ModelShape, setting: Setting, row: int, chosen: frozenset[str], block: list[Tensor]
 ) -> dict[str, tuple[int, int]]:
-    """Moment → bytes at its peak, of rows of `row` tokens: (all but logits, logits). {} where the model's sizes are not
-    known.
+    """Moment → bytes at its peak, for rows of `row` tokens: (all but logits, logits). {} where the model's sizes are
+    unknown.
 
     Args:
         chosen: names of the weights that have adapters.
@@ -196,11 +197,12 @@ def peaks(
             elif moment in ("forward", "loss"):
                 rest += times * change.weights
             if (moment == "forward" and change.matrices) or (mode.checkpointing and moment in ("top", "bottom")):
-                # What the block computes once more, and a layer's matrices beside it.
+                # What the block computes again, plus the matrices of one layer.
                 whole = polynomials(model.model_type or "", replace(mode, checkpointing=False))["saved"][0]
                 wide = 0
-                if mode.dtype_regime == "autocast" and mode.adapters in ("nf4", "int8") and recipe.lora.use_dora:
-                    # All in float32 (see `difference`): as much again, and the gradients of the MLP.
+                dora = recipe.lora is not None and recipe.lora.use_dora
+                if mode.dtype_regime == "autocast" and mode.adapters in ("nf4", "int8") and dora:
+                    # Everything is float32 (see `difference`): as much again, and the gradients of the MLP.
                     wide = sum(_evaluate(value, ((whole, 1),))) + 12 * value.get("T·f", 0)
                 again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices + wide
                 rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
@@ -214,32 +216,32 @@ def peaks(
 
 
 def _liger_logits(tokens: int, hidden: int, vocab: int, low: int) -> int:
-    """Liger's fused linear cross entropy makes logits and their gradient, in place, for so many tokens at once as have
-    about the bytes of the hidden states (liger_kernel/ops/fused_linear_cross_entropy.py: chunk_size). Its other kernels
-    save more, which is left out."""
+    """Bytes of the logits with Liger's fused linear cross entropy. It computes logits and, in place, their gradient for
+    as many tokens at a time as take about the bytes of the hidden states (liger_kernel/ops/
+    fused_linear_cross_entropy.py: chunk_size). Its other kernels save memory too, which is not counted."""
     chunk = -(-tokens // -(-vocab // hidden))
     return 2 * low * vocab * min(tokens, 1 << (chunk - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a block keeps more than the table says, which has plain LoRA on every linear layer and groups of heads."""
+    """Bytes that a block keeps beyond the table, which assumes plain LoRA on every linear layer and groups of heads."""
 
-    tokens: int  # bytes: inputs and results of adapters, keys and values
+    tokens: int  # inputs and results of adapters, keys and values
     weights: int  # autocast's copies of adapters
-    matrices: int  # DoRA: what one layer makes of its weight, for the time of its forward pass
+    matrices: int  # DoRA: what one layer computes from its weight, during its forward pass
 
 
 def difference(
     recipe: Recipe, model: ModelShape, mode: Mode, tokens: int, chosen: frozenset[str], block: list[Tensor]
 ) -> Difference | None:
-    """Chosen layers, DoRA, and heads without groups (`_views`).
+    """The difference made by chosen layers, DoRA, and heads without groups (`_views`); None for none.
 
-    A frozen layer keeps nothing. An adapter keeps its input (under autocast a 16-bit copy of its own: peft turns it
-    into the adapter's float32 first, but not before a quantised layer; else layers that read the same share it) and
-    the rank-wide product. The last layer of an attention reads what FlashAttention keeps anyway, and LLM.int8() keeps
-    inputs itself. DoRA keeps the results of layer and adapter, and makes the adapter's matrix, from an identity, and
-    its sum with the weight (peft tuners/lora/dora.py).
+    A layer without an adapter keeps nothing. An adapter keeps its input and the product of width r. Layers that read
+    the same input share it, except under autocast, where each has its own 16-bit copy (peft first casts the input to
+    the adapter's float32, though not for a quantized layer). The last layer of an attention reads what FlashAttention
+    keeps anyway, and LLM.int8() keeps inputs itself. DoRA keeps the results of layer and adapter, and computes the
+    adapter's matrix, from an identity, and its sum with the weight (peft tuners/lora/dora.py).
     """
     low, lora = 4 if mode.dtype_regime == "float32" else 2, recipe.lora
     views = _views(model, mode) * low * tokens
@@ -260,7 +262,7 @@ def difference(
                 if lora.use_dora:
                     results += 2 * low * tokens * width_out
                     if mode.dtype_regime == "autocast" and mode.adapters != "lora":
-                        # The magnitude's float32 is not cast back: what follows is float32, and int8 casts it again.
+                        # The float32 of the magnitude is not cast back: what follows is float32, and int8 casts again.
                         results += 4 * tokens * width_out + (2 * tokens * width_in if mode.adapters == "int8" else 0)
                     square, size = width_in * width_in, width_in * width_out
                     matrices = max(matrices, low * (square + 3 * size))
@@ -283,14 +285,15 @@ def difference(
 
 
 def _views(model: ModelShape, mode: Mode) -> int:
-    """Elements a token that a block keeps more because keys and values are views. The table's families have groups of
-    heads, so keys and values are copied for every head where the kernel has no groups (modeling_*.py, repeat_kv).
+    """Elements per token that a block keeps beyond the table because keys and values are views. The table's families
+    have groups of heads, so keys and values are copied for every head where the kernel has no groups (modeling_*.py,
+    repeat_kv).
 
     With one key-value head these copies are views of it; with as many as heads there are none, and Phi-3's values stay
-    a part of its fused projection, all of which lives on.
+    a part of its fused projection, which is kept as a whole.
     """
     sizes = model.sizes
-    heads, kv_heads, d = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+    heads, kv_heads, d = sizes.num_attention_heads or 0, sizes.num_key_value_heads or 0, sizes.head_dim or 0
     if mode.attention == "masked" and kv_heads == 1 < heads and model.model_type not in ("falcon", "gpt_bigcode"):
         return -2 * (heads - 1) * d
     return 2 * heads * d if mode.attention != "flash" and model.model_type == "phi3" and kv_heads == heads else 0

@@ -10,14 +10,14 @@ from distft.runs.measured import measured, planned
 
 
 def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
-    """What a rank of an earlier run computed a second, counting what checkpointing repeats.
+    """FLOP/s of a rank in an earlier run, including what gradient checkpointing repeats.
 
     Args:
         word: a run directory, or a run's name in `runs_dir`.
         gpu: what the plan is for, as in plan.json.
 
     Raises:
-        PlanError: there is no such run, it says too little, or it ran on something else.
+        PlanError: there is no such run, too little is known about it, or it ran on another device.
     """
     try:
         run = RunDir.find(word, runs_dir)
@@ -26,18 +26,18 @@ def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
     found, plan = measured(run), planned(run)
     per_token = plan.get("time", {}).get("flops_per_token")
     if not found or not per_token:
-        what = "it has made no step" if not found else "its plan.json has no time.flops_per_token"
+        what = "it has completed no step" if not found else "its plan.json has no time.flops_per_token"
         raise PlanError(f"--calibrate: {run.path} cannot be used: {what}")
     there = plan["topology"]["gpu"]
     if _usual_name(there) != _usual_name(gpu):
         raise PlanError(
-            f"--calibrate: {run.path} ran on {there or 'the CPU'}, and this plan is for {gpu or 'the CPU'}; name that "
-            "with --gpu, or another run"
+            f"--calibrate: {run.path} ran on {there or 'the CPU'}, and this plan is for {gpu or 'the CPU'}; set --gpu, "
+            "or name another run"
         )
-    # Communication is in it: a plan for another width adds its own to that, and errs on the slow side.
+    # This includes communication: a plan for another world size adds its own to it, and errs on the slow side.
     per_rank = found.tokens_per_second / plan["topology"]["world_size"]
-    trained = plan["model"]["trainable_parameters"] < plan["model"]["parameters"]
-    return per_rank * per_token * speed.checkpointing_factor(trained, plan["gradient_checkpointing"])
+    lora = plan["model"]["trainable_parameters"] < plan["model"]["parameters"]
+    return float(per_rank * per_token * speed.checkpointing_factor(lora, plan["gradient_checkpointing"]))
 
 
 def _usual_name(gpu: str | None) -> str | None:

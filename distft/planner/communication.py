@@ -1,8 +1,8 @@
 """What the ranks send each other in an optimizer step: bytes by formula, and the time on the links.
 
-A ring over n ranks sends (n-1)/n of the data a rank for an all-gather or a reduce-scatter and twice that for an
+In a ring over n ranks, each sends (n-1)/n of the data for an all-gather or a reduce-scatter, and twice that for an
 all-reduce. Volumes by strategy: https://github.com/stas00/ml-engineering, training/model-parallelism; under LoRA only
-what is trained is reduced, while sharded parameters are gathered whole.
+trained parameters are reduced, while sharded parameters are gathered whole.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes
 
-# Of a link's data sheet: 361 to 367 of 450 GB/s on a node of 8 H200 (ml-engineering, network/benchmarks).
+# Part of the data sheet's rate that a link reaches: 361 to 367 of 450 GB/s on a node of 8 H200 (ml-engineering,
+# network/benchmarks).
 LINK_EFFICIENCY = 0.8
 
 
 @dataclass(frozen=True)
 class Links:
-    """GB/s in one direction: of one GPU to the others of its node, and of a whole node to the other nodes."""
+    """GB/s in one direction: from one GPU to the others in its node, and from a whole node to the other nodes."""
 
     inside: float
-    between: float | None = None
+    between: float
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Of one rank in one optimizer step; `seconds` is None where the links are not known."""
+    """Of one rank in one optimizer step; `seconds` is None where the links are unknown."""
 
     bytes_per_step: int
     seconds: float | None
@@ -37,22 +38,21 @@ def per_step(sizes: Sizes, setting: Setting, accumulation: int, links: Links | N
     world, inside = setting.world_size, setting.nproc_per_node
     nodes = max(1, world // inside)
     total, seconds = 0.0, 0.0
-    known = links is not None and (nodes == 1 or links.between is not None)
     for size, ranks, across in _collectives(sizes, setting, accumulation):
         sent = size * (ranks - 1) / ranks if ranks > 1 else 0.0
         total += sent
-        if known:
-            # A ring through all ranks of several nodes flows over each node's network once; one of a rank a node
-            # (HSDP's replicas) shares it with those of the other ranks.
+        if links:
+            # A ring through all ranks of several nodes crosses each node's network once; a ring with one rank per node
+            # (HSDP's replicas) shares that network with the rings of the node's other ranks.
             rate = links.inside
             if across and nodes > 1:
                 rate = min(rate, links.between / (inside if ranks == nodes and inside > 1 else 1))
             seconds += sent / (rate * LINK_EFFICIENCY * 1e9)
-    return Communication(int(total), seconds if known else None)
+    return Communication(int(total), seconds if links else None)
 
 
 def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tuple[float, int, bool]]:
-    """(bytes x passes, ranks, whether it leaves the node) of each collective of a step. Gradients travel in float32
+    """(bytes x passes, ranks, whether it leaves the node) for each collective of a step. Gradients travel in float32
     (strategies/deepspeed.py, communication_data_type; train/trainer.py, reduce_dtype)."""
     world, shard, across = setting.world_size, setting.shard_size, setting.world_size > setting.nproc_per_node
     gradients, working = 4 * sizes.trained, sizes.low * sizes.trained
@@ -63,8 +63,10 @@ def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tupl
         times = accumulation if kind.shards_gradients else 1
         return [(2 * gradients * times, world, across), (working, world, across)]
     # Parameters are gathered for the forward and again for the backward pass of every micro-batch.
-    gathered = [(2 * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node)]
-    reduced = [(gradients * accumulation, shard, shard > setting.nproc_per_node)]
+    found: list[tuple[float, int, bool]] = [
+        (2 * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node),
+        (gradients * accumulation, shard, shard > setting.nproc_per_node),
+    ]
     if kind.in_groups:
-        return [*gathered, *reduced, (2 * gradients / shard * accumulation, world // shard, across)]
-    return gathered + reduced
+        found.append((2 * gradients / shard * accumulation, world // shard, across))
+    return found

@@ -1,4 +1,4 @@
-"""What else would fit: fewer GPUs, longer rows, larger micro-batches, and what would mend a plan that does not fit."""
+"""What else would fit: fewer GPUs, longer rows, larger micro-batches, and changes that make a recipe fit."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from distft.planner.search import Candidate, Search, choose, fixed_offload
 from distft.strategies.kinds import KINDS
 from distft.units import gib
 
-LONGEST, LARGEST = 2**20, 2**12  # where looking for more ends
+LONGEST, LARGEST = 2**20, 2**12  # tokens per row and micro-batch size up to which limits are searched
 NODES = 128
 
 
 @dataclass(frozen=True)
 class Limits:
-    """None: nothing that was looked at fits."""
+    """How far a recipe can be taken. None: nothing that was tried fits."""
 
     fewest_gpus: Topology | None
-    max_length: int | None  # tokens of a row, one row at a time
+    max_length: int | None  # tokens per row, with one row at a time
     micro_batch_size: int | None
 
 
 def limits(search: Search, chosen: Candidate) -> Limits:
-    """The limits of the chosen strategy, with checkpointing where the recipe leaves that open."""
+    """The limits of the chosen strategy, with gradient checkpointing where the recipe leaves that open."""
     setting, world = chosen.setting, search.where.topology.world_size
     asked = search.recipe.training.gradient_checkpointing
     checkpointing = True if asked == "auto" else asked
@@ -42,7 +42,7 @@ def limits(search: Search, chosen: Candidate) -> Limits:
 
 
 def _largest(fits: Callable[[int], bool], end: int) -> int:
-    """The largest number up to `end` that fits; 0 for none. What is larger never needs less."""
+    """The largest number up to `end` that fits; 0 for none. Larger numbers never need less memory."""
     low, high = 0, end
     while low < high:
         middle = (low + high + 1) // 2
@@ -52,12 +52,12 @@ def _largest(fits: Callable[[int], bool], end: int) -> int:
 
 def fewest_gpus(search: Search) -> Topology | None:
     """The smallest number of such GPUs, on nodes like these, on which the recipe fits without more offload than it asks
-    for; of those that can share the global batch."""
-    widths = _widths(search.where.topology.nproc_per_node, search.recipe.training.global_batch_size)
-    return next((width for width in widths if _fits_on(search, width)), None)
+    for, among the numbers that divide the global batch."""
+    topologies = _topologies(search.where.topology.nproc_per_node, search.recipe.training.global_batch_size)
+    return next((topology for topology in topologies if _fits_on(search, topology)), None)
 
 
-def _widths(nproc_per_node: int, global_batch_size: int) -> Iterator[Topology]:
+def _topologies(nproc_per_node: int, global_batch_size: int) -> Iterator[Topology]:
     ranks = [n for n in range(1, nproc_per_node) if n & (n - 1) == 0]
     nodes = [2**n for n in range(NODES.bit_length())]
     for topology in [Topology(1, n) for n in ranks] + [Topology(n, nproc_per_node) for n in nodes]:
@@ -87,7 +87,7 @@ def _fits_on(search: Search, topology: Topology, length: int | None = None) -> b
 
 
 def would_fit(search: Search) -> list[str]:
-    """For a recipe that does not fit: changes of it, each alone, with which it does. Most useful ones first."""
+    """For a recipe that does not fit: single changes to it with which it does, the most useful ones first."""
     recipe, found = search.recipe, []
     changes: list[tuple[str, Recipe]] = []
     if recipe.lora is None:
@@ -112,13 +112,13 @@ def would_fit(search: Search) -> list[str]:
         except PlanError:
             continue
         if chosen and chosen.fits and not chosen.rejected:
-            host = f", {gib(chosen.memory.host_per_node)} of the host's" if chosen.memory.host_per_node else ""
-            found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)} a rank{host})")
+            host = f", {gib(chosen.memory.host_per_node)} of host memory" if chosen.memory.host_per_node else ""
+            found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)} per rank{host})")
     here = search.where.topology
     if shorter := _largest(lambda n: _fits_on(search, here, 64 * n), recipe.data.max_length // 64):
         found.append(f"data.max_length: {64 * shorter}")
-    if width := fewest_gpus(search):
-        found.append(f"--nodes {width.nnodes} --gpus-per-node {width.nproc_per_node}")
+    if fewest := fewest_gpus(search):
+        found.append(f"--nodes {fewest.nnodes} --gpus-per-node {fewest.nproc_per_node}")
     return found
 
 

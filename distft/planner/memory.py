@@ -1,7 +1,7 @@
-"""Memory of a rank and of its host, by formula: from config.json alone, in microseconds.
+"""Memory of a rank and of its host, by formula: from config.json alone, in milliseconds.
 
-States and buffers by strategy are in sharding.py, activations in activations.py; both serve the simulation too, which
-counts what this module takes from tables. benchmarks/plan_accuracy.py holds the two against each other.
+sharding.py has states and buffers by strategy, activations.py what a step keeps besides. The simulation replaces the
+latter by counting, and shares the former and put_together; benchmarks/plan_accuracy.py compares the two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
-from distft.models.lora import adapters
+from distft.models.lora import Adapter, adapters
 from distft.models.quantization import stored_bytes
 from distft.models.shapes import ModelShape
 from distft.planner import activations, sharding
@@ -25,8 +25,8 @@ from distft.strategies.deepspeed import PERSISTENT
 from distft.units import GIB
 
 # Outside torch's allocator: the CUDA context (0.47 GiB, A100, lazy module loading), NCCL's buffers (the first
-# collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator in parts of the peak (fitcheck-llm, 69
-# measured rows: 5%). On a CPU: torch, transformers and peft imported (benchmarks/plan_accuracy.py measures it).
+# collective of 2 ranks: 0.5 to 1.5 GiB), and gaps of the caching allocator, as a part of the peak (fitcheck-llm, 69
+# measured rows: 5%). On a CPU: a process with torch, transformers and peft imported.
 CONTEXT, NCCL, GAPS, CPU_PROCESS = int(0.47 * GIB), GIB, 0.05, int(0.75 * GIB)
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
@@ -37,9 +37,9 @@ Peaks = Mapping[tuple[str, "int | None"], "Counter[str]"]
 class Memory:
     """Bytes per rank; `host_per_node` per machine.
 
-    `parameters`, `gradients` and `optimizer` are the states in full; `activations`, `logits` (all that has an entry per
-    token and word) and `buffers` (gathered parameters, buckets) what is live at the peak. Where not all gradients
-    are there yet at the peak, it is less than their sum. `peaks` has the peak of every moment.
+    `parameters`, `gradients` and `optimizer` are the complete states; `activations`, `logits` (everything with an entry
+    per token and word of the vocabulary) and `buffers` (gathered parameters, buckets) are what is live at the peak. The
+    peak is less than their sum where not all gradients exist yet. `peaks` has the peak of every moment.
     """
 
     parameters: int
@@ -51,7 +51,7 @@ class Memory:
     peak: int  # comparable with torch.cuda.max_memory_allocated()
     overhead: int
     host_per_node: int
-    moment: str  # of the peak: forward | loss | backward | optimizer
+    moment: str  # when the peak is: forward | loss | backward | optimizer
     peaks: Mapping[str, int]
     model_parameters: int  # elements
     trainable_parameters: int
@@ -67,7 +67,7 @@ class Memory:
 
 
 class Estimator:
-    """Memory of a recipe's ranks by formula; what does not depend on the setting is counted once."""
+    """Memory of a recipe's ranks by formula; whatever does not depend on the setting is computed once."""
 
     def __init__(self, recipe: Recipe, model: ModelShape):
         self.recipe, self.model = recipe, model
@@ -75,7 +75,7 @@ class Estimator:
         self.states = _ddp_states(recipe, model, self.sizes)
         self.chosen = frozenset(tensor.name for tensor, _ in _adapters(recipe, model))
         self.block = max(blocks(model.tensors), key=len, default=[])
-        self.zero: dict[tuple, Any] = {}
+        self.zero: dict[tuple[str, str, int], dict[str, Any] | None] = {}
 
     def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
         """Memory of a rank; `max_length` instead of the recipe's."""
@@ -86,7 +86,7 @@ class Estimator:
         return put_together(self.recipe, self.sizes, self.states, peaks, setting, self.zero[key])
 
     def step(self, setting: Setting, length: int) -> Peaks:
-        """What a step keeps besides the states and the strategy's buffers."""
+        """What a step keeps, besides the states and the strategy's buffers."""
         found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block)
         return _peaks(self.recipe, self.sizes, setting, found)
 
@@ -99,11 +99,11 @@ def put_together(
     setting: Setting,
     zero: dict[str, Any] | None,
 ) -> Memory:
-    """States and buffers by strategy, on top of what the step itself keeps.
+    """The memory of a rank: states and buffers by strategy, on top of what the step itself keeps.
 
     Args:
         states: bytes of parameters, gradients and optimizer states where nothing is divided (DDP).
-        zero: what zero_section gives.
+        zero: what zero_section returns.
     """
     optim, bnb = recipe.training.optim, sizes.bnb_bytes > 0
     ddp = setting.kind.replicates
@@ -114,11 +114,11 @@ def put_together(
         optimizer = sizes.bnb_bytes if bnb else states["optimizer"]
         mine = Share(states["parameters"], states["gradients"], optimizer, buckets)
     else:
-        state = 8.0  # on float32 shards, whatever the ranks compute in
+        state = 8.0  # bytes per element: shards are float32, whatever the ranks compute in
         if bnb and "32bit" not in optim:
             state = 2 + 8 / 256
         elif optim == "adafactor":
-            state = 4.0  # a shard has no rows and columns to factor
+            state = 4.0  # a flat shard has no rows and columns to factor
         mine = sharding.share(
             setting.kind,
             setting.offload,
@@ -171,7 +171,7 @@ def _replaced(live: Counter[str], **kinds: int) -> Counter[str]:
 
 
 def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, Any] | None:
-    """ds_config.json's zero_optimization, as the run will have it; None where DeepSpeed has no part."""
+    """zero_optimization in ds_config.json, as the run will have it; None where DeepSpeed is not used."""
     if setting.kind.engine != "deepspeed":
         return None
     from distft.config.batch import Batch
@@ -186,24 +186,26 @@ def zero_section(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, An
         batch=Batch(1, 1, 1),
         trainable_parameters=sizes.trained,
     )
-    return config["zero_optimization"]
+    section: dict[str, Any] = config["zero_optimization"]
+    return section
 
 
 def bnb_state_bytes(optim: str, size: int, embedding: bool) -> int:
-    """bitsandbytes' two moments of a tensor: 8 bit with a float32 scale per 256; float32 for small tensors
-    (optim/optimizer.py:502) and the embedding (transformers trainer.py, GlobalOptimManager). 0 for other optimizers."""
+    """Bytes of bitsandbytes' two moments of a tensor: 8 bit with a float32 scale per 256 elements; float32 for small
+    tensors (optim/optimizer.py:502) and the embedding (transformers trainer.py, GlobalOptimManager). 0 for other
+    optimizers."""
     if "bnb" not in optim and "paged" not in optim:
         return 0
     return 8 * size if "32bit" in optim or embedding or size < 4096 else 2 * size + 8 * -(-size // 256)
 
 
 def compute_bytes(recipe: Recipe) -> int:
-    """Of an element of the compute dtype."""
+    """Bytes of an element in the compute dtype."""
     return 4 if recipe.training.mixed_precision == "no" else 2
 
 
 def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
-    """What there is to divide, by units that are gathered together; train/fake_model.py counts it of a model."""
+    """What there is to divide among ranks; simulation/fake_model.py counts the same on a model."""
     low, quantization, optim = compute_bytes(recipe), recipe.model.quantization, recipe.training.optim
     added = {tensor.name: sizes for tensor, sizes in _adapters(recipe, model)}
 
@@ -225,14 +227,14 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     tied = not any(tensor.kind == "output" for tensor in model.tensors)
     stack = blocks(model.tensors)
     inside = {tensor.name for block in stack for tensor in block} | (set() if tied else {embedding.name})
-    modules: Counter = Counter()
+    modules: Counter[str] = Counter()
     for tensor in model.tensors:
         modules[tensor.name.rpartition(".")[0]] += frozen(tensor) or low * tensor.size
     everything = [size for tensor in model.tensors for size in trained(tensor)]
     small = sum(tensor.size for tensor in model.tensors if tensor.size < PERSISTENT)
     if recipe.lora:
         small += sum(size for size in everything if size < PERSISTENT)
-        # A tied output layer's adapter is on no tensor of the model's own.
+        # The adapter of a tied output layer is on none of the model's own tensors.
         everything += [size for tensor, sizes in _adapters(recipe, model) if tensor in model.tied for size in sizes]
     return Sizes(
         parameters=model.parameters,
@@ -252,13 +254,13 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     )
 
 
-def _adapters(recipe: Recipe, model: ModelShape) -> list:
+def _adapters(recipe: Recipe, model: ModelShape) -> list[Adapter]:
     return adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
 
 
 def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, int]:
-    """What is trained is float32 under autocast, and so are its gradients and AdamW's two moments. Adafactor keeps a
-    mean per row and per column of a matrix (arXiv 1804.04235)."""
+    """Bytes of the states under DDP. Under autocast trained parameters are float32, and so are their gradients and
+    AdamW's two moments. Adafactor keeps one mean per row and one per column of a matrix (arXiv 1804.04235)."""
     optimizer = 8 * sizes.trained
     if recipe.training.optim == "adafactor":
         shapes = [tensor.shape for tensor in model.tensors]
@@ -273,16 +275,16 @@ def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, in
 
 
 def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tuple[int, int]]) -> Peaks:
-    """What the step keeps at its moments, over the depth of the model; see simulate.py, "Depth"."""
+    """What the step keeps at each of its moments; see simulation/simulate.py, "Depth"."""
     trained = 4 * sizes.trained
     accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
     earlier = trained if accumulating else 0
     first = max(earlier, 4 * (sizes.tail.trained + sizes.block.trained))
     gradients = {"forward": earlier, "loss": earlier, "head": max(earlier, 4 * sizes.tail.trained), "top": first}
     gradients["bottom"] = trained
-    segments = {"forward": ("forward", -1), "loss": ("loss", None), "head": ("backward", None)}
-    segments |= {"top": ("backward", -1), "bottom": ("backward", 0)}
-    found: dict[tuple[str, int | None], Counter] = {}
+    segments: dict[str, tuple[str, int | None]] = {"forward": ("forward", -1), "loss": ("loss", None)}
+    segments |= {"head": ("backward", None), "top": ("backward", -1), "bottom": ("backward", 0)}
+    found: dict[tuple[str, int | None], Counter[str]] = {}
     for moment, (rest, logits) in kept.items():
         found[segments[moment]] = Counter(activations=rest, logits=logits, gradients=gradients[moment])
     found["optimizer", None] = Counter(
@@ -292,8 +294,8 @@ def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tu
 
 
 def _optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
-    """Temporaries of a step: torch's foreach AdamW has the square roots of all second moments at once (torch/optim/
-    adam.py, _multi_tensor_adam), the fused one nothing; Adafactor has the update of a tensor three times over."""
+    """Temporaries of an optimizer step: torch's foreach AdamW has the square roots of all second moments at once
+    (torch/optim/adam.py, _multi_tensor_adam), the fused one none; Adafactor has three copies of a tensor's update."""
     if optim == "adamw_torch":
         return 4 * sizes.trained
     return 12 * sizes.largest_trained if optim == "adafactor" else 0

@@ -1,4 +1,4 @@
-"""The plan: every derived number of a run, and the sentences that say why. plan.json holds it."""
+"""The plan: every number that is derived for a run, and the sentences that explain why. plan.json has all of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from distft.hardware.devices import GPUS, Device
 from distft.hardware.topology import Topology
 from distft.models.shapes import ModelShape, check_start, read_model_shape
 from distft.planner import speed
+from distft.planner.communication import LINK_EFFICIENCY
 from distft.planner.memory import Memory
-from distft.planner.search import USUAL_BANDWIDTH, Candidate, Search, Where, choose, fixed_offload, shard_size
+from distft.planner.search import ABOUT, USUAL_BANDWIDTH, Candidate, Search, Where, choose, fixed_offload, shard_size
 from distft.planner.setting import Setting
 from distft.planner.speed import Speed
 from distft.strategies.kinds import KINDS
@@ -27,7 +28,7 @@ PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What any run is given: ranks, strategy, precision. `reasons` and `warnings` are sentences for people."""
+    """What every run has: ranks, strategy, precision. `reasons` and `warnings` are sentences for people."""
 
     topology: Topology
     device: Device
@@ -41,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptPlan(Plan):
-    """The plan of a script of one's own. What it trains is not known, so nothing is estimated."""
+    """The plan of your own script. Nothing is known about what it trains, so nothing is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,12 @@ class RecipePlan(Plan):
 
     @property
     def attn_implementation(self) -> str:
-        """As the recipe has it, `auto` included: the ranks see what is installed."""
+        """As in the recipe, including `auto`: only the ranks see what is installed."""
         return self.recipe.model.attn_implementation
 
     @property
     def price(self) -> float | None:
-        """Of a GPU and hour."""
+        """Per GPU and hour."""
         return self.search.where.price
 
 
@@ -107,13 +108,13 @@ def make_plan(
 
     Args:
         need_weights: refuse a model that has only a config.json.
-        compare: look at other strategies too where the recipe names one.
-        count: counts the memory of what is chosen (simulation/simulate.py); takes seconds, and torch.
-        model: read from the recipe's unless given.
+        compare: also look at other strategies where the recipe names one.
+        count: counts the memory of what is chosen (simulation/simulate.py); takes seconds, and needs torch.
+        model: the recipe's, if it has been read already.
         measured: FLOP/s of a rank in an earlier run (calibrate.py).
 
     Raises:
-        PlanError: a combination that cannot train, a batch that does not divide, a model that cannot be read.
+        PlanError: a combination that cannot train, a batch that cannot be divided, a model that cannot be read.
     """
     model = model or read_model_shape(recipe, need_weights)
     if recipe.lora and recipe.lora.start_from:
@@ -122,7 +123,7 @@ def make_plan(
     reasons: list[str] = []
     warnings = _warnings(where.topology, where.device)
     if model.model_type and not model.is_known:
-        counted = "only the chosen one was counted" if count else "--simulate counts those of the chosen strategy"
+        counted = "only the chosen option was counted" if count else "--simulate counts those of the chosen option"
         warnings.append(
             f"model_type {model.model_type} is not known here: activations are estimated as Llama's; {counted}"
         )
@@ -141,11 +142,12 @@ def make_plan(
         if best is None:
             raise PlanError("\n".join(candidates[0].broken))
         chosen = best
-        reasons += _reasons(chosen, candidates)
     if count:
         if recipe.training.use_liger_kernel:
             warnings.append("training.use_liger_kernel: the simulation runs transformers' own kernels, which keep more")
         chosen, candidates = _simulate(recipe, chosen, candidates, count, free=not strategy)
+    if not strategy:
+        reasons += _reasons(chosen, candidates)
     reasons += _details(recipe, chosen, search)
     warnings += rules.warnings(search.case_of(chosen))
     if not chosen.fits:
@@ -171,11 +173,11 @@ def misfit(chosen: Candidate) -> str:
     """What will not fit, and by how much."""
     found = []
     if chosen.excess:
-        need, have = chosen.memory.process, chosen.capacity
-        found.append(f"a rank needs about {gib(need)} of {gib(have)}, {gib(chosen.excess)} too much")
-    if chosen.host_excess:
-        need, have = chosen.memory.host_per_node, chosen.host_memory
-        found.append(f"a node needs about {gib(need)} of {gib(have)} of its own, {gib(chosen.host_excess)} too much")
+        need = gib(chosen.memory.process)
+        found.append(f"a rank needs about {need} and has {gib(chosen.capacity)}, {gib(chosen.excess)} too little")
+    if chosen.host_excess and chosen.host_memory:
+        need, has = gib(chosen.memory.host_per_node), gib(chosen.host_memory)
+        found.append(f"a node needs about {need} of host memory and has {has}, {gib(chosen.host_excess)} too little")
     return f"will run out of memory: {'; '.join(found)}"
 
 
@@ -186,7 +188,7 @@ def _simulate(
     count: Callable[[Recipe, Setting], Memory],
     free: bool,
 ) -> tuple[Candidate, list[Candidate]]:
-    """The choice with its memory counted; where that does not fit after all, the next that does."""
+    """The choice with its memory counted, or the next fastest one where that does not fit after all."""
     order = [chosen]
     if free:
         order += [
@@ -208,7 +210,9 @@ def _fixed_strategy(recipe: Recipe, topology: Topology, reasons: list[str]) -> s
     wanted = recipe.parallelism.strategy
     if wanted != "auto" and topology.world_size == 1 < KINDS[wanted].min_ranks:
         if fixed_offload(recipe.parallelism) != "none":
-            raise PlanError(f"parallelism.offload: {wanted} on one rank does not shard; use zero3, or offload: none")
+            raise PlanError(
+                f"parallelism.offload: {wanted} does not shard on one rank; use zero3, or parallelism.offload: none"
+            )
         reasons.append(f"ddp: {wanted} on one rank has nothing to shard")
         return "ddp"
     if wanted != "auto":
@@ -218,18 +222,19 @@ def _fixed_strategy(recipe: Recipe, topology: Topology, reasons: list[str]) -> s
 
 
 def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
-    """Why this one, and why not those that stand before it or are faster."""
+    """Why this candidate, and why not those that come before it or are faster."""
     fitting = [c for c in candidates if c.fits and not c.rejected]
     fitting = [c for c in fitting if c.setting.offload == "none"] or fitting
     found, before = [], True
     if not chosen.fits:
-        found.append(f"{chosen.name}: nothing fits; it is the least too large")
+        found.append(f"{chosen.name}: no option fits; this one is closest")
     elif len(fitting) == 1:
-        found.append(f"{chosen.name}: the only one that fits{_without(chosen)}")
+        found.append(f"{chosen.name}: the only option that fits{_without(chosen)}")
     elif chosen.speed.step_seconds is None:
-        found.append(f"{chosen.name}: it fits, and those that fit too shard or offload more")
+        found.append(f"{chosen.name}: fits, and shards and offloads less than the others that fit")
     else:
-        found.append(f"{chosen.name}: of {len(fitting)} that fit{_without(chosen)} the fastest, or simpler within 3%")
+        options = f"{len(fitting)} options that fit{_without(chosen)}"
+        found.append(f"{chosen.name}: the fastest of {options}, or the simplest within {ABOUT - 1:.0%} of it")
     for candidate in candidates:
         before = before and candidate is not chosen
         if not before and not (candidate in fitting and candidate.seconds < chosen.seconds and not candidate.roomy):
@@ -241,7 +246,9 @@ def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
         elif not candidate.roomy and chosen.roomy:
             found.append(f"not {candidate.name}: it would fill {_part(candidate)} of the memory")
         elif candidate.speed.step_seconds:
-            found.append(f"not {candidate.name}: {short(candidate.seconds)} s a step, against {short(chosen.seconds)}")
+            found.append(
+                f"not {candidate.name}: {short(candidate.seconds)} s per step, against {short(chosen.seconds)}"
+            )
     return found
 
 
@@ -250,24 +257,26 @@ def _without(chosen: Candidate) -> str:
 
 
 def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
-    """Why this checkpointing and this micro-batch."""
+    """Why this checkpointing and this micro-batch size."""
     found, setting, batch = [], chosen.setting, chosen.batch
     if recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
         without = search.variant(setting.strategy, setting.offload, False)
         if without.fits and without.seconds > chosen.seconds:
             found.append(
-                f"gradient_checkpointing on: micro-batch {batch.micro_batch_size} instead of "
+                f"gradient_checkpointing on: micro-batch {batch.micro_batch_size} fits instead of "
                 f"{without.batch.micro_batch_size}, which is faster here"
             )
         elif without.fits:
-            found.append(f"gradient_checkpointing on: without it {_part(without)} of the memory would be full")
+            found.append(f"gradient_checkpointing on: without it {_part(without)} of the memory would be used")
         elif without.excess:
-            found.append(f"gradient_checkpointing on: without it one sequence needs {gib(without.excess)} too much")
+            found.append(
+                f"gradient_checkpointing on: without it a single sequence needs {gib(without.excess)} too much"
+            )
     if recipe.training.micro_batch_size == "auto" and chosen.fits:
         share = batch.micro_batch_size * batch.gradient_accumulation_steps
         spare = " with 5% to spare" if chosen.roomy else ""
         found.append(
-            f"micro_batch_size {batch.micro_batch_size}: the largest divisor of {share} sequences a rank that fits"
+            f"micro_batch_size {batch.micro_batch_size}: the largest divisor of a rank's {share} sequences that fits"
             f"{spare} (about {gib(chosen.memory.process)} of {gib(chosen.capacity)})"
         )
     return found
@@ -278,32 +287,33 @@ def _part(candidate: Candidate) -> str:
 
 
 def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str, ...]:
-    """What the estimates of time stand on."""
+    """What the estimates of time are based on."""
     where, found = search.where, []
     gpu = GPUS.get(where.device.name)
     if search.measured:
-        found.append(f"a rank computes {search.measured / 1e12:.3g} TFLOP/s, as the run that was named did")
+        found.append(f"a rank computes {search.measured / 1e12:.3g} TFLOP/s, as in the run given to --calibrate")
     if gpu and not search.measured:
         found.append(
             f"{where.device.name}: matmuls reach {speed.achievable(gpu, recipe) / 1e12:.0f} TFLOP/s in "
             f"{PRECISIONS[recipe.training.mixed_precision]}, training {speed.TRAINED:.0%} of that"
         )
     if gpu and where.topology.world_size > 1:
-        found.append(f"links: {gpu.link:g} GB/s a GPU inside a node, 80% of it reached, 70% hidden behind compute")
+        reached, hidden = f"{LINK_EFFICIENCY:.0%} of it reached", f"{speed.OVERLAP:.0%} hidden behind compute"
+        found.append(f"links: {gpu.link:g} GB/s per GPU within a node, {reached}, {hidden}")
     if where.topology.nnodes > 1:
-        known = "" if where.bandwidth else ", a guess: network.bandwidth of a profile says it"
-        found.append(f"network: {where.bandwidth or USUAL_BANDWIDTH:g} GB/s a node{known}")
+        known = "" if where.bandwidth else ", a guess: set network.bandwidth in the profile"
+        found.append(f"network: {where.bandwidth or USUAL_BANDWIDTH:g} GB/s per node{known}")
     if chosen.setting.offload != "none":
-        found.append(f"offload: {speed.PCIE:g} GB/s to the host a rank, {speed.HOST_MEMORY:g} GB/s of its memory")
+        found.append(f"offload: per rank {speed.PCIE:g} GB/s to the host and {speed.HOST_MEMORY:g} GB/s in its memory")
         if where.host_memory is None and where.device.type == "cuda":
-            found.append(f"host: a node has {gib(chosen.memory.host_per_node)} for what is offloaded")
+            found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for what is offloaded")
     if recipe.model.attn_implementation == "auto":
-        found.append("attention: SDPA; FlashAttention-2, where the ranks find it, needs less")
+        found.append("attention: SDPA; with FlashAttention-2, where it is installed, ranks need less")
     return tuple(found)
 
 
 def script_plan(settings: ScriptSettings, where: Where) -> ScriptPlan:
-    """The plan for a script of one's own: strategy and topology alone.
+    """The plan for your own script: strategy and topology only.
 
     Raises:
         PlanError: a combination that cannot train.
@@ -312,7 +322,7 @@ def script_plan(settings: ScriptSettings, where: Where) -> ScriptPlan:
     strategy, reasons = parallelism.strategy, []
     if strategy == "auto":
         strategy = "ddp"
-        reasons.append("ddp: nothing is known of a script's model; --set parallelism.strategy=... shards it")
+        reasons.append("ddp: a script's model is unknown; to shard it: --set parallelism.strategy=...")
     shards, offload = shard_size(parallelism, strategy, topology), fixed_offload(parallelism)
     case = rules.ScriptCase(
         strategy=strategy,
@@ -338,7 +348,7 @@ def script_plan(settings: ScriptSettings, where: Where) -> ScriptPlan:
 
 def _warnings(topology: Topology, device: Device) -> list[str]:
     if device.type == "cpu" and topology.nproc_per_node > (device.cores or topology.nproc_per_node):
-        return [f"{topology.nproc_per_node} processes on {device.cores} cores: they will take turns"]
+        return [f"{topology.nproc_per_node} processes share {device.cores} cores"]
     return []
 
 
@@ -346,7 +356,7 @@ MEMORY = ("parameters", "gradients", "optimizer", "activations", "logits", "buff
 
 
 def plan_json(plan: Plan, name: str) -> dict[str, Any]:
-    """plan.json, schema 1. `name` stands for the model where it is not known. Bytes per rank; null: not estimated."""
+    """plan.json, schema 1. `name` stands for the model where that is unknown. Bytes per rank; null: not estimated."""
     known = plan if isinstance(plan, RecipePlan) else None
     speed = known and known.speed
     return {
@@ -393,5 +403,5 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def _values(source: object | None, *names: str) -> dict[str, Any]:
-    """Attributes by name; null where there is no such thing."""
+    """Attributes by name; all null where there is no source."""
     return {name: None if source is None else getattr(source, name) for name in names}

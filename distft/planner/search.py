@@ -1,5 +1,5 @@
-"""The choice: every strategy and offload that could be, each with its best micro-batch and checkpointing, and the
-fastest of those that fit."""
+"""The search: every possible strategy and offload, each with its best micro-batch size and checkpointing, and the
+choice among those that fit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from distft.planner.speed import Speed
 from distft.strategies.kinds import KINDS
 from distft.units import gib
 
-# Simpler ones first: of candidates about as fast, the first is taken. DDP and ZeRO-2 are the best defaults for LoRA
-# (Singh et al., arXiv 2406.02290); offload is the last resort.
+# Simpler ones first: of candidates that are about equally fast, the first is taken. DDP and ZeRO-2 are the best
+# defaults for LoRA (Singh et al., arXiv 2406.02290); offload is the last resort.
 CANDIDATES = (
     ("ddp", "none"),
     ("zero2", "none"),
@@ -38,21 +38,21 @@ CANDIDATES = (
     ("zero3", "all"),
     ("fsdp", "all"),
 )
-ABOUT = 1.03  # estimates of time that differ by less are taken for equal
-ROOMY, TIGHT = 0.95, 1.1  # what fills more of the memory must be faster by a tenth to be taken
-# Between nodes, GB/s of a node, where the profile does not say: 200 Gb/s.
+ABOUT = 1.03  # estimates of time that differ by less count as equal
+ROOMY, TIGHT = 0.95, 1.1  # a candidate that fills more of the memory is taken only if it is a tenth faster
+# GB/s of a node to other nodes, where the profile does not say: 200 Gb/s.
 USUAL_BANDWIDTH = 25.0
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a plan is for: ranks, what each computes on, and what is known of the place."""
+    """What a plan is for: the ranks, their device, and what is known about the site."""
 
     topology: Topology
     device: Device
     bandwidth: float | None = None  # between nodes, GB/s of one node
     host_memory: int | None = None  # bytes of one node
-    price: float | None = None  # of a GPU and hour
+    price: float | None = None  # per GPU and hour
 
     @property
     def links(self) -> Links | None:
@@ -70,7 +70,7 @@ class Candidate:
     speed: Speed
     capacity: int  # bytes of a GPU
     host_memory: int | None = None
-    broken: tuple[str, ...] = ()  # the rules that it breaks, a sentence each
+    broken: tuple[str, ...] = ()  # the rules that it breaks, one sentence each
 
     @property
     def name(self) -> str:
@@ -84,19 +84,19 @@ class Candidate:
 
     @property
     def excess(self) -> int:
-        """Bytes that a rank needs and its device has not; 0 where it fits."""
+        """Bytes that a rank needs beyond what its device has; 0 where it fits."""
         return max(0, self.memory.process - self.capacity)
 
     @property
     def host_excess(self) -> int:
-        """The same of a node's own memory, where that is known."""
+        """The same for a node's host memory, where that is known."""
         return max(0, self.memory.host_per_node - self.host_memory) if self.host_memory else 0
 
     @property
     def missing(self) -> str | None:
-        """What is missing, in words; None where it fits."""
+        """By how much it does not fit, in words; None where it fits."""
         parts = [f"{gib(self.excess)} too much"] if self.excess else []
-        parts += [f"{gib(self.host_excess)} too much on the host"] if self.host_excess else []
+        parts += [f"{gib(self.host_excess)} too much in host memory"] if self.host_excess else []
         return ", ".join(parts) or None
 
     @property
@@ -105,18 +105,18 @@ class Candidate:
 
     @property
     def roomy(self) -> bool:
-        """Whether it fits with a little to spare."""
+        """Whether it fits with memory to spare."""
         return self.fits and self.memory.process <= ROOMY * self.capacity
 
     @property
     def seconds(self) -> float:
-        """Of a step, for comparing; 0 where no time can be estimated."""
+        """Seconds per step, for comparing; 0 where no time can be estimated."""
         return self.speed.step_seconds or 0.0
 
 
 @dataclass(frozen=True)
 class Search:
-    """All that a choice is made from."""
+    """Everything that candidates are made from."""
 
     recipe: Recipe
     model: ModelShape
@@ -129,7 +129,7 @@ class Search:
         return cls(recipe, model, where, Estimator(recipe, model), measured)
 
     def on(self, topology: Topology) -> Search:
-        """The same on more or fewer ranks."""
+        """The same search on more or fewer ranks."""
         return replace(self, where=replace(self.where, topology=topology))
 
     @cached_property
@@ -137,7 +137,7 @@ class Search:
         return speed.flops_per_token(self.recipe, self.model, self.estimator.sizes)
 
     def options(self) -> Iterator[tuple[str, str]]:
-        """Strategies and offloads to try: those that the recipe leaves open and that differ from one another here."""
+        """Strategies and offloads to try: those that the recipe leaves open, and that differ from each other here."""
         wanted = self.recipe.parallelism
         offload, any_offload = fixed_offload(wanted), wanted.strategy == wanted.offload == "auto"
         topology, world = self.where.topology, self.where.topology.world_size
@@ -154,18 +154,18 @@ class Search:
             yield strategy, moved
 
     def spares_little(self, strategy: str, offload: str) -> bool:
-        """Offloads that rules advise against: an adapter's states are small, and nf4 under ZeRO-3 was measured to take
-        more with offload than without."""
+        """Whether rules advise against this offload: an adapter's states are small, and nf4 under ZeRO-3 was measured
+        to take more memory with offload than without."""
         recipe = self.recipe
         return bool(recipe.lora) and (
             offload == "optimizer" or (KINDS[strategy].zero_stage == 3 and recipe.model.quantization == "nf4")
         )
 
     def best(self, strategy: str, offload: str) -> Candidate:
-        """A strategy with the checkpointing and micro-batch that make it fast, or else small.
+        """A strategy with the checkpointing and micro-batch size that make it fast, or small where nothing fits.
 
         Raises:
-            PlanError: the batch does not divide among the ranks.
+            PlanError: the batch cannot be divided among the ranks.
         """
         asked = self.recipe.training.gradient_checkpointing
         ways = (False, True) if asked == "auto" else (asked,)
@@ -176,7 +176,7 @@ class Search:
         return replace(best, broken=tuple(rules.sentences(rules.broken(self.case_of(best)))))
 
     def variant(self, strategy: str, offload: str, checkpointing: bool) -> Candidate:
-        """With the micro-batch of the recipe, or the largest that fits."""
+        """The candidate with the recipe's micro-batch size, or the largest that fits."""
         total, world = self.recipe.training.global_batch_size, self.where.topology.world_size
         micro = self.recipe.training.micro_batch_size
         if micro != "auto":
@@ -194,7 +194,7 @@ class Search:
     def candidate(
         self, strategy: str, offload: str, checkpointing: bool, batch: Batch, max_length: int | None = None
     ) -> Candidate:
-        """Memory and speed of one way; `max_length` instead of the recipe's."""
+        """Memory and speed of one combination; `max_length` instead of the recipe's."""
         topology = self.where.topology
         setting = Setting(
             strategy=strategy,
@@ -222,7 +222,7 @@ class Search:
         return Candidate(setting, batch, found, time, self.where.device.memory, self.where.host_memory)
 
     def case_of(self, candidate: Candidate) -> rules.RecipeCase:
-        """All that is known of a candidate."""
+        """All that is known about a candidate, for the rules."""
         setting, batch = candidate.setting, candidate.batch
         return self.case(
             setting.strategy,
@@ -262,8 +262,8 @@ def shard_size(parallelism: Parallelism, strategy: str, topology: Topology) -> i
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The fastest that fits; of those about as fast the simplest. Where none fits, the one that is least too large;
-    None where rules forbid all."""
+    """The fastest candidate that fits, or the simplest of those about as fast. Where none fits, the closest one; None
+    where rules forbid all."""
     allowed = [candidate for candidate in candidates if not candidate.rejected]
     fitting = [candidate for candidate in allowed if candidate.fits]
     if not fitting:
@@ -274,7 +274,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def cost(candidate: Candidate) -> float:
-    """Seconds of a step, and more where it fits tightly; for comparing what fits."""
+    """Seconds per step, plus a penalty where it fits tightly; for comparing candidates that fit."""
     if not candidate.seconds:  # no time can be estimated
         return 0.0 if candidate.roomy else 1.0
     return candidate.seconds * (1.0 if candidate.roomy else TIGHT)

@@ -1,4 +1,4 @@
-"""What decides about the memory and speed of a rank, beside recipe and model."""
+"""What determines the memory and speed of a rank, besides recipe and model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from distft.strategies.kinds import KINDS, Kind
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides about the memory of a rank, beside recipe and model; `shard_size` ranks share one copy of what the
-    strategy shards."""
+    """What determines the memory and speed of a rank, besides recipe and model."""
 
     strategy: str
     offload: str = "none"
-    shard_size: int = 1
+    shard_size: int = 1  # ranks that share one copy of what the strategy shards
     world_size: int = 1
     nproc_per_node: int = 1
     micro_batch_size: int = 1

@@ -1,7 +1,7 @@
-"""What a strategy keeps of the states on each rank, and what it holds besides: bytes by formula, each with its source.
+"""What each rank keeps of the states under a strategy, and which buffers it needs: bytes by formula, with sources.
 
-Versions read: torch 2.13, accelerate 1.15, deepspeed 0.19.8. T is what is trained, N the ranks that share one copy,
-`low` the bytes of the compute dtype.
+Versions read: torch 2.13, accelerate 1.15, deepspeed 0.19.8. T: trained elements; N: ranks that share one copy; `low`:
+bytes of an element in the compute dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from distft.strategies.kinds import Kind
 
-# deepspeed/runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: elements of the flat copy that ZeRO-1 averages at a time.
+# Elements of the flat copy that ZeRO-1 averages at a time (deepspeed/runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 ZERO1_MESSAGE = 500_000_000
 
 # `head` is the backward pass from the loss to the last block.
@@ -20,28 +20,28 @@ MOMENTS = ("forward", "loss", "head", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Unit:
-    """What is gathered together: a block, the embedding, or the final norm with the output layer. Elements, bytes."""
+    """What is gathered together: a block, the embedding, or the final norm with the output layer."""
 
-    bytes: int  # of all parameters in the dtype they are gathered in
-    trained: int
+    bytes: int  # of all parameters, in the dtype they are gathered in
+    trained: int  # elements
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What there is to divide."""
+    """What there is to divide among the ranks."""
 
-    parameters: int  # elements, a quantised weight as one
+    parameters: int  # elements; a quantized weight counts as one
     frozen_bytes: int
     trained: int  # elements
     largest_trained: int  # elements of the largest trained tensor
-    low: int
+    low: int  # bytes of an element in the compute dtype
     largest_module: int  # bytes of the parameters of one module
-    bnb_bytes: int  # optimizer states of bitsandbytes, unsharded; 0 where it is not used
+    bnb_bytes: int  # of bitsandbytes' optimizer states, unsharded; 0 where it is not used
     embedding: Unit
     block: Unit
     tail: Unit
     small_bytes: int  # of tensors that ZeRO-3 leaves whole
-    tied: bool
+    tied: bool  # input and output embeddings share one weight
 
     @property
     def gathered_bytes(self) -> int:
@@ -50,7 +50,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes of a rank; `buffers` by moment."""
+    """Bytes of a rank; `buffers` by moment; `host` in host memory."""
 
     parameters: int
     gradients: int
@@ -85,13 +85,13 @@ def share(
 
 
 def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
-    """FSDP2: everything / N; what is trained is float32 (accelerate/utils/fsdp_utils.py:813).
+    """FSDP2: everything / N; trained parameters are float32 (accelerate/utils/fsdp_utils.py:813).
 
-    Units are the blocks, the embedding and [final norm, output layer], the last kept gathered from its forward to its
+    Units are the blocks, the embedding, and [final norm, output layer], which stays gathered from its forward to its
     backward pass (fsdp_utils.py:857-879). Forward: a unit in use, and its all-gather's output, held until the next
     unit's copy-out (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py:430 and :483). Backward: a unit in use and
-    the next one's all-gather (:795); its gradients in the compute dtype, and their float32 copy that is
-    reduce-scattered (distft's reduce_dtype); the unit before it is waited for first (:647).
+    the next one's all-gather (:795), the unit's gradients in the compute dtype, and their float32 copy that is
+    reduce-scattered (distft's reduce_dtype); the previous unit's reduce-scatter is waited for first (:647).
     """
     parameters = -(-(sizes.frozen_bytes + 4 * sizes.trained) // ranks)
     gradients, optimizer = -(-4 * sizes.trained // ranks), int(state_bytes * sizes.trained) // ranks
@@ -122,15 +122,15 @@ def _zero(
 ) -> Share:
     """DeepSpeed. The float32 masters (4 T / N, flat) count as optimizer states: its optimizer holds and shards them.
 
-    ZeRO-1: gradients are summed into one flat float32 copy of all (bf16_optimizer.py:191; fp16: grad_accum), averaged
-        in messages of at most 5e8 elements, of which there is a copy.
-    ZeRO-2: gradients 4 T / N float32 (stage_1_and_2.py:1269); buckets of reduce_bucket_size in the compute dtype, two
-        with overlap_comm (:3266, :3275), and the message in float32. A tensor larger than the bucket travels alone.
-    ZeRO-3: parameters / N but for small ones; gradients 4 T / N (stage3.py:791); a float32 bucket (:782) and its
+    ZeRO-1: gradients are summed into one flat float32 copy of all (bf16_optimizer.py:191; fp16: grad_accum), and
+        averaged in messages of at most 5e8 elements, each of them copied.
+    ZeRO-2: gradients 4 T / N in float32 (stage_1_and_2.py:1269); buckets of reduce_bucket_size in the compute dtype,
+        two with overlap_comm (:3266, :3275), and the message in float32. A tensor larger than the bucket travels alone.
+    ZeRO-3: parameters / N except small ones; gradients 4 T / N (stage3.py:791); a float32 bucket (:782) and its
         message; gathered parameters: the module in use, what is prefetched, and what the backward pass will use again
         within stage3_max_reuse_distance, which at the turn is half of it (partitioned_param_coordinator.py,
         __params_to_release). Optimizer step: the float32 gradients of a sub-group (stage3.py:1305).
-    Offload: the partitions of masters, states and gradients lie in host memory; `all`: the parameters' too.
+    Offload: masters, states and gradients of the rank's partition are in host memory; with `all`, parameters too.
     """
     trained, low = sizes.trained, sizes.low
     mine = -(-trained // ranks)

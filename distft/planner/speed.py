@@ -1,7 +1,7 @@
-"""How long a step takes: a first-order model, for choosing between candidates and for an idea of hours and price.
+"""How long a step takes: a first-order model, for choosing between candidates and for a rough idea of hours and price.
 
-compute = FLOPs / (what the GPU's matmuls achieve x TRAINED); a step is compute and communication, of which OVERLAP of
-the shorter is hidden. Every figure is an estimate; an earlier run's rate can take its place.
+compute = FLOPs / (what the GPU's matmuls achieve x TRAINED). A step is compute plus communication, of which a part
+OVERLAP of the shorter one is hidden. Every figure is an estimate; the rate of an earlier run can replace it.
 """
 
 from __future__ import annotations
@@ -18,39 +18,40 @@ from distft.planner.communication import Communication, Links
 from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes
 
-# Matmul rate that can be reached where none was measured, in parts of the data sheet (A100 0.87, H100 0.80, B200 0.78).
+# The matmul rate that can be reached where none was measured, as a part of the data sheet's (A100 0.87, H100 0.80, B200
+# 0.78).
 ACHIEVABLE = 0.8
-# What a training step gets of it: Llama-3-8B LoRA on one H100, 402 of 794.5 TFLOP/s (NeMo Automodel's performance
-# summary).
+# The part of it that a training step reaches: Llama-3-8B LoRA on one H100, 402 of 794.5 TFLOP/s (NeMo Automodel's
+# performance summary).
 TRAINED = 0.5
-# bitsandbytes turns weights back into 16 bit in each pass: Llama-3.1-8B on a 4090 at 2,413 of 3,083 tokens/s
-# (torchtune's README). int8 is a guess.
+# bitsandbytes dequantizes the weights in each pass: Llama-3.1-8B on a 4090 at 2,413 of 3,083 tokens/s (torchtune's
+# README). int8 is a guess.
 QUANTIZED = {"nf4": 0.78, "int8": 0.6}
-# Of the shorter of compute and communication; the rest is added. IDEFICS-80B on 512 A100 had 11 + 18 s predicted and 49
-# measured (ml-engineering), so this is not the pessimistic end.
+# The part of the shorter of compute and communication that is hidden; the rest is added. IDEFICS-80B on 512 A100: 11 +
+# 18 s predicted, 49 s measured (ml-engineering), so this is not pessimistic.
 OVERLAP = 0.7
-# Offload: PCIe 4 x16, and the host's AdamW reading and writing 28 bytes an element at some 20 GB/s a rank (DeepSpeed's
-# CPUAdam: 1 to 2 s for 10 billion elements on a whole node, docs/_tutorials/zero-offload).
+# GB/s per rank under offload: PCIe 4 x16, and host memory, in which AdamW reads and writes 28 bytes per element
+# (DeepSpeed's CPUAdam: 1 to 2 s for 10 billion elements on a whole node, docs/_tutorials/zero-offload).
 PCIE, HOST_MEMORY = 25.0, 20.0
-# A pass over a block launches some 40 kernels of 5 microseconds: small models wait for the CPU.
+# A pass over a block launches some 40 kernels at 5 microseconds each: small models wait for the CPU.
 LAUNCH_SECONDS = 40 * 5e-6
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimizer step. None: the GPU's or the network's rates are not known."""
+    """Of one optimizer step. None: the rates of GPU or network are unknown."""
 
     step_seconds: float | None
     tokens_per_second_per_gpu: float | None
-    assumed_mfu: float | None  # model FLOPs over the data sheet's rate: without what is computed again
+    assumed_mfu: float | None  # model FLOP/s over the data sheet's; what checkpointing repeats does not count
     flops_per_token: float
     communication: Communication
 
 
 def flops_per_token(recipe: Recipe, model: ModelShape, sizes: Sizes) -> float:
-    """Model FLOPs of a trained token: 2 for each weight it is multiplied with forward and 4 backward, 2 where the
-    weight is frozen (LoRA: no weight gradients); attention's scores and values over half of the row, twice that
-    backward (PaLM, arXiv 2204.02311, appendix B)."""
+    """Model FLOPs per trained token. For each weight that multiplies it: 2 forward and 4 backward, or 2 backward if the
+    weight is frozen (LoRA: no weight gradients). For attention: scores and values over half of the row, and
+    twice that backward (PaLM, arXiv 2204.02311, appendix B)."""
     s = model.sizes
     matmul = sum(_used(tensor, s) for tensor in model.tensors if len(tensor.shape) > 1 and tensor.kind != "embedding")
     if sizes.tied and s.vocab_size and s.hidden_size:
@@ -65,7 +66,7 @@ def flops_per_token(recipe: Recipe, model: ModelShape, sizes: Sizes) -> float:
 
 
 def _used(tensor: Tensor, s: ModelSizes) -> float:
-    """Elements that a token is multiplied with."""
+    """Elements of a weight that a token is multiplied with."""
     if tensor.kind == "experts" and s.experts:
         return tensor.size * s.experts.num_experts_per_tok / s.experts.num_experts
     return tensor.size
@@ -82,18 +83,21 @@ def estimate(
     per_token: float,
     measured: float | None = None,
 ) -> Speed:
-    """A step of `accumulation` micro-batches.
+    """The speed of a step of `accumulation` micro-batches.
 
     Args:
-        per_token: flops_per_token.
+        per_token: what flops_per_token returns.
         measured: FLOP/s of a rank in an earlier run.
     """
     sent = communication.per_step(sizes, setting, accumulation, links)
     gpu = GPUS.get(device.name)
-    if not measured and (gpu is None or sent.seconds is None):
+    if measured:
+        rate = measured
+    elif gpu and sent.seconds is not None:
+        rate = achievable(gpu, recipe) * TRAINED * QUANTIZED.get(recipe.model.quantization or "", 1.0)
+    else:
         return Speed(None, None, None, per_token, sent)
     peak = gpu and 1e12 * (gpu.float32_tflops if recipe.training.mixed_precision == "no" else gpu.tflops)
-    rate = measured or achievable(gpu, recipe) * TRAINED * QUANTIZED.get(recipe.model.quantization or "", 1.0)
     tokens = setting.micro_batch_size * recipe.data.max_length
     again = checkpointing_factor(recipe.lora is not None, setting.gradient_checkpointing)
     layers = model.num_hidden_layers or 0
@@ -127,7 +131,7 @@ def _offload_seconds(sizes: Sizes, setting: Setting, accumulation: int) -> float
     mine = sizes.trained / setting.shard_size
     seconds = 28 * mine / (HOST_MEMORY * 1e9) + 6 * mine / (PCIE * 1e9)
     if not setting.kind.shards_parameters and accumulation > 1:
-        # Sums of gradients lie on the host and are fetched and brought back in every micro-batch (DeepSpeed
+        # Sums of gradients are kept on the host, and are fetched and written back in every micro-batch (DeepSpeed
         # stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu).
         seconds += accumulation * 2 * sizes.low * mine / (PCIE * 1e9)
     if setting.offload == "all":

@@ -173,11 +173,11 @@ def misfit(chosen: Candidate) -> str:
     """What will not fit, and by how much."""
     found = []
     if chosen.excess:
-        need = gib(chosen.memory.process)
-        found.append(f"a rank needs about {need} and has {gib(chosen.capacity)}, {gib(chosen.excess)} too little")
+        need, has = gib(chosen.memory.process), gib(chosen.capacity)
+        found.append(f"a rank needs about {need}, {gib(chosen.excess)} more than its {has}")
     if chosen.host_excess and chosen.host_memory:
         need, has = gib(chosen.memory.host_per_node), gib(chosen.host_memory)
-        found.append(f"a node needs about {need} of host memory and has {has}, {gib(chosen.host_excess)} too little")
+        found.append(f"a node needs about {need} of host memory, {gib(chosen.host_excess)} more than its {has}")
     return f"will run out of memory: {'; '.join(found)}"
 
 
@@ -246,9 +246,7 @@ def _reasons(chosen: Candidate, candidates: list[Candidate]) -> list[str]:
         elif not candidate.roomy and chosen.roomy:
             found.append(f"not {candidate.name}: it would fill {_part(candidate)} of the memory")
         elif candidate.speed.step_seconds:
-            found.append(
-                f"not {candidate.name}: {short(candidate.seconds)} s per step, against {short(chosen.seconds)}"
-            )
+            found.append(f"not {candidate.name}: {short(candidate.seconds)} s per step, not {short(chosen.seconds)}")
     return found
 
 
@@ -269,9 +267,7 @@ def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
         elif without.fits:
             found.append(f"gradient_checkpointing on: without it {_part(without)} of the memory would be used")
         elif without.excess:
-            found.append(
-                f"gradient_checkpointing on: without it a single sequence needs {gib(without.excess)} too much"
-            )
+            found.append(f"gradient_checkpointing on: without it one sequence needs {gib(without.excess)} too much")
     if recipe.training.micro_batch_size == "auto" and chosen.fits:
         share = batch.micro_batch_size * batch.gradient_accumulation_steps
         spare = " with 5% to spare" if chosen.roomy else ""

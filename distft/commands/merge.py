@@ -70,7 +70,7 @@ def _why(done: subprocess.CompletedProcess[str]) -> str:
 
 def lines(merged: dict[str, Any]) -> list[str]:
     """What was written and what was compared, for people."""
-    plain = f", {merged['dequantised']} others dequantized" if merged["dequantised"] else ""
+    plain = f", {merged['dequantized']} others dequantized" if merged["dequantized"] else ""
     found = [
         f"{merged['merged']} weights merged from {merged['source']}{plain}; {merged['tensors']} tensors, "
         f"{merged['bytes'] / GIB:.2f} GiB in {merged['dtype']}",

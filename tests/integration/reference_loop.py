@@ -23,8 +23,8 @@ def train(
     warmup: int,
     max_grad_norm: float = 1.0,
     seed: int = 42,
-) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step: each the mean over the trained tokens of `batch` rows."""
+) -> list[dict[str, float]]:
+    """What metrics.jsonl has of every step. The loss is the mean over the trained tokens of `batch` rows."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if lora is not None:
         set_seed(seed)
@@ -33,7 +33,8 @@ def train(
     decay = [p for p in trained if p.ndim > 1]
     groups = [{"params": decay}, {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-    history = []
+    history: list[dict[str, float]] = []
+    seen = 0
     for step in range(steps):
         scale = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         for group in optimizer.param_groups:
@@ -54,5 +55,6 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
-        history.append((total, norm))
+        seen += sum(ids.numel() for ids, _ in documents)
+        history.append({"loss": total, "grad_norm": norm, "learning_rate": lr * scale, "tokens": seen})
     return history

@@ -142,5 +142,5 @@ def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> No
         weight_decay=recipe.training.weight_decay,
         warmup=1,
     )
-    assert result.column("loss") == pytest.approx([loss for loss, _ in history], abs=FP32)
-    assert result.column("grad_norm") == pytest.approx([norm for _, norm in history], abs=FP32)
+    for column in ("loss", "grad_norm", "learning_rate", "tokens"):
+        assert result.column(column) == pytest.approx([step[column] for step in history], abs=FP32), column

@@ -28,6 +28,8 @@ from distft.runs.directory import RunDir
 from distft.runs.status import update_status
 from distft.train import merge as merging_process
 from distft.train.merge import merge
+from distft.train.merge_check import ROUNDING
+from distft.train.trained_model import TrainedModel
 
 ROWS = torch.arange(64).view(2, 32)
 
@@ -117,7 +119,7 @@ def merged(run_dir: Path, *arguments: str, cwd: Path) -> dict[str, Any]:
 
 def test_lora(lora: Result, tmp_path: Path) -> None:
     said = merged(lora.run_dir, "-o", "out/model", cwd=tmp_path)
-    assert (said["source"], said["merged"], said["dequantised"], said["dtype"]) == ("final", 14, 0, "float32")
+    assert (said["source"], said["merged"], said["dequantized"], said["dtype"]) == ("final", 14, 0, "float32")
     assert said["output"] == str(tmp_path / "out" / "model")
     assert said["layers_difference"] < 1e-5
     assert said["logits_difference"] < said["logits_tolerance"] == 1e-4
@@ -133,6 +135,20 @@ def test_lora(lora: Result, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_a_merged_weight_by_hand(lora: Result, tmp_path: Path) -> None:
+    """W + lora_alpha / sqrt(r) B A (rsLoRA, arXiv 2312.03732): the other tests compare peft with peft."""
+    merge(RunDir(lora.run_dir), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    adapter = load_file(lora.run_dir / "final" / "adapter_model.safetensors")
+    weights = plain(base_of(lora.run_dir)).state_dict()
+    for layer in ("self_attn.q_proj", "mlp.down_proj"):
+        name = f"model.layers.1.{layer}"
+        a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        expected = weights[f"{name}.weight"] + 8 / 4**0.5 * (b @ a)
+        torch.testing.assert_close(found[f"{name}.weight"], expected)
+        assert (found[f"{name}.weight"] - weights[f"{name}.weight"]).abs().max() > 1e-3
 
 
 def test_a_step(lora: Result, tmp_path: Path) -> None:
@@ -155,7 +171,7 @@ def test_qlora(qlora: Result, tmp_path: Path) -> None:
     from distft.train.model import quantization_config
 
     said = merged(qlora.run_dir, "-o", "out", cwd=tmp_path)
-    assert (said["merged"], said["dequantised"]) == (4, 10)
+    assert (said["merged"], said["dequantized"]) == (4, 10)
     quantization = quantization_config(load_recipe(qlora.run_dir / "recipe.yaml"), "ddp")
     base = base_of(qlora.run_dir)
     four = with_adapter(qlora.run_dir, plain(base, quantization_config=quantization, device_map={"": "cpu"}))
@@ -171,7 +187,7 @@ def test_int8(made: Callable[..., RunDir], tmp_path: Path) -> None:
     from distft.train.model import quantization_config
 
     run = made(model__quantization="int8")
-    assert merge(run, tmp_path / "out").dequantised == 0
+    assert merge(run, tmp_path / "out").weights.dequantized == 0
     quantization = quantization_config(load_recipe(run.recipe), "ddp")
     trained = with_adapter(run.path, plain(base_of(run.path), quantization_config=quantization, device_map={"": "cpu"}))
     assert_same(logits(plain(tmp_path / "out")), logits(trained), 0.03)
@@ -186,8 +202,8 @@ def test_a_base_of_16_bit(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Pat
     run = made(base, lora__use_dora=True)
     said = merge(run, tmp_path / "out")
     unit = torch.finfo(dtype).eps / 2
-    assert said.dtype == str(dtype).removeprefix("torch.")
-    assert unit / 8 < said.logits_difference < said.logits_tolerance == merging_process.ROUNDING * unit
+    assert said.weights.dtype == dtype
+    assert unit / 8 < said.logits.logits_difference < said.logits.logits_tolerance == ROUNDING * unit
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = with_adapter(run.path, plain(base, dtype=torch.float32)).merge_and_unload().state_dict()
     for name, tensor in found.items():
@@ -204,8 +220,9 @@ def test_several_shards(made: Callable[..., RunDir], tmp_path: Path, monkeypatch
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(shards) > 5
     assert set(index["weight_map"].values()) == {path.name for path in shards}
-    assert index["metadata"]["total_size"] == said.bytes == sum(t.nbytes for p in shards for t in load_file(p).values())
-    largest = max(t.nbytes for p in shards for t in load_file(p).values())
+    sizes = [tensor.nbytes for path in shards for tensor in load_file(path).values()]
+    assert index["metadata"]["total_size"] == said.weights.bytes == sum(sizes)
+    largest = max(sizes)
     assert max(path.stat().st_size for path in shards) < max(60_000, largest) + 10_000
     assert_same(logits(plain(tmp_path / "out")), one, 0)
 
@@ -223,7 +240,7 @@ def test_embeddings(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Path) -> 
         merge(made(tmp_path / "tied", **target), tmp_path / "none")
     shutil.rmtree(run.path)
     run = made(tmp_path / "tied")
-    assert merge(run, tmp_path / "tied-out").logits_difference < 1e-4
+    assert merge(run, tmp_path / "tied-out").logits.logits_difference < 1e-4
     assert_same(logits(plain(tmp_path / "tied-out")), logits(with_adapter(run.path, plain(tmp_path / "tied"))))
 
 
@@ -236,7 +253,7 @@ def test_another_architecture(made: Callable[..., RunDir], tmp_path: Path) -> No
     base.save_pretrained(tmp_path / "base")
     assert "h.0.attn.c_attn.weight" in load_file(tmp_path / "base" / "model.safetensors")
     run = made(tmp_path / "base")
-    assert merge(run, tmp_path / "out").merged == 8
+    assert merge(run, tmp_path / "out").weights.merged == 8
     assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
 
 
@@ -333,7 +350,12 @@ def test_files_that_are_damaged_or_others(lora: Result, tiny: Tiny, tmp_path: Pa
     adapter = load_file(lora.run_dir / "final" / "adapter_model.safetensors")
     adapter.pop(min(adapter))
     save_file(adapter, run.final / "adapter_model.safetensors")
-    refused(run, "not the recipe's adapter, among others base_model.model.model.layers.0.", cwd=tmp_path, status=1)
+    refused(
+        run,
+        "not the recipe's adapter; these differ, among others: base_model.model.model.layers.0.",
+        cwd=tmp_path,
+        status=1,
+    )
 
     def fails(kind: type[DistftError], said: str) -> None:
         before = set(tmp_path.rglob("*"))
@@ -346,10 +368,10 @@ def test_files_that_are_damaged_or_others(lora: Result, tiny: Tiny, tmp_path: Pa
     run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(tmp_path / "gone"))))
     fails(DataError, f"model.name_or_path: {tmp_path / 'gone'} cannot be read")
     make_model(tmp_path / "gone", initializer_range=0.03)
-    fails(RecipeError, "model.weights: its content has changed, since the run was trained")
+    fails(RecipeError, "model.weights: its content has changed since the run was trained")
     config = json.loads((tmp_path / "gone" / "config.json").read_text())
     (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
-    fails(RecipeError, "is stored quantised")
+    fails(RecipeError, "is stored quantized")
 
 
 def test_data_may_be_gone(lora: Result, tmp_path: Path) -> None:
@@ -357,7 +379,7 @@ def test_data_may_be_gone(lora: Result, tmp_path: Path) -> None:
     recipe = yaml.safe_load(run.recipe.read_text())
     recipe["data"] |= {"train": "/gone/rows.jsonl", "eval": None}
     run.recipe.write_text(yaml.safe_dump(recipe))
-    assert merge(run, tmp_path / "out").merged == 14
+    assert merge(run, tmp_path / "out").weights.merged == 14
     assert "| train | `rows.jsonl` |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -377,14 +399,14 @@ def another_layer(model: Any, stored: str) -> tuple[torch.Tensor, float]:
     ("wrong", "said"),
     [
         (without_adapter, "the merged model's logits differ from the trained one's by "),
-        (not_finite, "it has values beyond torch.float32"),
+        (not_finite, "the merged weight has values beyond torch.float32"),
         (another_layer, "the merged layer's outputs differ from the trained one's by 1.0e-02"),
     ],
 )
 def test_a_wrong_merge_is_found(
     lora: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable, said: str
 ) -> None:
-    monkeypatch.setattr(merging_process.Merge, "merged", wrong)
+    monkeypatch.setattr(TrainedModel, "merged", wrong)
     with pytest.raises(RunError, match=said):
         merge(RunDir(lora.run_dir), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -400,10 +422,10 @@ def test_a_model_of_converted_tensors(made: Callable[..., RunDir], tmp_path: Pat
     MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
     run = made(tmp_path / "base", lora__target_modules=["q_proj", "v_proj"])
     said = merge(run, tmp_path / "out")
-    assert said.merged == 4
-    assert said.logits_difference is None
-    assert "transformers converts " in said.logits_unknown
-    assert any("warning: logits were not compared" in line for line in merge_command.lines(vars(said)))
+    assert said.weights.merged == 4
+    assert said.logits.logits_difference is None
+    assert "transformers converts " in said.logits.logits_unknown
+    assert any("warning: logits were not compared" in line for line in merge_command.lines(said.to_json()))
     assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
 
 

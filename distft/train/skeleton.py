@@ -1,0 +1,96 @@
+"""Models without their weights, which are filled in module by module: for models that are larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distft.config.recipe import Recipe
+
+Read = Callable[[str], torch.Tensor]  # takes the name of a parameter in the whole model
+
+
+def skeleton(folder: Path, recipe: Recipe) -> Any:
+    """The model of a folder in float32, with its parameters on the meta device and its buffers on the CPU."""
+    trust = recipe.model.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
+    return model.eval()
+
+
+def set_parameter(model: Any, name: str, parameter: Any) -> None:
+    """Put a parameter, or a tensor that becomes one without gradient, where `name` says."""
+    path, _, leaf = name.rpartition(".")
+    if not isinstance(parameter, torch.nn.Parameter):
+        parameter = torch.nn.Parameter(parameter, requires_grad=False)
+    model.get_submodule(path)._parameters[leaf] = parameter
+
+
+@contextmanager
+def filled(module: Any, name: str, read: Read) -> Iterator[None]:
+    """Have the module called `name` hold its weights inside the context, and be on the meta device again after it."""
+    empty = [(inner, p) for inner, p in module.named_parameters(remove_duplicate=False) if p.is_meta]
+    try:
+        for inner, _ in empty:
+            set_parameter(module, inner, read(f"{name}.{inner}" if name else inner))
+        yield
+    finally:
+        for inner, parameter in empty:
+            set_parameter(module, inner, parameter)
+
+
+@torch.no_grad()
+def logits(model: Any, read: Read, rows: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, tokens, vocabulary) of a skeleton, with the weights of one decoder block in memory at a time."""
+    handles: list[Any] = []
+    held: dict[str, ExitStack] = {}
+
+    def fill(name: str) -> Callable[..., None]:
+        def hook(module: Any, *_: Any) -> None:
+            held[name] = ExitStack()
+            held[name].enter_context(filled(module, name, read))
+
+        return hook
+
+    def drop(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            held.pop(name).close()
+
+        return hook
+
+    for name, module in _blocks(model):
+        handles.append(module.register_forward_pre_hook(fill(name)))
+        handles.append(module.register_forward_hook(drop(name)))
+    try:
+        return model(input_ids=rows, use_cache=False).logits.float()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in held.values():
+            stack.close()
+
+
+def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
+    """The modules that are filled one at a time: decoder blocks, and whatever outside them has its own weights.
+
+    Decoder blocks are what accelerate does not split either (`_no_split_modules`).
+    """
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+
+    def walk(name: str, module: Any) -> Iterator[tuple[str, Any]]:
+        has_weights = any(True for _ in module.parameters(recurse=False))
+        if has_weights or type(module).__name__ in whole or isinstance(module, LoraLayer):
+            yield name, module
+            return
+        for child, inner in module.named_children():
+            yield from walk(f"{name}.{child}" if name else child, inner)
+
+    yield from walk("", model)

@@ -1,0 +1,119 @@
+"""Safetensors files that are larger than memory: read one tensor at a time, written one shard at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from distft.errors import DataError, RunError, first_line
+from distft.train.save import Tensors
+
+
+class TensorFiles:
+    """The tensors of some safetensors files, by name. Each is read when it is asked for.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.path_of: dict[str, Path] = {}
+        for path in paths:
+            with _opened(path) as file:
+                self.path_of.update(dict.fromkeys(file.keys(), path))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.path_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.path_of
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with _opened(self.path_of[name]) as file:  # not kept open: what was read would stay mapped
+            return file.get_tensor(name)
+
+    def stored_name(self, model: Any, name: str) -> str | None:
+        """The tensor that transformers loads a parameter of `model` from; None if it is not here under its name.
+
+        Files of a base model have its prefix before the names, or not. Of tied weights, one is stored.
+        """
+        name = getattr(model, "all_tied_weights_keys", {}).get(name, name)
+        prefix = f"{model.base_model_prefix}."
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in self), None)
+
+    def parameter(self, model: Any, name: str) -> torch.Tensor:
+        """The stored tensor of a parameter of `model`; KeyError if it is not here under its name."""
+        return self[self.stored_name(model, name) or name]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({first_line(error)})") from None
+
+
+class ShardWriter:
+    """Writes the weights of a model into `folder`, in files of at most `shard_bytes`, or of one tensor.
+
+    Every file is read back and compared.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._pending: Tensors = {}
+        self._pending_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor of another name.
+
+        Raises:
+            RunError: a file holds other values than were written.
+        """
+        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        # A copy: a tensor from a file keeps all of the file mapped.
+        self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
+        self._pending_bytes += tensor.nbytes
+        self.bytes += tensor.nbytes
+
+    def finish(self) -> int:
+        """Write what is left, and the index if there are several files. Returns the number of tensors.
+
+        Raises:
+            RunError: a file holds other values than were written.
+        """
+        self._flush()
+        file_of: dict[str, str] = {}
+        for number, (path, names) in enumerate(self._shards, 1):
+            one = len(self._shards) == 1
+            target = SAFE_WEIGHTS_NAME if one else f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            path.rename(self.folder / target)
+            file_of.update(dict.fromkeys(names, target))
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(file_of.items()))}
+            (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        return len(file_of)
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard-{len(self._shards)}"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
+        written = TensorFiles([path])
+        for name, tensor in self._pending.items():
+            if not torch.equal(written[name], tensor):
+                raise RunError(f"{name}: other values on disk than in memory")
+        self._shards.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0

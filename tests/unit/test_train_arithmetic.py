@@ -1,0 +1,200 @@
+"""Cases worked out by hand of what runs compute: comparing two runs cannot find what both get wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import Tiny
+
+from distft.config.recipe import Recipe
+from distft.errors import DataError
+from distft.runs.directory import RunDir
+from distft.train.data import Counts, _fit
+from distft.train.metrics import MetricsLog, tokens_per_step
+from distft.train.sampler import StreamSampler, optimizer_steps
+from distft.train.shards import Share
+from distft.train.tokens import encoder, load_tokenizer
+from distft.train.trained_model import dequantized
+from distft.train.trainer import summed_loss
+from distft.train.watchdog import Watchdog
+
+# ---- the order of the rows
+
+
+def test_every_epoch_has_every_row_once_in_another_order() -> None:
+    stream = list(StreamSampler(rows=5, total=12, seed=7))
+    first, second, third = stream[:5], stream[5:10], stream[10:]
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4]
+    assert first != second
+    assert len(set(third)) == 2
+    assert stream != list(StreamSampler(rows=5, total=12, seed=8))
+
+
+@pytest.mark.parametrize("start", [0, 3, 5, 7, 12])
+def test_a_run_that_continues_gets_the_rest_of_the_stream(start: int) -> None:
+    rest = StreamSampler(rows=5, total=12, seed=7, start=start)
+    assert len(rest) == 12 - start
+    assert list(rest) == list(StreamSampler(rows=5, total=12, seed=7))[start:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "max_steps", "epochs", "steps"),
+    [
+        (90, 8, 4, None, 4),
+        (90, 8, None, None, 12),
+        (88, 8, None, 1.0, 11),
+        (90, 8, None, 2.0, 23),
+        (90, 8, None, 0.1, 2),
+    ],
+)
+def test_optimizer_steps(rows: int, batch: int, max_steps: int | None, epochs: float | None, steps: int) -> None:
+    assert optimizer_steps(rows, batch, max_steps, epochs) == steps
+
+
+def test_tokens_of_every_step() -> None:
+    """Rows of 1, 2, 4, 8 and 16 tokens: the sum of a batch says which rows are in it."""
+    dataset = Dataset.from_dict({"input_ids": [[0] * 2**n for n in range(5)]})
+    stream = StreamSampler(rows=5, total=6, seed=1, start=2)
+    order = list(stream)
+    assert tokens_per_step(dataset, stream, 2) == [2 ** order[0] + 2 ** order[1], 2 ** order[2] + 2 ** order[3]]
+
+
+# ---- which tokens are trained on
+
+
+TURNS = [
+    {"role": "user", "content": "read file"},
+    {"role": "assistant", "content": "open path"},
+    {"role": "user", "content": "node"},
+    {"role": "assistant", "content": "rank step"},
+]
+# That of tests/tiny.py without the marks that say which tokens are the assistant's.
+UNMARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
+    "{% else %}{{ '<|' + m.role + '|>' + m.content + '<|go|>' }}{% endif %}{% endfor %}"
+)
+# Leaves out all turns but the last two.
+FORGETFUL = UNMARKED.replace("in messages", "in messages[-2:]")
+
+
+@pytest.mark.parametrize("template", ["its own", UNMARKED])
+def test_the_turns_of_the_assistant_are_trained_on(tiny: Tiny, tmp_path: Path, template: str) -> None:
+    text, trained = encoded(tiny, tmp_path, "messages", {"messages": TURNS}, template)
+    assert text == "<|user|>read file<|go|>open path<eos><|user|>node<|go|>rank step<eos>"
+    assert trained == "open path<eos>rank step<eos>"
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^rows.jsonl:1: the chat template changes earlier turns when later ones are"):
+        encoded(tiny, tmp_path, "messages", {"messages": TURNS}, FORGETFUL)
+
+
+def test_a_text_and_a_completion(tiny: Tiny, tmp_path: Path) -> None:
+    assert encoded(tiny, tmp_path, "text", {"text": "read file"}) == ("read file<eos>", "read file<eos>")
+    assert encoded(tiny, tmp_path, "text", {"text": "read<eos>"}) == ("read<eos>", "read<eos>")
+    row = {"prompt": "read ", "completion": "file"}
+    assert encoded(tiny, tmp_path, "prompt_completion", row) == ("read file<eos>", "file<eos>")
+
+
+def encoded(
+    tiny: Tiny, folder: Path, data_format: str, row: dict[str, Any], template: str = "its own"
+) -> tuple[str, str]:
+    """All of a row's tokens as text, and those that are trained on."""
+    changes = {}
+    if template != "its own":
+        (folder / "template.jinja").write_text(template)
+        changes = {"data__chat_template": str(folder / "template.jinja")}
+    recipe = Recipe.model_validate(tiny.recipe(**changes))
+    tokenizer = load_tokenizer(recipe)
+    ids, trained = encoder(data_format, tokenizer, recipe)("rows.jsonl:1", row)
+    return tokenizer.decode(ids), tokenizer.decode([i for i, wanted in zip(ids, trained, strict=True) if wanted])
+
+
+@pytest.mark.parametrize(
+    ("how", "documents"),
+    [
+        ("truncate", [list(range(8))]),
+        ("drop", []),
+        ("split", [list(range(8)), list(range(8, 16))]),  # the 17th token alone predicts nothing
+    ],
+)
+def test_a_row_of_17_tokens_where_8_are_allowed(tiny: Tiny, how: str, documents: list[list[int]]) -> None:
+    recipe = Recipe.model_validate(tiny.recipe(data__max_length=8, data__long_rows=how))
+    counts = Counts()
+    found = list(_fit("rows.jsonl:3", (list(range(17)), [True] * 17), recipe, counts))
+    assert [ids for ids, _ in found] == documents
+    assert (counts.long_rows, counts.longest, counts.examples) == (1, 17, ["rows.jsonl:3: 17 tokens"])
+
+
+# ---- numbers
+
+
+def test_summed_loss() -> None:
+    """Equal logits for 5 tokens: each prediction costs ln 5. Of 3 targets one does not count."""
+    loss, tokens = summed_loss(torch.zeros(1, 4, 5), torch.tensor([[1, 2, -100, 4]]))
+    assert (loss.item(), tokens.item()) == (pytest.approx(2 * math.log(5)), 2)
+    sure = torch.full((1, 2, 5), -1e4)
+    sure[0, 0, 3] = 0.0  # the logits at a token predict the next one
+    assert summed_loss(sure, torch.tensor([[0, 3]]))[0].item() == 0
+    assert summed_loss(sure, torch.tensor([[0, 2]]))[0].item() == 1e4
+
+
+# QLoRA's 4-bit NormalFloat (arXiv 2305.14314, appendix E).
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def test_nf4_keeps_its_own_values_and_rounds_others_to_the_nearest() -> None:
+    """Blocks of 64 with the same largest value, so that their scales are exact, too."""
+    table = torch.tensor(NF4_VALUES)
+    weight = 0.5 * table.repeat(16).view(4, 64)
+    torch.testing.assert_close(dequantized(weight, "nf4"), weight, rtol=1e-6, atol=0)
+    moved = weight.clone()
+    moved[:, 7] = 0.5 * 0.03  # nearer to 0 than to 0.0796
+    moved[:, 9] = 0.5 * 0.21  # nearer to 0.2461 than to 0.1609
+    found = dequantized(moved, "nf4")
+    assert found[0, 7] == 0
+    assert found[0, 9].item() == pytest.approx(0.5 * NF4_VALUES[10], rel=1e-6)
+
+
+def test_int8_has_a_scale_per_row() -> None:
+    weight = torch.tensor([[127.0, -127.0, 1.0, 0.4], [1.27, 0.0, -0.5, 0.014]])
+    expected = torch.tensor([[127.0, -127.0, 1.0, 0.0], [1.27, 0.0, -0.5, 0.01]])
+    torch.testing.assert_close(dequantized(weight, "int8"), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_ranks_with_the_same_range_share_its_writing() -> None:
+    def share(copy: int) -> Share:
+        return Share("weight", (2, 5), 0, torch.zeros(10), {}, {}, copies=3, copy=copy)
+
+    assert [share(copy).own() for copy in range(3)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
+
+
+def test_speed_counts_the_tokens_since_the_last_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", torch.device("cpu"), tokens=700)
+    logs = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3}
+    for step, tokens in ((5, 1700), (6, 1900)):
+        log.clock = time.perf_counter() - 2
+        log.write(step, tokens, logs, eval_loss=None if step == 5 else 3.0)
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["tokens_per_second"] == pytest.approx(1000 / 2, rel=0.05)
+    assert second["tokens_per_second"] == pytest.approx(200 / 2, rel=0.05)
+    assert ("eval_loss" in first, second["eval_loss"]) == (False, 3.0)
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [([1, 2, 9], 300), ([10, 20, 30], 400)])
+def test_when_a_step_takes_too_long(tmp_path: Path, steps: list[float], seconds: float) -> None:
+    """20 times the median, and at least 5 minutes."""
+    watchdog = Watchdog(RunDir(tmp_path), 0, ["here"])
+    watchdog.steps.extend(steps)
+    assert watchdog.limit() == seconds

@@ -1,1 +1,1 @@
-"""Training data as it lies on disk, without torch."""
+"""Training data on disk, without torch."""

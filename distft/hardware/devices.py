@@ -1,4 +1,4 @@
-"""What a rank computes on: this machine's devices, and the GPUs that a cluster profile can name."""
+"""Devices of ranks: those of this machine, and the GPUs that a cluster profile can name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from distft.units import GIB
 
 @dataclass(frozen=True)
 class Device:
-    """What one rank computes on. `memory` in bytes; for `cpu` it is the rank's share of the host's memory."""
+    """The device of one rank. `memory` in bytes; for `cpu` it is the rank's share of host memory."""
 
     type: str  # "cuda" or "cpu"
     name: str
     memory: int
-    compute_capability: float | None = None  # 8.0 is Ampere; None for a CPU
+    compute_capability: float | None = None  # 8.0 is Ampere; None for a CPU, or unknown
     cores: int | None = None  # of the whole node, where known
 
 
 class Gpu(NamedTuple):
     """Data sheet of one GPU: memory in GiB, compute capability, dense TFLOP/s in 16 bit and in float32, TB/s of its
-    memory, GB/s to the other GPUs of its node in one direction, and the matmul TFLOP/s that were measured, if any."""
+    memory, GB/s to the other GPUs in its node in one direction, and measured matmul TFLOP/s, if there are any."""
 
     memory: float
     compute_capability: float
@@ -38,9 +38,9 @@ class Gpu(NamedTuple):
     measured_tflops: float | None = None
 
 
-# A profile's name of a GPU → its data sheet. Memory: data sheets' sizes less 1.1%, which the driver keeps (A100-80GB:
-# 79.15 GiB seen by torch; T4 with ECC: 14.9). Links: NVLink, else PCIe. Measured: the "maximum achievable matmul FLOPS"
-# of https://github.com/stas00/ml-engineering, compute/accelerator/benchmarks.
+# Name of a GPU in profiles → its data sheet. Memory: the data sheet's size less 1.1%, which the driver keeps (torch
+# sees 79.15 GiB on an A100-80GB, and 14.9 on a T4 with ECC). Links: NVLink, else PCIe. Measured: the "maximum
+# achievable matmul FLOPS" in https://github.com/stas00/ml-engineering, compute/accelerator/benchmarks.
 GPUS = {
     "V100-16GB": Gpu(15.8, 7.0, 125, 15.7, 0.90, 150),
     "V100-32GB": Gpu(31.6, 7.0, 125, 15.7, 0.90, 150),
@@ -61,12 +61,12 @@ GPUS = {
 }
 
 
-LARGEST_GPU = 4096  # GiB; more is a slip of the pen
+LARGEST_GPU = 4096  # GiB; more is a typo
 
 
 def known_gpu(name: str) -> str | None:
-    """The name in GPUS of a GPU that is called `name` by a person (h100-80gb, rtx4090) or by nvidia-smi (NVIDIA A100-
-    SXM4-80GB)."""
+    """The name in GPUS for a GPU as people (h100-80gb, rtx4090) or nvidia-smi (NVIDIA A100-SXM4-80GB) call it; None for
+    an unknown one."""
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     whole = "".join(re.findall(r"[a-z0-9]+", name.lower()))
     for known in sorted(GPUS, key=len, reverse=True):
@@ -98,13 +98,13 @@ def named_device(name: str, nproc_per_node: int) -> Device:
 
 @lru_cache
 def visible_gpus() -> tuple[Device, ...]:
-    """The NVIDIA GPUs of this machine as nvidia-smi tells them, without torch; () where there are none.
+    """The NVIDIA GPUs of this machine as nvidia-smi lists them, without torch; () where there are none.
 
-    CUDA_VISIBLE_DEVICES narrows them, as it will for the ranks.
+    CUDA_VISIBLE_DEVICES selects among them, as it will for the ranks.
     """
     if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ()
-    import subprocess  # only here: a plan for another machine takes less time than this import
+    import subprocess  # only here: this import takes longer than a plan for another machine
 
     query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
@@ -146,15 +146,15 @@ def local_device(nproc_per_node: int) -> Device:
 
 
 def topology_here(nodes: int | None, gpus_per_node: int | None) -> Topology:
-    """Nodes like this machine: one, with every GPU, unless told otherwise (one process on a machine without GPUs)."""
+    """The topology on this machine: one node with all of its GPUs (one process without GPUs), unless given."""
     ranks = gpus_per_node if gpus_per_node is not None else len(visible_gpus()) or 1
     return Topology(nodes if nodes is not None else 1, ranks)
 
 
 def only_this_machine(topology: Topology) -> None:
-    """Raises ClusterError for more than one node: from here only this machine can be started."""
+    """Raises ClusterError for more than one node: without a cluster, distft can start only this machine."""
     if topology.nnodes != 1:
         raise ClusterError(
-            f"--nodes: got {topology.nnodes}, and only this machine can be started from here; "
-            "--cluster has SLURM start them, or render and start each by hand (launch/multinode.sh)"
+            f"--nodes: got {topology.nnodes}, but without a cluster distft starts only this machine; use --cluster to "
+            "have SLURM start them, or render and start each by hand (launch/multinode.sh)"
         )

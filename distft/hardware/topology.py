@@ -1,4 +1,4 @@
-"""HOW WIDE a job is. Apart from the profile, whose models take a moment to build at every start."""
+"""HOW WIDE a job is. Kept apart from the cluster profile, whose pydantic models take a moment to build."""
 
 from __future__ import annotations
 

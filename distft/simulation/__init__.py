@@ -1,1 +1,1 @@
-"""Memory counted on fake tensors: the real model class, no weights, no GPU. Needs torch."""
+"""Memory counted on fake tensors: the real model class, without weights or a GPU. Needs torch."""

@@ -1,9 +1,9 @@
 """Makes distft/planner/activations.txt: `make activations` (an hour on two cores, no GPU).
 
-The real classes of every family of the planner are traced on fake tensors (trace.py), in every mode that
+The real classes of every family that the planner knows are traced on fake tensors (trace.py), in every mode that
 changes what a step keeps. Their sizes are chosen so that the bytes of a storage tell which sizes it is the product of;
-so a trace gives polynomials in the sizes, good for any model of the family. Where a moment's peak can lie at several
-operators, depending on the sizes, the table has the polynomial of each that is highest at one of PROBES.
+a trace then gives polynomials in the sizes, which hold for any model of the family. Where the peak of a moment can be
+at several operators, depending on the sizes, the table has the polynomial of each that is highest at one of PROBES.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from distft.config.loading import load_recipe
 from distft.errors import DistftError
@@ -27,7 +27,7 @@ from distft.models.families import FAMILIES
 from distft.planner.activations import FILE, MADE_WITH, Mode, Polynomial, kept_in_backward, symbols, write
 from distft.simulation import fake_model, trace
 
-# No two products of these that occur differ by a small factor. Rows are a multiple of 32 long: some kernels pad to it.
+# No two products of these that occur differ by a small factor. Row lengths are multiples of 32: some kernels pad to it.
 LENGTH, ROWS, RANK, DEPTH = 32 * 37, 2, 13, 4
 GENERIC = {
     "vocab_size": 3023,
@@ -44,19 +44,19 @@ GENERIC = {
     "max_position_embeddings": 1187,
     "sliding_window": 211,
 }
-# The kernel for mixtures wants multiples of 16 bytes.
+# The kernel for mixtures of experts needs multiples of 16 bytes.
 MIXTURE = {
     "hidden_size": 1000,
     "intermediate_size": 1048,
     "moe_intermediate_size": 344,
     "shared_intermediate_size": 632,
 }
-# Families whose classes take the head size from hidden size and heads, whatever config.json says.
+# Families whose classes compute the head size from hidden size and heads, whatever config.json says.
 NO_HEAD_DIM = ("phi", "olmoe")
-# Rotary positions for a part of a head, of an even size.
+# Rotary positions for a part of each head, of an even size.
 EXTRA = {"phi": {"hidden_size": 900}, "gptj": {"n_embd": 900, "rotary_dim": 16}}
 FACTORS = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# Sizes of real models at which peaks are looked for: h, heads, kv heads, head size, f, V, tokens, row, rank.
+# Sizes of real models at which peaks are compared: h, heads, kv heads, head size, f, V, tokens, row, rank.
 PROBES = (
     (768, 12, 12, 64, 3072, 50257, 4096, 1024, 8),
     (896, 14, 2, 64, 4864, 151936, 1024, 1024, 16),
@@ -71,7 +71,7 @@ PROBES = (
 
 
 def modes() -> Iterator[Mode]:
-    """Every combination that exists. fp16 keeps what bf16 does, and FSDP what ZeRO does."""
+    """Every combination that exists. fp16 keeps the same as bf16, and FSDP the same as ZeRO."""
     for regime, adapters, attention, checkpointing in itertools.product(
         ("autocast", "low", "float32"), ("full", "lora", "nf4", "int8"), ("flash", "masked", "eager"), (False, True)
     ):
@@ -81,17 +81,17 @@ def modes() -> Iterator[Mode]:
 
 
 class Symbols(trace.Ledger):
-    """Counts polynomials beside bytes."""
+    """A ledger that counts polynomials besides bytes."""
 
     names: dict[int, Polynomial]
     probes: list[dict[str, int]]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.now: Counter = Counter()
+        self.now: Polynomial = {}
         self.sums = [0.0] * len(self.probes)
-        self.best: dict[trace.Segment, list[tuple[float, Counter]]] = {}
-        self.at_entry: dict[trace.Segment, Counter] = {}
+        self.best: dict[trace.Segment, list[tuple[float, Polynomial]]] = {}
+        self.at_entry: dict[trace.Segment, Polynomial] = {}
 
     def count(self, tensor: Any, kind: str) -> None:
         known = id(tensor.untyped_storage()) in self.live
@@ -118,31 +118,35 @@ class Symbols(trace.Ledger):
 
     def _sum(self, polynomial: Polynomial, sign: int) -> None:
         for monomial, factor in polynomial.items():
-            self.now[monomial] += sign * factor
+            self.now[monomial] = self.now.get(monomial, 0.0) + sign * factor
         for index, probe in enumerate(self.probes):
             self.sums[index] += sign * sum(factor * probe[monomial] for monomial, factor in polynomial.items())
 
     def enter(self, moment: str, block: int | None = None) -> None:
         super().enter(moment, block)
-        self.at_entry[self.segment] = Counter(self.now)
+        self.at_entry[self.segment] = dict(self.now)
 
     def look(self, workspace: int = 0) -> None:
         super().look(workspace)
         extra = decode(workspace, self.names) if workspace else {}
         if extra:
             self._sum(extra, 1)
-        best = self.best.setdefault(self.segment, [(-1.0, Counter())] * len(self.probes))
+        best = self.best.setdefault(self.segment, [(-1.0, {})] * len(self.probes))
         snapshot = None
         for index, total in enumerate(self.sums):
             if total > best[index][0]:
-                snapshot = snapshot or Counter(self.now)
+                snapshot = snapshot or dict(self.now)
                 best[index] = (total, snapshot)
         if extra:
             self._sum(extra, -1)
 
 
 def decode(size: int, names: dict[int, Polynomial]) -> Polynomial:
-    """The polynomial that has so many bytes; small odd ones are left out."""
+    """The polynomial for a number of bytes; {} for small odd numbers.
+
+    Raises:
+        ValueError: it is not a product of the sizes.
+    """
     if size in names:
         return names[size]
     if size < 600_000:  # such as nf4's scales: less than a thousandth of what a layer keeps
@@ -153,25 +157,27 @@ def decode(size: int, names: dict[int, Polynomial]) -> Polynomial:
 
 
 def _names(values: dict[str, int]) -> dict[int, Polynomial]:
-    """Bytes → what they are a small multiple of. Larger monomials first: T·h rather than many h."""
+    """Bytes → the monomial that they are a small multiple of. Larger monomials first: T·h rather than many h."""
     found: dict[int, Polynomial] = {}
     for name, value in sorted(values.items(), key=lambda item: -item[1]):
         for factor in FACTORS:
-            found.setdefault(factor * value, {name: factor})
+            if float(factor * value).is_integer():
+                found.setdefault(int(factor * value), {name: factor})
     qkv = {f"{prefix}{name}": weight for prefix in ("T·", "h·") for name, weight in (("q", 1), ("kv", 2))}
     for prefix in ("T·", "h·"):
         parts = {key: weight for key, weight in qkv.items() if key.startswith(prefix) and key in values}
         for factor in FACTORS:
             size = factor * sum(values[key] * weight for key, weight in parts.items())
-            found.setdefault(size, {key: factor * weight for key, weight in parts.items()})
+            if float(size).is_integer():
+                found.setdefault(int(size), {key: factor * weight for key, weight in parts.items()})
     # Copies of learned positions: too few to count.
     positions, h = GENERIC["max_position_embeddings"], GENERIC["hidden_size"]
-    ignored = {int(factor * (positions + more) * h): {} for factor in FACTORS for more in (0, 2)}
+    ignored: dict[int, Polynomial] = {int(factor * (positions + more) * h): {} for factor in FACTORS for more in (0, 2)}
     return found | ignored | {positions * positions: {}}  # and GPT-BigCode's mask of all positions
 
 
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
-    """Moment → what may be its peak, of a family in a mode."""
+    """Moment → what may be its peak, for a family in a mode."""
     layout = FAMILIES[family]
     left_out = {*layout.unread, *(["head_dim"] if family in NO_HEAD_DIM else [])}
     left_out |= {"sliding_window"} if not layout.defaults.get("sliding_window") else set()
@@ -197,7 +203,7 @@ def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
             books.append(Symbols(*args))
             return books[-1]
 
-        with trace.patch.object(trace, "Ledger", book):
+        with patch.object(trace, "Ledger", book):
             trace.trace(
                 recipe,
                 model,
@@ -221,7 +227,7 @@ def _recipe(mode: Mode) -> dict[str, Any]:
 
 
 def _probes(sizes: Any) -> Iterator[dict[str, int]]:
-    """PROBES as far as the family has these sizes of its own."""
+    """PROBES, with the sizes that the family ties to others."""
     from dataclasses import replace
 
     for h, heads, kv_heads, d, f, vocab, tokens, row, rank in PROBES:
@@ -241,10 +247,10 @@ def _probes(sizes: Any) -> Iterator[dict[str, int]]:
 
 
 def _moments(book: Symbols, checkpointing: bool) -> dict[str, list[Polynomial]]:
-    """Peaks less what is there anyway: `base`, and `saved` of each block."""
+    """Peaks less what exists anyway: `base`, and `saved` of each block."""
     base = book.at_entry["forward", 0]
     saved = _less(book.at_entry["forward", -1], (book.at_entry["forward", -2], 1))
-    kept = Counter(kept_in_backward(saved, checkpointing))
+    kept = kept_in_backward(saved, checkpointing)
     found = {"base": [_plain(base)], "saved": [_plain(saved)]}
     for moment, segment, blocks in (
         ("forward", ("forward", -1), DEPTH - 1),
@@ -261,20 +267,20 @@ def _moments(book: Symbols, checkpointing: bool) -> dict[str, list[Polynomial]]:
     return found
 
 
-def _less(total: Counter, *parts: tuple[Counter, int]) -> Counter:
-    result = Counter(total)
+def _less(total: Polynomial, *parts: tuple[Polynomial, int]) -> Polynomial:
+    result = dict(total)
     for part, times in parts:
         for monomial, factor in part.items():
-            result[monomial] -= times * factor
+            result[monomial] = result.get(monomial, 0.0) - times * factor
     return result
 
 
-def _plain(counter: Counter) -> Polynomial:
-    return {monomial: factor for monomial, factor in sorted(counter.items()) if factor}
+def _plain(polynomial: Polynomial) -> Polynomial:
+    return {monomial: factor for monomial, factor in sorted(polynomial.items()) if factor}
 
 
 def of_family(family: str) -> dict[tuple[str, Mode], dict[str, list[Polynomial]]]:
-    """All modes of a family; those that its classes or the tracing refuse are told and left out."""
+    """All modes of a family; those that its classes or the trace refuse are reported and left out."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     found = {}
     for mode in modes():
@@ -287,7 +293,7 @@ def of_family(family: str) -> dict[tuple[str, Mode], dict[str, list[Polynomial]]
 
 
 def main() -> None:
-    families = [family for family in FAMILIES if family != "gemma3"]  # whose language model is gemma3_text
+    families = [family for family in FAMILIES if family != "gemma3"]  # its language model is gemma3_text
     with ProcessPoolExecutor() as pool:
         found = {key: moments for each in pool.map(of_family, families) for key, moments in each.items()}
     in_order = {(f, m): found[f, m] for m in modes() for f in families if (f, m) in found}

@@ -1,4 +1,4 @@
-"""The model of a recipe without its weights: on the meta device, then with fake (or zero) tensors in their place."""
+"""A recipe's model without its weights: on the meta device, then with fake (or zero) tensors in their place."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ from distft.train.model import add_adapters, compute_dtype
 def build(
     recipe: Recipe, dtype_regime: str, attn_implementation: str, depth: int | None = None, plain: bool = False
 ) -> Any:
-    """The model as distft/train/model.py makes it, on the meta device: `depth` blocks of it; `plain`: the base alone.
+    """The model as distft/train/model.py makes it, on the meta device.
 
-    `dtype_regime` is what the strategy computes with. `autocast` (DDP): what is trained is float32, and autocast casts
-    on the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, autocast is on too (accelerate). `zero`:
-    DeepSpeed casts the module to the compute dtype, no autocast.
+    Args:
+        dtype_regime: what the strategy computes in. `autocast` (DDP): trained parameters are float32, and autocast
+            casts on the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, with autocast on as well
+            (accelerate). `zero`: DeepSpeed casts the module to the compute dtype, without autocast.
+        depth: build only this many blocks.
+        plain: the base model without quantization and adapters.
+
+    Raises:
+        PlanError: the config cannot be read, or transformers cannot build the model.
     """
     dtype = compute_dtype(recipe)
     name, revision, trust = recipe.model.name_or_path, recipe.model.revision, recipe.model.trust_remote_code
@@ -39,7 +45,7 @@ def build(
                 attn_implementation=_attention(attn_implementation),
                 trust_remote_code=trust,
             )
-    except KeyError:  # Falcon has a table of attention classes of its own
+    except KeyError:  # Falcon has its own table of attention classes
         why = f"{config.model_type} has no {attn_implementation} that runs without its kernel"
         raise PlanError(f"model.name_or_path: {name} cannot be simulated ({why})") from None
     except (OSError, ValueError) as error:
@@ -60,7 +66,7 @@ def build(
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
     if recipe.lora:
-        with torch.device("meta"), dequantised_for_dora():
+        with torch.device("meta"), dequantized_for_dora():
             model = add_adapters(model, recipe)
     if dtype_regime != "autocast":
         for parameter in model.parameters():
@@ -69,22 +75,22 @@ def build(
     return model
 
 
-def dequantised_for_dora() -> Any:
-    """DoRA takes the norms of the weights; bitsandbytes cannot dequantise what holds no values. A patch."""
+def dequantized_for_dora() -> Any:
+    """A patch for DoRA, which needs the norms of the weights: bitsandbytes cannot dequantize tensors without values."""
 
-    def dequantised(module: Any) -> torch.Tensor:
+    def dequantized(module: Any) -> torch.Tensor:
         if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             return module.weight
-        dtype = getattr(module, "compute_dtype", torch.float16)  # LLM.int8()'s, whatever the input
+        dtype = getattr(module, "compute_dtype", torch.float16)  # LLM.int8() uses float16, whatever the input
         return torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
 
-    return patch("peft.tuners.lora.dora.dequantize_module_weight", dequantised)
+    return patch("peft.tuners.lora.dora.dequantize_module_weight", dequantized)
 
 
 def _attention(name: str) -> str:
-    """FlashAttention-2 by a name under which SDPA runs without a mask; flash-attn itself need not be there.
+    """For FlashAttention-2, a name under which SDPA runs without a mask, so that flash-attn need not be installed.
 
-    No "flash" in the name: transformers would look for such a kernel.
+    There is no "flash" in that name: transformers would look for such a kernel.
     """
     if name != "flash_attention_2":
         return planned_attention(name)
@@ -93,7 +99,7 @@ def _attention(name: str) -> str:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
-        return sdpa_attention_forward(*args, **kwargs)  # which refuses softcap; FlashAttention keeps nothing for it
+        return sdpa_attention_forward(*args, **kwargs)  # SDPA refuses softcap; FlashAttention keeps nothing for it
 
     ALL_ATTENTION_FUNCTIONS.register("distft_unmasked", attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register("distft_unmasked", lambda *args, **kwargs: None)
@@ -101,16 +107,16 @@ def _attention(name: str) -> str:
 
 
 def blocks_of(model: Any) -> Any:
-    """The ModuleList of the decoder's blocks: the longest one whose entries transformers does not split."""
+    """The ModuleList of the decoder's blocks: the longest one, first among those that transformers does not split."""
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     return max(lists, key=lambda blocks: (type(blocks[0]).__name__ in whole, len(blocks)))
 
 
 def alike(blocks: Any) -> bool:
-    """Whether all blocks have the same modules, shapes, dtypes and settings, so that one stands for any."""
+    """Whether all blocks have the same modules, shapes, dtypes and settings, so that one represents them all."""
 
-    def signature(block: Any) -> list:
+    def signature(block: Any) -> list[Any]:
         shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
         settings = [
             (name, type(module).__name__, key, value)
@@ -124,8 +130,8 @@ def alike(blocks: Any) -> bool:
     return all(signature(block) == first for block in blocks)
 
 
-def materialise(model: Any) -> None:
-    """Put tensors in the place of meta parameters and buffers: fake ones under a FakeTensorMode, else zeros."""
+def materialize(model: Any) -> None:
+    """Replace meta parameters and buffers by tensors: fake ones under a FakeTensorMode, else zeros."""
     made: dict[int, Any] = {}
     for module in model.modules():
         kind = type(module)
@@ -143,13 +149,13 @@ def materialise(model: Any) -> None:
                     made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if store is module._parameters else new
                 store[name] = made[id(old)]
         if kind is bnb.nn.Linear4bit:
-            _quantise_nf4(module)
+            _quantize_nf4(module)
         elif kind is bnb.nn.Linear8bitLt:
-            _quantise_int8(module)
+            _quantize_int8(module)
 
 
-def _quantise_nf4(linear: Any) -> None:
-    """What bitsandbytes keeps beside the weight (functional.py, quantize_4bit)."""
+def _quantize_nf4(linear: Any) -> None:
+    """Add what bitsandbytes keeps beside an NF4 weight (functional.py, quantize_4bit)."""
     from bitsandbytes.functional import QuantState
 
     shape = (linear.out_features, linear.in_features)
@@ -177,8 +183,8 @@ def _quantise_nf4(linear: Any) -> None:
     linear.compute_type_is_set = True
 
 
-def _quantise_int8(linear: Any) -> None:
-    """LLM.int8(): CUDA's autograd function (bitsandbytes takes another on a CPU), without outlier columns."""
+def _quantize_int8(linear: Any) -> None:
+    """Prepare a layer for LLM.int8(): CUDA's autograd function (bitsandbytes has another for CPUs), no outliers."""
     from bitsandbytes.autograd._functions import MatMul8bitLt
 
     state, weight = linear.state, linear.weight
@@ -188,7 +194,7 @@ def _quantise_int8(linear: Any) -> None:
 
 
 def sizes_of(recipe: Recipe, model: Any) -> Sizes:
-    """What there is to divide, by units that are gathered together. `model` is on the meta device."""
+    """What there is to divide among ranks, counted on a model that is on the meta device."""
     low = compute_dtype(recipe).itemsize
     blocks, embedding, head = blocks_of(model), model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -196,7 +202,7 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
     def size(p: Any) -> int:
         return _stored_bytes(p) or low * p.numel()
 
-    def unit(parameters: list) -> Unit:
+    def unit(parameters: list[Any]) -> Unit:
         return Unit(sum(map(size, parameters)), sum(p.numel() for p in parameters if p.requires_grad))
 
     everything = list(model.parameters())
@@ -219,6 +225,6 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
 
 
 def _stored_bytes(parameter: Any) -> int | None:
-    """Of a quantised weight."""
+    """Bytes of a quantized weight; None for any other parameter."""
     kind = {"Params4bit": "nf4", "Int8Params": "int8"}.get(type(parameter).__name__)
     return stored_bytes(kind, parameter.numel(), parameter.shape[0]) if kind else None

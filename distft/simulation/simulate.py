@@ -1,19 +1,20 @@
-"""Memory of a rank, from one training step of the real model class on fake tensors: no weights, no GPU.
+"""Memory of a rank, from one training step of the real model class on fake tensors, without weights or a GPU.
 
 The model is built from its config on the meta device, wrapped by peft, and given fake parameters. A dispatch mode then
-adds up live storages over forward, loss, backward and optimizer step. What another kernel does on a GPU than on the CPU
-that fake tensors lie on is put in its place (trace.py, CudaKernels). How a strategy divides the states and
-what it gathers on the way is added by formula (distft/planner/sharding.py, memory.py).
+adds up live storages over forward, loss, backward and optimizer step. Fake tensors are on the CPU; where a GPU would
+use another kernel, that one stands in (trace.py, CudaKernels). How a strategy divides the states, and what it gathers
+on the way, is added by formula (distft/planner/sharding.py, memory.py).
 
-Depth. Identical blocks need not all be traced: live bytes while block k of L is worked on are linear in k and in L
-(each block below adds the same activations, each above the same gradients), so the peak over all k lies at one of the
-ends. `simulate` traces 4 and 5 blocks, takes the two lowest and the two highest (the outermost differ: a frozen
-embedding needs no gradient), and continues each of these peaks linearly to the full depth. Blocks that differ in any
-shape or setting (fake_model.alike) are all traced. test_simulate.py holds it against the full depth, to the byte.
+Depth. Identical blocks need not all be traced: the live bytes while block k of L runs are linear in k and in L (each
+block below adds the same activations, each above the same gradients), so the peak over all k is at one of the ends.
+`simulate` traces 4 and 5 blocks, takes the two lowest and the two highest (the outermost differ: a frozen embedding
+needs no gradient), and extrapolates each of these peaks linearly to the full depth. Blocks that differ in any shape or
+setting (fake_model.alike) are all traced. tests/unit/test_simulate.py compares the result with the full depth, to the
+byte.
 
-Approximations: rows are all max_length long; workspaces inside an operator are counted for FlashAttention's backward
-and NF4's matrices only (not cuBLAS's); LLM.int8()'s outlier columns are taken as none; clipping and fp16's scaler are
-left out (scalars); under ZeRO and FSDP the gradients' share is taken as there all the time.
+Approximations: all rows have max_length tokens; workspaces inside an operator are counted only for FlashAttention's
+backward pass and NF4's matrices (not for cuBLAS); LLM.int8() has no outlier columns; clipping and fp16's scaler, which
+are scalars, are left out; under ZeRO and FSDP the rank's share of the gradients exists all the time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from distft.planner.sharding import Sizes
 if TYPE_CHECKING:
     from distft.simulation.trace import Trace
 
-# Blocks traced where all are alike; see above.
+# How many blocks are traced where all are alike; see above.
 DEPTHS = (4, 5)
 
 
@@ -42,7 +43,7 @@ def simulate(recipe: Recipe, setting: Setting) -> Memory:
     """Memory of a rank.
 
     Raises:
-        PlanError: the model's config cannot be read, transformers cannot build it, or it cannot be traced.
+        PlanError: the model's config cannot be read, transformers cannot build the model, or it cannot be traced.
     """
     from distft.simulation.fake_model import alike, blocks_of, build, sizes_of
     from distft.simulation.trace import trace
@@ -76,7 +77,7 @@ def simulate(recipe: Recipe, setting: Setting) -> Memory:
 
 
 def _to_depth(found: list[tuple[Sizes, Trace]], depths: tuple[int, ...], depth: int) -> tuple[Sizes, Trace]:
-    """Continue what two depths gave linearly to the full one."""
+    """Extrapolate the results of two depths linearly to the full one."""
     (sizes, steps), (sizes_below, below) = found[-1], found[0]
     more = depth - depths[-1]
     if more == 0:
@@ -94,10 +95,10 @@ def _to_depth(found: list[tuple[Sizes, Trace]], depths: tuple[int, ...], depth: 
 
 
 def model_shape(recipe: Recipe) -> ModelShape:
-    """The parameters of any model that transformers can build from its config.
+    """The shape of any model that transformers can build from its config.
 
     Raises:
-        PlanError: it cannot.
+        PlanError: it cannot build this one.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

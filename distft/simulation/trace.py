@@ -1,4 +1,4 @@
-"""One training step under a ledger of live storages: on fake tensors (the planner's simulation) or on real ones."""
+"""One training step under a ledger of live storages: on fake tensors, or on real ones for comparison."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.config.recipe import Recipe
-from distft.simulation.fake_model import blocks_of, dequantised_for_dora, materialise
+from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
 from distft.train.model import compute_dtype
 
-# (moment, block or None); blocks 0 and 1 count from the bottom, the others from the top (-1 is the last).
+# (moment, block or None). Blocks 0 and 1 are counted from the bottom, the others from the top (-1 is the last).
 Segment = tuple[str, "int | None"]
 
 
@@ -32,27 +32,27 @@ Segment = tuple[str, "int | None"]
 class Trace:
     """Live bytes by kind at the peak of every segment of a step."""
 
-    peaks: dict[Segment, Counter]
-    states: Counter  # all parameters, gradients, optimizer states and buffers, in bytes
+    peaks: dict[Segment, Counter[str]]
+    states: Counter[str]  # bytes of all parameters, gradients, optimizer states and buffers
 
     def total(self, segment: Segment) -> int:
         return sum(self.peaks[segment].values())
 
 
 class Ledger(TorchDispatchMode):
-    """Counts live storages, each once however many views it has.
+    """Counts live storages, each once, however many views it has.
 
-    Storages and not tensors, by weak reference: a storage's Python object lives as long as the storage.
+    Storages rather than tensors, by weak reference: a storage's Python object lives as long as the storage.
     """
 
     def __init__(self, vocab_size: int, tokens: int) -> None:
         super().__init__()
         self.vocab_size, self.entries = vocab_size, tokens * vocab_size
-        self.live: dict[int, list] = {}  # id of the storage → [weak reference, bytes, kind]
-        self.bytes: Counter = Counter()
+        self.live: dict[int, list[Any]] = {}  # id of the storage → [weak reference, bytes, kind]
+        self.bytes: Counter[str] = Counter()
         self.total = 0
         self.segment: Segment = ("forward", None)
-        self.peaks: dict[Segment, tuple[int, Counter]] = {}
+        self.peaks: dict[Segment, tuple[int, Counter[str]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -79,7 +79,7 @@ class Ledger(TorchDispatchMode):
         self.total -= size
 
     def call(self, tensor: torch.Tensor, kind: str) -> None:
-        """Say what a tensor is."""
+        """Count a tensor as this kind."""
         self.count(tensor, kind)
         entry = self.live[id(tensor.untyped_storage())]
         self.bytes[entry[2]] -= entry[1]
@@ -97,11 +97,11 @@ class Ledger(TorchDispatchMode):
 
 
 def _workspace(func: Any, args: tuple) -> int:
-    """Large temporaries inside one operator, which no dispatch mode sees.
+    """Bytes of large temporaries inside one operator, which no dispatch mode sees.
 
-    bitsandbytes gemm_4bit turns the matrix into the compute dtype for more than some 1500 tokens (backends/cuda/ops.py,
+    bitsandbytes gemm_4bit dequantizes the matrix for more than some 1500 tokens (backends/cuda/ops.py,
     _dequant_linear_fallback). FlashAttention-2's backward sums dq in float32 and, with fewer key than query heads,
-    makes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded).
+    computes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded).
     """
     name = func.name()
     if name == "bitsandbytes::gemm_4bit":
@@ -122,9 +122,9 @@ FLOAT32 |= {torch.Tensor.__pow__, torch.Tensor.__rpow__}
 
 
 class CudaKernels(TorchFunctionMode):
-    """CPU tensors take the shapes and dtypes that a CUDA GPU would give them.
+    """Gives CPU tensors the shapes and dtypes that they would have on a CUDA GPU.
 
-    Fake CUDA tensors do not do: without a GPU autograd ends the process ("PyTorch is not linked with support for cuda
+    Fake CUDA tensors do not work: without a GPU autograd aborts ("PyTorch is not linked with support for cuda
     devices"), and torch.autocast turns itself off.
     """
 
@@ -149,7 +149,7 @@ def _attention(
     **rest: Any,
 ) -> Any:
     """FlashAttention keeps q, k, v, the output and float32 log-sums. With a mask, or in float32, the memory-efficient
-    kernel keeps the mask too, turned into the compute dtype anew in every layer (ATen
+    kernel keeps the mask too, converted to the compute dtype again in every layer (ATen
     native/transformers/attention.cpp, convert_boolean_attn_mask)."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     query, key, value = (t.to(dtype) for t in (query, key, value))
@@ -168,7 +168,7 @@ def _attention(
 
 
 def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    """CUDA keeps a bool mask, the CPU one in the input's dtype."""
+    """CUDA keeps a bool mask, the CPU a mask in the input's dtype."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
@@ -176,11 +176,11 @@ def _float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def make_optimizer(name: str, parameters: list) -> Any | None:
-    """The class that transformers makes of `training.optim`; None where states are counted by formula.
+def make_optimizer(name: str, parameters: list[Any]) -> Any | None:
+    """The optimizer that transformers builds for `training.optim`; None where states are counted by formula.
 
-    transformers 5 trainer_optimizer.py. On a GPU adamw_torch is torch's foreach version, whose square roots of all
-    second moments are alive at once (torch/optim/adam.py, _multi_tensor_adam).
+    transformers 5 trainer_optimizer.py. On a GPU adamw_torch is torch's foreach version, in which the square roots of
+    all second moments are live at once (torch/optim/adam.py, _multi_tensor_adam).
     """
 
     if name.startswith("adamw_torch"):
@@ -205,10 +205,12 @@ def trace(
     fake: bool = True,
     cuda: bool = True,
 ) -> Trace:
-    """One optimizer step and one training step of a model from `build`, which is used up.
+    """One optimizer step and one training step of a model from `build`, which is consumed.
 
-    `accumulating`: gradients of earlier micro-batches are there. `fake=False` runs it for real, on zeros; `cuda=False`
-    keeps the CPU's own kernels.
+    Args:
+        accumulating: gradients of earlier micro-batches exist.
+        fake: False runs it on real tensors of zeros.
+        cuda: False keeps the CPU's own kernels.
     """
 
     flash = attn_implementation == "flash_attention_2"
@@ -220,20 +222,20 @@ def trace(
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode())
-            stack.enter_context(dequantised_for_dora())
+            stack.enter_context(dequantized_for_dora())
         stack.enter_context(book)
         if cuda:
             stack.enter_context(CudaKernels())
-            # peft asks for CUDA's autocast by default (tuners/lora/bnb.py, requires_conversion).
+            # By default peft asks about CUDA's autocast (tuners/lora/bnb.py, requires_conversion).
             enabled = torch.is_autocast_enabled
             stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)))
         if not (recipe.data.packing or flash):
-            # Looks at the position ids, and where it cannot (they are fake) takes rows for packed ones.
+            # It looks at position ids, and where it cannot (they are fake) assumes that rows are packed.
             stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
-        materialise(model)
+        materialize(model)
         for tensor in model.parameters():
             book.call(tensor, "parameters")
-        for tensor in _quantisation_states(model):
+        for tensor in _quantization_states(model):
             book.call(tensor, "parameters")
         for tensor in model.buffers():
             book.call(tensor, "buffers")
@@ -254,7 +256,7 @@ def trace(
         _watch_blocks(model, book)
         forward = model.forward
         if dtype_regime != "zero" and dtype is not torch.float32:
-            # accelerate/accelerator.py, prepare_model: autocast, and the outputs turned into float32.
+            # accelerate/accelerator.py, prepare_model: autocast, and outputs converted to float32.
             forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(forward))
         book.enter("forward")
         ids = torch.zeros(rows, columns, dtype=torch.long)
@@ -265,8 +267,7 @@ def trace(
             batch["attention_mask"] = torch.ones_like(ids)
         loss = _loss(forward, batch, torch.ones((), dtype=torch.long))
         book.enter("backward")
-        # What loss.backward() does; that would turn the function mode off, and checkpointed blocks are computed again
-        # in here.
+        # As loss.backward(), which would turn the function mode off; checkpointed blocks are recomputed in here.
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
         del loss, batch, ids, optimizer
         book.segment = ("end", None)
@@ -274,14 +275,14 @@ def trace(
 
 
 def _loss(forward: Any, batch: dict[str, Any], tokens: Any) -> Any:
-    """Trainer.compute_loss: the model's outputs, logits among them, live until it returns."""
+    """As Trainer.compute_loss: the model's outputs, including logits, live until it returns."""
 
     accepts = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     return forward(**batch, **({"num_items_in_batch": tokens} if accepts else {})).loss
 
 
-def _optimizer_step(recipe: Recipe, trained: list, book: Any) -> Any | None:
-    """The states of a step before, and the peak of a step ("optimizer"); leaves the gradients."""
+def _optimizer_step(recipe: Recipe, trained: list[Any], book: Any) -> Any | None:
+    """Create optimizer states with a first step, and record the peak of a second one ("optimizer"); gradients stay."""
 
     for p in trained:
         p.grad = torch.zeros_like(p)
@@ -302,13 +303,13 @@ def _optimizer_step(recipe: Recipe, trained: list, book: Any) -> Any | None:
 
 
 def _watch_blocks(model: Any, book: Any) -> None:
-    """Tell the ledger which block is worked on: forward by a hook before it, backward by its output's gradient."""
+    """Tell the ledger which block runs: forward by a hook before it, backward by a hook on its output's gradient."""
 
     blocks = blocks_of(model)
 
     def before(index: int) -> Any:
         def hook(*_: Any) -> None:
-            if book.segment[0] == "forward":  # not when a checkpointed block is computed again
+            if book.segment[0] == "forward":  # not when a checkpointed block is recomputed
                 book.enter("forward", index)
 
         return hook
@@ -331,11 +332,11 @@ def _watch_blocks(model: Any, book: Any) -> None:
         block.register_forward_hook(after(index, block is blocks[-1]))
 
 
-def _quantisation_states(model: Any) -> Iterator[Any]:
+def _quantization_states(model: Any) -> Iterator[Any]:
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-        state = getattr(module, "state", None)
-        if getattr(state, "SCB", None) is not None:
-            yield state.SCB
+        scale = getattr(getattr(module, "state", None), "SCB", None)
+        if scale is not None:
+            yield scale

@@ -1,6 +1,6 @@
-"""Plan → the configuration files of those who shard: DeepSpeed's JSON, accelerate's YAML with FSDP2 and HSDP inside.
+"""What the strategies are, and plan → configuration files: DeepSpeed's JSON, accelerate's YAML with FSDP2 and HSDP.
 
-Plain functions to plain dicts; nothing here imports torch, deepspeed or accelerate.
+Plain functions that return plain dicts; nothing here imports torch, deepspeed or accelerate.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A new dict: `overrides` laid over `base`. Two dicts under one key are merged, anything else is replaced."""
+    """A new dict: `base` with `overrides` on top. Two dicts under one key are merged, anything else is replaced."""
     merged = deepcopy(base)
     for key, value in overrides.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -1,4 +1,4 @@
-"""accelerate's YAML, FSDP2 and HSDP inside, and the environment that `accelerate launch` makes of it.
+"""accelerate's YAML, with FSDP2 and HSDP in it, and the environment that `accelerate launch` makes from it.
 
 Read from accelerate 1.15: commands/config/config_args.py (keys), commands/launch.py and utils/launch.py (YAML →
 environment), utils/dataclasses.py and parallelism_config.py (environment → plugins), utils/fsdp_utils.py.
@@ -27,18 +27,18 @@ def accelerate_config(
 ) -> dict[str, Any]:
     """accelerate.yaml: `accelerate launch --config_file accelerate.yaml script.py` shards as distft does.
 
-    On several machines each one adds `--machine_rank` and `--main_process_ip`.
+    On several machines, each adds `--machine_rank` and `--main_process_ip`.
 
     Args:
-        shard_size: ranks that share one copy of the model; read for hsdp alone.
-        mixed_precision: bf16, fp16 or no. Not written for ZeRO, where the DeepSpeed file says it.
+        shard_size: ranks that share one copy of the model; only used for hsdp.
+        mixed_precision: bf16, fp16 or no. Not written for ZeRO, where the DeepSpeed file has it.
         device_type: cuda or cpu.
-        ds_config_file: for ZeRO: the DeepSpeed file; relative to where the script starts.
-        overrides: laid over `fsdp_config` (the recipe's `fsdp.overrides`).
+        ds_config_file: the DeepSpeed file, for ZeRO; relative to where the script starts.
+        overrides: go on top of `fsdp_config` (the recipe's `fsdp.overrides`).
 
     Raises:
-        ValueError: ZeRO without ds_config_file, or hsdp groups that do not divide the ranks; the planner refuses the
-            latter earlier.
+        ValueError: ZeRO without ds_config_file, or hsdp groups that do not divide the ranks, which the rules refuse
+            before.
     """
     world, kind = topology.world_size, KINDS[strategy]
     plain = "NO" if world == 1 else "MULTI_CPU" if device_type == "cpu" else "MULTI_GPU"
@@ -56,11 +56,11 @@ def accelerate_config(
     if kind.engine == "deepspeed":
         if ds_config_file is None:
             raise ValueError(f"{strategy} needs ds_config_file")
-        # No mixed_precision: beside a deepspeed_config_file accelerate ends with "the following accelerate config
-        # variables will be ignored" (DeepSpeedPlugin._deepspeed_config_checks).
+        # No mixed_precision: together with a deepspeed_config_file, accelerate fails with "the following accelerate
+        # config variables will be ignored" (DeepSpeedPlugin._deepspeed_config_checks).
         section: dict[str, Any] = {"deepspeed_config_file": ds_config_file, "zero3_init_flag": kind.zero_stage == 3}
         if topology.nnodes > 1:
-            # torchrun; the default, pdsh, wants ssh and a hostfile
+            # torchrun; the default, pdsh, needs ssh and a hostfile
             section["deepspeed_multinode_launcher"] = "standard"
         return config | {"deepspeed_config": section}
 
@@ -86,37 +86,37 @@ def accelerate_config(
 def fsdp_config(*, offload: str, device_type: str, quantization: str | None = None) -> dict[str, Any]:
     """The `fsdp_config` section: FSDP2, sharded block by block.
 
-    No key tells the dtypes: accelerate takes `mixed_precision` for the weights AND for averaging gradients
+    There is no key for dtypes: accelerate uses `mixed_precision` for the weights AND for averaging gradients
     (FullyShardedDataParallelPlugin.set_mixed_precision). To average in float32 a trainer passes a MixedPrecisionPolicy.
     """
     return {
         "fsdp_version": 2,
-        # No class names: accelerate takes the model's own `_no_split_modules`.
+        # No class names: accelerate uses the model's own `_no_split_modules`.
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_reshard_after_forward": True,  # ZeRO-3; false keeps what the forward pass gathered (ZeRO-2)
         "fsdp_offload_params": offload == "all",
-        # With SHARDED_STATE_DICT transformers' Trainer.save_model() writes NOTHING, in silence (trainer.py 5.23), and a
-        # script ends without its model. The price: at a checkpoint rank 0 holds model and optimizer in host memory.
+        # With SHARDED_STATE_DICT transformers' Trainer.save_model() silently writes NOTHING (trainer.py 5.23), and a
+        # script ends without its model. The cost: at a checkpoint rank 0 has model and optimizer in host memory.
         "fsdp_state_dict_type": "FULL_STATE_DICT",
-        # Local rank 0 alone reads the weights, the others get them over the network. Not on a CPU, where accelerate
+        # Only local rank 0 reads the weights, the others get them over the network. Not on a CPU, where accelerate
         # ignores FSDP and would wrap empty weights in DDP; not with bitsandbytes weights, which accelerate does not
-        # send on while transformers leaves what the checkpoint lacks uninitialised on the other ranks.
+        # send, while transformers leaves them uninitialized on the other ranks.
         "fsdp_cpu_ram_efficient_loading": device_type == "cuda" and quantization is None,
-        # The model's own gradient checkpointing is used, as under every strategy; both at once are an error.
+        # As under every strategy, the model's own gradient checkpointing is used; both together are an error.
         "fsdp_activation_checkpointing": False,
     }
 
 
 def accelerate_environment(config: dict[str, Any], mixed_precision: str | None = None) -> dict[str, str]:
-    """What `accelerate launch` sets in the ranks for this config, for ranks that torchrun starts.
+    """The environment that `accelerate launch` gives the ranks for this config, for ranks that torchrun starts.
 
-    `mixed_precision` is launch's option of that name: the only way to tell a script under ZeRO. What accelerate takes
-    by default (torch.compile's variables, FSDP1's) is left out.
+    `mixed_precision` is launch's option of that name: the only way to pass it to a script under ZeRO. Variables that
+    would have accelerate's defaults (torch.compile's, FSDP1's) are left out.
     """
     kind = config["distributed_type"]
     env = {"ACCELERATE_MIXED_PRECISION": mixed_precision or config.get("mixed_precision") or "no"}
     if kind in ("NO", "MULTI_CPU") or (kind == "FSDP" and config["use_cpu"]):
-        # Without it CPU ranks do not see each other (PartialState._prepare_backend): each trains alone. `accelerate
+        # Without it CPU ranks do not see each other (PartialState._prepare_backend), and each trains alone. `accelerate
         # launch` leaves it out for FSDP.
         env["ACCELERATE_USE_CPU"] = str(config["use_cpu"])
     if kind == "DEEPSPEED":

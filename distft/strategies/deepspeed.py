@@ -1,8 +1,8 @@
-"""DeepSpeed's JSON: a run's, with every value written out, and the portable one, with "auto", for scripts of one's own.
+"""DeepSpeed's JSON: for a run, with every value written out, and a portable one, with "auto", for your own scripts.
 
 Keys and defaults are those of deepspeed 0.19.8 (runtime/config.py, runtime/precision_config.py, runtime/zero/config.py,
-runtime/zero/offload_config.py). The documented defaults differ from the code's, and DeepSpeed takes a misspelt
-top-level key for an absent one, so a run's file relies on neither; test_strategies.py holds every key against
+runtime/zero/offload_config.py). The documented defaults differ from the code's, and DeepSpeed ignores misspelled
+top-level keys, so a run's file relies on no default; test_strategies.py holds every key against
 those modules. Bucket sizes and thresholds count ELEMENTS, not bytes. ds_configs/README.md gives each field's reason.
 """
 
@@ -16,8 +16,8 @@ from distft.strategies import merge
 from distft.strategies.kinds import KINDS, Kind
 
 MILLION = 1_000_000
-# 200 MB a message in float32: the bandwidth of NVLink and InfiniBand is reached well below (DeepSpeed's own 5e8 are
-# 2 GB, twice that with overlap_comm, even for an adapter of 20 million elements).
+# 200 MB per message in float32: far less reaches the bandwidth of NVLink and InfiniBand (DeepSpeed's own 5e8 are 2 GB,
+# twice that with overlap_comm, even for an adapter of 20 million elements).
 LARGEST_BUCKET = 50 * MILLION
 SMALLEST_BUCKET = MILLION
 # Elements below which ZeRO-3 leaves a tensor whole (DeepSpeed's default): norms, biases, thin LoRA matrices.
@@ -27,10 +27,10 @@ LARGEST_PERSISTENT = 100 * MILLION
 
 
 def bucket_size(trainable_parameters: int) -> int:
-    """Elements per gradient bucket: a quarter of what is trained, in whole millions, from 1 to 50 million.
+    """Elements per gradient bucket: a quarter of the trained parameters, in whole millions, from 1 to 50 million.
 
-    A quarter, so that three buckets travel while the backward pass still fills the last. Only what is trained has
-    gradients: under LoRA the model's size does not matter.
+    A quarter, so that three buckets travel while the backward pass still fills the last one. Only trained parameters
+    have gradients: under LoRA the model's size does not matter.
     """
     quarter = -(-trainable_parameters // (4 * MILLION)) * MILLION
     return min(max(quarter, SMALLEST_BUCKET), LARGEST_BUCKET)
@@ -46,20 +46,20 @@ def deepspeed_config(
     batch: Batch,
     trainable_parameters: int,
 ) -> dict[str, Any]:
-    """ds_config.json of a run: no "auto", no default relied on; `deepspeed.overrides` of the recipe lie on top.
+    """ds_config.json of a run: no "auto", no reliance on defaults; the recipe's `deepspeed.overrides` are on top.
 
     It has no "optimizer" and no "scheduler": the Trainer builds them, so that every strategy has the same parameter
-    groups (an optimizer of DeepSpeed's own would decay norms and biases too).
+    groups (DeepSpeed's own optimizer would decay norms and biases too).
 
     Raises:
-        ValueError: this stage cannot offload that; distft/rules refuses it earlier.
+        ValueError: this stage cannot offload that, which the rules refuse before.
     """
     precision = recipe.training.mixed_precision
     config = {
         "train_batch_size": batch.micro_batch_size * batch.gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-        "gradient_clipping": float(recipe.training.max_grad_norm),  # 0.0 turns it off
+        "gradient_clipping": float(recipe.training.max_grad_norm),  # 0.0: no clipping
         **_precision(bf16=precision == "bf16", fp16=precision == "fp16"),
         **_optimizer_and_reports(),
         "zero_optimization": _zero_optimization(
@@ -67,7 +67,7 @@ def deepspeed_config(
             offload,
             bucket=bucket_size(trainable_parameters),
             pin_memory=device_type == "cuda",
-            # The trainer gathers what is trained, tensor by tensor; DeepSpeed would gather the base model too.
+            # The trainer gathers only trained tensors, one by one; DeepSpeed would gather the base model too.
             gather_on_save=False,
         ),
     }
@@ -75,10 +75,10 @@ def deepspeed_config(
 
 
 def portable_config(*, strategy: str, offload: str, device_type: str = "cuda") -> dict[str, Any]:
-    """A ds_config.json for a script of one's own: "auto" wherever transformers.Trainer or accelerate knows better.
+    """A ds_config.json for your own script: "auto" wherever transformers.Trainer or accelerate knows better.
 
-    It has no "optimizer" either, not even with offload: a section here would end every accelerate script that makes its
-    own ("You cannot specify an optimizer in the config file and in the code at the same time").
+    It has no "optimizer" either, not even with offload: every accelerate script that makes its own would fail ("You
+    cannot specify an optimizer in the config file and in the code at the same time").
 
     Raises:
         ValueError: this stage cannot offload that.
@@ -93,8 +93,8 @@ def portable_config(*, strategy: str, offload: str, device_type: str = "cuda") -
         "zero_optimization": _zero_optimization(
             KINDS[strategy],
             offload,
-            # A number, not "auto": that is hidden_size squared whatever is trained, and for a model without
-            # config.hidden_size accelerate refuses it ("Can't find `model.config` entry").
+            # A number, not "auto": that means hidden_size squared, whatever is trained, and accelerate refuses it for
+            # a model without config.hidden_size ("Can't find `model.config` entry").
             bucket=LARGEST_BUCKET,
             pin_memory=device_type == "cuda",
             gather_on_save=True,
@@ -103,11 +103,11 @@ def portable_config(*, strategy: str, offload: str, device_type: str = "cuda") -
 
 
 def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
-    """The dtypes of weights, gradients and messages, and what is done to gradients on the way."""
+    """The dtypes of weights, gradients and messages, and how gradients are reduced."""
     return {
         "bf16": {
             "enabled": bf16,
-            # ZeRO-1 alone reads it: gradients go into the float32 sum as they come, so no 16-bit copy lives beside it.
+            # Only for ZeRO-1: gradients are added to the float32 sum one by one, so there is no 16-bit copy beside it.
             "immediate_grad_update": True,
             "check_grad_overflow": True,
             "bf16_master_weights_and_grads": False,
@@ -125,8 +125,8 @@ def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
             "fp16_master_weights_and_grads": False,
         },
         "torch_autocast": {"enabled": False},
-        # Micro-batches are summed, and ranks averaged, in float32. The default is the working precision, where the sum
-        # of many micro-batches loses digits, so that the loss would depend on the width.
+        # Micro-batches are summed, and ranks averaged, in float32. The default is the working precision, in which the
+        # sum of many micro-batches loses digits, so that the loss would depend on the world size.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_allreduce_op": "mean",
@@ -138,14 +138,14 @@ def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
 def _optimizer_and_reports() -> dict[str, Any]:
     return {
         "zero_allow_untested_optimizer": True,  # bitsandbytes, Adafactor
-        # Under offload too the optimizer is taken as it comes. With true, accelerate replaces it by DeepSpeedCPUAdam,
-        # and whatever was no torch AdamW (Lion, 8 bit, even a DeepSpeedCPUAdam made for AdamW) gets Adam with COUPLED
+        # Under offload too the optimizer stays as it is. With true, accelerate replaces it with DeepSpeedCPUAdam, and
+        # anything but torch's AdamW (Lion, 8 bit, even a DeepSpeedCPUAdam made for AdamW) becomes Adam with COUPLED
         # weight decay (accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed). Nothing is lost: torch's fused
-        # AdamW steps on the host as fast (50 million elements on 2 cores: 25 ms, DeepSpeedCPUAdam 35 ms, torch's plain
-        # one 330 ms), and DeepSpeed's has to be compiled first, on a node with compiler and CUDA toolkit.
+        # AdamW steps as fast on the host (50 million elements on 2 cores: 25 ms, DeepSpeedCPUAdam 35 ms, torch's plain
+        # one 330 ms), and DeepSpeed's must be compiled first, on a node with a compiler and the CUDA toolkit.
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,  # never: metrics.jsonl says it
-        "wall_clock_breakdown": False,  # true synchronises the device at every phase
+        "steps_per_print": 1_000_000_000,  # never: metrics.jsonl has it
+        "wall_clock_breakdown": False,  # true would synchronize the device in every phase
         "memory_breakdown": False,
         "dump_state": False,
     }
@@ -179,8 +179,8 @@ def _zero_optimization(
             "allgather_partitions": True,
             "allgather_bucket_size": bucket,
             "use_multi_rank_bucket_allreduce": True,
-            # It reorders parameters, and DeepSpeed 0.19.8 then finds the masters of others under their names
-            # (_link_all_hp_params): what is saved is mixed up.
+            # It reorders parameters, and DeepSpeed 0.19.8 then finds other parameters' masters under their names
+            # (_link_all_hp_params): what it saves is mixed up.
             "round_robin_gradients": False,
             "ignore_unused_parameters": True,
             "load_from_fp32_weights": True,
@@ -188,12 +188,12 @@ def _zero_optimization(
     param_device = "cpu" if offload == "all" else "none"
     return section | {
         "offload_param": {"device": param_device, "pin_memory": pin_memory and param_device == "cpu"},
-        # Elements per slice of the optimizer step; its float32 temporaries are 0.4 GB (DeepSpeed's 1e9: 4 GB).
+        # Elements per slice of the optimizer step, whose float32 temporaries take 0.4 GB (DeepSpeed's 1e9: 4 GB).
         "sub_group_size": 100 * MILLION,
         "stage3_prefetch_bucket_size": 50 * MILLION,
         "stage3_param_persistence_threshold": PERSISTENT,
         "stage3_model_persistence_threshold": LARGEST_PERSISTENT,
-        # Gathered parameters alive at a time: 2 GB in 16 bit, and what the next layers need.
+        # Gathered parameters that are live at a time: 2 GB in 16 bit, and what the next layers need.
         "stage3_max_live_parameters": 1_000 * MILLION,
         "stage3_max_reuse_distance": 1_000 * MILLION,
         "stage3_gather_16bit_weights_on_model_save": gather_on_save,

@@ -183,7 +183,7 @@ def test_target_modules_that_do_not_exist(refused: Callable[..., str], tiny: Tin
 
 
 def test_several_nodes_without_a_cluster(refused: Callable[..., str]) -> None:
-    assert "--nodes: got 2, and only this machine can be started from here" in refused("--nodes", "2")
+    assert "--nodes: got 2, but without a cluster distft starts only this machine" in refused("--nodes", "2")
     assert "--gpus-per-node: got 0, need >= 1" in refused(ranks=0)
 
 

@@ -239,7 +239,7 @@ def test_a_tied_embedding_is_gathered_throughout() -> None:
     assert buffers["backward"] == 2 * 2_000_000 + 6 * 100_000 + 1_600_000 + 2 * 50_000
 
 
-def test_bytes_of_a_quantised_weight_by_hand() -> None:
+def test_bytes_of_a_quantized_weight_by_hand() -> None:
     rows, columns = 1024, 4096
     nf4 = rows * columns // 2 + rows * columns // 64 + 4 * (rows * columns // (64 * 256))
     assert stored_bytes("nf4", rows * columns, rows) == nf4 == 2_097_152 + 65_536 + 1_024
@@ -336,7 +336,7 @@ def test_states_of_lora(folder: Path, strategy: str) -> None:
     assert found.optimizer == {"ddp": 8, "zero2": 12 / 2, "fsdp": 8 / 2}[strategy] * trained
 
 
-def test_states_of_a_quantised_base(folder: Path) -> None:
+def test_states_of_a_quantized_base(folder: Path) -> None:
     linear = 6 * (2 * 256**2 + 2 * 256 * 64 + 3 * 256 * 688)
     found = estimate(folder, LORA, BF16, "model.quantization=nf4")
     # Half a byte, an 8-bit scale per 64 weights and a float32 one per 64 * 256.
@@ -344,7 +344,7 @@ def test_states_of_a_quantised_base(folder: Path) -> None:
     assert found.parameters == pytest.approx(expected, rel=0.001)
 
 
-def test_a_falcon_is_never_quantised(folder: Path) -> None:
+def test_a_falcon_is_never_quantized(folder: Path) -> None:
     plain, wanted = (
         estimate(folder, LORA, BF16, f"model.name_or_path={folder / 'falcon'}", *sets)
         for sets in ([], ["model.quantization=nf4"])

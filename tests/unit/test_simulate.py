@@ -167,7 +167,7 @@ def test_offload_moves_the_states_to_the_host(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("nf4", 0.5 + 0.0159), ("int8", 1.0)])
-def test_quantised_base(folder: Path, quantization: str, bytes_per_weight: float) -> None:
+def test_quantized_base(folder: Path, quantization: str, bytes_per_weight: float) -> None:
     sets = ["training.mixed_precision=bf16", f"model.quantization={quantization}", "lora.r=4"]
     found = run(folder, *sets, gradient_checkpointing=True)
     linear = real_parameters() - 2 * VOCABULARY * HIDDEN - 5 * HIDDEN

@@ -10,25 +10,29 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from running import distft, launch
 from tiny import Tiny, make_model, make_tokenizer, write_jsonl
+
+from distft.cli import main
 
 ROW = {"messages": [{"role": "user", "content": "read file"}, {"role": "assistant", "content": "open path"}]}
 
 
 @pytest.fixture
-def refused(tiny: Tiny, tmp_path: Path) -> Callable[..., str]:
-    """Launches a recipe that must be refused; returns what was said."""
+def refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Launches a recipe that must be refused; returns what was printed."""
+    monkeypatch.chdir(tmp_path)
 
     def check(*arguments: str, recipe: dict[str, Any] | str | None = None, ranks: int = 1, **changes: Any) -> str:
         recipe = tiny.recipe(**changes) if recipe is None else recipe
         file = tmp_path / "recipe.yaml"
         file.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
         before = set(tmp_path.rglob("*"))
-        done = distft("launch", "recipe.yaml", "--gpus-per-node", str(ranks), *arguments, cwd=tmp_path)
-        assert done.returncode == 2, done.stdout + done.stderr
+        done = CliRunner().invoke(main, ["launch", "recipe.yaml", "--gpus-per-node", str(ranks), *arguments])
+        assert done.exit_code == 2, done.output + repr(done.exception)
         assert done.stderr.startswith("error: ")
-        assert "Traceback" not in done.stdout + done.stderr
+        assert "Traceback" not in done.output
         assert set(tmp_path.rglob("*")) == before, "something was written"
         return done.stderr
 
@@ -137,10 +141,13 @@ def test_model_folder_without_weights(refused: Callable[..., str], tiny: Tiny, t
     assert "has no config.json" in refused(model__name_or_path=str(folder))
 
 
-def test_hub_model_without_network(refused: Callable[..., str]) -> None:
-    assert "owner/missing is neither a folder beside the recipe nor a readable hub model" in refused(
-        model__name_or_path="owner/missing"
-    )
+def test_hub_model_without_network(tiny: Tiny, tmp_path: Path) -> None:
+    """In another process: the hub's client reads HF_HUB_OFFLINE when it is imported."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(model__name_or_path="owner/missing")))
+    done = distft("launch", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "owner/missing is neither a folder beside the recipe nor a readable hub model" in done.stderr
 
 
 def test_batch_that_does_not_divide(refused: Callable[..., str]) -> None:
@@ -228,7 +235,7 @@ def test_more_processes_than_cores_is_a_warning(tiny: Tiny, tmp_path: Path) -> N
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(training__global_batch_size=512)))
     done = distft("launch", "recipe.yaml", "--gpus-per-node", "512", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
-    assert "512 processes on" in done.stdout
+    assert "512 processes share " in done.stdout
 
 
 def test_overrides_are_held_to_the_same_checks(refused: Callable[..., str], tmp_path: Path) -> None:

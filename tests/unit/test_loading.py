@@ -485,7 +485,7 @@ def test_overrides_that_are_wrong(text, expected):
     assert problem(GOOD, text) == expected
 
 
-def test_an_override_mends_what_the_file_has_wrong():
+def test_an_override_fixes_what_is_wrong_in_the_file():
     assert load(f"{GOOD}lora: {{r: 0}}", "lora.r=2").lora.r == 2
     assert load(f"{GOOD}lora: 5", "lora.r=2").lora.r == 2
     assert load(GOOD.replace("train.jsonl", "gone.jsonl"), "data.train=data").data.train == str(Path("data").resolve())

@@ -56,7 +56,7 @@ PER_BLOCK = {"smollm2-360m": 24, "llama-3.1-8b": 28, "mistral-7b": 28, "qwen3-8b
 
 def run(folder: Path, only: str) -> dict[str, Any]:
     rows = []
-    print(f"{'GiB':106}{'theirs':>8}{'distft':>8}{'as they':>9}{'ratio':>7}")
+    print(f"{'GiB':112}{'theirs':>8}{'distft':>8}{'as they':>9}{'ratio':>7}")
     for row in parse(PEAKS):
         if only not in row.text:
             continue
@@ -66,7 +66,7 @@ def run(folder: Path, only: str) -> dict[str, Any]:
         theirs, measured = _as_they(row, estimator), float(row.extra["peak"])
         ratio = theirs / 2**30 / measured
         why = _why(row, ratio) if abs(ratio - 1) > FAR / 100 else ""
-        print(f"{row.text:106}{measured:8.1f}{ours.peak / 2**30:8.1f}{theirs / 2**30:9.1f}{ratio:7.2f}  {why}")
+        print(f"{row.text:112}{measured:8.1f}{ours.peak / 2**30:8.1f}{theirs / 2**30:9.1f}{ratio:7.2f}  {why}")
         rows.append(
             {"row": row.text, "published_gib": measured, "distft_bytes": ours.peak, "as_they_bytes": theirs}
             | {"ratio": round(ratio, 3), "why": why}

@@ -77,7 +77,7 @@ def share(
     Args:
         state_bytes: optimizer state, bytes per trained element.
         zero: the `zero_optimization` section as distft/strategies/deepspeed.py generates it; None for fsdp and hsdp.
-        bf16: the compute dtype is bfloat16 (ZeRO-1 has an optimizer of its own for it).
+        bf16: the compute dtype is bfloat16 (for which ZeRO-1 has its own optimizer).
     """
     if zero is None:
         return _fsdp(offload, shard_size, sizes, state_bytes)

@@ -549,7 +549,7 @@ def trackers_must_be_known(case: RecipeCase) -> str | None:
 
 @rule(
     "deepspeed.overrides without ZeRO, fsdp.overrides without fsdp or hsdp",
-    "distft/strategies: each strategy has a config of its own",
+    "distft/strategies: each strategy has its own config",
     "set parallelism.strategy, or remove it",
     kind="warning",
     for_scripts=True,

@@ -1,6 +1,6 @@
-"""What a strategy is: the one table of it, which every room asks.
+"""What a strategy is: one table, for every room to ask.
 
-Only the standard library is imported here, so that the command line and the ranks can both afford it.
+Only the standard library is imported here, so that both the command line and the ranks can afford it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 Engine = Literal["ddp", "deepspeed", "fsdp2"]
 
 # What the ranks compute in; simulation/fake_model.py, build, has the details.
-# autocast: what is trained is float32, and torch.autocast casts on the way.
+# autocast: trained parameters are float32, and torch.autocast casts on the way.
 # zero: DeepSpeed casts the whole module to the compute dtype; no autocast.
 # fsdp: FSDP2 gathers every parameter in the compute dtype, with autocast on as well (accelerate).
 DtypeRegime = Literal["autocast", "zero", "fsdp"]
@@ -19,7 +19,7 @@ DtypeRegime = Literal["autocast", "zero", "fsdp"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A strategy: who wraps the model, and what each rank keeps only a shard of."""
+    """A strategy: what wraps the model, and which states each rank keeps only a shard of."""
 
     name: str
     engine: Engine  # torch's DistributedDataParallel, DeepSpeed, or torch's fully_shard
@@ -29,17 +29,17 @@ class Kind:
     shards_gradients: bool = False
     shards_parameters: bool = False
     in_groups: bool = False  # shards within groups of ranks, replicates across them
-    offloads: tuple[str, ...] = ()  # what parallelism.offload can be beside none
+    offloads: tuple[str, ...] = ()  # what parallelism.offload can be besides none
     min_ranks: int = 1  # with fewer there is nothing to shard
 
     @property
     def replicates(self) -> bool:
-        """Whether every rank keeps all states whole."""
+        """Whether every rank keeps all states complete."""
         return not (self.shards_optimizer or self.shards_gradients or self.shards_parameters)
 
 
 def _zero(stage: int, *offloads: str) -> Kind:
-    """ZeRO runs on one rank too, which is of use with offload (arXiv 1910.02054: stages 1 to 3)."""
+    """ZeRO (arXiv 1910.02054). It also runs on one rank, which is useful with offload."""
     return Kind(
         f"zero{stage}",
         "deepspeed",
@@ -74,7 +74,7 @@ KINDS: dict[str, Kind] = {
         Kind("ddp", "ddp", "autocast"),
         _zero(1, "optimizer"),
         _zero(2, "optimizer"),
-        _zero(3, "optimizer", "all"),  # DeepSpeed's offload_param is of stage 3 alone
+        _zero(3, "optimizer", "all"),  # offload_param needs stage 3
         _fsdp("fsdp", min_ranks=2),
         _fsdp("hsdp", min_ranks=4, in_groups=True),  # two groups of two
     )

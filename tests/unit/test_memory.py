@@ -1,4 +1,4 @@
-"""Memory by formula: against the simulation, by hand, and how it must change with what it depends on."""
+"""Memory by formula: computed by hand, compared with the simulation, and how it changes with what it depends on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def estimate(folder: Path, *sets: str, **options: Any) -> Memory:
 
 
 def parameters() -> int:
-    """Of the llama above."""
+    """The number of parameters of the llama above."""
     h, f, vocab = 256, 688, 1000
     return 2 * vocab * h + 6 * (2 * h * h + 2 * h * h // 4 + 3 * h * f + 2 * h) + h
 
@@ -200,7 +200,7 @@ def test_strategies_by_hand(
     assert (found.parameters, found.gradients, found.optimizer) == states
     assert found.host_per_node == 4 * host
     forward, loss, head, backward, optimizer = buffers
-    kept = states[0] + states[2]  # all the time; gradients come one by one under DDP alone
+    kept = states[0] + states[2]  # all the time; under DDP, and only there, gradients come one by one
     some, few, all_ = (100_000, 200_000, 1_600_000) if strategy == "ddp" else [states[1]] * 3
     temporaries = 0 if offload != "none" else 1_600_000 // shards
     assert found.peaks == {
@@ -209,7 +209,7 @@ def test_strategies_by_hand(
         "backward": kept + max(some + HEAD + head, few + TOP + backward, all_ + 300_000 + backward),
         "optimizer": kept + all_ + temporaries + optimizer,
     }
-    # What is reported adds up to the peak.
+    # The reported parts add up to the peak.
     assert found.peak == max(found.peaks.values()) == found.peaks[found.moment]
     there = found.peak - (found.parameters + found.optimizer + found.activations + found.logits + found.buffers)
     assert there in (some, few, all_)
@@ -220,7 +220,7 @@ def test_strategies_by_hand(
     [  # of 100,000 elements: the float32 weights, and two moments
         ("adamw_torch_fused", 400_000 + 2 * 400_000),
         ("paged_adamw_32bit", 400_000 + 2 * 400_000),
-        ("adamw_bnb_8bit", 400_000 + 2 * 100_000 + 3_125),  # 8 bit, with a float32 scale a moment and 256 elements
+        ("adamw_bnb_8bit", 400_000 + 2 * 100_000 + 3_125),  # 8 bit, with a float32 scale per moment and 256 elements
         ("paged_adamw_8bit", 400_000 + 2 * 100_000 + 3_125),
     ],
 )
@@ -251,7 +251,7 @@ def test_bytes_of_a_quantized_weight_by_hand() -> None:
 
 
 def test_buffers_of_the_model_are_counted_once(folder: Path) -> None:
-    """Such as rotary frequencies, which the simulation finds beside those of the strategy."""
+    """Such as rotary frequencies, which the simulation counts in addition to the strategy's."""
     recipe = load_recipe(folder / "recipe.yaml", ["training.mixed_precision=bf16"])
     step = {("forward", -1): Counter(activations=1_000, buffers=500), ("optimizer", None): Counter()}
     undivided = {"parameters": 4_000, "gradients": 1_600_000, "optimizer": 3_200}
@@ -296,7 +296,7 @@ def test_formula_is_the_simulation(folder: Path, model: str, sets: list[str], op
     ],
 )
 def test_the_table_is_what_these_classes_give(family: str, mode: Mode) -> None:
-    """Fails when a new transformers or peft keeps something else: make the table anew."""
+    """Fails when a new transformers or peft keeps something else: then run `make activations`."""
     from distft.simulation import activation_table
 
     assert activations.polynomials(family, mode) == activation_table.polynomials(family, mode)
@@ -304,7 +304,7 @@ def test_the_table_is_what_these_classes_give(family: str, mode: Mode) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "expected"),
-    [  # bytes of parameters, gradients, optimizer states a parameter; N = 4
+    [  # bytes of parameters, gradients, optimizer states per parameter; N = 4
         ("ddp", (4, 4, 8)),
         ("zero1", (2, 4, 12 / 4)),
         ("zero2", (2, 4 / 4, 12 / 4)),
@@ -407,10 +407,10 @@ def test_offload_moves_states_to_the_host(folder: Path, strategy: str, offload: 
     assert away.peak < here.peak
 
 
-def test_an_unknown_family_is_taken_for_llama(folder: Path) -> None:
+def test_an_unknown_family_is_estimated_as_llama(folder: Path) -> None:
     mode = Mode("autocast", "lora", "flash", False)
     assert activations.polynomials("unheard-of", mode) == activations.polynomials("llama", mode)
-    # Falcon has no such mode in the table, and is not taken for Llama but for itself less the mask.
+    # Falcon has no such mode in the table: its own, without the mask, stands in, not Llama's.
     masked = activations.polynomials("falcon", Mode("autocast", "lora", "masked", False))
     without = [{name: size for name, size in p.items() if name != "T·s"} for p in masked["saved"]]
     assert activations.polynomials("falcon", mode)["saved"] == without != masked["saved"]

@@ -1,4 +1,4 @@
-"""The parameters of a model from its config.json, held equal to what transformers and peft make of it (on meta)."""
+"""A model's parameters from its config.json, compared with what transformers and peft build (on meta)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distft.models.families import FAMILIES
 from distft.models.lora import lora_parameters
 from distft.models.shapes import ModelShape, read_model_shape
 
-# Sizes that do not divide each other, so that none can stand for another. No pad token: it would have to be < 101.
+# Sizes that do not divide each other, so that none can be taken for another. No pad token: it would have to be < 101.
 BASE = {
     "vocab_size": 101,
     "hidden_size": 24,
@@ -112,7 +112,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
     "seed_oss": [{**BASE, "mlp_bias": True, "attention_out_bias": True}, {**BASE, "attention_bias": False, **TIED}],
     "gpt_oss": [{**BASE, **MOE, "head_dim": 10}, {**BASE, **MOE, "attention_bias": False, **TIED}],
 }
-# The classes' defaults, but for the number of layers, which would only make the test slow.
+# The classes' defaults, except the number of layers, which would only make the test slow.
 DEFAULT = {
     family: {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
     if family == "gemma3"
@@ -128,7 +128,7 @@ DEFAULT_CASES = [pytest.param({"model_type": family, **DEFAULT[family]}, id=fami
 
 
 def meta_model(config: dict[str, Any]) -> Any:
-    """What AutoModelForCausalLM builds of a config.json, without memory for its weights."""
+    """What AutoModelForCausalLM builds from a config.json, without memory for the weights."""
     return copy.deepcopy(_meta_model(json.dumps(config)))
 
 
@@ -142,7 +142,7 @@ def _meta_model(config: str) -> Any:
 
 
 def peft_count(config: dict[str, Any], lora: Lora) -> int:
-    """peft's own count of what it trains."""
+    """peft's own count of trainable parameters."""
     from peft import LoraConfig, get_peft_model
 
     options = lora.model_dump(exclude={"start_from"})
@@ -174,7 +174,7 @@ def test_names_and_shapes_are_those_of_transformers(config: dict[str, Any]) -> N
     assert {tensor.name: tensor.shape for tensor in ours.tensors} == theirs
     assert len(ours.tensors) == len(theirs)
     assert ours.parameters == model.num_parameters()
-    # The kinds, by which formulas tell what is what.
+    # The kinds that formulas depend on.
     classes = dict(model.named_modules())
     linear = {name for name, module in classes.items() if isinstance(module, (torch.nn.Linear, Conv1D))}
     assert {t.name.removesuffix(".weight") for t in ours.tensors if t.is_linear} == linear - {"lm_head"}
@@ -267,7 +267,7 @@ def test_defaults_are_those_of_the_config_class(family: str) -> None:
         ("opt", ["project_in", "embed_positions"]),
         ("mistral", ["model.layers.1.self_attn.q_proj", "0.mlp.up_proj"]),
         ("gemma3", ["language_model.layers.0.mlp.up_proj", "out_proj", "patch_embedding"]),
-        ("falcon", ["query_key_value", "nowhere"]),  # peft says nothing of the second
+        ("falcon", ["query_key_value", "nowhere"]),  # peft does not report the second
     ],
 )
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -304,7 +304,7 @@ def test_what_peft_refuses_is_refused(family: str, options: dict[str, Any], said
         peft_count(config, Lora(**options))
 
 
-# config.json as published, what has no part in the count left out; and the count that the hub shows for the weights.
+# config.json as published, without what does not affect the count; and the count that the hub shows for the weights.
 PUBLISHED = {
     "meta-llama/Meta-Llama-3-8B": (
         8_030_261_248,
@@ -427,7 +427,7 @@ def test_sizes_that_are_none(changes: dict[str, Any], said: str) -> None:
 
 @pytest.fixture
 def folder(tiny: Tiny, tmp_path: Path) -> Path:
-    """The tiny model's folder, to be changed."""
+    """A copy of the tiny model's folder, to be changed."""
     return Path(shutil.copytree(tiny.path / "model", tmp_path / "model"))
 
 
@@ -468,7 +468,7 @@ def test_what_else_lies_beside_the_weights_does_not_count(tiny: Tiny, folder: Pa
     shapes = {tensor.name: tensor.shape for tensor in whole.tensors}
     save(folder / "model.safetensors", shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,)})
     assert read(folder, tiny, need_weights=True) == whole
-    # Shapes of the weights hold where config.json says otherwise (loading them will fail).
+    # Where weights and config.json disagree, the shapes of the weights count (loading them will fail).
     edit(folder / "config.json", intermediate_size=100)
     assert read(folder, tiny).tensors == whole.tensors
 
@@ -492,7 +492,7 @@ def test_shards(tiny: Tiny, folder: Path) -> None:
 
 
 def test_unknown_family(tiny: Tiny, folder: Path) -> None:
-    """With weights their headers are counted; without them there is the simulation."""
+    """With weights, their headers are counted; without weights, there is the simulation."""
     whole = read(folder, tiny)
     edit(folder / "config.json", model_type="fancy")
     counted = read(folder, tiny)

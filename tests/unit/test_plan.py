@@ -1,4 +1,4 @@
-"""`distft plan`: what it says, what it chooses, and what `launch` and `status` make of it."""
+"""`distft plan`: what it prints, what it chooses, and how `launch` and `status` use it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "num_attention_heads": 64, "interm
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipes for models of which there is only a config.json."""
+    """Recipes for models that have only a config.json."""
     folder = tmp_path_factory.mktemp("plan")
     for name, config in (("8b", LLAMA_8B), ("70b", LLAMA_70B)):
         (folder / name).mkdir()
@@ -115,7 +115,7 @@ def test_offload_is_last_and_can_be_ruled_out(folder: Path) -> None:
 
 
 def test_offload_auto_survives_the_round_trip(folder: Path, tmp_path: Path) -> None:
-    """recipe.yaml of a run directory states every default; what `auto` chose must come out of it again."""
+    """recipe.yaml in a run directory states every default, and must lead to the same choice again."""
     card = Where(Topology(1, 2), named_device("a100-40gb", 2))
     recipe = load_recipe(str(folder / "8b.yaml"), ["lora=null"])
     first = make_plan(recipe, card)
@@ -124,7 +124,7 @@ def test_offload_auto_survives_the_round_trip(folder: Path, tmp_path: Path) -> N
     again = load_recipe(str(tmp_path / "recipe.yaml"))
     assert again == recipe
     assert plan_json(make_plan(again, card), "") == plan_json(first, "")
-    # Under a strategy that is named, auto is none.
+    # With a named strategy, auto means none.
     named = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", "parallelism.strategy=zero3")
     assert (named.offload, named.fits) == ("none", False)
     named = plan(folder, "8b", 1, 2, "a100-40gb", "lora=null", "parallelism={strategy: zero3, offload: optimizer}")
@@ -161,7 +161,7 @@ def test_a_resumed_run_is_offloaded_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def write_empty_weights(file: Path, config: dict[str, Any]) -> None:
-    """A safetensors file of the model's tensors whose data is a hole."""
+    """A safetensors file with the model's tensors, sparse: it takes no space on disk."""
     header: dict[str, Any] = {}
     end = 0
     for tensor in describe(config).tensors:
@@ -176,7 +176,7 @@ def test_what_is_asked_for_is_kept(folder: Path) -> None:
     found = plan(folder, "8b", 1, 8, "h100", "parallelism.strategy=zero3", "training.micro_batch_size=2")
     assert (found.strategy, found.batch.micro_batch_size) == ("zero3", 2)
     assert "zero3: as asked" in found.reasons
-    assert {c.setting.strategy for c in found.candidates} > {"zero3", "ddp", "fsdp"}  # beside it, for comparing
+    assert {c.setting.strategy for c in found.candidates} > {"zero3", "ddp", "fsdp"}  # as well, for comparison
 
 
 def test_what_rules_forbid_is_named(folder: Path) -> None:
@@ -232,7 +232,7 @@ def _rows(n: int) -> str:
     return f"data.max_length={64 * n}"
 
 
-def test_a_tight_fit_is_said_and_must_be_worth_it(folder: Path) -> None:
+def test_a_tight_fit_is_shown_and_must_be_worth_it(folder: Path) -> None:
     sets = ("model.quantization=nf4", "data.max_length=2048", "parallelism.offload=none")
     found = plan(folder, "8b", 1, 1, "rtx4090", *sets)
     with_room = found.search.variant("ddp", "none", True)
@@ -247,25 +247,25 @@ def test_a_tight_fit_is_said_and_must_be_worth_it(folder: Path) -> None:
     assert choose([replace(choice[1], speed=replace(found.speed, step_seconds=80.0)), roomy]) is not roomy
 
 
-def test_slips_in_config_json(folder: Path) -> None:
-    for key, value, said in (
+def test_typos_in_config_json(folder: Path) -> None:
+    for key, value, message in (
         ("num_hidden_layers", 10**9, "num_hidden_layers: got 1,000,000,000, need at most 4,096"),
         ("hidden_size", 10**26, "need at most 16,777,216"),
         ("num_key_value_heads", 7, "num_key_value_heads: got 7, which does not divide 32 heads"),
     ):
-        (folder / "slip").mkdir(exist_ok=True)
+        (folder / "typo").mkdir(exist_ok=True)
         (folder / "slip" / "config.json").write_text(json.dumps(LLAMA_8B | {key: value}))
-        with pytest.raises(PlanError, match=said):
-            plan(folder, "8b", 1, 1, "h100", "model.name_or_path=slip")
+        with pytest.raises(PlanError, match=message):
+            plan(folder, "8b", 1, 1, "h100", "model.name_or_path=typo")
 
 
 def test_what_would_fit_does(folder: Path) -> None:
     found = plan(folder, "70b", 1, 1, "h100", "parallelism.offload=none")
     assert not found.fits
-    mends = limits.would_fit(found.search)
-    assert any(mend.startswith("model.quantization: nf4 (ddp, ") for mend in mends)
+    changes = limits.would_fit(found.search)
+    assert any(change.startswith("model.quantization: nf4 (ddp, ") for change in changes)
     assert plan(folder, "70b", 1, 1, "h100", "parallelism.offload=none", "model.quantization=nf4").fits
-    nodes = next(mend for mend in mends if mend.startswith("--nodes")).split()
+    nodes = next(change for change in changes if change.startswith("--nodes")).split()
     assert plan(folder, "70b", int(nodes[1]), int(nodes[3]), "h100").fits
 
 
@@ -273,7 +273,7 @@ def test_what_would_fit_does(folder: Path) -> None:
 
 
 def test_speed_is_near_what_is_published(folder: Path) -> None:
-    """NeMo Automodel, LoRA, H100, rows of 4,096 tokens, 2 a micro-batch: 12,473 tokens/s for 8B on one GPU."""
+    """NeMo Automodel, LoRA, H100, rows of 4,096 tokens, 2 per micro-batch: 12,473 tokens/s for 8B on one GPU."""
     found = plan(folder, "8b", 1, 1, "h100", "model.attn_implementation=flash_attention_2")
     assert found.speed.tokens_per_second_per_gpu == pytest.approx(12473, rel=0.15)
     assert 0.3 < found.speed.assumed_mfu < 0.5
@@ -287,7 +287,7 @@ def test_communication_volumes(folder: Path) -> None:
     assert sent["zero1"] == sent["zero2"] == pytest.approx((2 * 4 + 2) * parameters * ring, rel=1e-6)
     assert sent["zero3"] == sent["fsdp"] == pytest.approx((2 * 2 + 4) * parameters * ring, rel=1e-6)
     assert sent["hsdp"] == pytest.approx((8 * 7 / 8 + 2 * 4 / 8 / 2) * parameters, rel=1e-6)
-    # Two micro-batches: DDP still sums once and ZeRO-1 too, ZeRO-2 sums and ZeRO-3 gathers and sums twice.
+    # With two micro-batches DDP and ZeRO-1 still reduce once, ZeRO-2 twice; ZeRO-3 also gathers twice as often.
     sets = (*sets[:1], "training.global_batch_size=128", "lora=null")
     twice = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
     assert (twice["ddp"], twice["zero1"]) == (sent["ddp"], sent["zero1"])
@@ -295,7 +295,7 @@ def test_communication_volumes(folder: Path) -> None:
     assert (twice["zero3"], twice["hsdp"]) == (2 * sent["zero3"], 2 * sent["hsdp"])
 
 
-def test_the_plan_is_as_much_work_at_any_width(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_takes_the_same_work_at_any_world_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     memory = Estimator.memory
 
@@ -417,7 +417,7 @@ def test_a_scripts_plan_has_the_same_keys(folder: Path) -> None:
 
 
 def test_bad_questions(folder: Path) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (("8b.yaml", "--gpu", "h1000"), "error: --gpu: got 'h1000'; give one of V100-16GB"),
         (("8b.yaml", "--calibrate", "none"), "none"),
         (("8b.yaml", "--set", "training.global_batch_size=7", "--gpus-per-node", "8"), "which 8 ranks cannot share"),
@@ -426,7 +426,7 @@ def test_bad_questions(folder: Path) -> None:
     ):
         done = run(folder, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
-        assert said in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -457,7 +457,7 @@ def test_a_family_that_is_not_known(folder: Path) -> None:
     assert found["model"]["parameters"] > 2 * 4000 * 256
 
 
-def test_the_simulation_says_what_the_formula_says(folder: Path) -> None:
+def test_the_simulation_agrees_with_the_formula(folder: Path) -> None:
     arguments = ("8b.yaml", "--gpus-per-node", "8", "--json")
     formula = json.loads(run(folder, *arguments).stdout)["memory"]
     done = run(folder, *arguments, "--simulate")
@@ -472,7 +472,7 @@ def test_the_simulation_says_what_the_formula_says(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def too_large(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose rows could need far more memory than there is (and do not: its data is short)."""
+    """A recipe whose rows could need far more memory than there is, but do not, because its data is short."""
     folder = tmp_path_factory.mktemp("too-large")
     recipe = tiny.recipe()
     recipe["data"] |= {"max_length": 20_000_000, "packing": False}

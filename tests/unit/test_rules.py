@@ -1,4 +1,4 @@
-"""Every rule fires for what it is about and not for its neighbour; who applies them, and what they say."""
+"""Every rule applies to what it is about and not to the case next to it; where rules are applied and explained."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def make_case(
     accumulation: int | None = None,
     **recipe: Any,
 ) -> Case:
-    """A case; `recipe` has dotted keys with `__` for the dot. With `script`, of a script of one's own."""
+    """A case; `recipe` has dotted keys with `__` for the dot. With `script`, for your own script."""
     topology = Topology(nodes, ranks)
     if shard is None:
         shard = {"ddp": 1, "hsdp": ranks}.get(strategy, topology.world_size)
@@ -122,7 +122,7 @@ INT8 = {"model__quantization": "int8"}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
-# Rule → cases that break it, each with what fixes it laid over. `installed` are versions to pretend.
+# Rule → cases that break it, each with the change that fixes it. `installed` are versions to pretend.
 TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "quantization-needs-lora": [({**QLORA, "lora": None}, {"lora": {}}), ({**INT8, "lora": None}, {"lora": {}})],
     "int8-cannot-be-sharded": [
@@ -518,7 +518,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def fired(changes: dict[str, Any], pretend: Any) -> dict[str, str]:
-    """What every rule that fires says of a case."""
+    """Name of each rule that applies to a case → its message."""
     pretend(**changes.get("installed", {}))
     case = make_case(**{key: value for key, value in changes.items() if key != "installed"})
     errors, warnings = rules.broken(case), rules.unwise(case)
@@ -528,24 +528,24 @@ def fired(changes: dict[str, Any], pretend: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "breaks", "fixed"), PAIRS)
-def test_a_rule_fires_and_its_neighbour_is_let_be(
+def test_a_rule_applies_but_not_to_the_case_next_to_it(
     name: str, breaks: dict[str, Any], fixed: dict[str, Any], pretend: Any
 ) -> None:
-    said = fired(breaks, pretend)
-    assert name in said, said
-    assert said[name].endswith(f"; {NAMES[name].fix}")
-    assert ": " in said[name].partition(";")[0]
-    assert "\n" not in said[name]
+    found = fired(breaks, pretend)
+    assert name in found, found
+    assert found[name].endswith(f"; {NAMES[name].fix}")
+    assert ": " in found[name].partition(";")[0]
+    assert "\n" not in found[name]
     assert name not in fired(fixed, pretend)
 
 
 def test_every_rule_has_both_sides() -> None:
     assert TABLE.keys() == NAMES.keys()
-    assert all(len(fix) == 1 for pairs in TABLE.values() for _, fix in pairs), "more than the neighbour changes"
+    assert all(len(fix) == 1 for pairs in TABLE.values() for _, fix in pairs), "more than one change"
     assert len(NAMES) == len(rules.RULES) >= 30
 
 
-def test_what_is_plain_breaks_nothing(pretend: Any) -> None:
+def test_plain_cases_break_no_rule(pretend: Any) -> None:
     for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"):
         for model in ({}, QLORA, {"lora": None, "trained": 8_000_000_000}):
             assert fired({"strategy": strategy, "nodes": 2, "checkpointing": True, **model}, pretend) == {}
@@ -553,7 +553,7 @@ def test_what_is_plain_breaks_nothing(pretend: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
-def test_a_rule_says_where_it_comes_from(rule: Rule) -> None:
+def test_a_rule_has_its_source(rule: Rule) -> None:
     assert rule.kind in ("error", "warning")
     assert len(rule.source) > 15 and len(rule.explanation) > 40 and rule.fix and rule.when
     assert not {rule.source[-1], rule.fix[-1], rule.when[-1]} & {".", ";", " "}
@@ -567,7 +567,7 @@ def test_what_attention_auto_means() -> None:
     why = [no_flash_attention("cpu", None, "bf16"), no_flash_attention("cuda", 7.5, "fp16")]
     why += [no_flash_attention("cuda", 8.0, "no"), no_flash_attention("cuda", 8.0, "bf16")]
     assert why == ["no GPU", "the GPU is older than Ampere", "float32", None]
-    assert no_flash_attention("cuda", None, "fp16") is None  # a GPU given by its memory alone
+    assert no_flash_attention("cuda", None, "fp16") is None  # a GPU of which only the memory is known
     assert make_case().attention == "auto"
     assert make_case(device="T4", training__mixed_precision="fp16").attention == "sdpa"
     assert (planned_attention("auto"), planned_attention("eager")) == ("sdpa", "eager")
@@ -589,20 +589,20 @@ def test_all_errors_at_once() -> None:
 
 
 def test_unknown_keys_get_the_nearest(pretend: Any) -> None:
-    said = fired({**Z2, "deepspeed": over(gradient_cliping=1, zzz=1)}, pretend)["deepspeed-keys-must-exist"]
-    assert said.startswith("deepspeed.overrides: unknown key gradient_cliping (did you mean gradient_clipping?), zzz;")
+    found = fired({**Z2, "deepspeed": over(gradient_cliping=1, zzz=1)}, pretend)["deepspeed-keys-must-exist"]
+    assert found.startswith("deepspeed.overrides: unknown key gradient_cliping (did you mean gradient_clipping?), zzz;")
 
 
 def test_seconds_over_slow_links(pretend: Any) -> None:
-    said = fired({**Z3, "nodes": 2, "bandwidth": 10.0}, pretend)["adapters-over-slow-links"]
+    found = fired({**Z3, "nodes": 2, "bandwidth": 10.0}, pretend)["adapters-over-slow-links"]
     # 8e9 weights of 2 bytes, half of them from the other node, twice: 16 GB at 10 GB/s.
-    assert "across 2 nodes, about 1.6 s per micro-batch at network.bandwidth 10 GB/s" in said
+    assert "across 2 nodes, about 1.6 s per micro-batch at network.bandwidth 10 GB/s" in found
 
 
 # ---- versions
 
 
-def test_what_is_not_installed_says_nothing(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_not_installed_break_no_rule(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     versioned = {rule.name for rule in rules.RULES if rule.versions}
     assert len(versioned) == 3
     for name in versioned:
@@ -702,7 +702,7 @@ def test_keys_are_the_packages() -> None:
 
 
 DEEPSPEED_FILES = ("constants.py", "config.py", "precision_config.py", "comm/config.py")
-# Names that accelerate's config has beside those it reads.
+# Names that accelerate's config accepts besides those it reads.
 FSDP_ALIASES = {"fsdp_transformer_layer_cls_to_wrap", "fsdp_backward_prefetch_policy", "fsdp_state_dict_type"}
 
 
@@ -817,7 +817,7 @@ def test_a_plan_has_the_warnings(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_plan_checks_what_it_derived(tiny: Tiny, tmp_path: Path) -> None:
-    """Accumulation is known at the end alone, and so is bandwidth from the profile alone."""
+    """Accumulation is known only at the end, and bandwidth only from the profile."""
     changes = {"parallelism__strategy": "zero3", "training__micro_batch_size": 1, "training__mixed_precision": "bf16"}
     path = written(tiny, tmp_path, **changes)
     cluster = Cluster.model_validate(
@@ -861,7 +861,7 @@ def test_validate_and_render_refuse(tiny: Tiny, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_scripts_of_ones_own(tmp_path: Path) -> None:
+def test_your_own_scripts(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("print('hello')\n")
     sets = ["parallelism.strategy=zero3", "deepspeed.overrides.zero_optimization.stage=2"]

@@ -1,4 +1,4 @@
-"""The simulation against real tensors, against the full depth, and against itself."""
+"""The simulation, compared with real tensors, with the full depth, and with itself."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_states_of_lora(folder: Path) -> None:
     ids=["full", "lora", "lora-bf16", "gpt2"],
 )
 def test_the_peak_of_fake_tensors_is_that_of_real_ones(folder: Path, sets: list[str], checkpointing: bool) -> None:
-    # One row without packing: a real run looks whether a mask is needed, a fake one must take it that it is.
+    # One row without packing: a real run checks whether a mask is needed, a fake one must assume that it is.
     options = {"gradient_checkpointing": checkpointing, "cuda": False, "micro_batch_size": 1}
     sets = [*(s.replace("=gpt2", f"={folder / 'gpt2'}") for s in sets), "data.packing=false"]
     fake, real = traced(folder, *sets, **options), traced(folder, *sets, fake=False, **options)
@@ -133,7 +133,7 @@ def test_checkpointing_keeps_one_hidden_state_a_layer(folder: Path) -> None:
 
 def test_logits(folder: Path) -> None:
     assert run(folder).peaks.keys() == {"forward", "loss", "backward", "optimizer"}
-    # float32: the output is its own upcast; log-probabilities and their gradient beside it in the backward pass.
+    # float32: the output is its own upcast; plus log-probabilities and their gradient in the backward pass.
     assert traced(folder).peaks["backward", None]["logits"] == 3 * 4 * TOKENS * VOCABULARY
     half = traced(folder, "training.mixed_precision=bf16")
     assert half.peaks["loss", None]["logits"] == (2 + 4 + 4) * TOKENS * VOCABULARY

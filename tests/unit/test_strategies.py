@@ -1,4 +1,4 @@
-"""distft.strategies against DeepSpeed's, accelerate's and transformers' own code: every key is one that they read."""
+"""distft.strategies, checked with DeepSpeed's, accelerate's and transformers' own code: they read every key."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def recipe(**groups) -> Recipe:
 def test_the_table_of_strategies() -> None:
     assert tuple(KINDS) == get_args(Strategy)
     assert [kind.name for kind in KINDS.values()] == list(KINDS)
-    # What is sharded of optimizer states, gradients and parameters; the README's table says the same.
+    # How many of optimizer states, gradients and parameters are sharded, in this order.
     sharded = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3, "hsdp": 3}
     for name, kind in KINDS.items():
         parts = (kind.shards_optimizer, kind.shards_gradients, kind.shards_parameters)
@@ -71,7 +71,7 @@ def test_the_table_of_strategies() -> None:
     assert that_offload("none") == list(KINDS)
     assert that_offload("optimizer") == ["zero1", "zero2", "zero3"]
     assert that_offload("all") == ["zero3", "fsdp", "hsdp"]
-    # What the planner tries is there to be had.
+    # The planner tries only what exists.
     assert all(offload in ("none", *KINDS[name].offloads) for name, offload in CANDIDATES)
     assert {name for name, _ in CANDIDATES} == set(KINDS)
 
@@ -100,7 +100,7 @@ def leaves(config: dict, prefix: str = "") -> dict:
 
 
 class Recorder(dict):
-    """A dict that knows which of its keys were asked for."""
+    """A dict that records which of its keys were read."""
 
     def __init__(self, values: dict):
         super().__init__({k: Recorder(v) if isinstance(v, dict) else v for k, v in values.items()})
@@ -122,7 +122,7 @@ class Recorder(dict):
         return super().get(key, default)
 
     def unread(self) -> set[str]:
-        """Dotted paths that nobody asked for. Sections that DeepSpeed hands to pydantic whole are pydantic's affair."""
+        """Dotted paths that nobody read. Sections that DeepSpeed passes to pydantic as a whole are left to pydantic."""
         nested = {
             f"{k}.{path}" for k in ("data_types", "torch_autocast") if k in self.keys() for path in self[k].unread()
         }
@@ -130,12 +130,12 @@ class Recorder(dict):
 
 
 def deepspeed_reads(config: dict, world_size: int, monkeypatch) -> tuple[ds_config_module.DeepSpeedConfig, set[str]]:
-    """DeepSpeed's view of a config at this width, and the keys that it never looked at."""
+    """DeepSpeed's view of a config at this world size, and the keys that it never read."""
     monkeypatch.setattr(ds_config_module.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(ds_config_module.dist, "get_world_size", lambda *_: world_size)
     recorder = Recorder(config)
     parsed = ds_config_module.DeepSpeedConfig(recorder)
-    # 0.19.4 and 0.19.5 always average, and have no key to say it
+    # 0.19.4 and 0.19.5 always average, and have no key for it
     silent = set() if hasattr(ds_config_module, "get_gradient_allreduce_op") else {"gradient_allreduce_op"}
     return parsed, recorder.unread() - silent
 
@@ -327,7 +327,7 @@ def test_merge():
 
 
 def trainer_arguments(**more) -> SimpleNamespace:
-    """What HfTrainerDeepSpeedConfig reads of TrainingArguments, without starting a process group."""
+    """What HfTrainerDeepSpeedConfig reads from TrainingArguments, without starting a process group."""
     values = {
         "world_size": 8,
         "per_device_train_batch_size": 2,
@@ -378,7 +378,7 @@ def test_trainer_agrees_with_a_run_config(strategy, offload):
 # --- accelerate ------------------------------------------------------------------------------------------------------
 
 TOPOLOGIES = [Topology(1, 1), Topology(1, 8), Topology(4, 8)]
-# Set by the launcher and not by us, each to what accelerate takes without it.
+# Set by the launcher but not by distft, each to the default that accelerate uses without it.
 LAUNCHER_ONLY = {
     "ACCELERATE_DYNAMO_BACKEND": "NO",
     "ACCELERATE_DYNAMO_MODE": "default",
@@ -410,7 +410,7 @@ def launch_config(strategy, topology, offload="none", device_type="cuda", **more
 
 
 def launcher_environment(config: dict, folder: Path, monkeypatch, *options: str) -> dict[str, str]:
-    """The variables that `accelerate launch --config_file FILE` gives its ranks: its parser, its dispatch, its code."""
+    """The variables that `accelerate launch --config_file FILE` gives its ranks, by its own parser and code."""
     file = folder / "accelerate.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     for name in [name for name in os.environ if OURS.match(name)]:
@@ -444,7 +444,7 @@ def test_environment_is_what_accelerate_launch_sets(strategy, topology, device_t
     theirs = launcher_environment(config, tmp_path, monkeypatch)
     ours = accelerate_environment(config)
     if strategy in ("fsdp", "hsdp") and device_type == "cpu":
-        # The launcher forgets it, and CPU ranks then train apart, each alone.
+        # The launcher leaves it out, and CPU ranks would then train separately.
         assert "ACCELERATE_USE_CPU" not in theirs
         assert ours.pop("ACCELERATE_USE_CPU") == "True"
     assert ours == {name: value for name, value in theirs.items() if LAUNCHER_ONLY.get(name) != value}
@@ -461,7 +461,7 @@ def test_environment_is_what_accelerate_launch_sets(strategy, topology, device_t
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_precision_of_a_script_under_zero(strategy, tmp_path, monkeypatch):
-    """Only the command line can tell it; in the YAML it ends the script."""
+    """Only the command line can pass it; in the YAML it makes the script fail."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(portable_config(strategy=strategy, offload="none")))
     config = launch_config(strategy, Topology(1, 2), ds_config_file=str(path))
@@ -489,7 +489,7 @@ def test_deepspeed_plugin_takes_a_run_config_as_it_is(strategy, offload, tmp_pat
 
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 def test_fsdp_plugin_is_the_launchers(strategy, tmp_path, monkeypatch):
-    """What we leave out of the environment changes nothing: both make the same plugin."""
+    """What distft leaves out of the environment changes nothing: both make the same plugin."""
     overrides = {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "reshard_after_forward": False}
     config = launch_config(strategy, Topology(2, 2), overrides=overrides)
     assert config["fsdp_config"]["fsdp_version"] == 2
@@ -513,7 +513,9 @@ def test_fsdp_config_on_purpose():
         section = fsdp_config(offload="none", device_type=device_type, quantization=quantization)
         assert section["fsdp_cpu_ram_efficient_loading"] is alone
     options = accelerate_launch.launch_command_parser().parse_args(["s.py"])
-    assert set(section) <= set(vars(options))  # launch.py copies a key that it has no option for, and nobody reads it
+    assert set(section) <= set(
+        vars(options)
+    )  # launch.py would copy a key that it has no option for, and nobody would read it
 
 
 @pytest.mark.parametrize(
@@ -561,7 +563,7 @@ def test_launch_files_are_taken_by_accelerate(path, tmp_path, monkeypatch):
 
 
 def test_readme_gives_a_reason_for_each_field():
-    """The table of ds_configs/README.md has a row for every key of the files, and none that is in no file."""
+    """The table in ds_configs/README.md has a row for every key in the files, and no other rows."""
     used = {path for file in ROOT.glob("ds_configs/*.json") for path in leaves(json.loads(file.read_text()))}
     last = {path.removeprefix("zero_optimization.") for path in used}
     rows = [line for line in (ROOT / "ds_configs/README.md").read_text().splitlines() if line.startswith("| `")]

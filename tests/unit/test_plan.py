@@ -254,7 +254,7 @@ def test_typos_in_config_json(folder: Path) -> None:
         ("num_key_value_heads", 7, "num_key_value_heads: got 7, which does not divide 32 heads"),
     ):
         (folder / "typo").mkdir(exist_ok=True)
-        (folder / "slip" / "config.json").write_text(json.dumps(LLAMA_8B | {key: value}))
+        (folder / "typo" / "config.json").write_text(json.dumps(LLAMA_8B | {key: value}))
         with pytest.raises(PlanError, match=message):
             plan(folder, "8b", 1, 1, "h100", "model.name_or_path=typo")
 

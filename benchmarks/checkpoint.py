@@ -71,17 +71,17 @@ def of_distft(folder: Path, tuning: str, strategy: str, ranks: int) -> dict[str,
     sets = [f"name={tuning}-{strategy}", f"parallelism.strategy={strategy}", f"checkpoint.save_steps={SAVE_STEPS}"]
     sets += ["lora=null"] if tuning == "full" else ["lora.r=16"]
     words = [word for text in sets for word in ("--set", text)]
-    status, run, said = distft(folder, "launch", "recipe.yaml", "--gpus-per-node", str(ranks), *words)
+    status, run, errors = distft(folder, "launch", "recipe.yaml", "--gpus-per-node", str(ranks), *words)
     if status:
-        raise SystemExit(said)
+        raise SystemExit(errors)
     saves = json.loads((run / "status.json").read_text())["saves"]
     for part in ("final", f"checkpoints/step-{STEPS}"):
         shutil.rmtree(run / part)
     (run / "status.json").write_text(json.dumps({"state": "failed"}))
     size = size_of(run / "checkpoints" / f"step-{LAST}")
-    status, _, said = distft(folder, "resume", str(run))
+    status, _, errors = distft(folder, "resume", str(run))
     if status:
-        raise SystemExit(said)
+        raise SystemExit(errors)
     return {
         "bytes": size,
         "stall": statistics.median(save["stall_seconds"] for save in saves),

@@ -17,11 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from distft.runs.directory import RunDir
 from distft.train import strategy_check, worker
+from distft.train.stopping import Stopping
 
 
 def main() -> None:
     run = RunDir(Path(sys.argv[1]).absolute())
     plan = worker.enter(run)
+    from distft.train import cpu_ranks
+
+    cpu_ranks.apply()
     from distft.train import run as training
 
     class Counting(training.RecipeTrainer):
@@ -42,7 +46,7 @@ def main() -> None:
             (folder / f"states-{self.args.process_index}.json").write_text(json.dumps(found))
 
     training.RecipeTrainer = Counting
-    training.train(run, plan)
+    training.train(run, plan, Stopping(run))
 
 
 def _before_step(model: Any, optimizer: Any, then: Any) -> None:

@@ -170,31 +170,36 @@ def main() -> int:
             torch.cuda.empty_cache()
         errors = [r["predicted"]["peak"] / r["measured"]["peak"] - 1 for r in rows if r["measured"]["peak"]]
         wrong = [r for r in rows if r["measured"]["status"] == "out_of_memory" and r["predicted"]["fits"]]
-        result |= {"rows": rows, "seconds": time.perf_counter() - began, "said_to_fit_and_did_not": len(wrong)}
+        result |= {"rows": rows, "seconds": time.perf_counter() - began, "predicted_to_fit_but_did_not": len(wrong)}
         if errors:
             result |= {
                 "mean_absolute_error": statistics.mean(map(abs, errors)),
                 "worst_error": max(errors, key=abs),
-                "largest_under_prediction": min(0.0, *errors) if len(errors) > 1 else min(0.0, errors[0]),
+                "largest_under_prediction": min(0.0, *errors),
             }
         out.write_text(json.dumps(result, indent=1) + "\n")
     if errors:
         print(f"mean absolute error {result['mean_absolute_error']:.1%}, worst {result['worst_error']:+.1%}")
-    print(f"said to fit and ran out of memory: {len(wrong)}\n{out}")
+    print(f"predicted to fit, but out of memory: {len(wrong)}\n{out}")
     missed = errors and (result["mean_absolute_error"] > MEAN or abs(result["worst_error"]) > WORST)
     return int(bool(missed or wrong))
 
 
 def show(row: dict[str, Any]) -> None:
-    name = f"{row['model']} {row['method']}, {'checkpointing' if row['gradient_checkpointing'] else 'keep'}"
+    """One line of the table."""
+    name = f"{row['model']} {row['method']}, {'checkpointing' if row['gradient_checkpointing'] else 'no checkpointing'}"
     name += f", {row['micro_batch']} x {row['sequence']}"
-    said, got = row["predicted"], row["measured"]
-    if not got["peak"]:
-        print(f"{name:44} {said['peak'] / 2**30:9.2f} {got['status']}, fits: {said['fits']}", flush=True)
+    predicted, measured = row["predicted"], row["measured"]
+    if not measured["peak"]:
+        print(f"{name:44} {_gib(predicted['peak'])} {measured['status']}, fits: {predicted['fits']}", flush=True)
         return
-    error, smi = said["peak"] / got["peak"] - 1, f"{got['process'] / 2**30:10.2f}" if got["process"] else f"{'-':>10}"
-    numbers = f"{said['peak'] / 2**30:9.2f} {got['peak'] / 2**30:9.2f} {error:+7.1%} {said['process'] / 2**30:9.2f}"
-    print(f"{name:44} {numbers} {smi}", flush=True)
+    error = predicted["peak"] / measured["peak"] - 1
+    process = f"{_gib(predicted['process'])} {_gib(measured['process'], 10)}"
+    print(f"{name:44} {_gib(predicted['peak'])} {_gib(measured['peak'])} {error:+7.1%} {process}", flush=True)
+
+
+def _gib(size: int | None, width: int = 9) -> str:
+    return f"{size / 2**30:{width}.2f}" if size else f"{'-':>{width}}"
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def test_every_part_on_a_toy_model(tmp_path: Path) -> None:
         assert math.isfinite(row["loss_first"]) and row["loss_last"] < row["loss_first"]
         assert row["tokens_per_second"] > 0 and row["mfu"] is None
         assert f"{row['method']}, " in done.stdout
-    plain, recomputed = result["rows"][:2]
-    assert recomputed["flops_per_token"] * 4 == plain["flops_per_token"] * 6
-    assert recomputed["loss_last"] == plain["loss_last"]
+    plain, checkpointing = result["rows"][:2]
+    assert checkpointing["flops_per_token"] * 4 == plain["flops_per_token"] * 6
+    assert checkpointing["loss_last"] == plain["loss_last"]
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -266,7 +266,7 @@ def measure(row: Row, size: Size, device: torch.device) -> dict[str, Any]:
         "status": "ok" if math.isfinite(first) and math.isfinite(last) else "failed",
         "tokens_per_second": tokens_per_second,
         "seconds_per_step": seconds,
-        **utilisation(row, size, device, parameters, tokens_per_second),
+        **utilization(row, size, device, parameters, tokens_per_second),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "loss_first": first,
         "loss_last": last,
@@ -288,7 +288,7 @@ def train_step(model: Any, tokens: torch.Tensor, optimizer: Any, trained: list) 
 def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
     """The wrapped model, as distft.train.model.build_model makes it, and its base parameters without the embedding.
 
-    The weights are made on the device, and quantised there.
+    The weights are made on the device, and quantized there.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -350,7 +350,7 @@ def flash_only(row: Row, device: torch.device) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
-def utilisation(
+def utilization(
     row: Row, size: Size, device: torch.device, parameters: int, tokens_per_second: float
 ) -> dict[str, Any]:
     """FLOPs per token, and the share of the GPU's peak that they reach.

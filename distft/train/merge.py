@@ -58,8 +58,8 @@ class Merged:
     def to_json(self) -> dict[str, Any]:
         """All fields on one level, as `distft merge --json` prints them."""
         dtype = str(self.weights.dtype).removeprefix("torch.")
-        places = {"output": self.output, "source": self.source}
-        return places | asdict(self.weights) | {"dtype": dtype} | asdict(self.logits)
+        logits = {f"logits_{name}": value for name, value in asdict(self.logits).items()}
+        return {"output": self.output, "source": self.source} | asdict(self.weights) | {"dtype": dtype} | logits
 
 
 def merge(run: RunDir, output: Path, step: int | None = None) -> Merged:

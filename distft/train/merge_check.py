@@ -30,9 +30,9 @@ ROUNDING = 16
 class LogitsCheck:
     """The logits of the merged model beside the trained one's: difference and tolerance, relative to their size."""
 
-    logits_difference: float | None = None  # None: they cannot be compared
-    logits_tolerance: float | None = None
-    logits_unknown: str | None = None  # why not
+    difference: float | None = None  # None: they cannot be compared
+    tolerance: float | None = None
+    unknown: str | None = None  # why not
 
 
 def layer_inputs(base: Any) -> torch.Tensor:
@@ -78,7 +78,7 @@ def check_logits(
     missing = [name for name, _ in merged.named_parameters() if files.stored_name(merged, name) is None]
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        return LogitsCheck(logits_unknown=f"transformers converts {missing[0]}{others} when it loads them")
+        return LogitsCheck(unknown=f"transformers converts {missing[0]}{others} when it loads them")
     vocabulary = merged.get_input_embeddings().weight.shape[0]
     rows = torch.randint(vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     expected = trained(rows)

@@ -1,4 +1,4 @@
-"""Is the remedy of distft/train/cpu_ranks.py still needed? These fail on the day when upstream needs it no longer."""
+"""Are the fixes in distft/train/cpu_ranks.py still needed? These tests fail once upstream works without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 REPORT = """
 import os, sys
-if sys.argv[1] == "remedy":
+if sys.argv[1] == "fixed":
     from distft.train import cpu_ranks
     cpu_ranks.apply()
 elif "ACCELERATE_USE_DEEPSPEED" in os.environ:  # else it is compiled first, for minutes on a busy machine
@@ -29,7 +29,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU"
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
-def found(tmp_path: Path, environment: dict[str, str], remedy: str) -> str:
+def found(tmp_path: Path, environment: dict[str, str], fixes: str) -> str:
     """What accelerate makes of the environment on two gloo ranks."""
     import os
 
@@ -37,7 +37,7 @@ def found(tmp_path: Path, environment: dict[str, str], remedy: str) -> str:
     script.write_text(REPORT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(script), remedy], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        [*command, str(script), fixes], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
     return next((line for line in done.stdout.splitlines() if line.startswith("found")), done.stderr)
 
@@ -47,16 +47,16 @@ def found(tmp_path: Path, environment: dict[str, str], remedy: str) -> str:
     [(FSDP, "found FSDP 2", "found MULTI_CPU 2"), (DEEPSPEED, "found DEEPSPEED 2", "found DEEPSPEED 1")],
     ids=["fsdp", "deepspeed"],
 )
-def test_remedy(tmp_path: Path, environment: dict[str, str], wanted: str, without: str) -> None:
-    assert found(tmp_path, environment, "remedy") == wanted
-    assert found(tmp_path, environment, "none") == without, "upstream has changed: is the remedy still needed?"
+def test_strategies(tmp_path: Path, environment: dict[str, str], wanted: str, without: str) -> None:
+    assert found(tmp_path, environment, "fixed") == wanted
+    assert found(tmp_path, environment, "none") == without, "upstream has changed: is the fix still needed?"
 
 
 @pytest.mark.parametrize(
-    ("remedy", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "remedy"]
+    ("fixes", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "fixed"]
 )
-def test_bitsandbytes_compiles_nothing(remedy: str, imported: bool) -> None:
-    code = f"import sys; from distft.train import cpu_ranks; {remedy}; import torch, bitsandbytes; " + (
+def test_bitsandbytes_compiles_nothing(fixes: str, imported: bool) -> None:
+    code = f"import sys; from distft.train import cpu_ranks; {fixes}; import torch, bitsandbytes; " + (
         "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

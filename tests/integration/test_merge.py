@@ -118,11 +118,11 @@ def merged(run_dir: Path, *arguments: str, cwd: Path) -> dict[str, Any]:
 
 
 def test_lora(lora: Result, tmp_path: Path) -> None:
-    said = merged(lora.run_dir, "-o", "out/model", cwd=tmp_path)
-    assert (said["source"], said["merged"], said["dequantized"], said["dtype"]) == ("final", 14, 0, "float32")
-    assert said["output"] == str(tmp_path / "out" / "model")
-    assert said["layers_difference"] < 1e-5
-    assert said["logits_difference"] < said["logits_tolerance"] == 1e-4
+    answer = merged(lora.run_dir, "-o", "out/model", cwd=tmp_path)
+    assert (answer["source"], answer["merged"], answer["dequantized"], answer["dtype"]) == ("final", 14, 0, "float32")
+    assert answer["output"] == str(tmp_path / "out" / "model")
+    assert answer["layers_difference"] < 1e-5
+    assert answer["logits_difference"] < answer["logits_tolerance"] == 1e-4
     out = tmp_path / "out" / "model"
     base = plain(base_of(lora.run_dir))
     before, trained = logits(base), logits(with_adapter(lora.run_dir, base))
@@ -170,8 +170,8 @@ def test_qlora(qlora: Result, tmp_path: Path) -> None:
     """The 4-bit model's logits, not those of the adapter beside the original weights."""
     from distft.train.model import quantization_config
 
-    said = merged(qlora.run_dir, "-o", "out", cwd=tmp_path)
-    assert (said["merged"], said["dequantized"]) == (4, 10)
+    answer = merged(qlora.run_dir, "-o", "out", cwd=tmp_path)
+    assert (answer["merged"], answer["dequantized"]) == (4, 10)
     quantization = quantization_config(load_recipe(qlora.run_dir / "recipe.yaml"), "ddp")
     base = base_of(qlora.run_dir)
     four = with_adapter(qlora.run_dir, plain(base, quantization_config=quantization, device_map={"": "cpu"}))
@@ -200,10 +200,10 @@ def test_a_base_of_16_bit(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Pat
     shutil.copytree(tiny.path / "model", base)
     plain(base, dtype=dtype).save_pretrained(base)
     run = made(base, lora__use_dora=True)
-    said = merge(run, tmp_path / "out")
+    answer = merge(run, tmp_path / "out")
     unit = torch.finfo(dtype).eps / 2
-    assert said.weights.dtype == dtype
-    assert unit / 8 < said.logits.logits_difference < said.logits.logits_tolerance == ROUNDING * unit
+    assert answer.weights.dtype == dtype
+    assert unit / 8 < answer.logits.difference < answer.logits.tolerance == ROUNDING * unit
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = with_adapter(run.path, plain(base, dtype=torch.float32)).merge_and_unload().state_dict()
     for name, tensor in found.items():
@@ -215,13 +215,13 @@ def test_several_shards(made: Callable[..., RunDir], tmp_path: Path, monkeypatch
     run = made()
     one = logits(plain(Path(merge(run, tmp_path / "one").output)))
     monkeypatch.setattr(merging_process, "SHARD_BYTES", 60_000)
-    said = merge(run, tmp_path / "out")
+    answer = merge(run, tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(shards) > 5
     assert set(index["weight_map"].values()) == {path.name for path in shards}
     sizes = [tensor.nbytes for path in shards for tensor in load_file(path).values()]
-    assert index["metadata"]["total_size"] == said.weights.bytes == sum(sizes)
+    assert index["metadata"]["total_size"] == answer.weights.bytes == sum(sizes)
     largest = max(sizes)
     assert max(path.stat().st_size for path in shards) < max(60_000, largest) + 10_000
     assert_same(logits(plain(tmp_path / "out")), one, 0)
@@ -240,7 +240,7 @@ def test_embeddings(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Path) -> 
         merge(made(tmp_path / "tied", **target), tmp_path / "none")
     shutil.rmtree(run.path)
     run = made(tmp_path / "tied")
-    assert merge(run, tmp_path / "tied-out").logits.logits_difference < 1e-4
+    assert merge(run, tmp_path / "tied-out").logits.difference < 1e-4
     assert_same(logits(plain(tmp_path / "tied-out")), logits(with_adapter(run.path, plain(tmp_path / "tied"))))
 
 
@@ -301,13 +301,13 @@ def copied(lora: Result, folder: Path) -> RunDir:
     return RunDir(shutil.copytree(lora.run_dir, folder / "runs" / "tiny"))
 
 
-def refused(run: RunDir, said: str, *arguments: str, cwd: Path, status: int = 2) -> None:
+def refused(run: RunDir, message: str, *arguments: str, cwd: Path, status: int = 2) -> None:
     """One error, no traceback, nothing written."""
     before = set(cwd.rglob("*"))
     done = distft("merge", str(run.path), "-o", "out", *arguments, cwd=cwd)
     assert (done.returncode, done.stdout) == (status, ""), done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert set(cwd.rglob("*")) == before, "something was written"
 
@@ -357,9 +357,9 @@ def test_files_that_are_damaged_or_others(lora: Result, tiny: Tiny, tmp_path: Pa
         status=1,
     )
 
-    def fails(kind: type[DistftError], said: str) -> None:
+    def fails(kind: type[DistftError], message: str) -> None:
         before = set(tmp_path.rglob("*"))
-        with pytest.raises(kind, match=said):
+        with pytest.raises(kind, match=message):
             merge(run, tmp_path / "out")
         assert set(tmp_path.rglob("*")) == before
 
@@ -396,7 +396,7 @@ def another_layer(model: Any, stored: str) -> tuple[torch.Tensor, float]:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (without_adapter, "the merged model's logits differ from the trained one's by "),
         (not_finite, "the merged weight has values beyond torch.float32"),
@@ -404,16 +404,16 @@ def another_layer(model: Any, stored: str) -> tuple[torch.Tensor, float]:
     ],
 )
 def test_a_wrong_merge_is_found(
-    lora: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable, said: str
+    lora: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable, message: str
 ) -> None:
     monkeypatch.setattr(TrainedModel, "merged", wrong)
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(RunError, match=message):
         merge(RunDir(lora.run_dir), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_converted_tensors(made: Callable[..., RunDir], tmp_path: Path) -> None:
-    """Experts are stored one by one and loaded as one tensor: that logits are not compared is said."""
+    """Experts are stored one by one and loaded as one tensor: logits cannot be compared, and the output says so."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -421,11 +421,11 @@ def test_a_model_of_converted_tensors(made: Callable[..., RunDir], tmp_path: Pat
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
     run = made(tmp_path / "base", lora__target_modules=["q_proj", "v_proj"])
-    said = merge(run, tmp_path / "out")
-    assert said.weights.merged == 4
-    assert said.logits.logits_difference is None
-    assert "transformers converts " in said.logits.logits_unknown
-    assert any("warning: logits were not compared" in line for line in merge_command.lines(said.to_json()))
+    answer = merge(run, tmp_path / "out")
+    assert answer.weights.merged == 4
+    assert answer.logits.difference is None
+    assert "transformers converts " in answer.logits.unknown
+    assert any("warning: logits were not compared" in line for line in merge_command.lines(answer.to_json()))
     assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
 
 
@@ -452,7 +452,7 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     assert front == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["distft", "lora"]}
     recipe = load_recipe(lora.run_dir / "recipe.yaml")
     status, metrics = lora.status, lora.metrics
-    for said in (
+    for line in (
         "rsLoRA adapter (r 4) of `base`.",
         "from peft import AutoPeftModelForCausalLM\n",
         "| strategy | ddp |",
@@ -468,7 +468,7 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
         f"| eval loss | {status['eval_loss_before']:.4f} → {status['eval_loss_after']:.4f} |",
         *(f"| {name} | {extras.installed()[name]} |" for name in ("torch", "transformers", "peft", "trl")),
     ):
-        assert said in text
+        assert line in text
     shown = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     full = recipe.model_dump(mode="json")
     assert shown["training"] == full["training"]

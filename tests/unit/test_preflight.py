@@ -23,16 +23,16 @@ def test_all_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "reason"),
     [
         ({"torch": "2.12"}, "has torch 2.12, the others 2.13"),
         ({"driver": None}, "has driver None, the others 580"),
         ({"tflops": 300.0}, "computes at 300 TFLOP/s, the others at 700"),
     ],
 )
-def test_the_odd_one_out(changes: dict[str, Any], said: str) -> None:
+def test_the_odd_one_out(changes: dict[str, Any], reason: str) -> None:
     reports = {rank: first(rank, **(changes if rank == 2 else {})) for rank in range(4)}
-    assert judge_machines(reports, NAMES, {}) == ({"a3": said}, [])
+    assert judge_machines(reports, NAMES, {}) == ({"a3": reason}, [])
 
 
 def test_one_that_does_not_report_and_one_that_reports_problems() -> None:

@@ -68,7 +68,7 @@ def test_damage_is_found(
     options = {"tokenizer": _Tokenizer(), "writes": True, "dtype": torch.float32}
     save_trained(model, target, **options)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    write, (edit, said) = model.save_pretrained, DAMAGE[damage]
+    write, (edit, problem) = model.save_pretrained, DAMAGE[damage]
 
     def write_and_damage(folder: Path, **kwargs: Any) -> None:
         write(folder, **kwargs)
@@ -77,7 +77,7 @@ def test_damage_is_found(
     monkeypatch.setattr(model, "save_pretrained", write_and_damage)
     with pytest.raises(RunError, match="what was saved is not what was trained") as error:
         save_trained(model, target, **options)
-    assert said in str(error.value)
+    assert problem in str(error.value)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 

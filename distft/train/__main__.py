@@ -16,7 +16,7 @@ def main() -> None:
     plan = worker.enter(run)
     stopping = Stopping(run)
     try:
-        with worker.importing():  # only now: what fails to import ends in this rank's log
+        with worker.importing():  # only now, so that a failing import shows in this rank's log
             from distft.train import cpu_ranks
 
             cpu_ranks.apply()
@@ -28,7 +28,7 @@ def main() -> None:
     except KeyboardInterrupt:
         if stopping.why is None:
             raise
-        sys.exit(1)  # torchrun must end ranks that wait for this one
+        sys.exit(1)  # not 0: torchrun must end the ranks that wait for this one
 
 
 if __name__ == "__main__":

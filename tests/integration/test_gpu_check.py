@@ -1,4 +1,4 @@
-"""benchmarks/gpu/check.py on a toy model, and what it says without a GPU."""
+"""benchmarks/gpu/check.py on a toy model, and its error without a GPU."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ ROWS = torch.arange(64).view(2, 32)
 
 @pytest.fixture(scope="module")
 def lora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """rsLoRA on two ranks beside a base in several files, with a checkpoint of the last step."""
+    """rsLoRA on two ranks, with a base in several files and checkpoints of steps 2 and 4."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("lora")
@@ -49,7 +49,7 @@ def lora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 @pytest.fixture(scope="module")
 def qlora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """DoRA beside 4-bit weights, on some of the layers."""
+    """DoRA with 4-bit weights, on some of the layers."""
     changes = {"model__quantization": "nf4", "lora__use_dora": True, "lora__target_modules": ["q_proj", "down_proj"]}
     return launch(tiny.recipe(**changes), tmp_path_factory.mktemp("qlora"))
 
@@ -167,7 +167,7 @@ def test_a_step(lora: Result, tmp_path: Path) -> None:
 
 
 def test_qlora(qlora: Result, tmp_path: Path) -> None:
-    """The 4-bit model's logits, not those of the adapter beside the original weights."""
+    """The logits are those of the adapter with 4-bit weights, not with the original ones."""
     from distft.train.model import quantization_config
 
     answer = merged(qlora.run_dir, "-o", "out", cwd=tmp_path)
@@ -183,7 +183,7 @@ def test_qlora(qlora: Result, tmp_path: Path) -> None:
 
 
 def test_int8(made: Callable[..., RunDir], tmp_path: Path) -> None:
-    """LLM.int8() rounds what goes into its layers, too, so that the logits are near and not the same."""
+    """LLM.int8() rounds the inputs of its layers, too, so the logits are close, but not the same."""
     from distft.train.model import quantization_config
 
     run = made(model__quantization="int8")
@@ -245,7 +245,7 @@ def test_embeddings(made: Callable[..., RunDir], tiny: Tiny, tmp_path: Path) -> 
 
 
 def test_another_architecture(made: Callable[..., RunDir], tmp_path: Path) -> None:
-    """GPT-2 has its linear weights the other way round, and its files no prefix."""
+    """GPT-2 stores linear weights transposed, and names without a prefix."""
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
@@ -293,7 +293,7 @@ def test_memory_is_bounded(made: Callable[..., RunDir], tmp_path: Path) -> None:
 
 
 def _anonymous(status: Path) -> int:
-    """Bytes of a process's own memory; 0 of one that has ended."""
+    """Anonymous memory of a process in bytes; 0 when it has ended."""
     return int((status.read_text().partition("RssAnon:")[2].split() or ["0"])[0]) * 1024
 
 
@@ -342,7 +342,7 @@ def test_without_the_train_part(lora: Result, tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_damaged_or_others(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
+def test_files_that_are_damaged_or_have_changed(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     run = copied(lora, tmp_path)
     for path in run.checkpoint(2).glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-4] + b"\x01\x02\x03\x04")

@@ -1,4 +1,4 @@
-"""What becomes of rows: the same tokens whatever file they came in, and what is trained on."""
+"""Prepared data: the same tokens whatever kind of file the rows are in, and which of them are trained on."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_loss_is_on_the_completion(tiny: Tiny, from_jsonl: list) -> None:
     assert sorted(tokenizer.decode(ids) for ids in trained) == sorted(expected)
 
 
-def test_prepared_data_is_found_again_by_its_content(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_cache_goes_by_content(tiny: Tiny, tmp_path: Path) -> None:
     folders = []
     for name, rows in (("a", PAIRS), ("b", PAIRS), ("c", PAIRS[:2])):
         path = tmp_path / name / "rows.jsonl"

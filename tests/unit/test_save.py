@@ -1,4 +1,4 @@
-"""A save that lost something fails the run: what lies on disk is compared with what was in memory."""
+"""A save that loses something fails the run: what is on disk is compared with what was in memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_damage_is_found(
     tiny: Tiny, tmp_path: Path, make: Callable, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What peft or transformers writes is damaged behind its back; the save before it stays."""
+    """What peft or transformers has written is damaged before it is read back; the save before it stays."""
     model, target = make(tiny), tmp_path / "final"
     options = {"tokenizer": _Tokenizer(), "writes": True, "dtype": torch.float32}
     save_trained(model, target, **options)
@@ -82,7 +82,7 @@ def test_damage_is_found(
 
 
 def test_an_adapter_that_is_dropped_is_found(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """peft leaves out what it does not know: fewer tensors than were trained."""
+    """peft leaves out a parameter that it does not know, so fewer tensors are saved than were trained."""
     model = adapter_of(tiny)
     model.register_parameter("stray", torch.nn.Parameter(torch.ones(1)))
     with pytest.raises(RunError, match=r"peft saves \d+ of the \d+ trained tensors"):

@@ -184,7 +184,7 @@ class Rule:
     source: str
     fix: str
     versions: tuple[str, ...]  # such as "deepspeed<0.19.4": it holds for these only; () for all
-    check: Check | RecipeCheck
+    check: Callable[[Any], str | None]  # of a Case, or without for_scripts of a RecipeCase: see `rule`
     for_scripts: bool
 
     @property
@@ -205,8 +205,7 @@ class Rule:
 
     def __call__(self, case: Case) -> str | None:
         """What is wrong with a case and the fix, or None."""
-        applies = self.for_scripts or isinstance(case, RecipeCase)
-        text = self.check(case) if applies else None  # type: ignore[arg-type]  # `rule` pairs checks with for_scripts
+        text = self.check(case) if self.for_scripts or isinstance(case, RecipeCase) else None
         return f"{text}; {self.fix}" if text and self.holds() else None
 
 

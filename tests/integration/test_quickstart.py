@@ -219,7 +219,7 @@ def test_demo_end_to_end_on_fewer_steps(tmp_path: Path) -> None:
         "        assert old in path.read_text()\n"
         "        path.write_text(path.read_text().replace(old, new))\n"
         "quickstart.write_recipes = fewer\n"
-        "from distft.quickstart.demo import demo\n"
+        "from distft.cli.demo import demo\n"
         "demo([sys.argv[1], '--gpus-per-node', '2'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, timeout=600)

@@ -28,7 +28,7 @@ def trained(warm: WarmRanks, once: Callable[..., Path]) -> Callable[..., Result]
 
     def run(recipe: dict[str, Any], ranks: int = 1) -> Result:
         def train(folder: Path) -> None:
-            warm.train(create(recipe, folder, ranks), record=True)
+            warm.train(create(recipe, folder, ranks))
 
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         folder = once(f"trained/{recipe['parallelism'].get('strategy', 'ddp')}-x{ranks}-{digest}", train)

@@ -126,7 +126,7 @@ def test_goes_on_from_another(
     run = create(target.recipe(tiny), tmp_path, target.ranks)
     shutil.copytree(before.checkpoint(SAVED), run.checkpoint(SAVED))
     shutil.copy(before.metrics, run.metrics)  # with the steps after the checkpoint, which come once more
-    warm.train(run, record=True)
+    warm.train(run)
     assert_ran(Result(0, "", "", run.path), target)
     found, wanted = metrics(run), metrics(reference)
     assert [*found] == [*range(1, STEPS + 1)]

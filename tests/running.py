@@ -89,21 +89,23 @@ BEFORE = """
 import os, sys, threading, time
 def before(*args, **kwargs):
     {code}
+def patched():
+    for module in ({module!r}, "__main__"):
+        owner = sys.modules.get(module)
+        for part in {owners!r}:
+            owner = getattr(owner, part, None)
+        original = getattr(owner, {name!r}, None)
+        if original is not None:
+            def changed(*args, **kwargs):
+                before(*args, **kwargs)
+                return original(*args, **kwargs)
+            setattr(owner, {name!r}, changed)
+            return True
 def patch():
-    while True:
-        for module in ({module!r}, "__main__"):
-            owner = sys.modules.get(module)
-            for part in {owners!r}:
-                owner = getattr(owner, part, None)
-            original = getattr(owner, {name!r}, None)
-            if original is not None:
-                def changed(*args, **kwargs):
-                    before(*args, **kwargs)
-                    return original(*args, **kwargs)
-                setattr(owner, {name!r}, changed)
-                return
+    while not patched():
         time.sleep(0.005)
-threading.Thread(target=patch, daemon=True).start()
+if not patched():
+    threading.Thread(target=patch, daemon=True).start()
 """
 
 
@@ -117,5 +119,7 @@ def inject(folder: Path, where: str, code: str) -> dict[str, str]:
 
 
 def first_on_path(folder: Path) -> dict[str, str]:
-    """The variable with which every Python finds `folder` before anything else."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+    """The variable with which every Python finds `folder` before anything but the stand-in for torchrun."""
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    stand_in = path[:1] if path[0].endswith("warm_path") else []
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [*stand_in, str(folder), *path[len(stand_in) :]]))}

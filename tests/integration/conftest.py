@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from running import Result, create
-from warm import WarmRanks
+from warm import VARIABLE, WarmRanks
 
 from distft.runs.directory import RunDir
 
+WARM = WarmRanks()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What a test here and its fixtures launch has warm ranks, unless it asks for those of torchrun."""
+    before = dict(os.environ)
+    if item.path.is_relative_to(Path(__file__).parent):  # this hook sees all tests
+        os.environ.update(WARM.path if item.get_closest_marker("real_ranks") else WARM.environment())
+    yield
+    for name in (VARIABLE, *WARM.path):
+        os.environ.pop(name, None)
+        os.environ.update({name: before[name]} if name in before else {})
+
+
+def pytest_sessionfinish() -> None:
+    WARM.close()
+
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmRanks]:
-    ranks = WarmRanks()
-    yield ranks
-    ranks.close()
+def warm() -> WarmRanks:
+    return WARM
 
 
 @pytest.fixture(scope="session")

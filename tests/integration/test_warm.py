@@ -24,6 +24,7 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("samples-")}
 
 
+@pytest.mark.real_ranks
 @pytest.mark.parametrize("job", CASES, ids=str)
 def test_as_a_real_launch(trained: Callable[..., Result], tiny: Tiny, tmp_path: Path, job: Job) -> None:
     """Through the command line, the supervisor, bash and torchrun; with imports of its own in every rank."""

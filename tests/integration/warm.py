@@ -20,6 +20,7 @@ from distft.runs.directory import RunDir
 
 HERE = Path(__file__).parent
 IMPORT_SECONDS = 120
+VARIABLE = "DISTFT_WARM_RANKS"  # the server's socket
 
 
 class WarmRanks:
@@ -29,9 +30,12 @@ class WarmRanks:
         self._server: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # the path of a unix socket ends at 107 characters
         self._socket = Path(self._folder.name, "socket")
+        path = [str(HERE / "warm_path"), os.environ.get("PYTHONPATH", "")]
+        # Also for a launch with ranks of torchrun's: there, the stand-in stands aside.
+        self.path = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
     def environment(self) -> dict[str, str]:
-        """Variables with which a launch has warm ranks. Its PYTHONPATH stands before that of the caller."""
+        """Variables with which a launch has warm ranks."""
         if self._server is None:
             # Else numpy and Arrow start threads when they are imported.
             quiet = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -44,8 +48,7 @@ class WarmRanks:
             while not self._socket.exists():
                 assert self._server.poll() is None and time.monotonic() < deadline, "the warm ranks did not start"
                 time.sleep(0.02)
-        path = [str(HERE / "warm_path"), os.environ.get("PYTHONPATH", "")]
-        return {"DISTFT_WARM_RANKS": str(self._socket), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        return {VARIABLE: str(self._socket), **self.path}
 
     def train(self, run: RunDir, timeout: float = 120) -> None:
         """Run the job script of a run directory, to its end. Each rank writes down its rows (logs/samples-RANK.jsonl).

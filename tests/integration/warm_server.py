@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import runpy
 import select
 import signal
 import socket
@@ -126,7 +125,7 @@ def customize() -> None:
     for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         file = Path(folder, "sitecustomize.py")
         if file.exists() and file.parent.name != "warm_path":
-            runpy.run_path(str(file), run_name="sitecustomize")
+            exec(compile(file.read_text(), str(file), "exec"), {"__name__": "sitecustomize"})
             return
 
 
@@ -150,8 +149,9 @@ def record_rows(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     import_stack()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(sys.argv[1])
+        listener.bind(f"{sys.argv[1]}.new")
         listener.listen()
+        Path(f"{sys.argv[1]}.new").rename(sys.argv[1])
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # agents that have ended leave nothing
         job = serve(listener)
     customize()

@@ -30,18 +30,17 @@ def stand_in(ranks: int, run_dir: str) -> int:
 
 def main() -> None:
     _, *options = sys.orig_argv
-    if options[:2] == ["-m", "torch.distributed.run"] and options[-3:-1] == ["-m", "distft.train"]:
+    warm = "DISTFT_WARM_RANKS" in os.environ
+    if warm and options[:2] == ["-m", "torch.distributed.run"] and options[-3:-1] == ["-m", "distft.train"]:
         (ranks,) = (option.split("=")[1] for option in options if option.startswith("--nproc-per-node="))
         if "--nnodes=1" in options:
             os._exit(stand_in(int(ranks), options[-1]))
     for folder in sys.path:  # the sitecustomize that this one is in front of
         file = f"{folder}/sitecustomize.py"
         if folder != HERE and os.access(file, os.R_OK):
-            import runpy
-
-            runpy.run_path(file, run_name="sitecustomize")
+            with open(file) as text:
+                exec(compile(text.read(), file, "exec"), {"__name__": "sitecustomize"})
             return
 
 
-if "DISTFT_WARM_RANKS" in os.environ:
-    main()
+main()

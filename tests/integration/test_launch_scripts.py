@@ -45,6 +45,7 @@ def test_they_are_short_and_clean() -> None:
         assert "usage: " in usage.stderr
 
 
+@pytest.mark.real_ranks
 def test_the_same_losses_on_every_step(folder: Path) -> None:
     subprocess.run([LADDER / "1gpu.sh", "recipe.yaml"], cwd=folder, env=environment(), check=True, timeout=300)
     one_node = [LADDER / "1node.sh", "recipe.yaml", "--set", "parallelism.strategy=zero2"]

@@ -7,18 +7,20 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from running import Result, distft, launch
-from tiny import Tiny
+from tiny import Tiny, make_model
+from warm import real_environment
 
 from distft.runs import processes
 from distft.runs.directory import RunDir
@@ -59,23 +61,24 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def two_at_once(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """The same launch twice at the same time, in one folder."""
-    folder = tmp_path_factory.mktemp("twice")
-    recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__eval_steps=2, checkpoint__save_steps=2)
-    recipe["checkpoint"]["save_total_limit"] = 1
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2", "--json"]
-    started = [
-        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    results = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, out + err
-        results.append(Result(process.returncode, out, err, Path(json.loads(out)["run_dir"])))
-    return results
+def two_at_once(tiny: Tiny, once: Callable[..., Path]) -> list[Result]:
+    """The same launch twice at the same time, in one folder, with ranks of torchrun's."""
+
+    def make(folder: Path) -> None:
+        recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__eval_steps=2)
+        recipe["checkpoint"] = {"save_steps": 2, "save_total_limit": 1}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2", "--json"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen(command, cwd=folder, env=real_environment(), **pipes) for _ in range(2)]
+        for process in started:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, out + err
+            run_dir = Path(json.loads(out)["run_dir"])
+            assert "distft.train" in (run_dir / "job.sh").read_text()
+
+    folder = once("two-at-once", make)
+    return [Result(0, "", "", folder / "runs" / name) for name in ("tiny", "tiny-2")]
 
 
 def test_two_runs_at_once_do_not_collide(two_at_once: list[Result]) -> None:
@@ -200,6 +203,7 @@ def test_no_secret_is_written(tiny: Tiny, tmp_path: Path) -> None:
         assert not path.is_file() or secret.encode() not in path.read_bytes()
 
 
+@pytest.mark.real_ranks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything(tiny: Tiny, tmp_path: Path, number: int) -> None:
     process, run_dir = start(tiny, tmp_path)
@@ -219,6 +223,7 @@ def test_a_signal_ends_everything(tiny: Tiny, tmp_path: Path, number: int) -> No
     assert not list(processes.of_run(run_dir))
 
 
+@pytest.mark.real_ranks
 def test_detach_status_cancel(tiny: Tiny, tmp_path: Path) -> None:
     process, run_dir = start(tiny, tmp_path, "--detach")
     assert process.wait(30) == 0
@@ -231,6 +236,7 @@ def test_detach_status_cancel(tiny: Tiny, tmp_path: Path) -> None:
     assert distft("cancel", "tiny", cwd=tmp_path).returncode == 0  # again: nothing to do
 
 
+@pytest.mark.real_ranks
 def test_a_killed_supervisor_leaves_nothing_and_is_told(tiny: Tiny, tmp_path: Path) -> None:
     process, run_dir = start(tiny, tmp_path)
     process.kill()
@@ -241,6 +247,7 @@ def test_a_killed_supervisor_leaves_nothing_and_is_told(tiny: Tiny, tmp_path: Pa
     assert "its launcher is gone" in answer["reason"]
 
 
+@pytest.mark.real_ranks
 def test_a_killed_rank_is_named(tiny: Tiny, tmp_path: Path) -> None:
     process, run_dir = start(tiny, tmp_path)
     victim = next(
@@ -366,3 +373,38 @@ def test_live_progress_on_a_terminal(tiny: Tiny, tmp_path: Path, columns: int) -
         assert part in frames[-1], frames[-1]
     assert max(map(len, frames)) <= columns
     assert text.count("step 1/30") == 0  # no plain lines beside it
+
+
+def test_sizes_that_do_not_match_the_weights_fail_loudly(tiny: Tiny, tmp_path: Path) -> None:
+    """Not the launcher's to see: the rank says it, and the launcher shows that rank's own words."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.path / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    make_model(folder, hidden_size=32)
+    (folder / "config.json").write_text(json.dumps(config))
+    result = launch(tiny.recipe(model__name_or_path=str(folder)), tmp_path, expect=1)
+    assert result.status["state"] == "failed"
+    assert "rank 0" in result.status["reason"]
+
+
+def test_force_status_and_calibrate(tiny: Tiny, tmp_path: Path) -> None:
+    """Rows could need far more memory than there is (and do not: they are short)."""
+    recipe = tiny.recipe()
+    recipe["data"] |= {"max_length": 20_000_000, "packing": False}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = distft("launch", "recipe.yaml", "--force", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["name"]
+    found = json.loads(distft("status", name, "--json", cwd=tmp_path).stdout)["runs"][0]
+    assert found["measured"]["memory_bytes"] > 2**27
+    assert found["predicted"]["memory_bytes"] > found["measured"]["memory_bytes"]
+    assert found["measured"]["tokens_per_second"] > 0
+    text = distft("status", name, cwd=tmp_path).stdout
+    assert "  memory of a rank: " in text
+    assert ", predicted " in text
+    calibrated = distft("plan", "recipe.yaml", "--gpu", "local", "--calibrate", name, "--json", cwd=tmp_path)
+    assert json.loads(calibrated.stdout)["time"]["tokens_per_second_per_gpu"] == pytest.approx(
+        found["measured"]["tokens_per_second"], rel=0.05
+    )
+    other = distft("plan", "recipe.yaml", "--gpu", "h100", "--calibrate", name, cwd=tmp_path)
+    assert other.returncode == 2 and "ran on the CPU, and this plan is for H100" in other.stderr

@@ -204,6 +204,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.real_ranks
 def test_demo_end_to_end_on_fewer_steps(tmp_path: Path) -> None:
     """`make demo` with its steps cut: the base is trained, LoRA lowers the eval loss, a sample is shown."""
     target = tmp_path / "demo"

@@ -333,7 +333,8 @@ def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> 
     assert sorted(path.name for path in (result.run_dir / "checkpoints").iterdir()) == ["step-2", "step-4"]
 
 
-def test_a_rank_killed_while_it_saves(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.real_ranks  # torchrun names the one that was killed
+def test_a_rank_killed_while_it_saves(tiny: Tiny, warm: WarmRanks, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         AT_STEP_3.replace("WHAT", "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)")
     )
@@ -342,7 +343,9 @@ def test_a_rank_killed_while_it_saves(tiny: Tiny, tmp_path: Path) -> None:
     assert result.status["reason"] == "rank 1 was killed by SIGKILL"
     run = RunDir(result.run_dir)
     assert {path.name for path in run.checkpoints.iterdir()} == {"step-1", "step-2", ".step-3.partial"}
-    done = distft("resume", "tiny", "--set", "training.max_steps=4", "--force", cwd=tmp_path)
+    (tmp_path / "sitecustomize.py").unlink()
+    to = ("--set", "training.max_steps=4", "--force")
+    done = distft("resume", "tiny", *to, cwd=tmp_path, env=warm.environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continues after step 2," in done.stdout
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-1", "step-2", "step-3", "step-4"]
@@ -438,7 +441,8 @@ def test_out_of_gpu_memory(tiny: Tiny, saved: Callable[[Job], RunDir], tmp_path:
     assert result.column("loss") == pytest.approx([line["loss"] for line in reference.values()], abs=FP32)
 
 
-def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.real_ranks
+def test_a_rank_that_is_stopped_is_named(tiny: Tiny, warm: WarmRanks, tmp_path: Path) -> None:
     """SIGSTOP: the others notice, write their stacks, name it and end the run, which then goes on."""
     recipe = tiny.recipe(training__max_steps=3000, training__lr_scheduler_type="constant", checkpoint__save_steps=5)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -469,7 +473,7 @@ def test_a_rank_that_is_stopped_is_named(tiny: Tiny, tmp_path: Path) -> None:
     assert not list(processes.of_run(run.path))
     step = last_metrics(run)["step"]
     to = ("--set", f"training.max_steps={step + 2}", "--force")
-    done = distft("resume", "tiny", *to, cwd=tmp_path)
+    done = distft("resume", "tiny", *to, cwd=tmp_path, env=warm.environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in map(json.loads, run.metrics.read_text().splitlines())] == [*range(1, step + 3)]
 

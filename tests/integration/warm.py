@@ -23,6 +23,11 @@ IMPORT_SECONDS = 120
 VARIABLE = "DISTFT_WARM_RANKS"  # the server's socket
 
 
+def real_environment() -> dict[str, str]:
+    """os.environ without warm ranks, for a fixture in which torchrun matters."""
+    return {name: value for name, value in os.environ.items() if name != VARIABLE}
+
+
 class WarmRanks:
     """Started with the first use; `close` ends it."""
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from running import distft, launch
-from tiny import Tiny, make_model, make_tokenizer, write_jsonl
+from running import distft
+from tiny import Tiny, make_tokenizer, write_jsonl
 
 from distft.cli import main
 
@@ -247,15 +247,3 @@ def test_overrides_are_held_to_the_same_checks(refused: Callable[..., str], tmp_
     done = distft("launch", "--set", "model.name_or_path=x", "--", "train.py", cwd=tmp_path)
     assert done.returncode == 2
     assert "unknown key" in done.stderr
-
-
-def test_sizes_that_do_not_match_the_weights_fail_loudly(tiny: Tiny, tmp_path: Path) -> None:
-    """Not the launcher's to see: the rank says it, and the launcher shows that rank's own words."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny.path / "model", folder)
-    config = json.loads((folder / "config.json").read_text())
-    make_model(folder, hidden_size=32)
-    (folder / "config.json").write_text(json.dumps(config))
-    result = launch(tiny.recipe(model__name_or_path=str(folder)), tmp_path, expect=1)
-    assert result.status["state"] == "failed"
-    assert "rank 0" in result.status["reason"]

@@ -488,22 +488,3 @@ def test_launch_refuses_what_does_not_fit(too_large: Path) -> None:
     assert done.stderr.rstrip().endswith("--force starts it anyway")
     assert not (too_large / "runs").exists()
     assert distft("launch", "recipe.yaml", "--dry-run", cwd=too_large).returncode == 0
-
-
-def test_force_status_and_calibrate(too_large: Path) -> None:
-    done = distft("launch", "recipe.yaml", "--force", cwd=too_large)
-    assert done.returncode == 0, done.stderr
-    name = yaml.safe_load((too_large / "recipe.yaml").read_text())["name"]
-    found = json.loads(distft("status", name, "--json", cwd=too_large).stdout)["runs"][0]
-    assert found["measured"]["memory_bytes"] > 2**27
-    assert found["predicted"]["memory_bytes"] > found["measured"]["memory_bytes"]
-    assert found["measured"]["tokens_per_second"] > 0
-    text = distft("status", name, cwd=too_large).stdout
-    assert "  memory of a rank: " in text
-    assert ", predicted " in text
-    calibrated = distft("plan", "recipe.yaml", "--gpu", "local", "--calibrate", name, "--json", cwd=too_large)
-    assert json.loads(calibrated.stdout)["time"]["tokens_per_second_per_gpu"] == pytest.approx(
-        found["measured"]["tokens_per_second"], rel=0.05
-    )
-    other = distft("plan", "recipe.yaml", "--gpu", "h100", "--calibrate", name, cwd=too_large)
-    assert other.returncode == 2 and "ran on the CPU, and this plan is for H100" in other.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import Result, distft, launch
+from running import Result, distft
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, make_model, make_tokenizer
 
@@ -35,23 +35,25 @@ ROWS = torch.arange(64).view(2, 32)
 
 
 @pytest.fixture(scope="module")
-def lora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def lora(tiny: Tiny, once: Callable[..., Path], trained: Callable[..., Result]) -> Result:
     """rsLoRA on two ranks, with a base in several files and checkpoints of steps 2 and 4."""
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("lora")
-    make_tokenizer(folder / "base")
-    AutoModelForCausalLM.from_pretrained(tiny.path / "model").save_pretrained(folder / "base", max_shard_size="50KB")
-    assert len(list((folder / "base").glob("*.safetensors"))) > 3
+    def make(folder: Path) -> None:
+        make_tokenizer(folder)
+        AutoModelForCausalLM.from_pretrained(tiny.path / "model").save_pretrained(folder, max_shard_size="50KB")
+        assert len(list(folder.glob("*.safetensors"))) > 3
+
+    base = str(once("base-in-several-files/base", make))
     changes = {"lora__use_rslora": True, "data__eval": str(tiny.path / "heldout.jsonl"), "checkpoint__save_steps": 2}
-    return launch(tiny.recipe(model__name_or_path=str(folder / "base"), **changes), folder, ranks=2)
+    return trained(tiny.recipe(model__name_or_path=base, **changes), 2)
 
 
 @pytest.fixture(scope="module")
-def qlora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def qlora(tiny: Tiny, trained: Callable[..., Result]) -> Result:
     """DoRA with 4-bit weights, on some of the layers."""
     changes = {"model__quantization": "nf4", "lora__use_dora": True, "lora__target_modules": ["q_proj", "down_proj"]}
-    return launch(tiny.recipe(**changes), tmp_path_factory.mktemp("qlora"))
+    return trained(tiny.recipe(**changes))
 
 
 @pytest.fixture

@@ -167,22 +167,25 @@ def test_a_checkpoint_holds_what_is_trained(saved: Callable[[Job], RunDir], job:
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with a run that Ctrl-C stopped after some steps, and what was said."""
-    folder = tmp_path_factory.mktemp("stopped")
-    recipe = tiny.recipe(training__max_steps=3000, training__lr_scheduler_type="constant", checkpoint__save_steps=5)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = folder / "runs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    return folder, said
+def stopped(tiny: Tiny, once: Callable[..., Path]) -> tuple[Path, str]:
+    """A folder with a run that Ctrl-C stopped after some steps, and what was printed. Change nothing in it."""
+
+    def make(folder: Path) -> None:
+        recipe = tiny.recipe(training__max_steps=3000, training__lr_scheduler_type="constant", checkpoint__save_steps=5)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2"]
+        with (folder / "printed").open("w") as printed:
+            process = subprocess.Popen(command, cwd=folder, stdout=printed, stderr=subprocess.STDOUT)
+        metrics = folder / "runs" / "tiny" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 1
+
+    folder = once("stopped", make)
+    return folder, (folder / "printed").read_text()
 
 
 def test_ctrl_c_saves_at_the_next_step(stopped: tuple[Path, str]) -> None:
@@ -401,7 +404,7 @@ def test_two_widths_and_eight_bits(tiny: Tiny, tmp_path: Path) -> None:
         assert losses == pytest.approx(whole.column("loss"), abs=tolerance)
 
 
-def test_all_steps_made_and_no_final(stopped: tuple[Path, str], tiny: Tiny, tmp_path: Path) -> None:
+def test_all_steps_made_and_no_final(tiny: Tiny, tmp_path: Path) -> None:
     """Killed while final/ was written: nothing is trained again."""
     result: Result = launch(tiny.recipe(checkpoint__save_steps=4), tmp_path, ranks=1)
     before = (result.run_dir / "final" / "adapter_model.safetensors").read_bytes()

@@ -87,6 +87,17 @@ def test_files_exist(page: Path) -> None:
     assert [word for word in words if not (ROOT / word).exists() and not (ROOT / "distft" / word).exists()] == []
 
 
+def test_rooms_are_the_contract() -> None:
+    """The table in design.md has the layers of import-linter's contract, in their order."""
+    contract = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    table = (ROOT / "docs" / "design.md").read_text().partition("| room |")[2].partition("\n\n")[0]
+    rows = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()[2:]]
+    assert contract
+    assert rows == [set(re.findall(r"\w+", line)) for line in contract[1].splitlines()]
+    rooms = {path.parent.name for path in (ROOT / "distft").glob("*/__init__.py")}
+    assert rooms <= set().union(*rows)
+
+
 def messages() -> str:
     """Every string of the code, a line each, and the job script."""
     found = [(ROOT / "distft/schedulers/templates/job.sbatch.jinja").read_text()]

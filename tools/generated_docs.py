@@ -7,6 +7,7 @@ python tools/generated_docs.py docs --check    list those that differ; exit stat
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,21 @@ lora:                         # null: train all weights
   start_from: null                    # the folder of a peft adapter to start from
 
 data:
-  train: data/train.jsonl             # relative to this file; or a list of them; or a hub id: owner/name:train
-  eval: data/heldout.jsonl            # null: none
-  format: auto                        # detected from the first row
+  train:                              # or one path: data/train.jsonl, data:train, owner/name@revision
+    - data/train.jsonl                # relative to this file
+    - path: owner/name                # of the hub
+      config: null
+      epochs: 0.5                     # or rows: 1000; or weight: 2, for all sources
+  eval: data/heldout.jsonl            # or a fraction of the training data: 0.05; null: none
+  format: auto                        # detected from the rows
+  columns: {}                         # {prompt: question, completion: answer}
+  roles: {}                           # {developer: system}
+  train_on: all                       # the assistant's turns; or last, all_with_reasoning
+  ignore_fields: []                   # [tools]: fields that the chat template does not print
   max_length: 2048                    # tokens
   packing: true
   long_rows: error                    # or truncate, drop, split
-  chat_template: null                 # a Jinja file, for a tokenizer without a template
+  chat_template: null                 # a Jinja file, for a tokenizer without a template; or a template's name
 
 training:
   global_batch_size: 32               # over the whole job, however many GPUs it has
@@ -166,11 +175,24 @@ def _markdown(model: type[BaseModel], intro: str, more: list[str]) -> str:
     for name, group in groups.items():
         about = schema["properties"][name].get("description") or group["description"]
         parts += [f"## {name}", about, _table(group)]
+        for key, items in _groups_in_lists(group):
+            parts += [f"### A source in {name}.{key}", items["description"], _table(items)]
     return "\n\n".join(part.rstrip("\n") for part in [*parts, *more]) + "\n"
 
 
 def _group(schema: dict[str, Any]) -> dict[str, Any] | None:
     return next((option for option in options(schema) if "properties" in option), None)
+
+
+def _groups_in_lists(group: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The fields that hold lists of groups, and such a group; each group once."""
+    seen = []
+    for name, schema in group["properties"].items():
+        for option in options(schema):
+            items = _group(option.get("items", {}))
+            if items and items not in seen:
+                seen.append(items)
+                yield name, items
 
 
 def _table(group: dict[str, Any]) -> str:

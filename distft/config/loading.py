@@ -6,6 +6,7 @@ model; `load_recipe` adds what only a recipe has.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from distft.config import paths
 from distft.config.document import Document, M, dump_yaml, load_yaml
 from distft.config.paths import PATH_FIELDS
-from distft.config.recipe import EXCLUSIVE_FIELDS, Recipe
+from distft.config.recipe import EXCLUSIVE_FIELDS, EXCLUSIVE_IN_SOURCE, FORMAT_COLUMNS, Recipe
 from distft.config.schema_text import (
     KINDS,
     NOUNS,
@@ -144,24 +145,28 @@ def _resolve_paths(document: Document[Recipe], folder: Path, needed: Collection[
     notes = []
     for path_field in PATH_FIELDS:
         value = document.get(path_field.steps)
-        several = isinstance(value, list)
-        for steps in [(*path_field.steps, n) for n in range(len(value))] if several else [path_field.steps]:
+        several = [(*path_field.steps, n) for n in range(len(value))] if isinstance(value, list) else [path_field.steps]
+        for steps in [(*steps, "path") if isinstance(document.get(steps), dict) else steps for steps in several]:
             text = document.get(steps)
             if not isinstance(text, str) or not text:
                 continue
-            path = paths.locate(folder, text)
+            path, after = paths.find(folder, text, path_field)
+            shown = clip(clean(str(path)), 300)
             if not paths.holds(path_field.is_there, path):
+                is_file_of_another_kind = path_field.kind == "file" and paths.holds(Path.exists, path)
+                if paths.is_allowed_instead(text, path_field) and not is_file_of_another_kind:
+                    continue
                 if paths.is_url(text):
                     document.problem(steps, f"got {show(text)}, URLs are not supported: download it and give its path")
                     continue
-                if paths.is_hub_id(text, path_field):
-                    continue
-                shown, hint = clip(clean(str(path)), 300), paths.hint(path, text, path_field)
+                hint = paths.hint(path, text, path_field)
                 if path_field.absent is None or dotted(path_field.steps) in needed or paths.holds(Path.exists, path):
                     document.problem(steps, f"no such {path_field.kind}: {shown}{hint}")
                     continue
                 notes.append(f"{dotted(steps)}: {shown} is not here{path_field.absent}{hint}")
-            document.get(steps[:-1])[steps[-1]] = str(path)
+            elif after and not path.is_dir():
+                document.problem(steps, f"got {show(after)} after a file, which has no splits: {shown}")
+            document.get(steps[:-1])[steps[-1]] = f"{path}{after}"
     return notes
 
 
@@ -191,6 +196,42 @@ def _check_together(document: Document[Recipe]) -> None:
     if ("lora",) in document.blank and document.get(("lora",)) is None:
         # With all lines below it commented out, all weights would be trained without a word.
         document.problem(("lora",), "has nothing below it; write null to train all weights, or leave the key out")
-    kind = document.get(("data", "format"))
-    if document.get(("data", "long_rows")) == "split" and kind in ("messages", "prompt_completion"):
+    kind = document.get(("data", "format"), "auto")
+    if document.get(("data", "long_rows")) == "split" and kind in FORMAT_COLUMNS and kind != "text":
         document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")
+    _check_columns(document, kind)
+    for name in ("train", "eval"):
+        _check_sources(document, ("data", name))
+
+
+def _check_columns(document: Document[Recipe], kind: Any) -> None:
+    """Check that one format has all the columns that data.columns maps."""
+    columns = document.get(("data", "columns"))
+    if not isinstance(columns, dict):
+        return
+    known = FORMAT_COLUMNS.get(kind) or tuple(dict.fromkeys(itertools.chain(*FORMAT_COLUMNS.values())))
+    for name in columns:
+        if name not in known:
+            of = "" if kind == "auto" else f" of format {kind}"
+            hint = did_you_mean(closest(name, known)) or f"; those{of} are {', '.join(known)}"
+            document.problem(("data", "columns", name), f"not a column{of} that can be given another name{hint}")
+    if (
+        kind == "auto"
+        and set(columns) <= set(known)
+        and not any(set(columns) <= set(v) for v in FORMAT_COLUMNS.values())
+    ):
+        document.problem(("data", "columns"), f"no format has all of {', '.join(columns)}")
+
+
+def _check_sources(document: Document[Recipe], steps: Steps) -> None:
+    """Check what the sources of a mix say of their share."""
+    sources = document.get(steps)
+    if not isinstance(sources, list):
+        return
+    for n, source in enumerate(sources):
+        given = [name for name in EXCLUSIVE_IN_SOURCE if isinstance(source, dict) and source.get(name) is not None]
+        if len(given) > 1:
+            document.problem((*steps, n, given[1]), f"cannot be given with {given[0]}; set one of them to null")
+    weighted = [isinstance(source, dict) and source.get("weight") is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        document.problem((*steps, weighted.index(False)), "has no weight, and others have; give it to all or to none")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,30 +16,63 @@ from distft.config.schema_text import Steps, closest, did_you_mean
 class PathField:
     """A field that holds a path, or a list of them.
 
-    `hub_id` matches what is allowed instead of a path. `absent` completes "PATH is not here" for a path that another
-    machine may read; where it is None, a missing path is always an error.
+    `instead` matches what is allowed instead of a path. `absent` completes "PATH is not here" for a path that another
+    machine may read; where it is None, a missing path is always an error. `cuts` gives the ways in which a text can be
+    a path and what follows it (`data:train`).
     """
 
     steps: Steps
     is_there: Callable[[Path], bool]
     kind: str
-    hub_id: re.Pattern[str] | None = None
+    instead: re.Pattern[str] | None = None
     absent: str | None = None
+    cuts: Callable[[str], Iterator[tuple[str, str]]] = lambda text: iter([(text, "")])
+
+
+def data_cuts(text: str) -> Iterator[tuple[str, str]]:
+    """The ways to read a text as the path of data, and the configuration and split after it: `data@config:train`.
+
+    The whole text comes first: a file may have any name.
+    """
+    yield text, ""
+    match = _AFTER.search(text)
+    for start in sorted({match.start("split"), match.start()}, reverse=True) if match else ():
+        if 0 < start < len(text):
+            yield text[:start], text[start:]
+
+
+def is_pattern(text: str) -> bool:
+    return any(sign in text for sign in "*?[")
+
+
+def matches(path: Path) -> list[Path]:
+    """What an absolute path with `*`, `?`, `[…]` or `**` matches, sorted. Its folders that exist are taken as they are,
+    whatever signs are in their names."""
+    folder = next(above for above in path.parents if above.is_dir())
+    names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)  # noqa: PTH207 (Path's skips links)
+    return sorted(folder / name for name in names)
+
+
+def data_is_there(path: Path) -> bool:
+    return path.exists() or (is_pattern(str(path)) and bool(matches(path)))
 
 
 _HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-_HUB_DATA = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^/\s]+)?", re.ASCII)
+HUB_PAGE = re.compile(r"(hf://|https://huggingface\.co/)datasets/(?=\w)")
+_HUB_DATA = re.compile(rf"{HUB_PAGE.pattern}\S+|\w[\w.-]*/\w[\w.-]*(@[^\s:@]+)?(:[^/\s]+)?", re.ASCII)
+_TEMPLATE_NAME = re.compile(r"\w[\w-]*")
+_AFTER = re.compile(r"(@[^/@:]+)?(?P<split>(:\w+(\.\w+)*)?)$")
 ROWS = "; its rows are not checked"
 
 PATH_FIELDS = (
     PathField(("model", "name_or_path"), Path.is_dir, "folder", _HUB_MODEL),
     PathField(("lora", "start_from"), Path.is_dir, "folder"),
-    PathField(("data", "train"), Path.exists, "file", _HUB_DATA, ROWS),
-    PathField(("data", "eval"), Path.exists, "file", _HUB_DATA, ROWS),
-    PathField(("data", "chat_template"), Path.is_file, "file", absent="; launch needs it"),
+    PathField(("data", "train"), data_is_there, "file", _HUB_DATA, ROWS, data_cuts),
+    PathField(("data", "eval"), data_is_there, "file", _HUB_DATA, ROWS, data_cuts),
+    PathField(("data", "chat_template"), Path.is_file, "file", _TEMPLATE_NAME, "; launch needs it"),
 )
 
-_FILE = re.compile(r"\.(jsonl?|csv|parquet|jinja)([.:]|$)")
+_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|jinja)([.:]|$)", re.IGNORECASE)
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://")
 
 
@@ -46,9 +80,11 @@ def is_url(text: str) -> bool:
     return bool(_URL.match(text))
 
 
-def is_hub_id(text: str, field: PathField) -> bool:
-    """Whether a text that is no local path names a model or data set of the hub."""
-    return bool(field.hub_id and field.hub_id.fullmatch(text) and not _FILE.search(text))
+def is_allowed_instead(text: str, field: PathField) -> bool:
+    """Whether a text that is no local path is what the field allows instead: something on the hub, or a name."""
+    if not (field.instead and field.instead.fullmatch(text)):
+        return False
+    return bool(HUB_PAGE.match(text)) or not _FILE.search(text)
 
 
 def locate(folder: Path, text: str) -> Path:
@@ -58,6 +94,19 @@ def locate(folder: Path, text: str) -> Path:
         return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
     except (OSError, ValueError, RuntimeError):  # a NUL, links in a circle, ~ of an unknown user
         return folder.absolute() / text
+
+
+def locate_data(folder: Path, text: str) -> tuple[Path, str]:
+    """The absolute path of local data, and the configuration and split named after it. Where nothing is there, the
+    shortest path."""
+    return find(folder, text, PATH_FIELDS[2])
+
+
+def find(folder: Path, text: str, field: PathField) -> tuple[Path, str]:
+    """The absolute path in a field's text, and what follows it. Of several ways to read the text, the first whose path
+    is there, else the last."""
+    found = [(locate(folder, path), after) for path, after in field.cuts(text)]
+    return next(((path, after) for path, after in found if holds(field.is_there, path)), found[-1])
 
 
 def holds(test: Callable[[Path], bool], path: Path) -> bool:
@@ -70,7 +119,7 @@ def holds(test: Callable[[Path], bool], path: Path) -> bool:
 
 def hint(path: Path, text: str, field: PathField) -> str:
     """What may have been meant by a path that is not there."""
-    is_word = field.hub_id is not None and not re.search(r"/|\.", text)
+    is_word = field.instead in (_HUB_MODEL, _HUB_DATA) and not re.search(r"/|\.", text)
     return did_you_mean(nearby(path)) or "; a hub id is owner/name" * is_word
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # A name becomes a folder, a job name and an argument of shell commands: no separators, no leading dash or dot.
 RunName = Annotated[
@@ -22,6 +23,17 @@ RunName = Annotated[
 
 # At most one field of each line may be set; an override of one replaces the file's value of another.
 EXCLUSIVE_FIELDS = (("training.max_steps", "training.num_train_epochs"),)
+EXCLUSIVE_IN_SOURCE = ("weight", "rows", "epochs")
+# The names that data.columns can map for each format, and that rows without a mapping have.
+_CHAT_COLUMNS = ("tools", "documents", "system", "chat_template_kwargs")
+FORMAT_COLUMNS = {
+    "messages": ("messages", "role", "content", *_CHAT_COLUMNS),
+    "sharegpt": ("messages", "role", "content", *_CHAT_COLUMNS),
+    "alpaca": ("instruction", "input", "output", "history", *_CHAT_COLUMNS),
+    "prompt_completion": ("prompt", "completion", "label", *_CHAT_COLUMNS),
+    "text": ("text",),
+    "tokens": ("input_ids", "labels", "attention_mask"),
+}
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
 Optim = Literal[
@@ -91,21 +103,67 @@ class Lora(Group):
     data start from the beginning. (To start from a fully fine-tuned model, name its folder in model.name_or_path.)"""
 
 
+class Source(Group):
+    """A source of a mix."""
+
+    path: NonEmpty
+    """Any of the forms of `data.train`."""
+
+    config: NonEmpty | None = None
+    """Configuration of a folder or hub data set that has several (`configs` in its README.md)."""
+
+    weight: Positive | None = None
+    """Share of the mix, relative to the weights of the other sources. The mix is as large as it can be without a row
+    used twice. Give it to all sources or to none."""
+
+    rows: PositiveInt | None = None
+    """This many rows in each pass over the mix, drawn by `training.seed`; used more than once where there are fewer."""
+
+    epochs: Positive | None = None
+    """Passes over the source in each pass over the mix: with 0.5 half of its rows, drawn by `training.seed`, with 2
+    each row twice. 1 if none of the three is given."""
+
+
 class Data(Group):
     """The training data."""
 
-    train: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
-    """A file (.jsonl, .json, .csv, .parquet), a folder of such files, a hub id (`owner/name` or `owner/name:split`), or
-    a list of these. Paths are relative to the recipe's folder. `plan`, `validate` and `render` only warn of data that
-    is not on this machine; `launch` refuses it where it would read it from here."""
+    train: NonEmpty | Annotated[list[NonEmpty | Source], Field(min_length=1)]
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; also with .gz, .zst, .bz2 or .xz after it), a
+    pattern (`data/*.jsonl`), a folder, a folder that datasets' save_to_disk wrote, a hub id (`owner/name`, also
+    `owner/name@revision`, or a file or folder in it: `hf://datasets/owner/name/path`), or a list of these. Folders and
+    hub ids are searched for splits as `datasets` does it, and their split `train` is taken; `:split` at the end names
+    another one, `@config` after a folder one of its configurations. Paths are relative to the recipe's folder. `plan`,
+    `validate` and `render` only warn of data that is not on this machine; `launch` refuses it where it would read it
+    from here."""
 
-    eval: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Evaluation data, in the same forms. Its loss is measured before and after training, and every
-    `training.eval_steps` steps."""
+    eval: (
+        NonEmpty | Annotated[float, Field(gt=0, lt=1)] | Annotated[list[NonEmpty | Source], Field(min_length=1)] | None
+    ) = None
+    """Evaluation data, in the same forms; of a folder or hub id the split `validation`, else `test`. Or a fraction:
+    that much of the training data is held out, row by row, by a hash of the row's content. Its loss is measured before
+    and after training, and every `training.eval_steps` steps."""
 
-    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
-    """`messages`: chat template, loss on the assistant's turns; `prompt_completion`: loss on the completion; `text`:
-    loss on every token. `auto` decides by the fields of the first row."""
+    format: Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt", "tokens"] = "auto"
+    """`messages`: conversations, rendered by the chat template, loss on the assistant's turns; `sharegpt`: the same
+    with `conversations` of `from` and `value`; `alpaca`: `instruction`, `input` and `output`, as a conversation, or as
+    Stanford's prompt where there is no chat template; `prompt_completion`: loss on the completion; `text`: loss on
+    every token; `tokens`: `input_ids`, and the `labels` to train on. `auto` decides by the fields of each file's rows,
+    and what it took is printed."""
+
+    columns: dict[str, NonEmpty] = {}
+    """Columns under other names than the format's: `{prompt: question, completion: answer}`. Within messages, `role`
+    and `content`: `{messages: dialog, role: speaker, content: text}`."""
+
+    roles: dict[str, NonEmpty] = {}
+    """Roles under other names than the chat template's: `{developer: system, bot: assistant}`. ShareGPT's are known."""
+
+    train_on: Literal["all", "last", "all_with_reasoning"] = "all"
+    """The assistant's turns that are trained. `last`: those after the last user message. `all_with_reasoning`: all, and
+    where the chat template removes the thoughts of earlier turns, each of those is trained in a row of its own, with
+    its thought."""
+
+    ignore_fields: list[NonEmpty] = []
+    """Fields of rows and messages that are left out, such as `tools`, where the chat template does not print them."""
 
     max_length: Annotated[int, Field(ge=8, le=10**8)] = 2048
     """Most tokens in a row, and in a packed row."""
@@ -117,8 +175,9 @@ class Data(Group):
     """What to do with rows longer than max_length; their number is always printed. `split` is for `text` only."""
 
     chat_template: NonEmpty | None = None
-    """A file with a Jinja chat template, for a tokenizer that has none (or to replace its own). `{% generation %}`
-    marks in it decide which tokens are trained on. `launch` needs the file on this machine."""
+    """A file with a Jinja chat template, for a tokenizer that has none (or to replace its own); or the name of one, for
+    a tokenizer that has several. `{% generation %}` marks in it decide which tokens are trained on. `launch` needs the
+    file on this machine."""
 
 
 class Training(Group):

@@ -126,7 +126,7 @@ def describe(schema: dict[str, Any], literal: Callable[[str], str] = str) -> str
 def _describe_type(option: dict[str, Any], literal: Callable[[str], str]) -> str:
     kind = option.get("type")
     if kind == "array":
-        return "a list of " + re.sub(r"^an? (\w+)", r"\1s", describe(option.get("items", {}), literal))
+        return "a list of " + re.sub(r"(^| or )an? (\w+)", r"\1\2s", describe(option.get("items", {}), literal))
     if kind == "object" and "properties" in option:
         names = [literal(name) for name in option["properties"]]
         return f"a group ({', '.join(names[:3] + ['...'] * (len(names) > 3))})"

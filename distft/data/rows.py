@@ -8,12 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, Source
 from distft.errors import DataError, MissingPartError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -25,8 +25,12 @@ COUNTS = "counts.json"
 Row = tuple[str, Mapping[str, Any]]  # its place ("train.jsonl:7"), and its fields
 
 
-def as_list(sources: str | list[str] | None) -> list[str]:
-    return [] if sources is None else [sources] if isinstance(sources, str) else list(sources)
+def as_list(sources: str | float | Sequence[str | Source] | None) -> list[str]:
+    """The paths of data.train or data.eval; none for a fraction."""
+    if sources is None or isinstance(sources, float):
+        return []
+    several = [sources] if isinstance(sources, str) else sources
+    return [source if isinstance(source, str) else source.path for source in several]
 
 
 def local_files(source: str) -> list[Path] | None:

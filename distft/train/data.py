@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
 from distft.data import rows
-from distft.errors import DataError, DistftError, first_line
+from distft.errors import DataError, DistftError, RecipeError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
 from distft.train.stopping import Stopping
@@ -82,15 +82,37 @@ def _not_writable(folder: Path, error: OSError) -> str:
     return f"cache: {folder.parent} is not writable ({error.strerror or error}); set DISTFT_CACHE to another folder"
 
 
+def _check_supported(recipe: Recipe) -> None:
+    """Raises RecipeError for what a recipe can say and the preparation does not do yet."""
+    data = recipe.data
+    problems = [
+        f"data.{name}: {value!r} is not supported yet"
+        for name, value in (("columns", data.columns), ("roles", data.roles), ("ignore_fields", data.ignore_fields))
+        if value
+    ]
+    if data.train_on != "all":
+        problems.append(f"data.train_on: {data.train_on} is not supported yet")
+    if data.format in ("alpaca", "sharegpt", "tokens"):
+        problems.append(f"data.format: {data.format} is not supported yet")
+    if isinstance(data.eval, float):
+        problems.append("data.eval: a fraction is not supported yet")
+    for name, sources in (("train", data.train), ("eval", data.eval)):
+        if isinstance(sources, list) and not all(isinstance(source, str) for source in sources):
+            problems.append(f"data.{name}: sources with a share are not supported yet")
+    if problems:
+        raise RecipeError(problems)
+
+
 def _prepare(recipe: Recipe, folder: Path) -> None:
     """Write train/, eval/ and counts.json into `folder`, all or nothing."""
+    _check_supported(recipe)
     tokenizer = load_tokenizer(recipe)
     _check_model_code(recipe)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
-        counts = {"train": _prepare_split(recipe, tokenizer, recipe.data.train, work, "train")}
+        counts = {"train": _prepare_split(recipe, tokenizer, rows.as_list(recipe.data.train), work, "train")}
         if recipe.data.eval:
-            counts["eval"] = _prepare_split(recipe, tokenizer, recipe.data.eval, work, "eval")
+            counts["eval"] = _prepare_split(recipe, tokenizer, rows.as_list(recipe.data.eval), work, "eval")
         (work / rows.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:
@@ -126,13 +148,13 @@ def _check_model_code(recipe: Recipe) -> None:
 
 
 def _prepare_split(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sources: str | list[str], work: Path, split: str
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sources: list[str], work: Path, split: str
 ) -> Counts:
     from datasets import Dataset, Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
     from trl import pack_dataset
 
-    what, sources = "data.train" if split == "train" else "data.eval", rows.as_list(sources)
+    what = f"data.{split}"
     data_format = rows.first_format(sources) if recipe.data.format == "auto" else recipe.data.format
     encode = encoder(data_format, tokenizer, recipe)
     checked = rows.check_rows(rows.read_rows(sources), data_format, what)

@@ -189,7 +189,7 @@ def test_missing_keys_are_where_their_parent_is():
     assert problems("# a comment\n\nlora: null\nmodel:\n  revision: main\ndata: {}\n") == [
         f"name: missing, {NAME} (recipe.yaml:3)",
         "model.name_or_path: missing, need a string (recipe.yaml:4)",
-        "data.train: missing, need a string or a list of strings (recipe.yaml:6)",
+        "data.train: missing, need a string or a list of strings or groups (path, config, weight, ...) (recipe.yaml:6)",
     ]
     assert problems("name: a\n")[0].startswith("model: missing, need a group (name_or_path, revision, ")
     assert problem("name: a\ndata: {train: data}", "model.revision=main") == (
@@ -471,7 +471,8 @@ def test_an_override_below_a_null_starts_a_fresh_group():
         ("trainer.overrides=1", "trainer.overrides: got 1 (an integer), need a mapping (--set trainer.overrides=1)"),
         (
             "data.eval.0=x",
-            'data.eval: got {"0": "x"} (a mapping), need a string or a list of strings (--set data.eval.0=x)',
+            'data.eval: got {"0": "x"} (a mapping), need a string, a number > 0 and < 1 or a list of strings or groups '
+            "(path, config, weight, ...) (--set data.eval.0=x)",
         ),
         ("lora={r: 1, lora_alpha: 0}", "lora.lora_alpha: got 0, need > 0 (--set lora={r: 1, lora_alpha: 0})"),
         (
@@ -541,7 +542,8 @@ def test_hub_ids_stay(key, value):
         ("data.train", "alpaca", "no such file: {here}/alpaca; a hub id is owner/name"),
         ("data.train", "dat", "no such file: {here}/dat; did you mean data?"),
         ("data.train", "data/train.json", "no such file: {here}/data/train.json; did you mean train.jsonl?"),
-        ("data.eval", "data/train.jsonl:x", "no such file: {here}/data/train.jsonl:x; did you mean train.jsonl?"),
+        ("data.eval", "data/train.jsonl:x", 'got ":x" after a file, which has no splits: {here}/data/train.jsonl'),
+        ("data.eval", "data/trian.jsonl:x", "no such file: {here}/data/trian.jsonl; did you mean train.jsonl?"),
         ("data.train", "owner/x.parquet", "no such file: {here}/owner/x.parquet"),
         ("data.train", "../x\x1b[31m", r"no such file: {here.parent}/x\x1b[31m"),
         ("data.train", "/" + "x" * 400, "no such file: /" + "x" * 295 + "...x"),
@@ -878,3 +880,83 @@ def test_light_imports(module):
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+# ---- the data's fields
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.eval=0.05", 0.05),
+        ("data.train=[{path: data, weight: 2}, {path: o/n, config: main, weight: 1}]", None),
+        ("data.train=[{path: data, rows: 10}, o/n@abc:train, {path: o/n, epochs: 0.5}]", None),
+        ("data.format=alpaca", "alpaca"),
+        ("data.columns={prompt: question, completion: answer}", {"prompt": "question", "completion": "answer"}),
+        ("data.columns.messages=dialog", {"messages": "dialog"}),
+        ("data.roles.developer=system", {"developer": "system"}),
+        ("data.train_on=last", "last"),
+        ("data.ignore_fields=[tools]", ["tools"]),
+    ],
+)
+def test_fields_of_the_data(override, expected, tmp_path):
+    Path("data").mkdir(exist_ok=True)
+    recipe = load(GOOD, override)
+    if expected is not None:
+        assert getattr(recipe.data, override.removeprefix("data.").partition("=")[0].partition(".")[0]) == expected
+    (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "dumped.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.eval=1.5", "data.eval: got 1.5, need a string, a number > 0 and < 1 or a list"),
+        ("data.train=[{path: data, wieght: 2}]", "data.train[0].wieght: unknown key; did you mean weight?"),
+        ("data.train=[{weight: 2}]", "data.train[0].path: missing, need a string"),
+        ("data.train=[{path: data, weight: 0}]", "data.train[0].weight: got 0, need > 0"),
+        ("data.train=[{path: data, weight: 1, rows: 2}]", "data.train[0].rows: cannot be given with weight"),
+        ("data.train=[{path: data, weight: 1}, o/n]", "data.train[1]: has no weight, and others have"),
+        ("data.train=[{path: ./nowhere, rows: 1}, '*.jsonl', b.csv]", None),
+        ("data.columns={prmpt: x}", "data.columns.prmpt: not a column that can be given another name; did you mean"),
+        ("data.columns={prompt: x, text: y}", "data.columns: no format has all of prompt, text"),
+        ("data={format: text, columns: {prompt: x}, train: o/n}", "data.columns.prompt: not a column of format text"),
+        ("data={format: tokens, long_rows: split, train: o/n}", "data.long_rows: split needs format text, got tokens"),
+        ("data.train_on=first", "data.train_on: got"),
+    ],
+)
+def test_fields_of_the_data_that_are_wrong(override, expected):
+    Path("data").mkdir(exist_ok=True)
+    if expected is None:  # none of the three is here
+        places = [text.partition(":")[0] for text in problems(GOOD, override)]
+        assert places == ["data.train[0].path", "data.train[1]", "data.train[2]"]
+    else:
+        assert problem(GOOD, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "loaded"),
+    [
+        ("data", "{here}/data"),
+        ("data:validation", "{here}/data:validation"),
+        ("data@small:train", "{here}/data@small:train"),
+        ("od@d:d", "{here}/od@d:d"),
+        ("data/*.jsonl", "{here}/data/*.jsonl"),
+        ("owner/name", "owner/name"),
+        ("owner/name@refs/convert/parquet:test", "owner/name@refs/convert/parquet:test"),
+        ("hf://datasets/owner/name/a.jsonl", "hf://datasets/owner/name/a.jsonl"),
+        ("https://huggingface.co/datasets/owner/name", "https://huggingface.co/datasets/owner/name"),
+        ("here/local", "{here}/here/local"),
+        ("gone/train.jsonl.gz", "{here}/gone/train.jsonl.gz"),
+    ],
+)
+def test_forms_of_a_path(text, loaded):
+    """A file that is there always wins over something on the hub."""
+    for name in ("data", "od@d:d", "here/local"):
+        Path(name).mkdir(exist_ok=True, parents=True)
+    Path("data/a.jsonl").touch()
+    assert load(GOOD, f"data.train='{text}'").data.train == loaded.format(here=Path.cwd())
+
+
+def test_the_name_of_a_chat_template():
+    assert load(GOOD, "data.chat_template=tool_use").data.chat_template == "tool_use"

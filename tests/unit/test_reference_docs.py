@@ -38,7 +38,7 @@ def test_the_example_loads(tmp_path):
         (tmp_path / f"data/{name}.jsonl").touch()
     (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", RECIPE, re.DOTALL)[1])
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.data.train == f"{tmp_path}/data/train.jsonl"
+    assert recipe.data.train[0] == f"{tmp_path}/data/train.jsonl"
     assert recipe.training.num_train_epochs == 3
 
 

@@ -19,7 +19,7 @@ from distft.errors import DataError, MissingPartError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN_PROBLEMS = 5
 # Increase it when train/data.py starts to make different rows from the same input.
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 COUNTS = "counts.json"
 
 Row = tuple[str, Mapping[str, Any]]  # its place ("train.jsonl:7"), and its fields

@@ -21,6 +21,8 @@ from distft.data import rows
 from distft.errors import DataError, DistftError, RecipeError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
+from distft.train.chat import RowProblem
+from distft.train.problems import Problems
 from distft.train.stopping import Stopping
 from distft.train.tokens import Tokens, encoder, load_tokenizer
 
@@ -43,6 +45,10 @@ class Counts:
     longest: int = 0
     done: str = ""  # what was done to the long rows
     examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
+    cut_answers: int = 0  # long rows that are not trained at all: what is left of them has no token to train on
+    cut_examples: list[str] = field(default_factory=list)
+    thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
+    notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
 
 
 @dataclass(frozen=True)
@@ -156,22 +162,32 @@ def _prepare_split(
 
     what = f"data.{split}"
     data_format = rows.first_format(sources) if recipe.data.format == "auto" else recipe.data.format
-    encode = encoder(data_format, tokenizer, recipe)
+    if data_format != "text" and recipe.data.long_rows == "split":
+        raise DataError(
+            f"data.long_rows: split needs format text, and {what} has {data_format}; use error, truncate or drop"
+        )
+    encoding = encoder(data_format, tokenizer, recipe)
     checked = rows.check_rows(rows.read_rows(sources), data_format, what)
     done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
-    counts, temporary = Counts(done=done), work / "tmp" / split
+    counts, problems, temporary = Counts(done=done, notes=encoding.notes), Problems(), work / "tmp" / split
 
     def documents() -> Iterator[dict[str, list[int]]]:
+        read = 0
         for place, row in checked:
-            for ids, trained in _fit(place, encode(place, row), recipe, counts):
-                # A document's first token cannot be predicted: nothing comes before it. In a packed row, the model
-                # would learn to guess it from the document before.
-                labels = [i if t else IGNORE for i, t in zip(ids, trained, strict=True)]
-                labels[0] = IGNORE
-                counts.documents += 1
-                counts.tokens += len(ids)
-                counts.trained_tokens += sum(label != IGNORE for label in labels)
-                yield {"input_ids": ids, "labels": labels}
+            read += 1
+            try:
+                for document in encoding.encode(row):
+                    counts.thoughtless += len(document.left_out)
+                    for ids, trained in _fit(place, (document.ids, document.trained), recipe, counts):
+                        labels = labels_of(ids, trained)
+                        counts.documents += 1
+                        counts.tokens += len(ids)
+                        counts.trained_tokens += sum(label != IGNORE for label in labels)
+                        yield {"input_ids": ids, "labels": labels}
+            except RowProblem as problem:
+                problems.add(problem.kind, place, problem.text)
+        if problems.counts:
+            raise DataError("\n".join(problems.lines(what, read)))
 
     features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
     temporary.mkdir(parents=True)
@@ -192,11 +208,22 @@ def _prepare_split(
     return counts
 
 
+def labels_of(ids: list[int], trained: list[bool]) -> list[int]:
+    """The labels of a document: its trained tokens, IGNORE elsewhere.
+
+    Its first token cannot be predicted: nothing comes before it. In a packed row, the model would learn to guess it
+    from the document before.
+    """
+    labels = [i if t else IGNORE for i, t in zip(ids, trained, strict=True)]
+    labels[:1] = [IGNORE][: len(labels)]
+    return labels
+
+
 def _fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[Tokens]:
     """A row as one document of at most max_length tokens, as several (`split`), or as none (`drop`).
 
     Raises:
-        DataError: the row fits, and none of its tokens is trained on.
+        RowProblem: the row fits, and none of its tokens is trained on.
     """
     ids, trained = tokens
     limit, how = recipe.data.max_length, recipe.data.long_rows
@@ -214,11 +241,14 @@ def _fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator
             return
         ids, trained = ids[:limit], trained[:limit]
         if not any(trained[1:]):
+            counts.cut_answers += 1
+            if len(counts.cut_examples) < rows.SHOWN_PROBLEMS:
+                counts.cut_examples.append(place)
             return
     if any(trained[1:]):
         yield ids, trained
     else:
-        raise DataError(f"{place}: no token to train on")
+        raise RowProblem("no-trained-token", "no token to train on")
 
 
 def _check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -> None:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
-from distft.errors import DataError, DistftError, first_line
+from distft.errors import DataError, first_line
+from distft.train.chat import ChatEncoder, Document, Span, check_template, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], list[bool]]  # ids, and whether each is trained on
-Encoder = Callable[[str, Mapping[str, Any]], Tokens]  # takes a row's place and its fields
+Encode = Callable[[Mapping[str, Any]], list[Document]]  # takes the fields of a row; raises RowProblem
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes tokens of rows in one format, and what is worth knowing about its tokenizer."""
+
+    encode: Encode
+    notes: list[str]
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -47,94 +57,87 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def encoder(data_format: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    """The function that makes tokens of a row in this format (not `auto`).
+    """The encoder of rows in this format (not `auto`).
 
     Raises:
-        DataError: the tokenizer cannot encode this format. The function raises it for a row that cannot be encoded.
+        DataError: the tokenizer cannot encode this format.
     """
-    return _ENCODERS[data_format](tokenizer, recipe)
+    return {"messages": _chat_encoder, "prompt_completion": _pair_encoder, "text": _text_encoder}[data_format](
+        tokenizer, recipe
+    )
 
 
-def _text_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    def encode(place: str, row: Mapping[str, Any]) -> Tokens:
-        ids = _with_end(_ids(tokenizer, row["text"]), tokenizer)
-        return ids, [True] * len(ids)
-
-    return encode
-
-
-def _prompt_completion_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    def encode(place: str, row: Mapping[str, Any]) -> Tokens:
-        # Separately, as at inference: there the prompt is tokenized before any completion exists.
-        prompt = _without_end(_ids(tokenizer, row["prompt"]), tokenizer)
-        completion = _with_end(_ids(tokenizer, row["completion"], add_special_tokens=False), tokenizer)
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-    return encode
-
-
-def _messages_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    """Chat template, loss on the assistant's turns.
-
-    A template with generation marks says itself which tokens those are; for templates that trl knows, it has a copy
-    with marks. With any other template, a turn starts where the conversation before it ends.
-    """
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
+def _chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
     if not tokenizer.chat_template:
         raise DataError(
             f"data.format: messages need a chat template, and the tokenizer of {recipe.model.name_or_path} has none; "
             "set data.chat_template to a Jinja file, or use prompt + completion"
         )
-    try:
-        template = get_training_chat_template(tokenizer) or tokenizer.chat_template
-    except ValueError:  # a template that trl does not know
-        template = tokenizer.chat_template
-    marked = has_generation_markers(template)
-
-    def render(messages: list[dict[str, str]], **options: Any) -> Any:
-        return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True, **options)
-
-    def encode(place: str, row: Mapping[str, Any]) -> Tokens:
-        messages = row["messages"]
-        try:
-            if marked:
-                result = render(messages, return_assistant_tokens_mask=True)
-                return result["input_ids"], [bool(flag) for flag in result["assistant_masks"]]
-            ids = render(messages)["input_ids"]
-            trained = [False] * len(ids)
-            for index, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    before = render(messages[:index], add_generation_prompt=True)["input_ids"]
-                    until = render(messages[: index + 1])["input_ids"]
-                    if ids[: len(until)] != until or until[: len(before)] != before:
-                        raise DataError(
-                            f"{place}: the chat template changes earlier turns when later ones are added, so the "
-                            "assistant's tokens cannot be located; set data.chat_template to one with "
-                            "{% generation %} marks"
-                        )
-                    trained[len(before) : len(until)] = [True] * (len(until) - len(before))
-            return ids, trained
-        except DistftError:
-            raise
-        except Exception as error:  # the template's: jinja2's errors, and those of its raise_exception
-            raise DataError(f"{place}: messages: the chat template rejects this row ({error})") from None
-
-    return encode
+    chat = ChatEncoder(tokenizer)
+    problems, notes = check_template(chat)
+    if problems:
+        source = recipe.data.chat_template or f"the chat template of {recipe.model.name_or_path}"
+        raise DataError("\n".join(f"{source}: {problem.text}" for problem in problems))
+    return Encoder(chat.encode, notes)
 
 
-_ENCODERS = {"text": _text_encoder, "prompt_completion": _prompt_completion_encoder, "messages": _messages_encoder}
+def _text_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+    def encode(row: Mapping[str, Any]) -> list[Document]:
+        text = row["text"]
+        ids = _begun(_ids(tokenizer, text), tokenizer)
+        ids, trained = _ended(ids, [True] * len(ids), tokenizer)
+        return [Document(ids, trained, text, [Span("text", 0, len(text), True)])]
+
+    return Encoder(encode, [])
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    found: Any = tokenizer(text, **options)["input_ids"]  # of one text, a list of numbers
-    return found
+def _pair_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+    """A prompt and its completion, tokenized separately as at inference: there the prompt is tokenized before any
+    completion exists.
+
+    A tokenizer that puts a space before every text (SentencePiece's, for one) would put one between the two, so there
+    they are tokenized as one text.
+    """
+    joined = _puts_space_before(tokenizer)
+
+    def encode(row: Mapping[str, Any]) -> list[Document]:
+        prompt, completion = row["prompt"], row["completion"]
+        text, edge = prompt + completion, len(prompt)
+        if joined:
+            ids, trained = tokenize(tokenizer, text, [(edge, len(text))], add_special_tokens=True)
+        else:
+            ids = _ids(tokenizer, prompt)
+            if ids and ids[-1] == tokenizer.eos_token_id:
+                ids.pop()
+            answer = _ids(tokenizer, completion, add_special_tokens=False)
+            ids, trained = ids + answer, [False] * len(ids) + [True] * len(answer)
+        begun = _begun(ids, tokenizer)
+        ids, trained = _ended(begun, trained[len(ids) - len(begun) :], tokenizer)
+        return [
+            Document(ids, trained, text, [Span("prompt", 0, edge, False), Span("completion", edge, len(text), True)])
+        ]
+
+    return Encoder(encode, [])
 
 
-def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _puts_space_before(tokenizer: PreTrainedTokenizerBase) -> bool:
+    first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, "x", add_special_tokens=False))[0]
+    return first.startswith(("▁", "Ġ"))  # SentencePiece's and byte-level BPE's space
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without the BOS that the tokenizer puts before a text that already begins with one."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _ended(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """With one trained EOS at the end, which the text or the tokenizer may have put there already."""
     end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if end is None:
+        return ids, trained
+    return ([*ids[:-1], end], [*trained[:-1], True]) if ids[-1:] == [end] else ([*ids, end], [*trained, True])

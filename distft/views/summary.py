@@ -78,6 +78,18 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
                 f"warning: {count['long_rows']:,} rows of {split} were longer than max_length (the longest "
                 f"{count['longest']:,} tokens) and {count['done']}; the first: {count['examples'][0]}"
             )
+        if count["cut_answers"]:
+            lines.append(
+                f"warning: {count['cut_answers']:,} of them lost all that is trained and are left out; the first: "
+                f"{count['cut_examples'][0]}"
+            )
+        if count["thoughtless"]:
+            lines.append(
+                f"warning: {count['thoughtless']:,} earlier answers of {split} are not trained: the chat template "
+                "removes their thought; data.train_on: all_with_reasoning trains them"
+            )
+    notes = dict.fromkeys(note for count in counts.values() for note in count["notes"])
+    lines += [f"warning: {note}" for note in notes]
     return lines
 
 

@@ -14,8 +14,8 @@ from datasets import Dataset
 from tiny import Tiny
 
 from distft.config.recipe import Recipe
-from distft.errors import DataError
 from distft.runs.directory import RunDir
+from distft.train.chat import RowProblem
 from distft.train.data import Counts, _fit
 from distft.train.metrics import MetricsLog, tokens_per_step
 from distft.train.sampler import StreamSampler, optimizer_steps
@@ -91,8 +91,8 @@ def test_the_turns_of_the_assistant_are_trained_on(tiny: Tiny, tmp_path: Path, t
     assert trained == "open path<eos>rank step<eos>"
 
 
-def test_a_template_that_changes_earlier_turns_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^rows.jsonl:1: the chat template changes earlier turns when later ones are"):
+def test_a_template_that_leaves_out_turns_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(RowProblem, match=r"^messages\[0\] \(user\): the chat template leaves out"):
         encoded(tiny, tmp_path, "messages", {"messages": TURNS}, FORGETFUL)
 
 
@@ -113,8 +113,9 @@ def encoded(
         changes = {"data__chat_template": str(folder / "template.jinja")}
     recipe = Recipe.model_validate(tiny.recipe(**changes))
     tokenizer = load_tokenizer(recipe)
-    ids, trained = encoder(data_format, tokenizer, recipe)("rows.jsonl:1", row)
-    return tokenizer.decode(ids), tokenizer.decode([i for i, wanted in zip(ids, trained, strict=True) if wanted])
+    (document,) = encoder(data_format, tokenizer, recipe).encode(row)
+    trained = [i for i, wanted in zip(document.ids, document.trained, strict=True) if wanted]
+    return tokenizer.decode(document.ids), tokenizer.decode(trained)
 
 
 @pytest.mark.parametrize(

@@ -9,5 +9,6 @@ the line break after that; not the header that the generation prompt gives. Wher
 
 from distft.train.chat.encoder import ChatEncoder, Document, Span, TrainOn, check_template
 from distft.train.chat.template import RowProblem
+from distft.train.chat.tokenize import tokenize
 
-__all__ = ["ChatEncoder", "Document", "RowProblem", "Span", "TrainOn", "check_template"]
+__all__ = ["ChatEncoder", "Document", "RowProblem", "Span", "TrainOn", "check_template", "tokenize"]

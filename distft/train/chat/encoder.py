@@ -16,6 +16,7 @@ from distft.train.chat.habits import SAMPLE, Habits
 from distft.train.chat.messages import Message
 from distft.train.chat.ranges import Range
 from distft.train.chat.template import ChatTemplate, Rendered, RowProblem
+from distft.train.chat.tokenize import tokenize
 from distft.train.chat.values import FLAGS, check_message, is_trained
 
 if TYPE_CHECKING:
@@ -146,55 +147,13 @@ class ChatEncoder:
                 f"messages: the text begins with {bos} twice; remove it from the message or from data.chat_template",
             )
         try:
-            ids, trained = self._tokenize(rendered.text, turns.ranges)
+            ids, trained = tokenize(self.tokenizer, rendered.text, turns.ranges)
         except (TypeError, UnicodeEncodeError):
             raise RowProblem(
                 "lone-surrogate", "messages: got half of a surrogate pair (such as \\ud83d), which is no character"
             ) from None
         spans = list(_spans(rendered, conversation.messages, turns.ranges))
         return Document(ids, trained, rendered.text, spans, tuple(sorted(turns.thoughtless)))
-
-    def _tokenize(self, text: str, ranges: Sequence[Range]) -> tuple[list[int], list[bool]]:
-        """The ids, and for each whether it has a character in one of the ranges.
-
-        As in transformers, a token on the edge of a range is in it: a word's token may begin with the space that the
-        generation prompt ends with.
-        """
-        if not self.tokenizer.is_fast:
-            return self._tokenize_slowly(text, ranges)
-        encoding = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-        trained = [False] * len(ids)
-        for start, end in ranges:
-            first, after = bisect_right(ends, start), bisect_left(starts, end)
-            trained[first:after] = [True] * (after - first)
-        return ids, trained
-
-    def _tokenize_slowly(self, text: str, ranges: Sequence[Range]) -> tuple[list[int], list[bool]]:
-        """Tokenizers written in Python tell no positions: the text up to each edge is tokenized by itself."""
-
-        def encode(piece: str) -> list[int]:
-            return list(self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-
-        ids = encode(text)
-        trained = [False] * len(ids)
-        for start, end in ranges:
-            before, until = encode(text[:start]), encode(text[:end])
-            if ids[: len(before)] != before or ids[: len(until)] != until:
-                raise RowProblem(
-                    "mask-misaligned",
-                    "messages: the tokenizer joins the edge of a turn with the text beside it; use a fast tokenizer",
-                )
-            trained[len(before) : len(until)] = [True] * (len(until) - len(before))
-        return ids, trained
 
 
 def _with_thoughts(conversation: Conversation, turns: Turns) -> Iterator[Turns]:

@@ -1,0 +1,111 @@
+"""Texts and prompts with completions as tokens: the pieces are written by hand, for a byte-level tokenizer and for one
+that puts a space before every text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from chats import assistant, system, tokenizer_for, user
+from tiny import Tiny, write_jsonl
+from tokenizers.processors import TemplateProcessing
+
+from distft.config.loading import load_recipe
+from distft.config.recipe import Recipe
+from distft.errors import DataError
+from distft.train.data import load_prepared
+from distft.train.tokens import encoder
+from distft.views.summary import data_lines
+
+RECIPE = Recipe.model_validate({"name": "x", "model": {"name_or_path": "x"}, "data": {"train": "x"}})
+
+
+def tokenizer(metaspace: bool, ends: str = "<s> $A") -> Any:
+    """Adds a BOS before texts, as Llama's do; with `ends` "<s> $A </s>" an EOS after them too."""
+    fast = tokenizer_for("", metaspace=metaspace)
+    special = [(token, fast.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    fast.backend_tokenizer.post_processor = TemplateProcessing(single=ends, special_tokens=special)
+    return fast
+
+
+def pieces(fast: Any, row: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The tokens of a row, and those that are trained."""
+    (document,) = encoder("text" if "text" in row else "prompt_completion", fast, RECIPE).encode(row)
+    tokens = fast.convert_ids_to_tokens(document.ids)
+    return tokens, [token for token, trained in zip(tokens, document.trained, strict=True) if trained]
+
+
+def pair(prompt: str, completion: str) -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+@pytest.mark.parametrize("ends", ["<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize(
+    ("metaspace", "row", "expected", "trained"),
+    [
+        # The vocabularies have whole words, and letters for all others.
+        (False, pair("the(", "x)"), "<s> the ( x ) </s>", "x ) </s>"),
+        (True, pair("the(", "x)"), "<s> ▁the ( x ) </s>", "x ) </s>"),
+        # Separately, as at inference; where a tokenizer marks words by the space before them, the space is the word's.
+        (False, pair("the ", "token"), "<s> the Ġ token </s>", "token </s>"),
+        (True, pair("the ", "token"), "<s> ▁the ▁token </s>", "▁token </s>"),
+        (False, pair("the", " token"), "<s> the Ġtoken </s>", "Ġtoken </s>"),
+        (True, pair("the", " token"), "<s> ▁the ▁token </s>", "▁token </s>"),
+        # Already there: not doubled.
+        (False, pair("<s>the(", "x)</s>"), "<s> the ( x ) </s>", "x ) </s>"),
+        (True, pair("<s>the(", "x)</s>"), "<s> ▁the ( x ) </s>", "x ) </s>"),
+        (False, {"text": "<s>the</s>"}, "<s> the </s>", "<s> the </s>"),
+        (True, {"text": "<s>the</s>"}, "<s> ▁the </s>", "<s> ▁the </s>"),
+        (False, {"text": "the"}, "<s> the </s>", "<s> the </s>"),
+        (True, {"text": "the"}, "<s> ▁the </s>", "<s> ▁the </s>"),
+    ],
+)
+def test_tokens(metaspace: bool, ends: str, row: dict[str, str], expected: str, trained: str) -> None:
+    assert pieces(tokenizer(metaspace, ends), row) == (expected.split(), trained.split())
+
+
+def test_rows_that_would_train_something_else_are_counted_by_kind(tiny: Tiny, tmp_path: Any) -> None:
+    good, dropped = [user("read"), assistant("file")], [user("read"), {"role": "tool", "content": "node"}]
+    rows = [good, *[[*dropped, assistant("path")]] * 5, [user("a"), assistant("b", weight=0)], good]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in rows])
+    (tmp_path / "no_tools.jinja").write_text(
+        "{% for m in messages if m.role != 'tool' %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+    )
+    files = {"data__train": "rows.jsonl", "data__chat_template": "no_tools.jinja"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**files)))
+    with pytest.raises(DataError) as raised:
+        load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:3]] == [f"{tmp_path}/rows.jsonl:{n}" for n in (2, 3, 4)]
+    assert "messages[1] (tool): the chat template leaves out messages of this role" in lines[0]
+    assert lines[3] == "... and 2 more of this kind (role-dropped)"
+    assert lines[4] == f"{tmp_path}/rows.jsonl:7: messages: no assistant message is to be trained"
+    assert lines[5:] == [
+        "data.train: 6 of 8 rows would not be trained as they are meant (role-dropped 5, no-trained-token 1)"
+    ]
+
+
+def test_a_template_that_ends_no_turn_is_refused(tiny: Tiny, tmp_path: Any) -> None:
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}")
+    files = {"data__chat_template": "endless.jinja"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**files)))
+    with pytest.raises(DataError, match=r"/endless.jinja: "):
+        load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+
+
+def test_what_truncation_takes_away_is_counted(tiny: Tiny, tmp_path: Any) -> None:
+    long = [system("list " * 80), user("read"), assistant("file")]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in (long, long[1:])])
+    changes = {"data__train": "rows.jsonl", "data__long_rows": "truncate"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**changes)))
+    counts = load_prepared(load_recipe(tmp_path / "recipe.yaml")).counts
+    assert (counts["train"]["documents"], counts["train"]["cut_answers"]) == (1, 1)
+    expected = f"warning: 1 of them lost all that is trained and are left out; the first: {tmp_path}/rows.jsonl:1"
+    assert expected in data_lines(counts)
+
+
+def test_split_is_for_text_alone_whatever_auto_took(tiny: Tiny, tmp_path: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__long_rows="split")))
+    with pytest.raises(DataError, match=r"data\.long_rows: split needs format text, and data\.train has messages"):
+        load_prepared(load_recipe(tmp_path / "recipe.yaml"))

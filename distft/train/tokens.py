@@ -136,8 +136,10 @@ def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _ended(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """With one trained EOS at the end, which the text or the tokenizer may have put there already."""
+    """With one trained EOS at the end, which the text, the tokenizer or both may have put there already."""
     end = tokenizer.eos_token_id
     if end is None:
         return ids, trained
-    return ([*ids[:-1], end], [*trained[:-1], True]) if ids[-1:] == [end] else ([*ids, end], [*trained, True])
+    present = sum(token == end for token in ids[-2:]) if ids[-1:] == [end] else 0
+    kept = len(ids) - present
+    return [*ids[:kept], end], [*trained[:kept], True]

@@ -44,21 +44,20 @@ def pair(prompt: str, completion: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("metaspace", "row", "expected", "trained"),
     [
-        # The vocabularies have whole words, and letters for all others.
-        (False, pair("the(", "x)"), "<s> the ( x ) </s>", "x ) </s>"),
-        (True, pair("the(", "x)"), "<s> ▁the ( x ) </s>", "x ) </s>"),
+        (False, pair("hello(", "x)"), "<s> hello ( x ) </s>", "x ) </s>"),
+        (True, pair("hello(", "x)"), "<s> ▁ hell o ( x ) </s>", "x ) </s>"),
         # Separately, as at inference; where a tokenizer marks words by the space before them, the space is the word's.
-        (False, pair("the ", "token"), "<s> the Ġ token </s>", "token </s>"),
-        (True, pair("the ", "token"), "<s> ▁the ▁token </s>", "▁token </s>"),
-        (False, pair("the", " token"), "<s> the Ġtoken </s>", "Ġtoken </s>"),
-        (True, pair("the", " token"), "<s> ▁the ▁token </s>", "▁token </s>"),
+        (False, pair("hello ", "token"), "<s> hello Ġ t oken </s>", "t oken </s>"),
+        (True, pair("hello ", "token"), "<s> ▁ hell o ▁token </s>", "▁token </s>"),
+        (False, pair("hello", " token"), "<s> hello Ġtoken </s>", "Ġtoken </s>"),
+        (True, pair("hello", " token"), "<s> ▁ hell o ▁token </s>", "▁token </s>"),
         # Already there: not doubled.
-        (False, pair("<s>the(", "x)</s>"), "<s> the ( x ) </s>", "x ) </s>"),
-        (True, pair("<s>the(", "x)</s>"), "<s> ▁the ( x ) </s>", "x ) </s>"),
-        (False, {"text": "<s>the</s>"}, "<s> the </s>", "<s> the </s>"),
-        (True, {"text": "<s>the</s>"}, "<s> ▁the </s>", "<s> ▁the </s>"),
-        (False, {"text": "the"}, "<s> the </s>", "<s> the </s>"),
-        (True, {"text": "the"}, "<s> ▁the </s>", "<s> ▁the </s>"),
+        (False, pair("<s>hello(", "x)</s>"), "<s> hello ( x ) </s>", "x ) </s>"),
+        (True, pair("<s>hello(", "x)</s>"), "<s> ▁ hell o ( x ) </s>", "x ) </s>"),
+        (False, {"text": "<s>hello</s>"}, "<s> hello </s>", "<s> hello </s>"),
+        (True, {"text": "<s>hello</s>"}, "<s> ▁ hell o </s>", "<s> ▁ hell o </s>"),
+        (False, {"text": "hello"}, "<s> hello </s>", "<s> hello </s>"),
+        (True, {"text": "hello"}, "<s> ▁ hell o </s>", "<s> ▁ hell o </s>"),
     ],
 )
 def test_tokens(metaspace: bool, ends: str, row: dict[str, str], expected: str, trained: str) -> None:

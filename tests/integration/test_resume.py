@@ -513,7 +513,7 @@ def test_starts_from_an_adapter(tiny: Tiny, tmp_path: Path, strategy: str) -> No
     ("change", "said"),
     [
         ("lora.r=8", "the adapter has r 4, and lora.r is 8"),
-        ("lora.target_modules=[q_proj]", "another model, or other lora.target_modules"),
+        ("lora.target_modules=[q_proj]", "another model, or has other lora.target_modules"),
         ("lora.start_from=.", "is not a peft adapter in safetensors"),
         ("lora.start_from=nowhere", "no such folder"),
     ],

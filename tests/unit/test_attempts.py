@@ -305,3 +305,13 @@ def test_a_site_that_does_not_requeue(tmp_path: Path) -> None:
     assert script.start(0, trains=IS_TOLD_TO_STOP, refused="requeue 7") == 1
     assert script.status.state is State.PREEMPTED
     assert script.status.reason == "stopped: the time limit is near; SLURM does not requeue it"
+
+
+def test_a_job_script_from_before_the_rename(tmp_path: Path) -> None:
+    """Jobs that are queued call the step by its old name, with its old arguments."""
+    run = RunDir.create(str(tmp_path), "run")
+    command = [sys.executable, "-m", "distft.schedulers.conclude", str(run.path)]
+    done = subprocess.run([*command, "begin", "2", "node1 node2"], capture_output=True, text=True)
+    assert (done.stdout, read_status(run).state) == ("again\n", State.RUNNING), done.stderr
+    done = subprocess.run([*command, "0", "2", "node1 node2"], capture_output=True, text=True)
+    assert (done.stdout, read_status(run).state) == ("done\n", State.COMPLETED), done.stderr

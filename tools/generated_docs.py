@@ -61,7 +61,7 @@ training:
   num_train_epochs: 3                 # or max_steps: 1000
   learning_rate: auto                 # 2e-4 with LoRA, 2e-5 without
   lr_scheduler_type: cosine
-  warmup_ratio: 0.03
+  warmup_ratio: auto                  # 0.03, at most a tenth of the steps
   weight_decay: 0.0
   max_grad_norm: 1.0
   optim: adamw_torch_fused

@@ -6,6 +6,7 @@ from it (schema_text.documented_schema). A field by itself is checked here; what
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -199,10 +200,11 @@ class Training(Group):
     """Peak learning rate. `auto`: 2e-4 with LoRA, 2e-5 without."""
 
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Schedule after warm-up."""
+    """Schedule after warm-up. `constant` has no warm-up."""
 
-    warmup_ratio: Fraction = 0.03
-    """Fraction of the steps over which the learning rate rises from 0."""
+    warmup_ratio: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """Fraction of the steps over which the learning rate rises to its peak; no step has a rate of 0. `auto`: 0.03, but
+    at most a tenth of the steps, and none below 10 steps."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
@@ -231,6 +233,16 @@ class Training(Group):
 
     report_to: list[NonEmpty] = []
     """Experiment trackers, by transformers' names: tensorboard, wandb, mlflow, ..."""
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Optimizer steps over that many rows; the last step may reach into the next epoch."""
+        return self.max_steps or ceil((self.num_train_epochs or 1) * rows / self.global_batch_size)
+
+    def warmup_steps(self, steps: int) -> int:
+        """How many of the optimizer steps come before the one at the peak learning rate."""
+        if self.warmup_ratio == "auto":
+            return min(ceil(0.03 * steps), steps // 10)
+        return ceil(self.warmup_ratio * steps)
 
 
 class Parallelism(Group):

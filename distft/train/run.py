@@ -27,7 +27,7 @@ from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
 from distft.train.model import build_model, choose_attention
 from distft.train.ranks import RankGroup
-from distft.train.sampler import StreamSampler, optimizer_steps
+from distft.train.sampler import StreamSampler
 from distft.train.save import save_trained
 from distft.train.status import StatusWriter
 from distft.train.stopping import Stopping
@@ -45,10 +45,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     recipe = load_recipe(run.recipe, needed=DATA_FILES)
     prepared = load_prepared(recipe)
     tokenizer = load_tokenizer(recipe)
-    training = recipe.training
-    steps = optimizer_steps(
-        len(prepared.train), training.global_batch_size, training.max_steps, training.num_train_epochs
-    )
+    steps = recipe.training.optimizer_steps(len(prepared.train))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
     arguments = training_arguments(recipe, plan, run, steps)
     if KINDS[plan["strategy"]].engine == "deepspeed":

@@ -27,8 +27,3 @@ class StreamSampler(torch.utils.data.Sampler[int]):
             order = torch.randperm(self.rows, generator=generator).tolist()
             before = epoch * self.rows
             yield from order[max(0, self.start - before) : self.total - before]
-
-
-def optimizer_steps(rows: int, global_batch_size: int, max_steps: int | None, epochs: float | None) -> int:
-    """Optimizer steps of a run; the last step may reach into the next epoch."""
-    return max_steps or ceil((epochs or 1) * rows / global_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ def set_schedule(trainer: Any, steps: int) -> None:
     """
     scheduler = trainer.lr_scheduler
     scheduler.last_epoch = steps
-    scheduler._last_lr = scheduler.get_lr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="To get the last learning rate computed")
+        scheduler._last_lr = scheduler.get_lr()
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from distft.config.recipe import Recipe
@@ -19,6 +19,7 @@ from distft.strategies import merge
 from distft.strategies.kinds import KINDS
 from distft.train.data import IGNORE
 from distft.train.sampler import StreamSampler
+from distft.train.step_state import set_schedule
 
 
 class Collator:
@@ -54,7 +55,7 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "max_steps": max_steps,
         "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": ceil(training.warmup_ratio * max_steps),
+        "warmup_steps": training.warmup_steps(max_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": training.optim,
@@ -99,6 +100,17 @@ class RecipeTrainer(Trainer):
     def _get_train_sampler(self, *args: Any) -> StreamSampler:
         return self.stream
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """transformers' schedule, in which the first step of the warm-up trains, too: theirs has a rate of 0."""
+        made = self.lr_scheduler is None
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        has_warmup = warmup_steps and self.args.lr_scheduler_type != SchedulerType.CONSTANT
+        if made and has_warmup and isinstance(schedule, LambdaLR):
+            schedule.lr_lambdas = [rising(factor, warmup_steps) for factor in schedule.lr_lambdas]
+            set_schedule(self, 0)
+        return schedule
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
         """Keeps the count of trained tokens an integer: FSDP rounds a float one to bf16, and so the loss by 0.4%."""
         samples, tokens = super().get_batch_samples(*args, **kwargs)
@@ -133,6 +145,14 @@ class RecipeTrainer(Trainer):
         if world > 1:
             dist.all_reduce(total)
         return (total[0] / total[1]).item()
+
+
+def rising(factor: Callable[[int], float], warmup_steps: int) -> Callable[[int], float]:
+    """A schedule (step from 0 -> fraction of the peak rate) that rises in equal parts from above 0 to the peak.
+
+    Step i of W has (i + 1) / (W + 1), so that step W is the first at the peak; from there on it is `factor`.
+    """
+    return lambda step: (step + 1) / (warmup_steps + 1) if step < warmup_steps else factor(step)
 
 
 def _without_labels(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def train(
     history: list[dict[str, float]] = []
     seen = 0
     for step in range(steps):
-        scale = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        scale = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        if step < warmup:
+            scale = (step + 1) / (warmup + 1)
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         documents = []

@@ -13,16 +13,17 @@ import torch
 from datasets import Dataset
 from tiny import Tiny
 
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, Training
 from distft.runs.directory import RunDir
 from distft.train.chat import RowProblem
 from distft.train.data import Counts, _fit
 from distft.train.metrics import MetricsLog, tokens_per_step
-from distft.train.sampler import StreamSampler, optimizer_steps
+from distft.train.sampler import StreamSampler
 from distft.train.shards import Share
+from distft.train.step_state import set_schedule
 from distft.train.tokens import encoder, load_tokenizer
 from distft.train.trained_model import dequantized
-from distft.train.trainer import summed_loss
+from distft.train.trainer import RecipeTrainer, summed_loss, training_arguments
 from distft.train.watchdog import Watchdog
 
 # ---- the order of the rows
@@ -55,7 +56,8 @@ def test_a_run_that_continues_gets_the_rest_of_the_stream(start: int) -> None:
     ],
 )
 def test_optimizer_steps(rows: int, batch: int, max_steps: int | None, epochs: float | None, steps: int) -> None:
-    assert optimizer_steps(rows, batch, max_steps, epochs) == steps
+    training = Training(global_batch_size=batch, max_steps=max_steps, num_train_epochs=epochs)
+    assert training.optimizer_steps(rows) == steps
 
 
 def test_tokens_of_every_step() -> None:
@@ -64,6 +66,56 @@ def test_tokens_of_every_step() -> None:
     stream = StreamSampler(rows=5, total=6, seed=1, start=2)
     order = list(stream)
     assert tokens_per_step(dataset, stream, 2) == [2 ** order[0] + 2 ** order[1], 2 ** order[2] + 2 ** order[3]]
+
+
+# ---- the learning rate
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warmup"),
+    [
+        ("auto", 1, 0), ("auto", 9, 0), ("auto", 10, 1), ("auto", 33, 1), ("auto", 34, 2), ("auto", 1000, 30),
+        (0.0, 1000, 0), (0.25, 4, 1), (0.03, 1, 1), (0.5, 9, 5), (1.0, 4, 4),
+    ],
+)  # fmt: skip
+def test_warmup_steps(ratio: Any, steps: int, warmup: int) -> None:
+    assert Training(warmup_ratio=ratio).warmup_steps(steps) == warmup
+
+
+COSINE = [1.0, 0.75, 0.25]  # (1 + cos(pi i / 3)) / 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("cosine", 0, COSINE),
+        ("cosine", 1, [1 / 2, *COSINE]),
+        ("cosine", 3, [1 / 4, 2 / 4, 3 / 4, *COSINE]),
+        ("linear", 2, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("constant_with_warmup", 2, [1 / 3, 2 / 3, 1, 1]),
+        ("constant_with_warmup", 4, [1 / 5, 2 / 5, 3 / 5, 4 / 5]),
+        ("constant", 2, [1, 1, 1, 1]),
+    ],
+)
+def test_learning_rates(tiny: Tiny, tmp_path: Path, schedule: str, warmup: int, expected: list[float]) -> None:
+    """Of every step, and of the rest after any of them: a run that continues sets its schedule by the step."""
+    steps = len(expected)
+    changes = {"training__lr_scheduler_type": schedule, "training__warmup_ratio": warmup / steps}
+    recipe = Recipe.model_validate(tiny.recipe(**changes, training__learning_rate=8.0))
+    batch = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    plan = {"batch": batch, "gradient_checkpointing": False, "strategy": "ddp"}
+    arguments = training_arguments(recipe, plan, RunDir(tmp_path), steps)
+    for start in range(steps):
+        trainer = RecipeTrainer(stream=StreamSampler(1, 1, 0), model=torch.nn.Linear(2, 2), args=arguments)
+        trainer.create_optimizer_and_scheduler(steps)
+        if start:
+            set_schedule(trainer, start)
+        rates = []
+        for _ in range(start, steps):
+            rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+        assert rates == [[pytest.approx(8.0 * part)] * 2 for part in expected[start:]], start
 
 
 # ---- which tokens are trained on

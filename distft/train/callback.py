@@ -6,6 +6,7 @@ the others would wait for ever.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -13,17 +14,21 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distft.config.recipe import Recipe
+from distft.errors import RunError
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.stop_file import stop_asked
 from distft.train import strategy_check
 from distft.train.checkpoint import Checkpointer, Start
 from distft.train.metrics import MetricsLog, tokens_per_step
+from distft.train.outcome import LossGuard, WeightsGuard
 from distft.train.ranks import largest
 from distft.train.status import StatusWriter
 from distft.train.stopping import Stopping
 from distft.train.trainer import RecipeTrainer
 from distft.train.watchdog import Watchdog
+
+log = logging.getLogger("distft")
 
 
 class NoStepsLeft(Exception):
@@ -67,6 +72,7 @@ class RunCallback(TrainerCallback):
         self.position = start.position
         self.step_tokens = tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
         self.eval_loss: float | None = None  # of the step that is being made
+        self.loss, self.weights = LossGuard(device), WeightsGuard(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,6 +87,7 @@ class RunCallback(TrainerCallback):
             self.status.update(eval_loss_before=loss)
         if self.stop.why:
             raise NoStepsLeft
+        self.weights.start()
         self.metrics.start_clock()
 
     def _restore(self, checkpoint: Checkpoint, state: TrainerState) -> None:
@@ -91,20 +98,26 @@ class RunCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             raise NoStepsLeft
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check_loss()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every, save_steps = self.recipe.training.eval_steps, self.recipe.checkpoint.save_steps
         step = state.global_step
         tokens = self.step_tokens[step - 1 - self.start.position.step]
         self.position = self.position.after(step, self.recipe.training.global_batch_size, tokens)
+        self.loss.step(step, self.trainer.step_loss())
         if every and step % every == 0:
             self.eval_loss = self._evaluate()
         self.watchdog.step()
         if self.stop.reached():
             self.watchdog.rest()
-            self.checkpointer.save(self.trainer, self.position, wait=True)
+            self._save(wait=True)
             control.should_training_stop = True
         elif save_steps and step % save_steps == 0:
-            self.checkpointer.save(self.trainer, self.position, alive=self.watchdog.alive)
+            self._save(alive=self.watchdog.alive)
             self.watchdog.alive()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -120,6 +133,7 @@ class RunCallback(TrainerCallback):
         self.watchdog.rest()
         self.checkpointer.finish()
         if self.stop.why is None:
+            self._check_result()
             self._evaluate_at_the_end()
         self.status.update(step=self.position.step)
         return self.stop.why
@@ -127,9 +141,31 @@ class RunCallback(TrainerCallback):
     def _evaluate_at_the_end(self) -> None:
         loss = self._evaluate()
         if self.stop.why is not None:  # all steps are made; what is left is this evaluation and final/
-            self.checkpointer.save(self.trainer, self.position, wait=True)
+            self._save(wait=True)
         elif loss is not None:
             self.status.update(eval_loss_after=loss)
+
+    def _check_loss(self, at_the_end: bool = False) -> None:
+        try:
+            self.loss.check(at_the_end)
+        except RunError:
+            self.checkpointer.finish()  # the end of this rank must not cut short the save of a good one
+            raise
+
+    def _check_result(self) -> None:
+        self._check_loss(at_the_end=True)
+        made = self.position.step - self.start.position.step
+        if made:
+            self.weights.check(made, resumed=self.start.checkpoint is not None)
+
+    def _save(self, **kwargs: Any) -> None:
+        """Save a checkpoint, unless it would replace good ones by one from which nothing can continue."""
+        if self.loss.kind or not self.weights.finite():
+            log.warning(
+                "no checkpoint is written at step %d: its loss or its weights are no numbers", self.position.step
+            )
+        else:
+            self.checkpointer.save(self.trainer, self.position, **kwargs)
 
     def _evaluate(self) -> float | None:
         return self.trainer.eval_loss(self.stop.reached)

@@ -94,6 +94,11 @@ class Shares:
             )
         return found
 
+    def weights(self) -> Iterator[torch.Tensor]:
+        """The weights of every share, without the optimizer's states."""
+        for place in self.places:
+            yield _local(place.parameter)[place.offset : place.offset + place.size]
+
     # ---- where shares are stored
 
     def _places(self, base: Any) -> Iterator[_Place]:

@@ -116,6 +116,10 @@ class RecipeTrainer(Trainer):
         samples, tokens = super().get_batch_samples(*args, **kwargs)
         return samples, tokens.long() if torch.is_tensor(tokens) else tokens
 
+    def step_loss(self) -> float:
+        """This rank's part of the step's loss, before it is logged; it is nan or infinite where that is."""
+        return self._tr_loss.item()
+
     @torch.no_grad()
     def eval_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
         """Mean loss per trained token over the eval rows. Collective; the same on all ranks.

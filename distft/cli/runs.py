@@ -54,7 +54,8 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
         click.echo(_line(run, state))
         if runs:
             problem = [f"  {state.checkpoint_problem}"] if state.checkpoint_problem else []
-            for line in [*_attempts(run, state), *problem, *beside_plan_lines(run)]:
+            warnings = [f"  warning: {text}" for text in state.warnings]
+            for line in [*_attempts(run, state), *problem, *warnings, *beside_plan_lines(run)]:
                 click.echo(line)
 
 

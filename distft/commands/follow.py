@@ -39,8 +39,8 @@ class Pace:
         self.asked, self.wait = time.monotonic(), min(self.wait * GROWTH, self.longest)
 
 
-def follow(run: RunDir, console: Console, resumed: bool = False) -> None:
-    """Show a run of SLURM's to its end. Ctrl-C leaves the job alone.
+def follow(run: RunDir, console: Console, resumed: bool = False, warned: bool = False) -> None:
+    """Show a run of SLURM's to its end; its warnings too, unless `warned`. Ctrl-C leaves the job alone.
 
     Raises:
         RunError: the run did not complete.
@@ -50,7 +50,7 @@ def follow(run: RunDir, console: Console, resumed: bool = False) -> None:
 
     pace = Pace()
     try:
-        with Follower(run, console, resumed) as follower:
+        with Follower(run, console, resumed, warned) as follower:
             while True:
                 if pace.is_due() or read_status(run).finished:
                     status = slurm.status_now(run)

@@ -16,7 +16,7 @@ from distft import extras
 from distft.commands.follow import follow
 from distft.config.loading import dump_recipe
 from distft.config.recipe import Recipe, ScriptSettings
-from distft.data import rows
+from distft.data import few_steps, rows
 from distft.errors import DataError, PlanError, RunError, SubmitError
 from distft.hardware.devices import only_this_machine
 from distft.jobs.job import (
@@ -157,7 +157,7 @@ class Launch(ABC):
             local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
             return run
-        with Follower(run, console, resumed=self.run is not None) as follower:
+        with Follower(run, console, resumed=self.run is not None, warned=self.target.prepares_data()) as follower:
             local.supervise(run, watch=follower.poll)
         say(console, summary.result_lines(run))
         return run
@@ -176,7 +176,7 @@ class Launch(ABC):
         if self.detach:
             say(console, [f"next: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
-        follow(run, console, resumed=self.run is not None)
+        follow(run, console, resumed=self.run is not None, warned=self.target.prepares_data())
         return run
 
     def _named(self, run: RunDir) -> str:
@@ -205,7 +205,9 @@ class RecipeLaunch(Launch):
 
         if self.target.prepares_data():
             cluster = self.target.cluster
-            say(console, summary.data_lines(prepare_data(self.settings, cluster.cache_dir if cluster else None)))
+            counts = prepare_data(self.settings, cluster.cache_dir if cluster else None)
+            warnings = [f"warning: {text}" for text in few_steps.warnings(self.settings, counts)]
+            say(console, [*summary.data_lines(counts), *warnings])
 
 
 @dataclass(frozen=True)

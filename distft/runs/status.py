@@ -98,6 +98,7 @@ class Status:
     stop_reason: str | None = None  # why the ranks saved and stopped, in their words
     attempts: Sequence[Attempt] = ()  # those that ended
     checkpoint_problem: str | None = None
+    warnings: Sequence[str] = ()  # of this attempt, known once its data is prepared
     saves: Sequence[Mapping[str, Any]] = ()  # the newest: step, seconds, seconds without training, problem
 
     data: Mapping[str, Any] = field(default_factory=dict)  # documents, rows and tokens of each split

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from distft import extras
 from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
+from distft.data import few_steps
 from distft.runs import model_card
 from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
@@ -58,6 +59,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     status.begin()
     checkpointer = Checkpointer(run, recipe, plan, ranks, status)
     start = checkpointer.start()
+    warnings = few_steps.warnings(recipe, prepared.counts)
     if status.writes:
         cut_metrics(run, start.position.step)
         status.write(
@@ -67,10 +69,13 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             started=read_status(run).started or time.time(),
             ended=None,
             data=prepared.counts,
+            warnings=warnings,
             identity=checkpointer.identity,
             versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
+        for text in warnings:
+            log.warning("warning: %s", text)
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
     model = build_model(recipe, plan["strategy"])

@@ -25,11 +25,11 @@ BEFORE, AFTER = "eval_loss_before", "eval_loss_after"
 class Follower:
     """Shows what is new since the last `poll`. Use as a context manager.
 
-    For a run that is `resumed`, what happened before is not shown again.
+    For a run that is `resumed`, what happened before is not shown again; nor are its warnings if it is `warned`.
     """
 
-    def __init__(self, run: RunDir, console: Console, resumed: bool = False):
-        self.run, self.console = run, console
+    def __init__(self, run: RunDir, console: Console, resumed: bool = False, warned: bool = False):
+        self.run, self.console, self.warned = run, console, warned
         self.since = time.time() if resumed else 0.0
         self.offset, self.inode = 0, metrics_inode(run)
         self.first: dict[str, Any] = {}  # lines of metrics.jsonl; {} before there is one
@@ -68,6 +68,8 @@ class Follower:
         self._read_metrics()
         if status.checkpoint_problem:
             self._once(status.checkpoint_problem, f"warning: {status.checkpoint_problem}")
+        for text in () if self.warned else status.warnings:
+            self._once(text, f"warning: {text}")
         if self.display is None:
             if status.eval_loss_before is not None:
                 self._once(BEFORE, f"eval loss before training: {status.eval_loss_before:.4f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ def test_a_run_that_trains_nothing_fails(
 
 
 def test_a_single_step_trains(tiny: Tiny, tmp_path: Path) -> None:
-    """At the default warm-up."""
-    recipe = tiny.recipe(training__max_steps=1)
+    """At the default warm-up; `launch` and status.json warn of it."""
+    recipe = tiny.recipe(training__max_steps=None, training__global_batch_size=100)
     del recipe["training"]["warmup_ratio"]
-    assert launch(recipe, tmp_path).column("learning_rate") == [0.01]
+    result = launch(recipe, tmp_path)
+    assert result.column("learning_rate") == [0.01]
+    (warning,) = result.status["warnings"]
+    assert re.match(r"this run makes only 1 optimizer step: \d+ packed rows, global batch size 100\. ", warning)
+    assert result.stderr.count(f"warning: {warning}") == 1

@@ -14,6 +14,7 @@ from datasets import Dataset
 from tiny import Tiny
 
 from distft.config.recipe import Recipe, Training
+from distft.data import few_steps
 from distft.runs.directory import RunDir
 from distft.train.chat import RowProblem
 from distft.train.data import Counts, _fit
@@ -80,6 +81,38 @@ def test_tokens_of_every_step() -> None:
 )  # fmt: skip
 def test_warmup_steps(ratio: Any, steps: int, warmup: int) -> None:
     assert Training(warmup_ratio=ratio).warmup_steps(steps) == warmup
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "expected"),
+    [
+        ({}, 320, None),
+        ({"max_steps": 10}, 1, None),
+        (
+            {},
+            288,
+            "this run makes only 9 optimizer steps: 288 rows, global batch size 32. It will learn little; what helps: "
+            "more training.num_train_epochs, a smaller training.global_batch_size",
+        ),
+        (
+            {"num_train_epochs": 0.5},
+            20,
+            "this run makes only 1 optimizer step: 20 packed rows, global batch size 32. It will learn little; what "
+            "helps: more training.num_train_epochs, a smaller training.global_batch_size, data.packing: false",
+        ),
+        (
+            {"max_steps": 4},
+            9000,
+            "this run makes only 4 optimizer steps: 9,000 rows, global batch size 32, training.max_steps 4. It will "
+            "learn little; what helps: a higher training.max_steps",
+        ),
+    ],
+)
+def test_few_steps(tiny: Tiny, changes: dict[str, Any], rows: int, expected: str | None) -> None:
+    recipe = Recipe.model_validate(tiny.recipe(training=changes))
+    documents = 100 if expected and "packed" in expected else rows
+    found = few_steps.warnings(recipe, {"train": {"rows": rows, "documents": documents}})
+    assert found == ([expected] if expected else [])
 
 
 COSINE = [1.0, 0.75, 0.25]  # (1 + cos(pi i / 3)) / 2

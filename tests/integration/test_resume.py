@@ -102,10 +102,15 @@ def test_every_checkpoint_is_the_one_of_a_single_process(saved: Callable[[Job], 
         for name in [name for name in tensors if name.startswith("rng/")]:
             tensors.pop(name)
     assert found.keys() == wanted.keys()
+    weights = {name for name in wanted if f"{name}/exp_avg" in wanted}
+    assert weights
     for name, value in wanted.items():
         assert found[name].dtype == torch.float32, name
         largest = value.abs().max().item()
-        assert (found[name] - value).abs().max().item() <= 1e-4 * largest + 1e-9, name
+        # Adam divides a gradient by its size: where that is little more than rounding noise, weights differ by such a
+        # part of a step (rate 0.01).
+        step = 3e-5 if name in weights else 0
+        assert (found[name] - value).abs().max().item() <= 1e-4 * largest + step + 1e-9, name
     found, wanted = (json.loads((each.checkpoint(SAVED) / "manifest.json").read_text()) for each in (run, reference))
     for name in ("schema", "step", "samples", "tokens", "identity", "optimizer_steps", "scheduler_steps"):
         assert found[name] == wanted[name], name

@@ -38,6 +38,7 @@ COMMANDS = {
     "cancel": "runs",
     "resume": "resume",
     "merge": "merge",
+    "data": "data",
     "cluster": "clusters",
     "slurm": "clusters",
     "doctor": "doctor",

@@ -50,6 +50,18 @@ class Counts:
     thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
     notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
 
+    @classmethod
+    def of(cls, recipe: Recipe, notes: list[str]) -> Counts:
+        """Those of no row yet."""
+        done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
+        return cls(done=done, notes=list(notes))
+
+    def add(self, labels: list[int]) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.tokens += len(labels)
+        self.trained_tokens += sum(label != IGNORE for label in labels)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -168,8 +180,7 @@ def _prepare_split(
         )
     encoding = encoder(data_format, tokenizer, recipe)
     checked = rows.check_rows(rows.read_rows(sources), data_format, what)
-    done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
-    counts, problems, temporary = Counts(done=done, notes=encoding.notes), Problems(), work / "tmp" / split
+    counts, problems, temporary = Counts.of(recipe, encoding.notes), Problems(), work / "tmp" / split
 
     def documents() -> Iterator[dict[str, list[int]]]:
         read = 0
@@ -178,11 +189,9 @@ def _prepare_split(
             try:
                 for document in encoding.encode(row):
                     counts.thoughtless += len(document.left_out)
-                    for ids, trained in _fit(place, (document.ids, document.trained), recipe, counts):
+                    for ids, trained in fit(place, (document.ids, document.trained), recipe, counts):
                         labels = labels_of(ids, trained)
-                        counts.documents += 1
-                        counts.tokens += len(ids)
-                        counts.trained_tokens += sum(label != IGNORE for label in labels)
+                        counts.add(labels)
                         yield {"input_ids": ids, "labels": labels}
             except RowProblem as problem:
                 problems.add(problem.kind, place, problem.text)
@@ -194,7 +203,7 @@ def _prepare_split(
     with ArrowWriter(features=features, path=str(temporary / "documents.arrow")) as writer:
         for document in documents():
             writer.write(document)
-        _check_lengths(recipe, data_format, what, counts)
+        check_lengths(recipe, data_format, what, counts)
         writer.finalize()
     dataset = Dataset.from_file(str(temporary / "documents.arrow"))
     if split == "train":
@@ -219,7 +228,7 @@ def labels_of(ids: list[int], trained: list[bool]) -> list[int]:
     return labels
 
 
-def _fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[Tokens]:
+def fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[Tokens]:
     """A row as one document of at most max_length tokens, as several (`split`), or as none (`drop`).
 
     Raises:
@@ -251,7 +260,7 @@ def _fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator
         raise RowProblem("no-trained-token", "no token to train on")
 
 
-def _check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -> None:
+def check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -> None:
     """Check what became of long rows, at the end of a split.
 
     Raises:

@@ -17,7 +17,7 @@ from distft.config.recipe import Recipe, Training
 from distft.data import few_steps
 from distft.runs.directory import RunDir
 from distft.train.chat import RowProblem
-from distft.train.data import Counts, _fit
+from distft.train.data import Counts, fit
 from distft.train.metrics import MetricsLog, tokens_per_step
 from distft.train.sampler import StreamSampler
 from distft.train.shards import Share
@@ -214,7 +214,7 @@ def encoded(
 def test_a_row_of_17_tokens_where_8_are_allowed(tiny: Tiny, how: str, documents: list[list[int]]) -> None:
     recipe = Recipe.model_validate(tiny.recipe(data__max_length=8, data__long_rows=how))
     counts = Counts()
-    found = list(_fit("rows.jsonl:3", (list(range(17)), [True] * 17), recipe, counts))
+    found = list(fit("rows.jsonl:3", (list(range(17)), [True] * 17), recipe, counts))
     assert [ids for ids, _ in found] == documents
     assert (counts.long_rows, counts.longest, counts.examples) == (1, 17, ["rows.jsonl:3: 17 tokens"])
 

@@ -271,6 +271,7 @@ def content_digest(recipe: Recipe) -> str:
     """
     data, model = recipe.data, recipe.model
     words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
+    words += [data.train_on, sorted(data.ignore_fields)]
     words += [model.pad_token, model.trust_remote_code]
     for source in (*as_list(data.train), None, *as_list(data.eval)):
         found = local_files(source) if source else []
@@ -283,7 +284,8 @@ def content_digest(recipe: Recipe) -> str:
     else:
         words += [model.name_or_path, model.revision]
     if data.chat_template:
-        words.append(Path(data.chat_template).read_bytes())
+        template = Path(data.chat_template)
+        words.append(template.read_bytes() if template.is_absolute() else data.chat_template)
     return _digest(*words)
 
 

@@ -100,16 +100,14 @@ def _not_writable(folder: Path, error: OSError) -> str:
     return f"cache: {folder.parent} is not writable ({error.strerror or error}); set DISTFT_CACHE to another folder"
 
 
-def _check_supported(recipe: Recipe) -> None:
+def check_supported(recipe: Recipe) -> None:
     """Raises RecipeError for what a recipe can say and the preparation does not do yet."""
     data = recipe.data
     problems = [
         f"data.{name}: {value!r} is not supported yet"
-        for name, value in (("columns", data.columns), ("roles", data.roles), ("ignore_fields", data.ignore_fields))
+        for name, value in (("columns", data.columns), ("roles", data.roles))
         if value
     ]
-    if data.train_on != "all":
-        problems.append(f"data.train_on: {data.train_on} is not supported yet")
     if data.format in ("alpaca", "sharegpt", "tokens"):
         problems.append(f"data.format: {data.format} is not supported yet")
     if isinstance(data.eval, float):
@@ -123,7 +121,7 @@ def _check_supported(recipe: Recipe) -> None:
 
 def _prepare(recipe: Recipe, folder: Path) -> None:
     """Write train/, eval/ and counts.json into `folder`, all or nothing."""
-    _check_supported(recipe)
+    check_supported(recipe)
     tokenizer = load_tokenizer(recipe)
     _check_model_code(recipe)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))

@@ -20,7 +20,7 @@ from distft.data import rows
 from distft.errors import DataError, DistftError
 from distft.train import worker
 from distft.train.chat import Document, RowProblem
-from distft.train.data import IGNORE, Counts, check_lengths, fit, labels_of
+from distft.train.data import IGNORE, Counts, check_lengths, check_supported, fit, labels_of
 from distft.train.problems import Problems
 from distft.train.tokens import Encoder, encoder, load_tokenizer
 
@@ -178,6 +178,7 @@ def show(recipe: Recipe, row: int | None, sample: int) -> dict[str, Any]:
     Raises:
         DataError: the tokenizer or the data cannot be used.
     """
+    check_supported(recipe)
     tokenizer = load_tokenizer(recipe)
     if row is not None:
         return {"train": asdict(_Reader(recipe, tokenizer, "train").row(row))}

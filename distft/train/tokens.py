@@ -52,8 +52,19 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         fix = f"; set model.pad_token: {json.dumps(tokenizer.eos_token)}" if tokenizer.eos_token else ""
         raise DataError(f"model.pad_token: the tokenizer of {model.name_or_path} has no padding token{fix}")
     if recipe.data.chat_template:
-        tokenizer.chat_template = Path(recipe.data.chat_template).read_text()
+        tokenizer.chat_template = _chat_template(tokenizer, recipe.data.chat_template)
     return tokenizer
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
+    """The text of a template that a recipe gives as a file (absolute in a loaded recipe) or by its name."""
+    if Path(given).is_absolute():
+        return Path(given).read_text(encoding="utf-8")
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if given not in named:
+        have = ", ".join(named) or "none with a name"
+        raise DataError(f"data.chat_template: got {given!r}, and the tokenizer's chat templates are {have}")
+    return str(named[given])
 
 
 def encoder(data_format: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
@@ -73,7 +84,7 @@ def _chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder
             f"data.format: messages need a chat template, and the tokenizer of {recipe.model.name_or_path} has none; "
             "set data.chat_template to a Jinja file, or use prompt + completion"
         )
-    chat = ChatEncoder(tokenizer)
+    chat = ChatEncoder(tokenizer, train_on=recipe.data.train_on, ignore_fields=recipe.data.ignore_fields)
     problems, notes = check_template(chat)
     if problems:
         source = recipe.data.chat_template or f"the chat template of {recipe.model.name_or_path}"

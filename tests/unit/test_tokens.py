@@ -15,7 +15,7 @@ from distft.config.loading import load_recipe
 from distft.config.recipe import Recipe
 from distft.errors import DataError
 from distft.train.data import load_prepared
-from distft.train.tokens import encoder
+from distft.train.tokens import _chat_template, encoder
 from distft.views.summary import data_lines
 
 RECIPE = Recipe.model_validate({"name": "x", "model": {"name_or_path": "x"}, "data": {"train": "x"}})
@@ -108,3 +108,26 @@ def test_split_is_for_text_alone_whatever_auto_took(tiny: Tiny, tmp_path: Any) -
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__long_rows="split")))
     with pytest.raises(DataError, match=r"data\.long_rows: split needs format text, and data\.train has messages"):
         load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+
+
+def test_what_the_recipe_trains_and_ignores(tiny: Tiny, tmp_path: Any) -> None:
+    """Each is part of the cache's key: the same folder is prepared anew."""
+    row = {"messages": [user("a"), assistant("read"), user("b"), assistant("file")], "documents": [{"text": "node"}]}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    trained = {}
+    for train_on in ("all", "last"):
+        changes = {"data__train": "rows.jsonl", "data__train_on": train_on, "data__ignore_fields": ["documents"]}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**changes)))
+        trained[train_on] = load_prepared(load_recipe(tmp_path / "recipe.yaml")).counts["train"]["trained_tokens"]
+    assert trained["all"] > trained["last"] > 0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train="rows.jsonl")))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: documents: .* data\.ignore_fields: \[documents\]"):
+        load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+
+
+def test_a_template_by_its_name() -> None:
+    fast = tokenizer_for("")
+    fast.chat_template = {"default": "a", "rag": "b"}
+    assert _chat_template(fast, "rag") == "b"
+    with pytest.raises(DataError, match="got 'tools', and the tokenizer's chat templates are default, rag"):
+        _chat_template(fast, "tools")

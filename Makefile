@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_SOURCE ?=
 QUICKSTART ?= quickstart
+# Tests at a time: one waits for SLURM most of the time, two compute.
+WORKERS ?= 3
 RANKS ?= 2
 BIN := $(VENV)/bin
 
@@ -16,10 +18,10 @@ demo: $(VENV)/.train
 	@$(BIN)/python -m distft.cli.demo $(QUICKSTART) --gpus-per-node $(RANKS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit
 
 check: $(VENV)/.dev
 	@tools/check.sh $(BIN)

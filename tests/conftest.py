@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import light_install
 import pytest
 from tiny import Tiny, make_tiny
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Seconds by module, as they add up over all workers."""
+    seconds: Counter[str] = Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("seconds by module")
+        for folder in sorted({name.rpartition("/")[0] for name in seconds}):
+            parts = {name: time for name, time in seconds.most_common() if name.rpartition("/")[0] == folder}
+            shown = (f"{Path(name).stem.removeprefix('test_')} {time:.0f}" for name, time in parts.items() if time >= 1)
+            terminalreporter.write_line(f"{sum(parts.values()):6.0f}  {folder}: {', '.join(shown)}")
 
 
 @pytest.fixture(scope="session")

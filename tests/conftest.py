@@ -15,6 +15,9 @@ import light_install
 import pytest
 from tiny import Tiny, make_tiny
 
+# Tests run beside each other: threads of one computation would wait for each other. Before anything imports torch.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Seconds by module, as they add up over all workers."""
@@ -59,9 +62,8 @@ def once(shared: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(shared: Path) -> None:
-    """Prepared data stays out of the user's cache; threads that wait for others sleep: other tests run beside them."""
+    """Prepared data stays out of the user's cache."""
     os.environ["DISTFT_CACHE"] = str(shared / "cache")
-    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 @pytest.fixture(scope="session")

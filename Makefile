@@ -1,4 +1,4 @@
-# make demo: from a fresh machine to a fine-tuned adapter. make test: the whole suite; make test-fast: its unit tests.
+# make demo: from a fresh machine to a fine-tuned adapter. make test: the whole suite; make test-fast: two minutes of it.
 # TORCH names another torch, TORCH_SOURCE options of pip that say where from:
 #   make demo TORCH_SOURCE="--index-url URL"
 PYTHON ?= python3
@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/integration/test_verify.py
 
 check: $(VENV)/.dev
 	@tools/check.sh $(BIN)

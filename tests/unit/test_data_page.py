@@ -23,7 +23,8 @@ def run(tiny: Tiny, folder: Path, rows: list[Any], *arguments: str, **changes: A
     write_jsonl(folder / "rows.jsonl", [{"messages": row} for row in rows])
     recipe = tiny.recipe(data__train=str(folder / "rows.jsonl"), **changes)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return CliRunner().invoke(main, ["data", str(folder / "recipe.yaml"), *arguments])
+    wide = {"COLUMNS": "300"}  # paths are not wrapped
+    return CliRunner().invoke(main, ["data", str(folder / "recipe.yaml"), *arguments], env=wide)
 
 
 def test_a_row(tiny: Tiny, tmp_path: Path) -> None:

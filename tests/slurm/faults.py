@@ -5,37 +5,34 @@ Each fault lets it happen to a run that trains on two nodes, and says how the at
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import resource
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import slurm_cluster
 from running import inject
 from slurm_cluster import Cluster
-from test_slurm import Site
+from slurm_site import Site, on_path, until
 from tiny import Tiny
 
 from distft.runs import checkpoints
 from distft.runs.directory import RunDir
+from distft.runs.files import write_atomically
 from distft.runs.status import job_ids, read_status
 from distft.runs.stop_file import stop_asked
 
+SAVE_STEPS = 5
 HANG_SECONDS = 35  # longer than SlurmdTimeout
-
-
-def until(what: Callable[[], Any], seconds: float, run: RunDir) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            logs = "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in sorted(run.logs.rglob("*.log")))
-            raise AssertionError(f"{read_status(run)}\n{logs}")
-        time.sleep(0.3)
 
 
 def start(site: Site, *arguments: str) -> RunDir:
@@ -45,56 +42,41 @@ def start(site: Site, *arguments: str) -> RunDir:
     return run
 
 
-def hurry(site: Site, run: RunDir) -> None:
-    """SLURM keeps a job that goes on for two minutes in the queue: not here."""
-    job = job_ids(run)[-1]
-    if "BeginTime" in site.cluster.run("squeue", "-h", "-j", job, "-o", "%r", check=False).stdout:
-        site.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-
-
-def begins_again(site: Site, run: RunDir, attempts: int) -> None:
+def continues(site: Site, run: RunDir, attempts: int) -> None:
     """Wait until more than `attempts` have ended."""
 
     def does() -> bool:
-        hurry(site, run)
+        site.hurry(run)
         return len(read_status(run).attempts) > attempts
 
-    until(does, 120, run)
+    until(does, run)
 
 
-def trains_on(site: Site, run: RunDir, after: float = 0, seconds: float = 150) -> dict[str, Any]:
+def steps_of(run: RunDir) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+
+
+def trains_on(site: Site, run: RunDir, after: float = 0) -> dict[str, Any]:
     """Wait until it has made steps after `after` (a time), and saved; returns the line of the first of them."""
     first: dict[str, Any] = {}
 
     def does() -> bool:
-        hurry(site, run)
-        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
-        new = [line for line in lines if line["time"] > after]
+        site.hurry(run)
+        new = [line for line in steps_of(run) if line["time"] > after]
         if new and not first:
             first.update(new[0])
         saved = checkpoints.complete(run)
         return len(new) > 5 and saved and new[-1]["step"] > saved[0].step + 3
 
-    until(does, seconds, run)
+    until(does, run)
     return first
 
 
 def longest_pause(run: RunDir, since: float) -> float:
     """Seconds between two steps, at most."""
-    times = [json.loads(line)["time"] for line in run.metrics.read_text().splitlines()]
+    times = [line["time"] for line in steps_of(run)]
     return max(after - before for before, after in itertools.pairwise(times) if after > since)
-
-
-def ended(site: Site, run: RunDir, seconds: float = 400) -> dict[str, Any]:
-    """The status at the end."""
-    deadline = time.monotonic() + seconds
-    while True:
-        hurry(site, run)
-        status = site.status(run.path)
-        if status["state"] not in ("queued", "running"):
-            return status
-        assert time.monotonic() < deadline, (status, [p.read_text()[-800:] for p in run.logs.glob("*.log")])
-        time.sleep(2)
 
 
 def ranks_of(run: RunDir) -> list[int]:
@@ -126,7 +108,7 @@ def killed(site: Site, run: RunDir) -> None:
 
 def killed_and_damaged(site: Site, run: RunDir) -> None:
     """The newest checkpoint is cut short too: the one before is taken."""
-    until(lambda: len(checkpoints.complete(run)) > 1, 60, run)
+    until(lambda: len(checkpoints.complete(run)) > 1, run)
     newest = checkpoints.complete(run)[0]
     shard = max(newest.path.glob("shard-*"), key=lambda path: path.stat().st_size)
     os.kill(ranks_of(run)[1], signal.SIGKILL)
@@ -181,23 +163,23 @@ def time_limit(site: Site, run: RunDir) -> None:
     """Its end comes near. SLURM looks twice a minute, and warns the job by itself."""
     job, attempts = job_ids(run)[-1], len(read_status(run).attempts)
     *_, minutes, _ = site.cluster.run("squeue", "-h", "-j", job, "-o", "%M").stdout.split(":")
+    pace(site, 2)
     site.cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={int(minutes) + 2}")
-    until(lambda: stop_asked(run) or len(read_status(run).attempts) > attempts, 60, run)
+    until(lambda: stop_asked(run) or len(read_status(run).attempts) > attempts, run)
+    pace(site)
     site.cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
 
 
 def disk_full(site: Site, run: RunDir) -> None:
     """runs_dir has no space left for a while, in which saves are due."""
+    times = [line["time"] for line in steps_of(run)[-SAVE_STEPS:]]
     filler = site.runs / "filler"
-    try:
-        with filler.open("wb", buffering=0) as file:
-            while file.write(b"\0" * 2**12):
-                pass
-    except OSError:
-        pass
-    time.sleep(8)
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 2**12):
+            pass
+    time.sleep(3 * (times[-1] - times[0]))
     filler.unlink()
-    until(lambda: any("No space left" in save.get("problem", "") for save in read_status(run).saves), 60, run)
+    until(lambda: any("No space left" in save.get("problem", "") for save in read_status(run).saves), run)
 
 
 @dataclass(frozen=True)
@@ -215,7 +197,6 @@ class Fault:
 
 
 KILLED = "rank 1 was killed by SIGKILL"
-NEAR_LIMIT = "stopped: the time limit is near, .* is saved"
 # In an order in which no two nodes of the four are excluded.
 OF_A_RANK = (
     Fault("a rank killed (SIGKILL), the newest checkpoint damaged", killed_and_damaged, KILLED, lost_saves=2),
@@ -223,8 +204,7 @@ OF_A_RANK = (
     Fault("network cut for 10 s", network_away, None),
     Fault("runs_dir full for a while", disk_full, None),
     Fault("preempted by a higher partition", preempted, "stopped: .* is saved", False, 0),
-    Fault("time limit", time_limit, NEAR_LIMIT, False, 0),
-    Fault("time limit again", time_limit, NEAR_LIMIT, False, 0),
+    Fault("time limit", time_limit, "stopped: the time limit is near, .* is saved", False, 0),
     # It has no memory to save either.
     Fault("a rank out of the host's memory", out_of_memory, "rank 1", lost_saves=5),
 )
@@ -236,23 +216,37 @@ OF_A_NODE = (
 )
 
 
-def hasten(site: Site) -> None:
-    (site.folder / "slow").unlink()
+def pace(site: Site, seconds: float = 0.4) -> None:
+    """How long a step takes. Those of a tiny model last milliseconds: faults are to fall among them."""
+    write_atomically(site.folder / "pace", str(seconds))
 
 
-def site_for(cluster: Cluster, folder: Path, runs: Path, tiny: Tiny, **recipe: Any) -> Site:
-    """Where a run goes on by itself; `runs`: on a file system that can be filled."""
-    site = Site(cluster, folder, tiny)
-    site.runs = runs
-    # Steps of a tiny model last milliseconds: while the file is there, longer, so that faults fall among them.
-    (folder / "slow").touch()
-    inject(folder, "transformers.trainer:Trainer.training_step", f"os.path.exists('{folder}/slow') and time.sleep(0.2)")
-    profile(site)
-    site.recipe(**recipe)
-    return site
+@contextlib.contextmanager
+def cluster_for(folder: Path, tiny: Tiny, **recipe: Any) -> Iterator[Site]:
+    """A cluster of its own, on which a run of real training continues by itself; its runs_dir is easily filled."""
+    if not slurm_cluster.namespaces_work():
+        pytest.skip("nodes have no mounts and names of their own here: root and namespaces are needed")
+    runs = folder / "small"
+    runs.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", runs], check=True)
+    try:
+        with Cluster(folder / "slurm", mode="namespaces") as cluster:  # its nodes see what was mounted before
+            site = Site(cluster, folder / "site", tiny)
+            site.runs = runs / "runs"
+            pace(site)
+            # More slowly towards the end: the last fault must not find a run that has ended.
+            pace_now = f"float(open({str(site.folder / 'pace')!r}).read())"
+            step = f"time.sleep({pace_now} * (5 if args[0].state.global_step > 0.75 * args[0].state.max_steps else 1))"
+            inject(site.folder, "transformers.trainer:Trainer.training_step", step)
+            profile(site, env=on_path(site.folder))
+            site.recipe(**recipe)
+            yield site
+    finally:
+        subprocess.run(["umount", "--lazy", runs], check=True)
 
 
-def profile(site: Site, max_requeues: int = 20, **changes: Any) -> None:
-    env = {"DISTFT_HANG_SECONDS": str(HANG_SECONDS), "PYTHONPATH": str(site.folder)}
+def profile(site: Site, max_requeues: int = 20, env: dict[str, str] | None = None, **changes: Any) -> None:
+    """A profile with which a run continues by itself."""
+    env = {"DISTFT_HANG_SECONDS": str(HANG_SECONDS), **(env or {})}
     slurm = {"cpus_per_task": 1, "partition": "low", "sbatch": ["--exclusive"]}
     site.profile(max_requeues=max_requeues, env=env, slurm=slurm, **changes)

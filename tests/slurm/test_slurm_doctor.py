@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_slurm
 from light_install import light
 from slurm_cluster import Cluster
-from test_slurm import CLUSTER, Site
+from slurm_site import CLUSTER, Site
 
-pytestmark = pytest.mark.slurm
-site = test_slurm.site
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
 
 def test_the_login_node(cluster: Cluster, light_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

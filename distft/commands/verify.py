@@ -18,7 +18,7 @@ from distft.config import batch
 from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe, Strategy
 from distft.config.schema_text import closest, did_you_mean
-from distft.data import rows
+from distft.data.reading import check_files
 from distft.errors import DistftError, PlanError, RunError
 from distft.jobs.target import Target
 from distft.models.shapes import ModelShape, read_model_shape
@@ -140,7 +140,7 @@ def plan(
     recipe = load_recipe(path, sets, needed=DATA_FILES)
     _check_world_sizes(recipe, world_sizes)
     model = read_model_shape(recipe, need_weights=True)
-    rows.check_files(recipe)
+    check_files(recipe)
     allowed, notes, fixes = _unequal(recipe, model)
     changes = [*sets, *_short(steps), *fixes]
     asked = [("ddp", world_sizes[0], ["parallelism.offload=none"])]

@@ -26,12 +26,12 @@ RunName = Annotated[
 EXCLUSIVE_FIELDS = (("training.max_steps", "training.num_train_epochs"),)
 EXCLUSIVE_IN_SOURCE = ("weight", "rows", "epochs")
 # The names that data.columns can map for each format, and that rows without a mapping have.
-_CHAT_COLUMNS = ("tools", "documents", "system", "chat_template_kwargs")
+CHAT_COLUMNS = ("tools", "documents", "system", "chat_template_kwargs")
 FORMAT_COLUMNS = {
-    "messages": ("messages", "role", "content", *_CHAT_COLUMNS),
-    "sharegpt": ("messages", "role", "content", *_CHAT_COLUMNS),
-    "alpaca": ("instruction", "input", "output", "history", *_CHAT_COLUMNS),
-    "prompt_completion": ("prompt", "completion", "label", *_CHAT_COLUMNS),
+    "messages": ("messages", "role", "content", *CHAT_COLUMNS),
+    "sharegpt": ("messages", "role", "content", *CHAT_COLUMNS),
+    "alpaca": ("instruction", "input", "output", "history", *CHAT_COLUMNS),
+    "prompt_completion": ("prompt", "completion", "label", *CHAT_COLUMNS),
     "text": ("text",),
     "tokens": ("input_ids", "labels", "attention_mask"),
 }

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.recipe import Recipe, Source
+from distft.data.hub import pinned
+from distft.data.reading import is_absent
+from distft.data.sources import as_sources, find_data
 from distft.errors import DataError, MissingPartError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -27,10 +30,7 @@ Row = tuple[str, Mapping[str, Any]]  # its place ("train.jsonl:7"), and its fiel
 
 def as_list(sources: str | float | Sequence[str | Source] | None) -> list[str]:
     """The paths of data.train or data.eval; none for a fraction."""
-    if sources is None or isinstance(sources, float):
-        return []
-    several = [sources] if isinstance(sources, str) else sources
-    return [source if isinstance(source, str) else source.path for source in several]
+    return [source.path for source in as_sources(sources)]
 
 
 def local_files(source: str) -> list[Path] | None:
@@ -220,28 +220,9 @@ def check_rows(rows: Iterable[Row], data_format: str, what: str) -> Iterator[Row
         raise DataError("\n".join([*problems[:SHOWN_PROBLEMS], *more, f"{len(problems)} of {total} rows do not fit"]))
 
 
-def is_absent(source: str) -> bool:
-    """Whether a source is a path that is not on this machine."""
-    path = Path(source)
-    return path.is_absolute() and not path.exists()
-
-
 def are_here(recipe: Recipe) -> bool:
     """Whether all local data of a recipe is on this machine."""
     return not any(is_absent(source) for source in (*as_list(recipe.data.train), *as_list(recipe.data.eval)))
-
-
-def check_files(recipe: Recipe) -> None:
-    """Check every row of the recipe's files that are on this machine. Hub data sets are checked when they are read.
-
-    Raises:
-        DataError: see check_rows.
-    """
-    for what, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-        here = [source for source in as_list(sources) if not is_absent(source) and local_files(source) is not None]
-        if here:
-            for _ in check_rows(read_rows(here), recipe.data.format, what):
-                pass
 
 
 def first_format(sources: list[str]) -> str:
@@ -267,15 +248,20 @@ def content_digest(recipe: Recipe) -> str:
     """A digest of what a recipe's prepared data depends on: the content of its files, the tokenizer, the settings.
 
     Raises:
-        DataError: a file is not here.
+        DataError: a file is not here, or the commit of a hub data set cannot be found out.
     """
     data, model = recipe.data, recipe.model
     words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
-    words += [data.train_on, sorted(data.ignore_fields)]
-    words += [model.pad_token, model.trust_remote_code]
-    for source in (*as_list(data.train), None, *as_list(data.eval)):
-        found = local_files(source) if source else []
-        words += [file_digest(path) for path in found] if found is not None else [source]
+    words += [sorted(data.columns.items()), sorted(data.roles.items()), data.train_on, sorted(data.ignore_fields)]
+    words += [model.pad_token, model.trust_remote_code, data.eval if isinstance(data.eval, float) else None]
+    for use, several in find_data(data, lambda source: Path(source.path).is_absolute()).items():
+        words.append(use)
+        for found in several:
+            words += _share(found.source)
+            words += [part for file in found.files for part in (file.kind, file.separator, file_digest(file.local()))]
+    for source in (*as_sources(data.train), None, *as_sources(data.eval)):
+        if source and not Path(source.path).is_absolute():
+            words += [*_share(source), source.config, pinned(source.path)]
     folder = Path(model.name_or_path)
     if folder.is_dir():
         # All files but weights and model cards: any of them may be part of the tokenizer.
@@ -287,6 +273,10 @@ def content_digest(recipe: Recipe) -> str:
         template = Path(data.chat_template)
         words.append(template.read_bytes() if template.is_absolute() else data.chat_template)
     return _digest(*words)
+
+
+def _share(source: Source) -> list[object]:
+    return [source.weight, source.rows, source.epochs]
 
 
 def _digest(*words: object) -> str:

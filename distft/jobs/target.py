@@ -14,7 +14,7 @@ from distft import extras
 from distft.config.document import Document
 from distft.config.loading import DATA_FILES, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
-from distft.data import rows
+from distft.data.reading import check_files
 from distft.errors import ClusterError, MissingPartError, RecipeError
 from distft.hardware.devices import (
     GPUS,
@@ -116,7 +116,7 @@ def plan_recipe(
     """
     loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
     plan = make_plan(loaded.recipe, target.where(), need_weights)
-    rows.check_files(loaded.recipe)
+    check_files(loaded.recipe)
     return loaded.recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings))
 
 

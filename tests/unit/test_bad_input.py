@@ -92,8 +92,8 @@ def test_row_that_does_not_fit(refused: Callable[..., str], tmp_path: Path, row:
 
 
 def test_other_kinds_of_rows(refused: Callable[..., str], tmp_path: Path) -> None:
-    said = refused(data__train=data_file(tmp_path, [{"question": "x", "answer": "y"}]))
-    assert ":1: got the fields question, answer; need messages, prompt + completion or text" in said
+    said = refused(data__train=data_file(tmp_path, [{"quest": "x", "reward": "y"}]))
+    assert ":1: got the fields quest, reward; need messages, prompt + completion, instruction + output" in said
     said = refused(data__train=data_file(tmp_path, [{"prompt": "x", "completion": None}]))
     assert ":1: completion: got nothing, need a string" in said
     (tmp_path / "rows.csv").write_text('prompt,completion\na,b\n"c\n')

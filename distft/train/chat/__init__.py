@@ -7,8 +7,8 @@ the line break after that; not the header that the generation prompt gives. Wher
 `assistant_only_loss`.
 """
 
+from distft.data.problems import RowProblem
 from distft.train.chat.encoder import ChatEncoder, Document, Span, TrainOn, check_template
-from distft.train.chat.template import RowProblem
 from distft.train.chat.tokenize import tokenize
 
 __all__ = ["ChatEncoder", "Document", "RowProblem", "Span", "TrainOn", "check_template", "tokenize"]

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from distft.data.problems import RowProblem
 from distft.train.chat.habits import Habits
 from distft.train.chat.messages import Message
 from distft.train.chat.ranges import Range
-from distft.train.chat.template import Rendered, RowProblem
+from distft.train.chat.template import Rendered
 from distft.train.chat.values import (
     Lost,
     content_texts,

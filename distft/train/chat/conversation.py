@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distft.data.problems import RowProblem
 from distft.train.chat.checks import Checks
 from distft.train.chat.habits import Habits
 from distft.train.chat.messages import REASONING, Message
 from distft.train.chat.ranges import Range, TrainedRanges, joined
-from distft.train.chat.template import Rendered, RowProblem, TemplateRefuses
+from distft.train.chat.template import Rendered, TemplateRefuses
 from distft.train.chat.values import Lost, place
 
 

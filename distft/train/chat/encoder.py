@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from distft.data.problems import RowProblem
 from distft.train.chat.checks import ignored_option
 from distft.train.chat.conversation import Conversation, Turns
 from distft.train.chat.habits import SAMPLE, Habits
 from distft.train.chat.messages import Message
 from distft.train.chat.ranges import Range
-from distft.train.chat.template import ChatTemplate, Rendered, RowProblem
+from distft.train.chat.template import ChatTemplate, Rendered
 from distft.train.chat.tokenize import tokenize
 from distft.train.chat.values import FLAGS, check_message, is_trained
 

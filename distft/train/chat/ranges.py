@@ -6,9 +6,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
+from distft.data.problems import RowProblem
 from distft.train.chat.habits import Habits
 from distft.train.chat.messages import Message
-from distft.train.chat.template import Rendered, RowProblem
+from distft.train.chat.template import Rendered
 from distft.train.chat.values import place, short
 
 Range = tuple[int, int]

@@ -27,15 +27,6 @@ SIGN = "_distft_sign"  # the function that the compiled template calls
 _SIGNS = [chr(0xF0F00 + n) for n in range(8)]
 
 
-class RowProblem(Exception):
-    """A conversation that would not be trained as it is meant: a stable slug, and a text with the place and the fix."""
-
-    def __init__(self, kind: str, text: str):
-        super().__init__(text)
-        self.kind = kind
-        self.text = text
-
-
 class TemplateRefuses(Exception):
     """The template raised an error of its own: a role or an order that it does not take, or a bug in it."""
 

@@ -6,8 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from distft.data.problems import RowProblem
 from distft.train.chat.ranges import Range
-from distft.train.chat.template import RowProblem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from distft.data.problems import RowProblem
 from distft.train.chat.messages import REASONING, Message, part_text
-from distft.train.chat.template import RowProblem
 
 FLAGS = ("weight", "train", "training", "loss")  # keys by which rows say that a turn is not to be trained
 # Names that other formats have for these roles. A template that passes roles on would print them as they are, and what

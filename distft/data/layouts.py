@@ -1,0 +1,155 @@
+"""Which format rows are in, and in which of their columns: by data.format and data.columns, or by their fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from distft.config.recipe import CHAT_COLUMNS, FORMAT_COLUMNS
+from distft.data.problems import RowProblem
+
+SAMPLE = 100  # rows of a file by which its format is told
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+ROLES, CONTENTS = ("role", "from"), ("content", "value", "text")  # keys of a message
+# What people call the two sides of an instruction, in the order in which they are looked for.
+PAIRS = (
+    *[("instruction", answer) for answer in ("output", "response", "answer", "completion")],
+    *[("question", answer) for answer in ("answer", "response", "output")],
+    *[("query", answer) for answer in ("response", "answer", "output")],
+    *[("prompt", answer) for answer in ("response", "answer", "output")],
+    ("problem", "solution"),
+    ("inputs", "targets"),
+    ("input", "output"),
+)
+_NEEDED = {
+    "messages": ("messages",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "tokens": ("input_ids",),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A format, and the row's column for each of its names (FORMAT_COLUMNS). sharegpt is the format messages, with
+    the role names of ShareGPT."""
+
+    format: str
+    columns: Mapping[str, str]
+    has_sharegpt_roles: bool = False
+
+    def column(self, name: str) -> str:
+        return self.columns.get(name, name)
+
+    def __str__(self) -> str:
+        """`alpaca (instruction: question, output: answer)`, to be printed."""
+        more = [name for name in self.columns if name not in ("role", "content") or self.column(name) != name]
+        shown = dict.fromkeys((*_NEEDED[self.format], *more))
+        words = [name if self.column(name) == name else f"{name}: {self.column(name)}" for name in shown]
+        return f"{self.format} ({', '.join(words)})"
+
+
+def find_layout(rows: Sequence[Mapping[str, Any]], data_format: str, columns: Mapping[str, str]) -> Layout:
+    """The layout of rows of one file.
+
+    Args:
+        rows: the first ones.
+        data_format, columns: data.format and data.columns.
+
+    Raises:
+        RowProblem: preference, or format-unknown.
+    """
+    samples: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.items():
+            if samples.get(name) is None:
+                samples[name] = value
+    fields = [name for name, value in samples.items() if value is not None]
+    if data_format == "auto":
+        found_format = _format_of_columns(columns) or _format_of_fields(fields, samples)
+        data_format = found_format or _format_of_fields(list(samples), samples) or _unknown(samples)
+    found = dict(_guessed("messages" if data_format == "sharegpt" else data_format, fields, samples)) | dict(columns)
+    if data_format not in ("messages", "sharegpt"):
+        return Layout(data_format, found)
+    return Layout("messages", found, data_format == "sharegpt" or found.get("role") == "from")
+
+
+def _format_of_columns(columns: Mapping[str, str]) -> str | None:
+    """The format that the names mapped by data.columns belong to; None where any format has them."""
+    return next((name for name, own in FORMAT_COLUMNS.items() if set(columns) & (set(own) - set(CHAT_COLUMNS))), None)
+
+
+def _format_of_fields(fields: Sequence[str], samples: Mapping[str, Any]) -> str | None:
+    if "input_ids" in fields:
+        return "tokens"
+    if any(name in fields and _is_conversation(samples[name]) for name in CONVERSATIONS):
+        return "messages"
+    if "chosen" in fields and "rejected" in fields:
+        raise preference(samples)
+    if "prompt" in fields and "completion" in fields:
+        return "prompt_completion"
+    if any(question in fields and answer in fields for question, answer in PAIRS):
+        return "alpaca"
+    if any(name in fields for name in CONVERSATIONS):  # to say what is wrong with it
+        return "messages"
+    return "text" if "text" in fields else None
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+def _unknown(samples: Mapping[str, Any]) -> NoReturn:
+    raise RowProblem(
+        "format-unknown",
+        f"got the fields {', '.join(samples) or '(none)'}; need messages, prompt + completion, instruction + output, "
+        "text or input_ids; data.columns gives them other names, such as {messages: dialog} or {text: content}",
+    )
+
+
+def preference(row: Mapping[str, Any]) -> RowProblem:
+    """For a row with a chosen and a rejected answer."""
+    chosen = row.get("chosen")
+    name = "messages" if isinstance(chosen, list) and len(chosen) > 1 else "completion" if "prompt" in row else "text"
+    return RowProblem(
+        "preference",
+        "got preference data (chosen, rejected), which this training method does not use; to train on the chosen "
+        f"answers alone, set data.columns: {{{name}: chosen}}",
+    )
+
+
+def _guessed(data_format: str, fields: Sequence[str], samples: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The columns of a format that have another name in these rows."""
+    if data_format == "alpaca":
+        question, answer = next((pair for pair in PAIRS if set(pair) <= set(fields)), PAIRS[0])
+        yield from (("instruction", question), ("output", answer))
+        more = [name for name in ("input", "context") if name in fields and name != question]
+        yield from (("input", name) for name in more[:1])
+    if data_format == "messages":
+        name = next((name for name in CONVERSATIONS if name in fields), CONVERSATIONS[0])
+        keys = (
+            _keys_of_messages(samples.get(name))
+            or ("from value" if name == "conversations" else "role content").split()
+        )
+        yield from (
+            ("messages", name),
+            ("role", next((key for key in ROLES if key in keys), ROLES[0])),
+            ("content", next((key for key in CONTENTS if key in keys), CONTENTS[0])),
+        )
+    if data_format in ("messages", "alpaca", "prompt_completion"):
+        for name, others in (("system", ("system", "system_prompt")), ("tools", ("tools", "functions"))):
+            yield from [(name, other) for other in others if other in fields][:1]
+
+
+def _keys_of_messages(messages: Any) -> list[str]:
+    """The keys of the first message."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            return []
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return list(first) if isinstance(first, dict) else []

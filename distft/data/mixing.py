@@ -1,0 +1,33 @@
+"""How many rows each source gives to a mix, and which."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from distft.config.recipe import Source
+
+
+def mixed_counts(counts: Sequence[int], sources: Sequence[Source]) -> list[int]:
+    """The rows of each source in one pass over the mix.
+
+    Args:
+        counts: the rows that each source has.
+    """
+    if all(source.weight is not None for source in sources) and sources:
+        most = min(count / (source.weight or 1) for count, source in zip(counts, sources, strict=True))
+        return [int(most * (source.weight or 1) + 1e-6) for source in sources]
+    return [
+        source.rows or round(count * (source.epochs or 1)) if count else 0
+        for count, source in zip(counts, sources, strict=True)
+    ]
+
+
+def drawn(count: int, wanted: int, seed: int) -> list[int]:
+    """Indices of `wanted` of `count` rows, in order: each row as often as all can be, and a sample by the seed beyond.
+
+    The same for the same numbers, on any machine.
+    """
+    times, rest = divmod(wanted, count) if count else (0, 0)
+    extra = random.Random(seed).sample(range(count), rest)
+    return sorted([*(n for n in range(count) for _ in range(times)), *extra])

@@ -1,0 +1,165 @@
+"""Reading a recipe's data: its files, their rows, and what each is trained as. No torch.
+
+    found = find_data(recipe.data)["train"]                     which files (sources.py)
+    for batch, layout in batches(found, recipe.data):           rows, not parsed yet, and the format of their file
+        for place, example in examples(batch, layout, Formatter.of(recipe.data), tally): ...
+    tally.check("data.train")                                   raises for all rows that do not fit
+
+A batch, its layout and a Formatter can be sent to another process; the tallies of several are merged in the order of
+the batches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from distft.config.paths import data_is_there, locate_data
+from distft.config.recipe import Data, Recipe, Source
+from distft.data.files import Found
+from distft.data.formats import Example, Formatter
+from distft.data.hub import pinned as pinned_path
+from distft.data.layouts import SAMPLE, Layout, find_layout
+from distft.data.problems import Problems, RowProblem, Untrained
+from distft.data.readers import Batch, read_batches
+from distft.data.sources import find_data
+from distft.errors import DataError
+
+
+@dataclass
+class Tally:
+    """What reading rows has found so far, to be printed."""
+
+    rows: int = 0
+    layouts: Counter[str] = field(default_factory=Counter)  # how many rows have each format
+    untrained: Problems = field(default_factory=Problems)
+    problems: Problems = field(default_factory=Problems)
+
+    def merge(self, later: Tally) -> None:
+        """Add that of rows that come after these."""
+        self.rows += later.rows
+        self.layouts += later.layouts
+        self.untrained.merge(later.untrained)
+        self.problems.merge(later.problems)
+
+    def check(self, what: str) -> None:
+        """Raises DataError for rows that do not fit, the first of each kind and how many there are, or for no rows."""
+        if self.problems.counts:
+            raise DataError("\n".join(self.problems.lines(what, self.rows)))
+        if not self.rows:
+            raise DataError(f"{what}: no rows")
+
+
+def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[Batch, Layout]]:
+    """All rows of the files, in order and not parsed yet, with the layout of their file.
+
+    Raises:
+        DataError: a file that cannot be read, or whose rows are in no known format.
+    """
+    for source in found:
+        for file in source.files:
+            layout: Layout | None = None
+            for batch in read_batches([file]):
+                layout = layout or _layout(batch, data)
+                yield batch, layout or Layout("text", {})  # no row of the batch can be read at all
+
+
+def _layout(batch: Batch, data: Data) -> Layout | None:
+    rows = [(place, row) for place, row in islice(batch.rows(), SAMPLE) if not isinstance(row, RowProblem)]
+    if not rows:
+        return None
+    try:
+        return find_layout([row for _, row in rows], data.format, data.columns)
+    except RowProblem as problem:
+        raise DataError(f"{rows[0][0]}: {problem.text}") from None
+
+
+def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -> Iterator[tuple[str, Example]]:
+    """The examples in a batch, with their place. Rows that do not fit are counted in `tally`."""
+    for place, row in batch.rows():
+        tally.rows += 1
+        try:
+            example = formatter.example(row, layout)
+        except Untrained as reason:
+            tally.untrained.add(reason.kind, place, reason.text)
+        except RowProblem as problem:
+            tally.problems.add(problem.kind, place, problem.text)
+        else:
+            tally.layouts[str(layout)] += 1
+            yield place, example
+
+
+def read_examples(
+    found: Sequence[Found], data: Data, what: str, has_chat_template: bool = True, tally: Tally | None = None
+) -> Iterator[tuple[str, Example]]:
+    """All examples in the files, in order, in this process.
+
+    Raises:
+        DataError: a file that cannot be read; at the end, rows that do not fit, or no rows.
+    """
+    tally = Tally() if tally is None else tally
+    formatter = Formatter.of(data, has_chat_template)
+    for batch, layout in batches(found, data):
+        yield from examples(batch, layout, formatter, tally)
+    tally.check(what)
+
+
+def is_absent(source: str) -> bool:
+    """Whether a source is a path that is not on this machine."""
+    return Path(source).is_absolute() and not data_is_there(locate_data(Path("/"), source)[0])
+
+
+def check_files(recipe: Recipe) -> list[str]:
+    """Check every row of the recipe's files that are on this machine. Hub data sets are checked when they are read.
+
+    Returns what is read, what is left out, and in which format the rows are, to be printed.
+
+    Raises:
+        DataError: a path that stands for nothing, files that are both trained on and evaluated, rows that do not fit.
+    """
+    lines = []
+    for use, found in find_data(recipe.data, _is_here).items():
+        if not found:
+            continue
+        tally = Tally()
+        for _, example in read_examples(found, recipe.data, f"data.{use}", tally=tally):
+            if recipe.data.long_rows == "split" and example.kind != "text":
+                raise DataError(
+                    f"data.long_rows: split needs rows of text, and data.{use} has {example.kind}; use error, "
+                    "truncate or drop"
+                )
+        lines += [f"data.{use}: {line}" for source in found for line in source.lines()]
+        lines += [f"data.{use}: {count:,} rows of {layout}" for layout, count in tally.layouts.items()]
+        lines += [
+            f"data.{use}: {count:,} rows are left out ({kind}); the first: {tally.untrained.first[kind][0]}"
+            for kind, count in tally.untrained.counts.items()
+        ]
+    return lines
+
+
+def _is_here(source: Source) -> bool:
+    return Path(source.path).is_absolute() and not is_absent(source.path)
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with every hub data set at the commit that its revision stands for now.
+
+    Raises:
+        DataError: a commit cannot be found out.
+    """
+
+    def pin(value: Any) -> Any:
+        if isinstance(value, list):
+            return [pin(source) for source in value]
+        if isinstance(value, Source):
+            return value.model_copy(update={"path": pin(value.path)})
+        return pinned_path(value) if isinstance(value, str) and not Path(value).is_absolute() else value
+
+    data = recipe.data
+    return recipe.model_copy(
+        update={"data": data.model_copy(update={"train": pin(data.train), "eval": pin(data.eval)})}
+    )

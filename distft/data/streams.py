@@ -1,0 +1,113 @@
+"""The bytes of a file, decompressed, in bounded memory."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import tempfile
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from distft.data.files import DataFile
+from distft.errors import DataError, MissingPartError, first_line
+
+BLOCK = 2**20  # bytes that are read at once
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _open(file: DataFile) -> AbstractContextManager[Any]:
+    path = file.local()
+    if file.compression == "gzip":
+        return gzip.open(path, "rb")
+    if file.compression == "bz2":
+        return bz2.open(path, "rb")
+    if file.compression == "xz":
+        return lzma.open(path, "rb")
+    if file.compression == "zstd":
+        return _open_zstd(file)
+    return path.open("rb")
+
+
+def _open_zstd(file: DataFile) -> AbstractContextManager[Any]:
+    stream: AbstractContextManager[Any]
+    try:
+        import pyarrow
+
+        stream = pyarrow.input_stream(str(file.local()), compression="zstd")
+    except ImportError:
+        try:
+            import zstandard
+        except ImportError:
+            raise MissingPartError(f"{file.name}: reading .zst needs pip install zstandard, or distft[train]") from None
+        stream = zstandard.open(file.local(), "rb")
+    return stream
+
+
+def blocks(file: DataFile) -> Generator[bytes]:
+    """The bytes of a file, decompressed.
+
+    Raises:
+        DataError: it cannot be read to its end.
+    """
+    try:
+        with _open(file) as stream:
+            while block := stream.read(BLOCK):
+                yield block
+    except PermissionError:
+        raise DataError(f"{file.name}: cannot be read (permission denied)") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        what = "cannot be decompressed" if file.compression else "cannot be read"
+        fix = "; it is damaged, or only a part of it was copied" if file.compression else ""
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{file.name}: {what} ({reason}){fix}") from None
+
+
+class BlockStream(io.RawIOBase):
+    """Blocks as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks = blocks
+        self.rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        if not self.rest:
+            self.rest = next(self.blocks, b"")
+        part, self.rest = self.rest[: len(view)], self.rest[len(view) :]
+        view[: len(part)] = part
+        return len(part)
+
+
+def not_utf8(file: DataFile) -> DataError:
+    """For a file that is not UTF-8: names the first such line."""
+    with io.BufferedReader(BlockStream(blocks(file))) as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith(UTF16):
+                return DataError(f"{file.name}: got UTF-16, need UTF-8; save it as UTF-8")
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return DataError(f"{file.name}:{number}: not UTF-8 (byte {error.start + 1}); save it as UTF-8")
+    return DataError(f"{file.name}: not UTF-8; save it as UTF-8")
+
+
+def seekable(file: DataFile) -> AbstractContextManager[Any]:
+    """A file in which one can go back: decompressed on disk, not in memory."""
+    import pyarrow
+
+    if file.compression is None:
+        source: AbstractContextManager[Any] = pyarrow.OSFile(str(file.local()))
+        return source
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    for block in blocks(file):
+        copy.write(block)
+    copy.seek(0)
+    return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,6 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 
 def found(tmp_path: Path, environment: dict[str, str], fixes: str) -> str:
     """What accelerate makes of the environment on two gloo ranks."""
-    import os
-
     script = tmp_path / "report.py"
     script.write_text(REPORT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -52,12 +51,15 @@ def test_strategies(tmp_path: Path, environment: dict[str, str], wanted: str, wi
     assert found(tmp_path, environment, "none") == without, "upstream has changed: is the fix still needed?"
 
 
+@pytest.mark.parametrize("package", ["bitsandbytes", "deepspeed.runtime.zero.muon.original_muon"])
 @pytest.mark.parametrize(
     ("fixes", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "fixed"]
 )
-def test_bitsandbytes_compiles_nothing(fixes: str, imported: bool) -> None:
-    code = f"import sys; from distft.train import cpu_ranks; {fixes}; import torch, bitsandbytes; " + (
-        "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
+def test_the_compiler_is_not_imported(fixes: str, imported: bool, package: str) -> None:
+    """Every engine of DeepSpeed imports its Muon optimizer."""
+    code = f"import sys; from distft.train import cpu_ranks; {fixes}; import torch, {package}; " + (
+        "print('found', 'torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"{imported} torch\n", done.stderr
+    env = {**os.environ, "ACCELERATE_USE_DEEPSPEED": "true"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert done.stdout.splitlines()[-1] == f"found {imported} torch", done.stderr

@@ -18,10 +18,10 @@ demo: $(VENV)/.train
 	@$(BIN)/python -m distft.cli.demo $(QUICKSTART) --gpus-per-node $(RANKS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/integration/test_verify.py
+	$(BIN)/python -m pytest -n 2 tests/unit tests/integration/test_verify.py
 
 check: $(VENV)/.dev
 	@tools/check.sh $(BIN)

@@ -19,6 +19,20 @@ from tiny import Tiny, make_tiny
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `pytest -n`: the tests of tests/slurm in one worker, since they share clusters; others where one is free.
+
+    Not by the mark xdist_group: xdist 3.8 puts it into the tests' node ids, which pytest 9.2 does not let it change.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if "tests/slurm/" in nodeid else nodeid
+
+    return Scheduling(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Seconds by module, as they add up over all workers."""
     seconds: Counter[str] = Counter()

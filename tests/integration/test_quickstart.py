@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,18 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(once: Callable[..., Path]) -> Made:
     from transformers import AutoTokenizer
 
-    path = tmp_path_factory.mktemp("quickstart")
-    counts = quickstart.write_data(path)
-    quickstart.write_recipes(path)
-    subprocess.run([sys.executable, "-m", "distft.quickstart.model", str(path)], check=True)
-    (path / "base").symlink_to("base-untrained")
+    def make(folder: Path) -> None:
+        counts = quickstart.write_data(folder)
+        (folder / "counts.json").write_text(json.dumps(asdict(counts)))
+        quickstart.write_recipes(folder)
+        subprocess.run([sys.executable, "-m", "distft.quickstart.model", str(folder)], check=True)
+        (folder / "base").symlink_to("base-untrained")
+
+    path = once("quickstart", make)
+    counts = quickstart.Counts(**json.loads((path / "counts.json").read_text()))
     return Made(path, counts, AutoTokenizer.from_pretrained(path / "base-untrained"))
 
 

@@ -23,7 +23,7 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import last_metrics
 from distft.runs.status import Attempt, Cause, State, Status, job_ids, read_status
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 STEPS = 160
 RECIPE = {
     "training__max_steps": STEPS,

@@ -27,7 +27,7 @@ from tiny import Tiny
 from distft.runs.directory import RunDir
 from distft.runs.status import State, read_status
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 
 # ---- looking after a run

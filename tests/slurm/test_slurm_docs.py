@@ -17,7 +17,7 @@ import yaml
 from slurm_site import PATIENCE, STUB, on_path
 from tiny import Tiny
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 PAGE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 # Real training in the ways that no other test has it; the stub of the training loop in the others.
 REAL = ("--sweep", "salloc")

@@ -11,7 +11,7 @@ from light_install import light
 from slurm_cluster import Cluster
 from slurm_site import CLUSTER, Site
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 
 def test_the_login_node(cluster: Cluster, light_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from slurm_cluster import Cluster
 from slurm_site import CLUSTER, Site, on_path
 from tiny import Tiny
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 LAYOUTS = [(4, 1), (2, 2)]  # nodes, ranks a node
 STRATEGIES = ["zero3", "zero2", "ddp", "fsdp", "hsdp"]
 STEPS = ("--set", "training.num_train_epochs=null", "--set", "training.max_steps=4", "--set", "data.eval=null")

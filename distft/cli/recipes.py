@@ -27,11 +27,19 @@ def validate(recipe: str, sets: tuple[str, ...], target: Target, as_json: bool) 
 
     loaded, plan = plan_recipe(recipe, sets, target)
     if as_json:
-        options.print_json({"recipe": recipe, "name": loaded.name, "valid": True, "warnings": list(plan.warnings)})
+        options.print_json(
+            {
+                "recipe": recipe,
+                "name": loaded.name,
+                "valid": True,
+                "warnings": list(plan.warnings),
+                "data": list(plan.data),
+            }
+        )
         return
     options.print_warnings(plan.warnings)
     devices = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
-    click.echo(f"{recipe}: valid on {devices}")
+    click.echo("\n".join([*plan.data, f"{recipe}: valid on {devices}"]))
 
 
 @click.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +104,7 @@ def pinned(text: str) -> str:
 def _library() -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
     except ImportError:
         raise MissingPartError('a data set of the hub needs pip install "distft[train]"') from None
     return huggingface_hub
@@ -115,15 +117,24 @@ def _commit(repo: str, revision: str) -> str:
     hub = _library()
     if not hub.constants.HF_HUB_OFFLINE:
         try:
-            return str(hub.HfApi().dataset_info(repo, revision=revision).sha)
+            commit = str(hub.HfApi().dataset_info(repo, revision=revision).sha)
         except Exception as error:  # the hub client's own, the HTTP library's, OSError
             raise DataError(_refusal(repo, revision, error)) from None
+        _note(_cache(repo) / "refs" / revision, commit)
+        return commit
     try:
         return (_cache(repo) / "refs" / revision).read_text().strip()
     except OSError:
         raise DataError(
             f"{repo}@{revision}: not in the hub's cache, and HF_HUB_OFFLINE is set; name the commit, or unset it"
         ) from None
+
+
+def _note(ref: Path, commit: str) -> None:
+    """Write down where the hub's client looks for it too, for when this machine is offline."""
+    with suppress(OSError):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
 
 
 def _refusal(repo: str, revision: str, error: Exception) -> str:

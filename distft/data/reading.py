@@ -133,12 +133,16 @@ def check_files(recipe: Recipe) -> list[str]:
                     "truncate or drop"
                 )
         lines += [f"data.{use}: {line}" for source in found for line in source.lines()]
-        lines += [f"data.{use}: {count:,} rows of {layout}" for layout, count in tally.layouts.items()]
+        lines += [f"data.{use}: {_rows(count)} of {layout}" for layout, count in tally.layouts.items()]
         lines += [
-            f"data.{use}: {count:,} rows are left out ({kind}); the first: {tally.untrained.first[kind][0]}"
+            f"data.{use}: {_rows(count)} left out ({kind}); the first: {tally.untrained.first[kind][0]}"
             for kind, count in tally.untrained.counts.items()
         ]
     return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _is_here(source: Source) -> bool:

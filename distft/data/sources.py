@@ -124,7 +124,8 @@ def _choose(files: Mapping[str, list[str]], wanted: str | None, use: Use, where:
         return wanted
     names = ", ".join(present)
     what = f"no split {wanted}" if wanted else "no split train" if use == "train" else "no split validation or test"
-    raise DataError(f"{where}: {what}; it has {names}: name one after a colon, as in {where}:{present[0]}")
+    base = re.sub(r":[^/:]*$", "", where)
+    raise DataError(f"{where}: {what}; it has {names}: name one after a colon, as in {base}:{present[0]}")
 
 
 def _find_on_hub(source: Source, use: Use) -> Found:
@@ -150,7 +151,7 @@ def _find_on_hub(source: Source, use: Use) -> Found:
     left_out = [
         LeftOut(f"{where}/{top}{name}", f"not a data file ({PurePath(name).suffix})")
         for name in below
-        if not kind_of(name)
+        if not kind_of(name) and name not in (splits.README, ".gitattributes")
     ]
     folder = Folder(
         f"{where}/{top}".rstrip("/"),

@@ -14,7 +14,7 @@ from distft import extras
 from distft.config.document import Document
 from distft.config.loading import DATA_FILES, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
-from distft.data.reading import check_files
+from distft.data.reading import check_files, pinned
 from distft.errors import ClusterError, MissingPartError, RecipeError
 from distft.hardware.devices import (
     GPUS,
@@ -115,9 +115,11 @@ def plan_recipe(
         DistftError: the request is wrong.
     """
     loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
-    plan = make_plan(loaded.recipe, target.where(), need_weights)
-    check_files(loaded.recipe)
-    return loaded.recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings))
+    # A data set of the hub may change while a run goes on, so the run's recipe names its commit.
+    recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() else loaded.recipe
+    plan = make_plan(recipe, target.where(), need_weights)
+    data = check_files(recipe)
+    return recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings), data=tuple(data))
 
 
 def plan_script(

@@ -54,6 +54,7 @@ class RecipePlan(Plan):
     candidates: tuple[Candidate, ...]
     assumptions: tuple[str, ...]  # what the estimates of time rest on: sentences for people
     simulated: bool  # memory was counted, not estimated
+    data: tuple[str, ...] = ()  # which files are read, and in which format: sentences for people
 
     @property
     def fits(self) -> bool:
@@ -385,6 +386,7 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
         "reasons": list(plan.reasons),
         "warnings": list(plan.warnings),
         "assumptions": list(known.assumptions) if known else [],
+        "data": list(known.data) if known else [],
     }
 
 

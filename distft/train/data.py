@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
-from distft.data import rows
+from distft.data import reading, rows
 from distft.errors import DataError, DistftError, RecipeError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
@@ -277,18 +278,28 @@ def check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -
         raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit} tokens)")
 
 
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: another node may read it."""
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_text(text)
+    whole.replace(path)
+
+
 def main() -> int:
     """`python -m distft.train.data RECIPE [PROBLEM]`: prepare the data of RECIPE.
 
     What is wrong with it goes into the file PROBLEM, else to standard error.
     """
-    from distft.config.loading import DATA_FILES, load_recipe
+    from distft.config.loading import DATA_FILES, dump_recipe, load_recipe
 
     run = RunDir(Path(sys.argv[1]).parent)
     if run.stop.exists():  # RECIPE is in a run directory: a step of a job, which may be asked to stop
         Stopping(run)
     try:
         recipe = load_recipe(sys.argv[1], needed=DATA_FILES)
+        if (fixed := reading.pinned(recipe)) != recipe:  # the ranks must find the very data that is prepared here
+            recipe = fixed
+            _replace(Path(sys.argv[1]), dump_recipe(recipe))
         if not rows.is_prepared(rows.cache_folder(recipe)):
             with worker.importing():
                 from transformers import AutoConfig, AutoTokenizer  # noqa: F401

@@ -36,6 +36,7 @@ def lines(plan: RecipePlan, limits: Limits, fixes: Sequence[str], width: int) ->
     yield from _table(plan, width)
     yield from _memory(plan, width)
     for title, sentences in (
+        ("data", plan.data),
         ("limits", list(_limits(plan, limits))),
         ("why", plan.reasons),
         ("what would change it", list(_changes(plan))),

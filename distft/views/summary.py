@@ -29,6 +29,7 @@ def plan_lines(plan: Plan) -> list[str]:
             f"  estimated: {gib(memory.process)} of {gib(plan.device.memory)} per rank{host}"
             + (f", {short(speed)} s per step" if speed else "")
         )
+        lines += [f"  {line}" for line in plan.data]
     return [*lines, *(f"  {reason}" for reason in plan.reasons), *(f"warning: {text}" for text in plan.warnings)]
 
 

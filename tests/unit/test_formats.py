@@ -529,8 +529,8 @@ def test_what_is_read_is_told(tmp_path: Path) -> None:
         f"data.train: {tmp_path}: 2 files of split train (no split in the names): a.jsonl, b.jsonl",
         "data.train:   left out, not a data file (.txt): c.txt",
         "data.train: 3 rows of text (text)",
-        "data.train: 1 rows of prompt_completion (prompt, completion)",
-        f"data.train: 1 rows are left out (label-false); the first: {tmp_path}/b.jsonl:2: label: false marks an answer "
+        "data.train: 1 row of prompt_completion (prompt, completion)",
+        f"data.train: 1 row left out (label-false); the first: {tmp_path}/b.jsonl:2: label: false marks an answer "
         "that is not wanted; data.ignore_fields: [label] trains it",
     ]
     assert check_files(recipe(train="/nowhere/x.jsonl", eval=["owner/name"])) == []

@@ -375,8 +375,9 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
         "try: find(Source(path=os.getcwd()), 'train')\n"
         "except DataError as error: print(error)\n"
     )
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(above.stat().st_mode | 0o055)
+    for above in (tmp_path, *tmp_path.parents):
+        if above.stat().st_mode & 0o055 != 0o055:
+            above.chmod(above.stat().st_mode | 0o055)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     (folder / "sub").chmod(0o755)
     assert done.stdout == f"{folder}/sub: cannot be read (permission denied)\n", done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 from distft.config.recipe import Recipe, Source
 from distft.data.hub import pinned
 from distft.data.reading import is_absent
-from distft.data.sources import as_sources, find_data
+from distft.data.sources import Use, as_sources, find_data
 from distft.errors import DataError, MissingPartError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -31,6 +31,13 @@ Row = tuple[str, Mapping[str, Any]]  # its place ("train.jsonl:7"), and its fiel
 def as_list(sources: str | float | Sequence[str | Source] | None) -> list[str]:
     """The paths of data.train or data.eval; none for a fraction."""
     return [source.path for source in as_sources(sources)]
+
+
+def to_read(recipe: Recipe, use: Use) -> list[str]:
+    """The local files that data.train or data.eval stands for, and the names of its hub data sets."""
+    found = find_data(recipe.data, lambda source: Path(source.path).is_absolute())[use]
+    of_hub = [name for name in as_list(getattr(recipe.data, use)) if not Path(name).is_absolute()]
+    return [*(str(file.local()) for source in found for file in source.files), *of_hub]
 
 
 def local_files(source: str) -> list[Path] | None:

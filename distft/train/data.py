@@ -127,9 +127,9 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
     _check_model_code(recipe)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
-        counts = {"train": _prepare_split(recipe, tokenizer, rows.as_list(recipe.data.train), work, "train")}
+        counts = {"train": _prepare_split(recipe, tokenizer, rows.to_read(recipe, "train"), work, "train")}
         if recipe.data.eval:
-            counts["eval"] = _prepare_split(recipe, tokenizer, rows.as_list(recipe.data.eval), work, "eval")
+            counts["eval"] = _prepare_split(recipe, tokenizer, rows.to_read(recipe, "eval"), work, "eval")
         (work / rows.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:

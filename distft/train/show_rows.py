@@ -66,7 +66,7 @@ class _Reader:
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str):
         self.recipe, self.tokenizer = recipe, tokenizer
         self.what = f"data.{split}"
-        self.sources = rows.as_list(recipe.data.train if split == "train" else recipe.data.eval)
+        self.sources = rows.to_read(recipe, "train" if split == "train" else "eval")
         chosen = recipe.data.format
         self.format = rows.first_format(self.sources) if chosen == "auto" else chosen
         self.encoder: Encoder = encoder(self.format, tokenizer, recipe)

@@ -83,3 +83,16 @@ def test_the_cache_goes_by_content(tiny: Tiny, tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train=str(path))))
         folders.append(cache_folder(load_recipe(tmp_path / "recipe.yaml")))
     assert folders[0] == folders[1] != folders[2]
+
+
+def test_only_the_split_is_trained_on(tiny: Tiny, tmp_path: Path, from_jsonl: list) -> None:
+    """Of a folder with several, and the evaluation data is the folder's too."""
+    data = tmp_path / "data"
+    (data / ".ipynb_checkpoints").mkdir(parents=True)
+    write_jsonl(data / "train.jsonl", PAIRS)
+    write_jsonl(data / "test.jsonl", PAIRS[:1])
+    write_jsonl(data / ".ipynb_checkpoints" / "train.jsonl", PAIRS)
+    found = prepared(tiny, tmp_path, data__train=str(data), data__eval=str(data))
+    assert list(found.train) == from_jsonl
+    assert found.eval is not None
+    assert len(found.eval) == 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +37,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Work(threading.Thread):
-    """A function of a folder and the tiny model, in a thread: it mostly waits, for jobs on a cluster of its own."""
+    """A function of a folder and the tiny model, in a thread: it mostly waits, for jobs on a cluster (folder/slurm)."""
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], lanes: threading.Semaphore):
-        super().__init__(daemon=True, name=function.__name__)  # daemon: who interrupts the tests need not wait for it
-        self.function, self.arguments, self.lanes = function, arguments, lanes
+    def __init__(self, mark: pytest.Mark, folder: Path, tiny: Tiny, lanes: threading.Semaphore):
+        function, *arguments = mark.args
+        super().__init__(daemon=True, name=function.__name__)
+        self.folder, self.lanes, self.wanted = folder, lanes, True
+        self.call = functools.partial(function, folder, tiny, *arguments)
         self.result: Any = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         with self.lanes:
             try:
-                self.result = self.function(*self.arguments)
-            except BaseException as error:  # pytest.skip's too: it is the test's
+                self.result = self.call() if self.wanted else None
+            except BaseException as error:  # pytest.skip's too: it is for the test
                 self.error = error
+
+    def give_up(self) -> None:
+        """End it, by taking its cluster away: it fails, and tidies up."""
+        self.wanted = False
+        if self.is_alive():
+            Cluster(self.folder / "slurm", mode="loopback").stop()
+            self.join(60)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[Work]:
-    """Start what `@pytest.mark.beside(FUNCTION, ARGUMENTS...)` names, once for all tests with the same mark."""
+def _beside(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Tiny
+) -> Iterator[dict[Any, Work]]:
+    """Start what `@pytest.mark.beside.with_args(function, ...)` names, once for all tests with the same mark."""
     lanes, found = threading.Semaphore(LANES), {}
     for item in request.session.items:
         mark = item.get_closest_marker("beside")
         if mark and mark.args not in found and not slurm_cluster.missing():
-            folder = tmp_path_factory.mktemp("beside")
-            found[mark.args] = Work(mark.args[0], (folder, tiny, *mark.args[1:]), lanes)
+            found[mark.args] = Work(mark, tmp_path_factory.mktemp("beside"), tiny, lanes)
             found[mark.args].start()
-            time.sleep(0.01)
-    return found
+    yield found
+    for work in found.values():
+        work.give_up()
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def trains_on(site: Site, run: RunDir, after: float = 0) -> dict[str, Any]:
         if new and not first:
             first.update(new[0])
         saved = checkpoints.complete(run)
-        return len(new) > 5 and saved and new[-1]["step"] > saved[0].step + 3
+        return len(new) > 5 and saved and new[-1]["step"] > saved[0].step + 1
 
     until(does, run)
     return first
@@ -236,7 +236,9 @@ def cluster_for(folder: Path, tiny: Tiny, **recipe: Any) -> Iterator[Site]:
             pace(site)
             # More slowly towards the end: the last fault must not find a run that has ended.
             pace_now = f"float(open({str(site.folder / 'pace')!r}).read())"
-            step = f"time.sleep({pace_now} * (5 if args[0].state.global_step > 0.75 * args[0].state.max_steps else 1))"
+            # A step needs memory of its own, so that one without fails: malloc would hand the same blocks out again.
+            slower = "(5 if args[0].state.global_step > 0.75 * args[0].state.max_steps else 1)"
+            step = f"bytearray(2**26); time.sleep({pace_now} * {slower})"
             inject(site.folder, "transformers.trainer:Trainer.training_step", step)
             profile(site, env=on_path(site.folder))
             site.recipe(**recipe)

@@ -172,7 +172,13 @@ class Cluster:
     def run(
         self, *argv: str | Path, node: str | None = None, check: bool = True, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command with env(), on a node if named; `options` are subprocess.run's. RuntimeError if it fails."""
+        """Run a command with env(), on a node if named; `options` are subprocess.run's.
+
+        Raises:
+            RuntimeError: it fails (unless `check` is False), or the cluster is not up.
+        """
+        if not self.bin.exists():
+            raise RuntimeError(f"{shlex.join(map(str, argv))}: the cluster is not up")
         if "input" not in options:
             options.setdefault("stdin", subprocess.DEVNULL)  # srun would read ours
         options = {"env": self.env(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}

@@ -78,24 +78,23 @@ class Site:
         """Until `distft status` says something of a run. Asked only when there is news: each time is a Python start."""
         run, news, deadline = RunDir(run_dir), None, time.monotonic() + PATIENCE
         while True:
-            now = (dataclasses.replace(read_status(run), step=None), self.queue(run))
+            now = (dataclasses.replace(read_status(run), step=None), self.hurry(run) if hurry else self.queue(run))
             if now != news:
                 news, status = now, self.status(run_dir)
                 if what(status):
                     return status
             assert time.monotonic() < deadline, (status, logs_of(run))
-            if hurry:
-                self.hurry(run)
             time.sleep(0.5)
 
     def ended(self, run_dir: Path) -> dict[str, Any]:
         """Its status at the end, which a requeued job need not wait for."""
         return self.wait(run_dir, lambda status: State(status["state"]).finished, hurry=True)
 
-    def hurry(self, run: RunDir) -> None:
-        """SLURM holds a requeued job back for two minutes: let it go at once."""
-        if "BeginTime" in self.queue(run):
+    def hurry(self, run: RunDir) -> str:
+        """SLURM holds a requeued job back for two minutes: let it go at once. Returns what queue() does."""
+        if "BeginTime" in (queued := self.queue(run)):
             self.cluster.run("scontrol", "update", f"jobid={job_ids(run)[-1]}", "StartTime=now", check=False)
+        return queued
 
     def trains(self, run_dir: Path) -> None:
         """Until it has made a step that status.json tells of."""

@@ -62,6 +62,7 @@ training:
   learning_rate: auto                 # 2e-4 with LoRA, 2e-5 without
   lr_scheduler_type: cosine
   warmup_ratio: auto                  # 0.03, at most a tenth of the steps
+  # warmup_steps: 100                 # instead of warmup_ratio
   weight_decay: 0.0
   max_grad_norm: 1.0
   optim: adamw_torch_fused

@@ -8,6 +8,7 @@ import importlib
 import sys
 import types
 from collections.abc import Iterator
+from keyword import iskeyword
 
 import click
 
@@ -39,6 +40,7 @@ COMMANDS = {
     "resume": "resume",
     "merge": "merge",
     "data": "data",
+    "import": "import_recipe",
     "cluster": "clusters",
     "slurm": "clusters",
     "doctor": "doctor",
@@ -65,7 +67,9 @@ class _Group(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"distft.cli.{COMMANDS[name]}"), name)
+        command: click.Command = getattr(
+            importlib.import_module(f"distft.cli.{COMMANDS[name]}"), f"{name}_" * iskeyword(name) or name
+        )
         return command
 
     def invoke(self, context: click.Context) -> object:

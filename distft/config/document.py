@@ -140,6 +140,10 @@ class Document(Generic[M]):
             raise RecipeError(f"cannot read {self.name}: {reason}{did_you_mean(near)}") from None
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
+        self.parse(raw)
+
+    def parse(self, raw: bytes) -> None:
+        """Take the data of a file's content. Raises RecipeError at once if it is not a YAML mapping."""
         try:
             node = self._compose(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -304,7 +308,12 @@ def load_yaml(path: str | Path, model: type[M], sets: Sequence[str] = ()) -> Doc
 
 def dump_yaml(model: BaseModel) -> str:
     """YAML of all fields."""
-    return yaml.dump(model.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return dump_data(model.model_dump())
+
+
+def dump_data(data: dict[str, Any]) -> str:
+    """YAML of plain data, in its order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _line(node: yaml.Node) -> int:

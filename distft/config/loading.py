@@ -73,8 +73,12 @@ def read_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[s
     Raises:
         RecipeError: all problems at once.
     """
-    document = load_yaml(path, Recipe, sets)
-    notes = [*_replace_exclusive(document), *_resolve_paths(document, Path(path).parent, needed)]
+    return read_document(load_yaml(path, Recipe, sets), Path(path).parent, needed)
+
+
+def read_document(document: Document[Recipe], folder: Path, needed: Collection[str] = ()) -> LoadedRecipe:
+    """The same of a document that is or will be in `folder`. Raises RecipeError for all problems at once."""
+    notes = [*_replace_exclusive(document), *_resolve_paths(document, folder, needed)]
     _check_together(document)
     return LoadedRecipe(validate(document), tuple(notes))
 
@@ -178,14 +182,14 @@ def _replace_exclusive(document: Document[Recipe]) -> list[str]:
     notes = []
     for names in EXCLUSIVE_FIELDS:
         fields: list[Steps] = [tuple(name.split(".")) for name in names]
-        given = [steps for steps in fields if document.get(steps) is not None]
+        given = [steps for steps in fields if document.get(steps) not in (None, "auto")]
         overrides = [steps for steps in given if isinstance(document.place(steps), str)]
         if len(overrides) == 1:
             for steps in given:
                 if steps not in overrides:
                     had = f"{dotted(steps)}: {show(document.get(steps))} ({document.where(steps)})"
                     notes.append(f"{had} is replaced by {document.where(overrides[0])}")
-                    document.get(steps[:-1])[steps[-1]] = None
+                    del document.get(steps[:-1])[steps[-1]]
         elif len(given) > 1:
             document.problem(given[-1], f"cannot be given with {dotted(given[0])}; set one of them to null")
     return notes
@@ -200,6 +204,7 @@ def _check_together(document: Document[Recipe]) -> None:
     if document.get(("data", "long_rows")) == "split" and kind in FORMAT_COLUMNS and kind != "text":
         document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")
     _check_columns(document, kind)
+    _check_targets(document)
     for name in ("train", "eval"):
         _check_sources(document, ("data", name))
 
@@ -221,6 +226,23 @@ def _check_columns(document: Document[Recipe], kind: Any) -> None:
         and not any(set(columns) <= set(v) for v in FORMAT_COLUMNS.values())
     ):
         document.problem(("data", "columns"), f"no format has all of {', '.join(columns)}")
+
+
+def _check_targets(document: Document[Recipe]) -> None:
+    """Check that a string in lora.target_modules is a regular expression, and no name: it must match whole names."""
+    steps = ("lora", "target_modules")
+    value = document.get(steps)
+    if not isinstance(value, str) or value in ("", "all-linear"):
+        return
+    if re.fullmatch(r"[\w-]+", value):
+        near = did_you_mean(closest(value, ["all-linear"], 0.5))
+        hint = near or f"; for layers of that name, write [{value}]"
+        document.problem(steps, f"got {show(value)}, need all-linear, a list or a regular expression{hint}")
+        return
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        document.problem(steps, f"got {show(value)}, which is no regular expression ({error})")
 
 
 def _check_sources(document: Document[Recipe], steps: Steps) -> None:

@@ -23,7 +23,10 @@ RunName = Annotated[
 ]
 
 # At most one field of each line may be set; an override of one replaces the file's value of another.
-EXCLUSIVE_FIELDS = (("training.max_steps", "training.num_train_epochs"),)
+EXCLUSIVE_FIELDS = (
+    ("training.max_steps", "training.num_train_epochs"),
+    ("training.warmup_steps", "training.warmup_ratio"),
+)
 EXCLUSIVE_IN_SOURCE = ("weight", "rows", "epochs")
 # The names that data.columns can map for each format, and that rows without a mapping have.
 CHAT_COLUMNS = ("tools", "documents", "system", "chat_template_kwargs")
@@ -34,6 +37,8 @@ FORMAT_COLUMNS = {
     "prompt_completion": ("prompt", "completion", "label", *CHAT_COLUMNS),
     "text": ("text",),
     "tokens": ("input_ids", "labels", "attention_mask"),
+    "alpaca_prompt": ("instruction", "input", "output", "system", "label"),
+    "alpaca_chat": ("instruction", "input", "output", "system", "label"),
 }
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
@@ -89,9 +94,9 @@ class Lora(Group):
     """Dropout on the adapter's input. Above 0 the losses differ slightly between world sizes: each rank draws its own
     masks."""
 
-    target_modules: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
-    """`all-linear` (every linear layer except the output layer), or the last parts of module names:
-    `[q_proj, v_proj]`."""
+    target_modules: Literal["all-linear"] | NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
+    """`all-linear` (every linear layer except the output layer), the last parts of module names: `[q_proj, v_proj]`, or
+    a regular expression for whole names: `model\\.layers\\.\\d+\\.mlp\\..*`."""
 
     use_rslora: bool = False
     """Rank-stabilized LoRA: scale by 1 / sqrt(r)."""
@@ -144,12 +149,15 @@ class Data(Group):
     that much of the training data is held out, row by row, by a hash of the row's content. Its loss is measured before
     and after training, and every `training.eval_steps` steps."""
 
-    format: Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt", "tokens"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "text", "alpaca", "alpaca_prompt", "alpaca_chat", "sharegpt", "tokens"
+    ] = "auto"
     """`messages`: conversations, rendered by the chat template, loss on the assistant's turns; `sharegpt`: the same
     with `conversations` of `from` and `value`; `alpaca`: `instruction`, `input` and `output`, as a conversation, or as
-    Stanford's prompt where there is no chat template; `prompt_completion`: loss on the completion; `text`: loss on
-    every token; `tokens`: `input_ids`, and the `labels` to train on. `auto` decides by the fields of each file's rows,
-    and what it took is printed."""
+    Stanford's prompt where there is no chat template; `alpaca_prompt`: always as Stanford's prompt; `alpaca_chat`: as a
+    conversation whose question is Stanford's prompt; `prompt_completion`: loss on the completion; `text`: loss on every
+    token; `tokens`: `input_ids`, and the `labels` to train on. `auto` decides by the fields of each file's rows, and
+    what it took is printed."""
 
     columns: dict[str, NonEmpty] = {}
     """Columns under other names than the format's: `{prompt: question, completion: answer}`. Within messages, `role`
@@ -158,10 +166,10 @@ class Data(Group):
     roles: dict[str, NonEmpty] = {}
     """Roles under other names than the chat template's: `{developer: system, bot: assistant}`. ShareGPT's are known."""
 
-    train_on: Literal["all", "last", "all_with_reasoning"] = "all"
+    train_on: Literal["all", "last", "all_with_reasoning", "everything"] = "all"
     """The assistant's turns that are trained. `last`: those after the last user message. `all_with_reasoning`: all, and
     where the chat template removes the thoughts of earlier turns, each of those is trained in a row of its own, with
-    its thought."""
+    its thought. `everything`: every token, prompts and questions too."""
 
     ignore_fields: list[NonEmpty] = []
     """Fields of rows and messages that are left out, such as `tools`, where the chat template does not print them."""
@@ -206,6 +214,9 @@ class Training(Group):
     """Fraction of the steps over which the learning rate rises to its peak; no step has a rate of 0. `auto`: 0.03, but
     at most a tenth of the steps, and none below 10 steps."""
 
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises to its peak. Instead of warmup_ratio."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
 
@@ -238,8 +249,10 @@ class Training(Group):
         """Optimizer steps over that many rows; the last step may reach into the next epoch."""
         return self.max_steps or ceil((self.num_train_epochs or 1) * rows / self.global_batch_size)
 
-    def warmup_steps(self, steps: int) -> int:
+    def warmup(self, steps: int) -> int:
         """How many of the optimizer steps come before the one at the peak learning rate."""
+        if self.warmup_steps is not None:
+            return min(self.warmup_steps, steps)
         if self.warmup_ratio == "auto":
             return min(ceil(0.03 * steps), steps // 10)
         return ceil(self.warmup_ratio * steps)

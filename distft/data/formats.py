@@ -192,18 +192,23 @@ class Formatter:
             raise RowProblem("empty", f"{layout.column('output')}: empty")
         shared, system = self._shared(row, layout), self._system(row, layout)
         turns = _history(row, layout)
-        if self.has_chat_template:
+        if self.has_chat_template and layout.format == "alpaca":
             question = "\n".join(part for part in (instruction, more) if part.strip())
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             return self._conversation(row, layout, [*turns, *messages], shared, layout.column("instruction"))
         if turns or shared:
             name = layout.column("history") if turns else next(iter(shared))
-            raise RowProblem("no-chat-template", f"{name}: needs a chat template; set data.chat_template")
+            fix = "set data.chat_template" if layout.format == "alpaca" else "use data.format: alpaca"
+            raise RowProblem("no-chat-template", f"{name}: needs a chat template; {fix}")
         self._check_label(row, layout)
-        head = system or (_WITH_INPUT if more.strip() else _INSTRUCTION)
+        is_chat = layout.format == "alpaca_chat"
+        head = (None if is_chat else system) or (_WITH_INPUT if more.strip() else _INSTRUCTION)
         parts = [head, f"### Instruction:\n{instruction}"]
         parts += [f"### Input:\n{more}"] if more.strip() else []
         prompt = "\n\n".join([*parts, "### Response:\n"])
+        if is_chat:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            return self._conversation(row, layout, messages, {}, layout.column("instruction"))
         return Example("prompt_completion", {"prompt": prompt, "completion": answer})
 
     # ---- texts
@@ -281,6 +286,8 @@ class Formatter:
 _KINDS = {
     "messages": Formatter._messages,
     "alpaca": Formatter._alpaca,
+    "alpaca_prompt": Formatter._alpaca,
+    "alpaca_chat": Formatter._alpaca,
     "prompt_completion": Formatter._prompt_completion,
     "text": Formatter._plain_text,
     "tokens": Formatter._tokens,

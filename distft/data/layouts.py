@@ -26,6 +26,8 @@ PAIRS = (
 _NEEDED = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
+    "alpaca_prompt": ("instruction", "output"),
+    "alpaca_chat": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "tokens": ("input_ids",),
@@ -123,7 +125,7 @@ def preference(row: Mapping[str, Any]) -> RowProblem:
 
 def _guessed(data_format: str, fields: Sequence[str], samples: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The columns of a format that have another name in these rows."""
-    if data_format == "alpaca":
+    if data_format.startswith("alpaca"):
         question, answer = next((pair for pair in PAIRS if set(pair) <= set(fields)), PAIRS[0])
         yield from (("instruction", question), ("output", answer))
         more = [name for name in ("input", "context") if name in fields and name != question]
@@ -139,7 +141,7 @@ def _guessed(data_format: str, fields: Sequence[str], samples: Mapping[str, Any]
             ("role", next((key for key in ROLES if key in keys), ROLES[0])),
             ("content", next((key for key in CONTENTS if key in keys), CONTENTS[0])),
         )
-    if data_format in ("messages", "alpaca", "prompt_completion"):
+    if data_format in ("messages", "prompt_completion") or data_format.startswith("alpaca"):
         for name, others in (("system", ("system", "system_prompt")), ("tools", ("tools", "functions"))):
             yield from [(name, other) for other in others if other in fields][:1]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 from distft.config.recipe import Lora
 from distft.errors import PlanError
@@ -40,7 +41,8 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
 
     r x (in + out) elements per layer, and DoRA's magnitude vector of `out`; r x experts x (in + out) for the parameters
     of a mixture of experts, with twice the rank where two matrices became one. rsLoRA only changes the scale.
-    `all-linear` is every linear layer but the output layer; a list has module names or their ends, as in peft.
+    `all-linear` is every linear layer but the output layer; a list has module names or their ends, and another string
+    is a regular expression for whole names, as in peft.
 
     Raises:
         PlanError: nothing matches, or what matches cannot have an adapter.
@@ -50,6 +52,8 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     everything = lora.target_modules == "all-linear"
     if everything and not experts and any(tensor.is_linear for tensor in tensors):
         return [(tensor, _sizes(lora, tensor)) for tensor in tensors if tensor.is_linear]
+    if isinstance(lora.target_modules, str) and not everything:
+        return _of_pattern(lora, tensors, lora.target_modules, experts)
     targets = {*_names(tensors), *experts} if everything else set(lora.target_modules)
     merged: dict[str, set[str]] = {}  # parameter of the mixture → the old names that stand for it
     for target in sorted(targets):
@@ -60,7 +64,8 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     if len(merged.get("gate_up_proj", ())) == 1:
         pair = " and ".join(old for old, new in experts.items() if new == "gate_up_proj")
         raise PlanError(f"lora.target_modules: {pair} are one parameter here: name both or neither")
-    found = _of_modules(lora, tensors, targets)
+    ends = tuple(f".{target}" for target in targets)
+    found = _of_modules(lora, tensors, lambda path: f".{path}".endswith(ends))
     parameters = [(t, len(old)) for new, old in merged.items() for t in tensors if f".{t.name}".endswith(f".{new}")]
     if parameters and (lora.use_dora or lora.lora_dropout):
         option = "lora.use_dora" if lora.use_dora else "lora.lora_dropout"
@@ -81,20 +86,37 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     return found
 
 
-def _of_modules(lora: Lora, tensors: Sequence[Tensor], targets: Iterable[str]) -> list[Adapter]:
-    """The adapters of modules whose whole name, or its end after a dot, is a target."""
-    ends = tuple(f".{target}" for target in targets)
+def _of_pattern(lora: Lora, tensors: Sequence[Tensor], pattern: str, experts: Iterable[str]) -> list[Adapter]:
+    """The adapters of modules whose whole name a regular expression matches (peft/utils/other.py,
+    match_target_against_key)."""
+    if any(experts):
+        raise PlanError(
+            "lora.target_modules: got a regular expression, and peft has other names for the experts of this mixture; "
+            f"name layers: {', '.join([*_names(tensors), *experts])}"
+        )
+    matches = re.compile(pattern).fullmatch
+    found = _of_modules(lora, tensors, lambda path: matches(path) is not None)
+    if not found:
+        some = next((_path(tensor) for tensor in tensors if tensor.is_linear), "none")
+        raise PlanError(
+            f"lora.target_modules: got {pattern}, which matches no layer; it must match a whole name, such as {some}"
+        )
+    return found
+
+
+def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str], bool]) -> list[Adapter]:
+    """The adapters of the modules whose names are targets."""
     found, seen = [], set()
     for tensor in tensors:
         if tensor.kind == "bias":
             continue
         path = _path(tensor)
         if tensor.kind in ADAPTABLE:
-            if f".{path}".endswith(ends):
+            if is_target(path):
                 found.append((tensor, _sizes(lora, tensor)))
             path = path.rpartition(".")[0]
         while path and path not in seen:  # the modules that contain it
-            if f".{path}".endswith(ends):
+            if is_target(path):
                 raise PlanError(
                     f"lora.target_modules: {path} cannot have an adapter; name layers: {', '.join(_names(tensors))}"
                 )

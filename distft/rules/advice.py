@@ -246,7 +246,8 @@ def tied_embeddings_take_no_adapter(case: RecipeCase) -> str | None:
     lora = case.recipe.lora
     if not lora or lora.target_modules == "all-linear" or not case.model.sizes.tie_word_embeddings:
         return None
-    named = [name for name in lora.target_modules if name.rpartition(".")[2] in EMBEDDINGS]
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    named = [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
     return f"lora.target_modules: got {', '.join(named)}, and the model's embeddings are tied" if named else None
 
 

@@ -94,6 +94,7 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
                 "learning_rate",
                 "lr_scheduler_type",
                 "warmup_ratio",
+                "warmup_steps",
                 "weight_decay",
                 "max_grad_norm",
                 "mixed_precision",

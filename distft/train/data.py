@@ -109,7 +109,7 @@ def check_supported(recipe: Recipe) -> None:
         for name, value in (("columns", data.columns), ("roles", data.roles))
         if value
     ]
-    if data.format in ("alpaca", "sharegpt", "tokens"):
+    if data.format in ("alpaca", "alpaca_prompt", "alpaca_chat", "sharegpt", "tokens"):
         problems.append(f"data.format: {data.format} is not supported yet")
     if isinstance(data.eval, float):
         problems.append("data.eval: a fraction is not supported yet")

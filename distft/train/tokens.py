@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,17 @@ def encoder(data_format: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
     Raises:
         DataError: the tokenizer cannot encode this format.
     """
-    return {"messages": _chat_encoder, "prompt_completion": _pair_encoder, "text": _text_encoder}[data_format](
-        tokenizer, recipe
-    )
+    makers = {"messages": _chat_encoder, "prompt_completion": _pair_encoder, "text": _text_encoder}
+    made = makers[data_format](tokenizer, recipe)
+    if recipe.data.train_on != "everything":
+        return made
+    return Encoder(lambda row: [_all_trained(document) for document in made.encode(row)], made.notes)
+
+
+def _all_trained(document: Document) -> Document:
+    """data.train_on: everything."""
+    spans = [replace(span, trained=True) for span in document.spans]
+    return replace(document, trained=[True] * len(document.ids), spans=spans, left_out=())
 
 
 def _chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
@@ -84,7 +92,8 @@ def _chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder
             f"data.format: messages need a chat template, and the tokenizer of {recipe.model.name_or_path} has none; "
             "set data.chat_template to a Jinja file, or use prompt + completion"
         )
-    chat = ChatEncoder(tokenizer, train_on=recipe.data.train_on, ignore_fields=recipe.data.ignore_fields)
+    train_on = "all" if recipe.data.train_on == "everything" else recipe.data.train_on
+    chat = ChatEncoder(tokenizer, train_on=train_on, ignore_fields=recipe.data.ignore_fields)
     problems, notes = check_template(chat)
     if problems:
         source = recipe.data.chat_template or f"the chat template of {recipe.model.name_or_path}"

@@ -55,7 +55,7 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "max_steps": max_steps,
         "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": training.warmup_steps(max_steps),
+        "warmup_steps": training.warmup(max_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": training.optim,

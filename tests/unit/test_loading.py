@@ -108,9 +108,24 @@ def test_an_integer_is_a_number_but_not_the_other_way_round():
         ("lora.r", "true", "got true (a boolean), need an integer >= 1"),
         ("lora.lora_dropout", "1", "got 1, need >= 0 and < 1"),
         ("lora.lora_dropout", "-0.5", "got -0.5, need >= 0 and < 1"),
-        ("lora.target_modules", "all", "got \"all\", need all-linear or a list of strings"),
-        ("lora.target_modules", "[]", "got [] (empty), need all-linear or a list of strings"),
-        ("lora.target_modules", "{a: 1}", 'got {"a": 1} (a mapping), need all-linear or a list of strings'),
+        (
+            "lora.target_modules",
+            "all_linear",
+            'got "all_linear", need all-linear, a list or a regular expression; did you mean all-linear?',
+        ),
+        (
+            "lora.target_modules",
+            "q_proj",
+            'got "q_proj", need all-linear, a list or a regular expression; for layers of that name, write [q_proj]',
+        ),
+        (
+            "lora.target_modules",
+            "'.*('",
+            'got ".*(", which is no regular expression '
+            "(missing ), unterminated subpattern at position 2)",
+        ),
+        ("lora.target_modules", "[]", "got [] (empty), need all-linear, a string or a list of strings"),
+        ("lora.target_modules", "{a: 1}", 'got {"a": 1} (a mapping), need all-linear, a string or a list of strings'),
         ("lora", "8", "got 8 (an integer), need a group (r, lora_alpha, lora_dropout, ...) or null"),
         ("training", "", "got null, need a group (global_batch_size, micro_batch_size, max_steps, ...)"),
         ("training.max_steps", "ten", 'got "ten" (a string), need an integer >= 1'),
@@ -660,7 +675,7 @@ def test_epochs_replace_steps():
 @pytest.mark.parametrize("names", EXCLUSIVE_FIELDS)
 def test_exclusive_fields_exist_and_are_unset_by_default(names):
     for group, name in (field.split(".") for field in names):
-        assert getattr(getattr(load(GOOD), group), name) is None
+        assert getattr(getattr(load(GOOD), group), name) in (None, "auto")
 
 
 @pytest.mark.parametrize("below", ["", "  # r: 8\n"])

@@ -220,6 +220,7 @@ def test_lora_counts_are_those_of_peft(config: dict[str, Any]) -> None:
         Lora(r=5),
         Lora(r=5, target_modules=[name for name in names if "proj" not in name or name[0] in "qvof"] or names[:1]),
         Lora(r=3, use_rslora=True, target_modules=names[-1:]),
+        *([] if ours.peft_experts else [Lora(r=2, target_modules=rf".*\.\d+\..*{re.escape(names[-1])}")]),
     ):
         assert our_count(config, lora) == peft_count(config, lora), lora
     dora = Lora(r=5, use_dora=True)
@@ -291,6 +292,12 @@ def test_named_layers_are_those_of_peft(family: str, targets: list[str], use_dor
         ("llama", {"target_modules": ["q_proj", "norm"]}, "model.norm cannot have an adapter"),
         ("granitemoe", {"target_modules": ["router"]}, "router cannot have an adapter"),
         ("olmoe", {"target_modules": ["experts"]}, "experts cannot have an adapter"),
+        (
+            "llama",
+            {"target_modules": r"layers\.\d+\.mlp\..*"},
+            "matches no layer; it must match a whole name, such as model.layers.0",
+        ),
+        ("llama", {"target_modules": r".*\.mlp"}, "model.layers.0.mlp cannot have an adapter"),
         ("mixtral", {"target_modules": ["w1"]}, "w1 and w3 are one parameter here"),
         ("mixtral", {"lora_dropout": 0.1}, "lora.lora_dropout: peft does not support it on the experts"),
     ],
@@ -302,6 +309,13 @@ def test_what_peft_refuses_is_refused(family: str, options: dict[str, Any], said
     assert said in str(error.value)
     with pytest.raises(ValueError, match=r"not found|not supported|Cannot convert|does not work"):
         peft_count(config, Lora(**options))
+
+
+def test_patterns_on_merged_experts() -> None:
+    """peft resolves a pattern by the names of the merged parameters, which nobody has in mind."""
+    config = {"model_type": "mixtral", **TINY["mixtral"][0]}
+    with pytest.raises(PlanError, match="peft has other names for the experts of this mixture; name layers: "):
+        our_count(config, Lora(target_modules=r".*\.q_proj"))
 
 
 # config.json as published, without what does not affect the count; and the count that the hub shows for the weights.

@@ -80,7 +80,12 @@ def test_tokens_of_every_step() -> None:
     ],
 )  # fmt: skip
 def test_warmup_steps(ratio: Any, steps: int, warmup: int) -> None:
-    assert Training(warmup_ratio=ratio).warmup_steps(steps) == warmup
+    assert Training(warmup_ratio=ratio).warmup(steps) == warmup
+
+
+def test_a_number_of_warmup_steps() -> None:
+    assert [Training(warmup_steps=3).warmup(steps) for steps in (2, 3, 100)] == [2, 3, 3]
+    assert Training(warmup_steps=0).warmup(100) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""How many of other tools' training files `distft import` takes over, and what stands in the way of the rest.
+
+    python benchmarks/import_configs.py FOLDER [--kind axolotl] [--gpus 8] [--list] [--json]
+
+FOLDER has their example files, such as a checkout's examples/. Every .yaml and .yml below it that is a training file of
+one tool counts:
+
+    whole       nothing is refused; "with warnings" are those of them where the user should know of a difference
+    refused     distft cannot train the same: what stands in the way, and how often it does so alone
+    unreadable  it is incomplete, or names files that are not there
+
+Each whole recipe is loaded as `validate` loads it, and planned on --gpus H100s. Models are not downloaded: the plan is
+made with the config.json of a published model of the same family (benchmarks/model_configs.py), and counts apart where
+there is none. Data sets on the hub are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from model_configs import CONFIGS
+
+from distft.commands.import_recipe import recipe_text
+from distft.errors import DistftError, first_line
+from distft.importers.draft import Draft
+from distft.importers.kinds import NAMES, read_file
+from distft.jobs.target import Target, plan_recipe
+
+# A published model of the same family, by the name of the imported one; the first that matches.
+FAMILIES = (
+    (r"qwen1\.5-moe", "qwen1.5-moe"),
+    (r"cerebras-gpt", "gpt2-xl"),
+    (r"orpheus-3b|llama-?3.*3b", "llama-3.2-3b"),
+    (r"deepcoder-14b|cogito.*qwen", "qwen2.5-7b"),
+    (r"plano-orchestrator-4b", "qwen3-4b"),
+    (r"llama-?3.*(70|405)b", "llama-3.1-70b"),
+    (r"llama-?3.*1b|tiny-?llama|smol", "llama-3.2-1b"),
+    (r"code-?llama|llama-?2|open_?llama|yi-|solar|vicuna|deepseek-coder", "llama-2-7b"),
+    (r"llama-?4|vision|-vl-|pixtral|voxtral|gemma-?(3n|4)|qwen3[._]5|qwen3-next|moe|gpt-oss|deepseek", None),
+    (r"llama", "llama-3.1-8b"),
+    (r"mixtral", "mixtral-8x7b"),
+    (r"qwen-?3", "qwen3-8b"),
+    (r"qwen-?2", "qwen2.5-7b"),
+    (r"gemma-?3", "gemma-3-1b"),
+    (r"gemma", "gemma-2-2b"),
+    (r"phi-?[34]", "phi-3-mini"),
+    (r"(mistral|ministral).*7b|mistral-7b|mathstral", "mistral-7b"),
+    (r"falcon-7b", "falcon-7b"),
+    (r"pythia|gpt-neox|redpajama", "pythia-1.4b"),
+    (r"starcoder2", "starcoder2-3b"),
+    (r"granite-3|granite3", "granite-3.1-2b"),
+    (r"stablelm", "stablelm-3b"),
+    (r"olmo-?[23]", "olmo-2-7b"),
+    (r"smollm3", "smollm3-3b"),
+)
+
+
+@dataclass
+class Result:
+    """What became of the files of one tool."""
+
+    files: int = 0
+    whole: list[str] = field(default_factory=list)
+    with_warnings: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    alone: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    planned: int = 0
+    fits: int = 0
+    no_stand_in: int = 0
+    plan_errors: dict[str, str] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=NAMES, help="only files of this tool")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--list", action="store_true", help="name the files")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results: dict[str, Result] = defaultdict(Result)
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in sorted(p for p in arguments.folder.rglob("*.y*ml") if p.suffix in (".yaml", ".yml")):
+            look_at(file, str(file.relative_to(arguments.folder)), arguments, Path(temporary), results)
+    if arguments.json:
+        print(json.dumps({"commit": commit(arguments.folder), **{k: vars(v) for k, v in results.items()}}, indent=1))
+        return
+    print(f"{arguments.folder}, commit {commit(arguments.folder)}")
+    for kind, result in results.items():
+        print("\n".join(page(kind, result, arguments.list)))
+
+
+def look_at(file: Path, name: str, arguments: argparse.Namespace, target: Path, results: dict[str, Result]) -> None:
+    try:
+        draft = read_file(file, target, arguments.gpus)
+    except DistftError as error:
+        if "not a training file of" not in str(error) and arguments.kind:
+            results[arguments.kind].files += 1
+            results[arguments.kind].unreadable[name] = first_line(error)
+        return
+    if arguments.kind and draft.kind != arguments.kind:
+        return
+    result = results[draft.kind]
+    result.files += 1
+    try:
+        if not draft.problems and not draft.refused:
+            draft.check()
+    except DistftError as error:
+        draft.problems.append(first_line(error))
+    if draft.refused:
+        result.refused.append(name)
+        reasons = {re.sub(r"\[\d+\]|\"[^\"]*\"\.?[\w]*", "", item.option).strip(".") for item in draft.refused}
+        result.reasons.update(reasons)
+        result.alone.update(reasons if len(reasons) == 1 else ())
+    elif draft.problems:
+        result.unreadable[name] = draft.problems[0]
+    else:
+        result.whole.append(name)
+        result.with_warnings += bool(draft.warnings)
+        result.warnings.update({text.partition(":")[0] for text in draft.warnings})
+        plan(draft, name, arguments.gpus, target, result)
+
+
+def plan(draft: Draft, name: str, gpus: int, target: Path, result: Result) -> None:
+    """Plan the recipe as it would be written, with the config.json of a model of the same family."""
+    if draft.is_part:
+        return
+    recipe: dict[str, Any] = yaml.safe_load(recipe_text(draft))
+    config = stand_in(str(recipe["model"]["name_or_path"]))
+    if config is None:
+        result.no_stand_in += 1
+        return
+    folder = target / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[config]))
+    recipe["model"]["name_or_path"] = "model"
+    (recipe.get("lora") or {}).pop("start_from", None)
+    file = target / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    try:
+        _, planned = plan_recipe(str(file), (), Target(1, gpus, gpu="H100"))
+    except DistftError as error:
+        result.plan_errors[name] = first_line(error)
+        return
+    result.planned += 1
+    result.fits += planned.fits
+
+
+def stand_in(model: str) -> str | None:
+    """The key in CONFIGS of a published model of the same family; None where there is none."""
+    text = model.lower()
+    return next((config for pattern, config in FAMILIES if re.search(pattern, text)), None)
+
+
+def commit(folder: Path) -> str:
+    done = subprocess.run(["git", "-C", folder, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def page(kind: str, result: Result, names: bool) -> list[str]:
+    whole = len(result.whole)
+    lines = [
+        f"{kind}: {result.files} files",
+        f"  whole       {whole:4}   with warnings {result.with_warnings}",
+        f"  refused     {len(result.refused):4}",
+        f"  unreadable  {len(result.unreadable):4}",
+        f"  of the whole: planned {result.planned} ({result.fits} fit on the GPUs), no model of the family "
+        f"{result.no_stand_in}, refused by the plan {len(result.plan_errors)}",
+        "  what stands in the way (in how many files; in how many alone):",
+        *(f"    {count:4} {result.alone[name]:4}  {name}" for name, count in result.reasons.most_common(20)),
+        "  warnings (in how many files):",
+        *(f"    {count:4}  {name}" for name, count in result.warnings.most_common(12)),
+    ]
+    if names:
+        lines += ["  whole:", *(f"    {name}" for name in result.whole)]
+        lines += ["  refused by the plan:", *(f"    {name}: {why}" for name, why in result.plan_errors.items())]
+        lines += ["  unreadable:", *(f"    {name}: {why}" for name, why in result.unreadable.items())]
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What several tools have in common: transformers' arguments, peft's settings, tokenizers and chat templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from distft.config.recipe import Optim
+from distft.config.schema_text import show
+from distft.importers.draft import Left
+from distft.importers.options import Options
+
+__all__ = ["Left"]
+
+SPEED = "affects speed only"
+MEMORY = "affects memory and speed only"
+# transformers' names of optimizers that are the same as one of distft's (training_args.py, OptimizerNames;
+# trainer_optimizer.py), ...
+_SAME_OPTIMIZER = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adamw_hf": "adamw_torch",
+    "adamw_apex_fused": "adamw_torch_fused",
+    "adamw_torch_npu_fused": "adamw_torch_fused",
+    "adamw_torch_xla": "adamw_torch",
+    "paged_adamw": "paged_adamw_32bit",
+}
+# ... and of those that are the same but for how their states are stored.
+_STORED_OTHERWISE = {
+    "adamw_torch_8bit": ("adamw_bnb_8bit", "torchao's states have 8 bits, too, in blocks of 256"),
+    "ao_adamw_8bit": ("adamw_bnb_8bit", "torchao's states have 8 bits, too, in blocks of 256"),
+    "adamw_torch_4bit": ("adamw_bnb_8bit", "torchao's states have 4 bits: these are more exact, and twice as large"),
+    "ao_adamw_4bit": ("adamw_bnb_8bit", "torchao's states have 4 bits: these are more exact, and twice as large"),
+}
+# Schedules of transformers that need no field of their own (optimization.py, TYPE_TO_SCHEDULER_FUNCTION).
+_OWN_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+_OTHER_SCHEDULES = (
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+def plain_number(options: Options, name: str, field: str, default: float) -> None:
+    """A number that both tools mean the same by."""
+    value = options.number(name)
+    if value is not None:
+        options.set(field, name, float(value))
+    options.draft.default(field, default, name)
+
+
+def optimizer(options: Options, name: str, default: str) -> None:
+    value = options.text(name)
+    if value is None:
+        options.draft.default("training.optim", default, name)
+        return
+    if value in get_args(Optim):
+        options.set("training.optim", name, value)
+    elif value in _SAME_OPTIMIZER:
+        options.set("training.optim", name, _SAME_OPTIMIZER[value])
+    elif value in _STORED_OTHERWISE:
+        instead, why = _STORED_OTHERWISE[value]
+        options.set("training.optim", name, instead)
+        options.draft.warn(f"{options.path(name)}: {value} becomes bitsandbytes' {instead}; {why}")
+    else:
+        options.refuse(name, f"distft has {', '.join(get_args(Optim))}")
+
+
+def schedule(options: Options, name: str, kwargs: Mapping[str, Any], default: str) -> None:
+    """training.lr_scheduler_type, or another of transformers' schedules through trainer.overrides."""
+    value = options.text(name)
+    if value is None:
+        options.draft.default("training.lr_scheduler_type", default, name)
+        return
+    if value in _OWN_SCHEDULES and not kwargs:
+        options.set("training.lr_scheduler_type", name, value)
+    elif value in _OWN_SCHEDULES + _OTHER_SCHEDULES:
+        options.set("trainer.overrides.lr_scheduler_type", name, value)
+        if kwargs:
+            options.draft.fields["trainer.overrides.lr_scheduler_kwargs"] = dict(kwargs)
+    else:
+        options.refuse(name, f"distft has {', '.join(_OWN_SCHEDULES + _OTHER_SCHEDULES)}")
+
+
+def warmup(options: Options, name: str, steps: float, is_default: bool = False) -> None:
+    """A number of warm-up steps; below 1 it is a fraction of the run (transformers 5, get_warmup_steps)."""
+    draft = options.draft
+    field, to = ("training.warmup_steps", int(steps)) if steps >= 1 else ("training.warmup_ratio", float(steps))
+    if is_default:
+        draft.default(field, to, name)
+    else:
+        options.set(field, name, to)
+
+
+def attention(options: Options, name: str, value: str) -> None:
+    """The implementation; those that distft does not have compute the same."""
+    known = {"flash_attention_2", "sdpa", "eager", "auto"}
+    if value in known:
+        options.set("model.attn_implementation", name, value)
+    else:
+        options.drop(name, "attention is computed by another implementation (model.attn_implementation: auto)")
+
+
+def tf32(options: Options) -> None:
+    """TF32 is about products of float32 matrices: there are none to speak of in mixed precision."""
+    value = options.take("tf32")
+    if value is True and options.draft.fields.get("training.mixed_precision") == "no":
+        options.set("trainer.overrides.tf32", "tf32", True)
+    elif value is not None:
+        options.drop("tf32", "affects products of float32 matrices only, and training is in mixed precision")
+
+
+def model_class(options: Options, name: str) -> None:
+    value = options.text(name)
+    if value is None:
+        return
+    if value == "AutoModelForCausalLM" or re.fullmatch(r"\w+(ForCausalLM|LMHeadModel)", value):
+        options.drop(name, "AutoModelForCausalLM finds the class")
+    else:
+        options.refuse(name, "distft trains causal language models alone, as AutoModelForCausalLM loads them")
+
+
+def tokenizer_class(options: Options, name: str) -> None:
+    if options.text(name) is not None:
+        options.drop(name, "AutoTokenizer finds the class")
+
+
+def special_tokens(group: Options) -> None:
+    """Padding and end tokens are fields; the others are the tokenizer's own."""
+    if pad := group.text("pad_token"):
+        group.set("model.pad_token", "pad_token", pad)
+    if eos := group.text("eos_token"):
+        group.set("model.eos_token", "eos_token", eos)
+    for name in ("bos_token", "unk_token"):
+        if token := group.text(name):
+            group.drop(name, "the tokenizer's own is used")
+            group.draft.warn(f"{group.path(name)}: distft uses the tokenizer's own, which {token} must be")
+    if group.is_on("additional_special_tokens"):
+        group.set("model.add_tokens", "additional_special_tokens", group.texts("additional_special_tokens"))
+
+
+def target_modules(options: Options, name: str) -> None:
+    value = options.take(name)
+    if value in ("all-linear", "all_linear", ["all-linear"], "all", ["all"]):
+        options.set("lora.target_modules", name, "all-linear")
+    elif isinstance(value, str):
+        options.set("lora.target_modules", name, value)
+    elif targets := options.texts(name):
+        options.set("lora.target_modules", name, targets)
+
+
+def modules_to_save(options: Options, name: str) -> None:
+    options.refuse(name, "distft trains adapters alone; model.add_tokens trains the rows of new tokens")
+
+
+def bnb_options(group: Options, values: Mapping[str, Any]) -> None:
+    """Settings of BitsAndBytesConfig: distft's own are nf4 with double quantization."""
+    same = {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
+    for name, value in values.items():
+        if name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage") or same.get(name) == value:
+            group.drop(name, "distft sets it")
+        else:
+            group.refuse(name, "distft quantizes to nf4 with double quantization")
+
+
+def train_on_everything(options: Options, name: str) -> None:
+    options.set("data.train_on", name, "everything")
+
+
+def jinja(options: Options, name: str, value: str) -> None:
+    """A chat template: a file, or its text, which is written beside the recipe."""
+    draft = options.draft
+    found = None if "\n" in value or "{" in value else draft.locate(value)
+    if found is not None:
+        options.set("data.chat_template", name, draft.relative(found))
+    elif "{" in value:
+        file = f"{draft.fields.get('name', 'imported')}.jinja"
+        draft.extra_files[file] = value
+        draft.set("data.chat_template", file, options.path(name), None, options.line(name))
+    else:
+        draft.problems.append(f"{options.path(name)}: no such file: {value} ({options.where(name)})")
+
+
+def named_template(options: Options, name: str, value: str) -> None:
+    """A template that a tool has under a name: the tokenizer's own is used, which may differ from it."""
+    options.drop(name, "the tokenizer's own chat template is used")
+    options.draft.warn(
+        f"{options.path(name)}: {options.draft.kind}'s own template {show(value)} may differ from the tokenizer's, "
+        "which is used; `distft data` shows the rows as they are trained"
+    )

@@ -1,0 +1,213 @@
+"""The recipe while it is put together, and what became of each option."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from distft.config import paths
+from distft.config.document import Document, dump_data
+from distft.config.loading import read_document
+from distft.config.paths import PATH_FIELDS, PathField
+from distft.config.recipe import Recipe
+from distft.config.schema_text import show
+from distft.errors import RecipeError
+
+ANCESTORS = 4  # how many folders above a file are searched for what it names
+_DATA_FIELD = next(field for field in PATH_FIELDS if field.steps == ("data", "train"))
+_MODEL_FIELD = next(field for field in PATH_FIELDS if field.steps == ("model", "name_or_path"))
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """An option, or several together, and the field that says the same. `line` is None for a default."""
+
+    option: str
+    value: Any
+    field: str
+    to: Any
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """An option that the recipe does not have, and why, or with what effect."""
+
+    option: str
+    value: Any
+    why: str
+    line: int | None = None
+
+
+@dataclass
+class Draft:
+    """What is imported so far.
+
+    Args:
+        kind: name of the tool, as people write it.
+        file: the file that is read; what it names is looked for from its folder.
+        target: the folder that the recipe is for.
+        gpus: --gpus.
+    """
+
+    kind: str
+    file: Path
+    target: Path
+    gpus: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)  # dotted name → value
+    mapped: list[Mapped] = field(default_factory=list)
+    dropped: list[Left] = field(default_factory=list)
+    refused: list[Left] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # what is wrong with the file itself
+    cluster: dict[str, Any] | None = None
+    is_part: bool = False  # of a recipe: there is no model and no data
+    extra_files: dict[str, str] = field(default_factory=dict)  # name → text, beside the recipe
+
+    def set(self, name: str, to: Any, option: str, value: Any = None, line: int | None = None) -> None:
+        """Give a field of the recipe its value."""
+        self.fields[name] = to
+        self.mapped.append(Mapped(option, value, name, to, line))
+
+    def default(self, name: str, to: Any, option: str) -> None:
+        """Give a field the value that the tool takes where its file says nothing."""
+        if name not in self.fields:
+            self.set(name, to, f"{option} ({self.kind}'s default)", to)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def global_batch_size(self, parts: Mapping[str, int], shared: Mapping[str, int], why: str = "") -> None:
+        """training.global_batch_size from its factors per GPU, and --gpus, without which that is a problem.
+
+        Args:
+            shared: numbers of GPUs that work on the same rows.
+            why: what to say of the factors.
+        """
+        product, sharing = prod(parts.values()), prod(shared.values())
+        text = " x ".join(f"{name} {factor}" for name, factor in parts.items())
+        if self.gpus is None:
+            self.problems.append(
+                f"--gpus is missing: {self.file.name} says {text} for each GPU{why}, and not on how many it was used; "
+                f"with --gpus N, training.global_batch_size is {product} x N"
+            )
+            return
+        if self.gpus % sharing:
+            names = " x ".join(f"{name} {factor}" for name, factor in shared.items())
+            self.problems.append(f"--gpus: got {self.gpus}, need a multiple of {sharing} ({names})")
+            return
+        division = f" / {' / '.join(f'{name} {factor}' for name, factor in shared.items())}" if shared else ""
+        self.set("training.global_batch_size", product * self.gpus // sharing, f"{text} x --gpus {self.gpus}{division}")
+
+    # ---- paths
+
+    def locate(self, text: str) -> Path | None:
+        """A local path in the file: from its folder, from those above it (where a checkout's root is), or from here."""
+        path = Path(text).expanduser()
+        if path.is_absolute():
+            return path if paths.holds(Path.exists, path) else None
+        folder = self.file.parent.resolve()
+        for above in [folder, *list(folder.parents)[:ANCESTORS], Path.cwd()]:
+            if paths.holds(Path.exists, above / path):
+                return above / path
+        return None
+
+    def relative(self, path: Path) -> str:
+        """A path as it is written into the recipe: relative to its folder."""
+        return os.path.relpath(path, self.target)
+
+    def model_path(self, text: str) -> str:
+        """A model: a hub id as it is, or a folder, whether it is here or not."""
+        return self._path(text, _MODEL_FIELD, "model.name_or_path", "; `plan` and `launch` need it")
+
+    def data_path(self, text: str) -> str:
+        """A data set without a split: a hub id as it is, or a file or folder."""
+        return self._path(text, _DATA_FIELD, "data.train")
+
+    def _path(self, text: str, path_field: PathField, name: str, then: str = "") -> str:
+        found = self.locate(text)
+        if found is not None:
+            return str(found) if Path(text).is_absolute() else self.relative(found)
+        if paths.is_allowed_instead(text, path_field):
+            return text
+        if Path(text).expanduser().is_absolute():
+            self.warn(f"{name}: {text} is not on this machine{then}")
+            return text
+        self.warn(f"{name}: {text} is not on this machine{then}; looked in {self.file.parent} and the folders above it")
+        return self.relative(self.file.parent.resolve() / text)
+
+    # ---- the result
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe as nested groups, in the order of the recipe's fields."""
+        result: dict[str, Any] = {}
+        for name in sorted(self.fields, key=_order):
+            *groups, last = name.split(".")
+            group = result
+            for step in groups:
+                if not isinstance(group.get(step), dict):
+                    group[step] = {}
+                group = group[step]
+            group[last] = self.fields[name]
+        return result
+
+    def check(self) -> None:
+        """Load the recipe as `validate` would.
+
+        Raises:
+            RecipeError: it is not one. Models that are not on this machine are warnings here.
+        """
+        document = Document("recipe.yaml", Recipe)
+        rest = {"name": "part", "model": {"name_or_path": "a-model"}, "data": {"train": "owner/name"}}
+        document.parse(dump_data((rest if self.is_part else {}) | self.recipe()).encode())
+        for steps in (("model", "name_or_path"), ("lora", "start_from")):
+            text = document.get(steps)
+            if isinstance(text, str) and not (self.target / Path(text).expanduser()).exists():
+                if steps[0] == "model":
+                    document.data["model"]["name_or_path"] = "a-model-of-the-hub"
+                else:
+                    document.data["lora"].pop("start_from")
+        for text in read_document(document, self.target).notes:
+            self.warn(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        lists = {name: [asdict(item) for item in getattr(self, name)] for name in ("mapped", "dropped", "refused")}
+        cluster = {} if self.cluster is None else {"cluster": self.cluster}
+        return {"kind": self.kind, "recipe": self.recipe(), **lists, "warnings": self.warnings, **cluster}
+
+
+def run_name(text: str) -> str:
+    """A name for the run from any text: what RunName allows."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:100] or "imported"
+
+
+def _order(name: str) -> list[int]:
+    """The place of a field among those of the recipe's schema."""
+    model: Any = Recipe
+    order = []
+    for step in name.split("."):
+        names = list(getattr(model, "model_fields", {}))
+        order.append(names.index(step) if step in names else len(names))
+        annotation = model.model_fields[step].annotation if step in names else None
+        model = next(
+            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
+        )
+    return order
+
+
+def raise_problems(draft: Draft) -> None:
+    """Raises RecipeError for what is wrong with the imported file itself."""
+    if draft.problems:
+        raise RecipeError(draft.problems)
+
+
+def in_words(option: str, value: Any) -> str:
+    """`learning_rate: 0.0002`; the option alone where the value is part of its name."""
+    return option if value is None or "(" in option or " x " in option else f"{option}: {show(value)}"

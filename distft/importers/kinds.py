@@ -1,0 +1,133 @@
+"""Which tool a file is for, by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distft.config.document import MAX_BYTES, Document
+from distft.config.recipe import Recipe
+from distft.config.schema_text import Steps
+from distft.errors import RecipeError
+from distft.importers import accelerate, axolotl, command_line, llama_factory, torchtune, trl
+from distft.importers.draft import Draft, run_name
+from distft.importers.options import Options
+
+Reader = Callable[[Options], None]
+NAMES = ("axolotl", "LLaMA-Factory", "TRL", "torchtune", "accelerate")
+
+
+def kind_of(data: Mapping[str, Any]) -> str | None:
+    """The tool, or None."""
+    keys = set(data)
+    if torchtune.is_torchtune(data):
+        return "torchtune"
+    if "base_model" in keys:
+        return "axolotl"
+    if "model_name_or_path" in keys and keys & _LLAMA_FACTORY:
+        return "LLaMA-Factory"
+    if "model_name_or_path" in keys and keys & trl.KEYS:
+        return "TRL"
+    if len(keys & accelerate.KEYS) > 1:
+        return "accelerate"
+    return None
+
+
+_LLAMA_FACTORY = {"stage", "finetuning_type", "template", "cutoff_len", "dataset_dir", "do_train"}
+_READERS: dict[str, Reader] = {
+    "axolotl": axolotl.read,
+    "LLaMA-Factory": llama_factory.read,
+    "TRL": trl.read,
+    "torchtune": torchtune.read,
+    "accelerate": accelerate.read,
+}
+
+
+def read_command(words: Sequence[str], target: Path, gpus: int | None = None) -> Draft:
+    """Import the command line of TRL's SFT.
+
+    Raises:
+        RecipeError: it is not one, or a file that it names cannot be read.
+    """
+    return _command(words, Path("command"), target, gpus)
+
+
+def read_file(path: Path, target: Path, gpus: int | None = None) -> Draft:
+    """Import a file for a recipe in the folder `target`.
+
+    Raises:
+        RecipeError: it cannot be read, or is none of these tools'.
+    """
+    if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
+        return _command(command_line.find_command(_text(path), path.name), path, target, gpus)
+    document = _document(path)
+    kind = kind_of(document.data)
+    if kind is None:
+        raise RecipeError(
+            f"{path}: not a training file of {', '.join(NAMES[:-1])} or {NAMES[-1]}, by its keys: "
+            f"{', '.join(list(document.data)[:6])}{', ...' * (len(document.data) > 6)}"
+        )
+    draft = Draft(kind, path, target, gpus)
+    draft.fields["name"] = run_name(path.stem)
+    _READERS[kind](Options(draft, document.data, document.places))
+    return draft
+
+
+def _document(path: Path) -> Document[Recipe]:
+    document = Document(str(path), Recipe)
+    document.read(path)
+    if document.problems:
+        raise document.error()
+    return document
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES).decode("utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"cannot read {path}: not a text file in UTF-8") from None
+
+
+def _command(words: Sequence[str], file: Path, target: Path, gpus: int | None) -> Draft:
+    """TRL's options on the command line win over those in its --config; accelerate's config says how many GPUs."""
+    command = command_line.parse(words, file.name)
+    data, draft = dict(command.options), Draft("TRL", file, target, gpus or command.processes)
+    lines: dict[Steps, Any] = {}
+    if isinstance(config := data.pop("config", None), str):
+        path = draft.locate(config)
+        if path is None:
+            raise RecipeError(f"--config: no such file: {config}")
+        document = _document(path)
+        lines = {steps: line for steps, line in document.places.items() if steps and steps[0] not in data}
+        data = document.data | data
+        draft.file = path
+    draft.fields["name"] = run_name(draft.file.stem)
+    options = Options(draft, data, lines)
+    if command.config_file:
+        _launcher(draft, command.config_file)
+    trl.read(options)
+    return draft
+
+
+def _launcher(draft: Draft, text: str) -> None:
+    """accelerate's config of the launcher: how the states are sharded, and on how many GPUs."""
+    path = draft.locate(text)
+    if path is None:
+        draft.warn(f"--config_file: {text} is not here; parallelism is left to distft")
+        return
+    document = _document(path)
+    part = Draft("accelerate", path, draft.target)
+    accelerate.read(Options(part, document.data, document.places))
+    draft.fields |= {name: value for name, value in part.fields.items() if name.startswith("parallelism.")}
+    draft.mapped += [item for item in part.mapped if item.field.startswith("parallelism.")]
+    draft.dropped += part.dropped
+    draft.refused += part.refused
+    draft.problems += part.problems
+    draft.cluster = part.cluster
+    processes = document.data.get("num_processes")
+    if draft.gpus is None and isinstance(processes, int) and processes > 0:
+        draft.gpus = processes

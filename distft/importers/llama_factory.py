@@ -1,0 +1,390 @@
+"""LLaMA-Factory's YAML and the dataset_info.json that it names. Names and defaults: src/llamafactory/hparams/*.py and
+data/parser.py; what they become: model/adapter.py, data/converter.py, data/processor/supervised.py (ff6d4d1)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distft.config.schema_text import clean, closest, did_you_mean, show
+from distft.importers import arguments, common
+from distft.importers.datasets import DataSet, merge_formats, simplest, sources
+from distft.importers.options import Options
+from distft.importers.sharding import SPLIT
+from distft.importers.tables import table
+
+NAME = "LLaMA-Factory"
+_MOST_COUNTED = 2**24  # bytes of a file whose rows are counted
+
+_TAGS = {"user": "user", "assistant": "assistant", "observation": "tool", "system": "system"}
+_MULTIMODAL = "distft trains on text alone"
+
+
+def read(options: Options) -> None:
+    """All of a file."""
+    draft = options.draft
+    stage = options.text("stage") or "sft"
+    if stage not in ("sft", "pt"):
+        options.refuse("stage", "distft trains on examples alone; this needs preferences or a reward")
+    if options.has("do_train") and not options.flag("do_train"):
+        draft.problems.append(f"do_train: this file does not train ({options.where('do_train')})")
+    _model(options)
+    _method(options)
+    _data(options, stage)
+    arguments.read(options, arguments.DEFAULTS, _shared(options))
+    _precision(options)
+    if options.flag("disable_gradient_checkpointing") is not None:
+        # model/model_utils/checkpointing.py: on unless disabled
+        options.set(
+            "training.gradient_checkpointing",
+            "disable_gradient_checkpointing",
+            not options.flag("disable_gradient_checkpointing"),
+        )
+    table("llama_factory").apply(options)
+    options.finish((), NAME)
+
+
+def _shared(options: Options) -> dict[str, int]:
+    """Megatron's groups of GPUs that work on the same rows."""
+    shared = {}
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        if (size := options.integer(name)) is not None:
+            options.drop(name, SPLIT)
+            if size > 1:
+                shared[name] = size
+    options.drop_all({"expert_model_parallel_size": SPLIT})
+    return shared
+
+
+def _precision(options: Options) -> None:
+    """Fewer bits than distft has become as many as it has."""
+    draft = options.draft
+    if options.flag("pure_bf16"):
+        options.set("training.mixed_precision", "pure_bf16", "bf16")
+        draft.warn("pure_bf16: distft's trained weights and optimizer states are float32: more exact, and larger")
+    if options.flag("fp8"):
+        options.drop("fp8", "computed in bf16: more exact, and slower")
+        draft.warn("fp8: distft computes in bf16: more exact, and slower")
+    options.drop_all({"mixed_precision": "of Megatron; bf16 and fp16 say it"})
+    options.drop_all(dict.fromkeys(("fp8_backend", "fp8_enable_fsdp_float8_all_gather"), "of fp8"))
+    if options.flag("use_kt"):
+        options.drop("use_kt", "distft computes experts on the GPUs")
+        draft.warn("use_kt: KTransformers keeps experts in host memory; `distft plan` shows what they need on the GPUs")
+    options.drop_all(dict.fromkeys(("kt_config", "kt_cpu_activation"), "of KTransformers"))
+
+
+def _model(options: Options) -> None:
+    draft = options.draft
+    path = options.text("model_name_or_path")
+    if path is None:
+        draft.problems.append(f"model_name_or_path is missing ({draft.file.name})")
+        return
+    options.set("model.name_or_path", "model_name_or_path", draft.model_path(path))
+    if (revision := options.text("model_revision")) and revision != "main":
+        options.set("model.revision", "model_revision", revision)
+    if options.flag("trust_remote_code"):
+        options.set("model.trust_remote_code", "trust_remote_code", True)
+    attention = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager", "auto": "auto", "fa3": "fa3"}
+    value = options.take("flash_attn")
+    if value is not None:
+        common.attention(options, "flash_attn", attention.get(str(value), str(value)))
+    if options.flag("enable_liger_kernel"):
+        options.set("training.use_liger_kernel", "enable_liger_kernel", True)
+    bits = options.integer("quantization_bit")
+    method = options.text("quantization_method") or "bnb"
+    if bits is not None:
+        if method not in ("bnb", "bitsandbytes") or bits not in (4, 8):
+            options.refuse("quantization_bit", "distft quantizes with bitsandbytes, to 4 or 8 bits")
+        else:
+            options.set("model.quantization", "quantization_bit", "nf4" if bits == 4 else "int8")
+    if options.has("quantization_method"):
+        options.drop("quantization_method", "distft quantizes with bitsandbytes")
+    if (kind := options.text("quantization_type")) and kind != "nf4" and bits == 4:
+        options.refuse("quantization_type", "distft has nf4")
+    if options.flag("double_quantization") is False:
+        options.drop("double_quantization", "distft quantizes the constants of nf4 too")
+        draft.warn("double_quantization: the base differs by the rounding of nf4's constants")
+    tokens = [token for name in ("add_tokens", "add_special_tokens") for token in _listed(options, name)]
+    if tokens:
+        name = "add_tokens" if options.has("add_tokens") else "add_special_tokens"
+        options.set("model.add_tokens", name, tokens)
+    if options.has("resize_vocab"):
+        options.drop("resize_vocab", "the embeddings grow with model.add_tokens")
+    options.drop_all({"init_special_tokens": "new tokens start as transformers makes them"})
+
+
+def _listed(options: Options, name: str) -> list[str]:
+    """A list, or names separated by commas."""
+    value = options.take(name)
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return options.texts(name)
+
+
+def _method(options: Options) -> None:
+    """hparams/finetuning_args.py: LoRA of rank 8 on all linear layers, lora_alpha twice the rank."""
+    draft, kind = options.draft, options.text("finetuning_type") or "lora"
+    lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora", "additional_target")
+    if kind == "full":
+        options.set("lora", "finetuning_type", None)
+        options.drop_all(dict.fromkeys(lora, "there is no adapter"))
+        options.taken |= set(lora)
+        return
+    if kind != "lora":
+        options.refuse("finetuning_type", "distft trains all weights, or LoRA")
+        return
+    rank = options.integer("lora_rank")
+    if rank is not None:
+        options.set("lora.r", "lora_rank", rank)
+    draft.default("lora.r", 8, "lora_rank")
+    alpha = options.number("lora_alpha")
+    if alpha:
+        options.set("lora.lora_alpha", "lora_alpha", alpha)
+    draft.default("lora.lora_alpha", 2 * (rank or 8), "lora_alpha")
+    common.plain_number(options, "lora_dropout", "lora.lora_dropout", 0.0)
+    targets = _listed(options, "lora_target")
+    if targets and targets != ["all"]:
+        options.set("lora.target_modules", "lora_target", targets)
+    elif targets:
+        options.set("lora.target_modules", "lora_target", "all-linear")
+    draft.default("lora.target_modules", "all-linear", "lora_target")
+    for name in ("use_rslora", "use_dora"):
+        if options.flag(name):
+            options.set(f"lora.{name}", name, True)
+    if options.is_on("additional_target"):
+        common.modules_to_save(options, "additional_target")
+    options.taken.add("additional_target")
+    adapters = _listed(options, "adapter_name_or_path")
+    if len(adapters) > 1:
+        options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")
+    elif adapters:
+        options.set("lora.start_from", "adapter_name_or_path", draft.model_path(adapters[0]))
+
+
+# ---- data
+
+
+def _data(options: Options, stage: str) -> None:
+    draft = options.draft
+    length = options.integer("cutoff_len")
+    if length:
+        options.set("data.max_length", "cutoff_len", length)
+    draft.default("data.max_length", 2048, "cutoff_len")
+    _packing(options, stage)
+    if stage == "pt":
+        draft.default("data.long_rows", "split", "cutoff_len")
+    else:
+        draft.default("data.long_rows", "truncate", "cutoff_len")
+        draft.warn("data.long_rows: LLaMA-Factory cuts prompt and answer of long rows in proportion, distft their end")
+    if options.flag("train_on_prompt"):
+        common.train_on_everything(options, "train_on_prompt")
+    if options.flag("mask_history"):
+        options.set("data.train_on", "mask_history", "last")
+    info = _dataset_info(options)
+    most = options.integer("max_samples")
+    names = _listed(options, "dataset")
+    if not names:
+        draft.problems.append(f"dataset is missing ({draft.file.name})")
+    _sources(options, "dataset", "data.train", names, info, most, stage)
+    _evaluation(options, info, most, stage)
+    if (template := options.text("template")) and stage != "pt":
+        common.named_template(options, "template", template)
+    if options.flag("enable_thinking") is False:
+        options.drop("enable_thinking", "rows say it themselves (enable_thinking)")
+        draft.warn("enable_thinking: false is not passed to the chat template; rows can have enable_thinking: false")
+    elif options.has("enable_thinking"):
+        options.drop("enable_thinking", "the chat template's own default is used")
+    strategy = options.text("mix_strategy")
+    if strategy and strategy != "concat":
+        options.refuse("mix_strategy", "distft mixes by the weights of data.train")
+
+
+def _packing(options: Options, stage: str) -> None:
+    """data/processor/supervised.py: neat_packing keeps documents apart, packing alone does not."""
+    draft, packs, neat = options.draft, options.flag("packing"), options.flag("neat_packing")
+    if neat:
+        options.set("data.packing", "neat_packing", True)
+        if packs is not None:
+            options.drop("packing", "neat_packing includes it")
+    elif packs is not None:
+        options.set("data.packing", "packing", packs)
+        if packs:
+            draft.warn("packing: distft keeps the documents of a packed row apart, as neat_packing does")
+    draft.default("data.packing", stage == "pt", "packing")
+
+
+def _evaluation(options: Options, info: dict[str, Any] | None, most: int | None, stage: str) -> None:
+    size = options.number("val_size")
+    if size and size < 1:
+        options.set("data.eval", "val_size", float(size))
+    elif size:
+        options.refuse("val_size", "a number of rows; data.eval takes a fraction, such as 0.05, or a file")
+    if names := _listed(options, "eval_dataset"):
+        _sources(options, "eval_dataset", "data.eval", names, info, most, stage)
+
+
+def _dataset_info(options: Options) -> dict[str, Any] | None:
+    """The descriptions of data sets; None where all names are ids on the hub."""
+    draft = options.draft
+    folder = options.text("dataset_dir")
+    if folder == "ONLINE":
+        options.drop("dataset_dir", "names are ids on the hub")
+        return None
+    if folder and folder.startswith("REMOTE:"):
+        options.refuse("dataset_dir", f"download {folder[7:]}, and name its folder")
+        return {}
+    where = draft.locate(folder or "data")
+    file = where / "dataset_info.json" if where else None
+    if folder:
+        options.drop("dataset_dir", "data.train has the paths")
+    if file is None or not file.is_file():
+        draft.problems.append(
+            f"dataset_dir: {folder or 'data'}/dataset_info.json is not here; looked in {draft.file.parent} and the "
+            "folders above it"
+        )
+        return {}
+    try:
+        info = json.loads(file.read_bytes()[: 2**22])
+    except (OSError, ValueError, RecursionError) as error:
+        draft.problems.append(f"{clean(str(file))}: cannot be read as JSON ({clean(str(error))})")
+        return {}
+    return {"": file.parent, **info} if isinstance(info, dict) else {}
+
+
+def _sources(
+    options: Options,
+    name: str,
+    field: str,
+    names: list[str],
+    info: dict[str, Any] | None,
+    most: int | None,
+    stage: str,
+) -> None:
+    """data.train or data.eval of named data sets, and how their rows are read."""
+    draft, entries = options.draft, list[Any]()
+    formats: list[dict[str, Any]] = []
+    for one in names:
+        if info is None:
+            description: Any = {"hf_hub_url": one}
+        else:
+            description = info.get(one)
+            if not isinstance(description, dict):
+                if info:
+                    near = did_you_mean(closest(one, [key for key in info if key]))
+                    draft.problems.append(f"{name}: {show(one)} is not in dataset_info.json{near}")
+                continue
+        described = Options(draft, description, steps=("dataset_info.json", one))
+        found = _data_set(described, (info or {}).get("", Path()), most)
+        if found is None:
+            continue
+        entries += found
+        formats.append(_text(described) if stage == "pt" else _format(described))
+        described.finish((), "dataset_info.json")
+    if options.has("max_samples") and name == "dataset":
+        options.drop("max_samples", "rows of data.train, where a data set has more")
+    if not entries:
+        return
+    options.set(field, name, simplest(entries))
+    settings = merge_formats(formats)
+    if settings is None:
+        options.refuse(name, "distft reads all data sets of a recipe in one format; these have several")
+        return
+    for key, value in settings.items():
+        if key not in draft.fields:
+            draft.set(key, value, f"{name} (dataset_info.json)", None)
+
+
+def _data_set(described: Options, folder: Path, most: int | None) -> list[Any] | None:
+    """data/parser.py, get_dataset_list: on the hub, or a file or folder in dataset_dir."""
+    draft = described.draft
+    samples = described.integer("num_samples")
+    hub, file = described.text("hf_hub_url"), described.text("file_name")
+    described.drop_all({"ms_hub_url": "the hub's is used", "om_hub_url": "the hub's is used"})
+    if described.is_on("ranking"):
+        described.refuse("ranking", "distft trains on examples alone; this needs preferences or a reward")
+    described.taken.add("ranking")
+    for name in ("script_url", "cloud_file_name"):
+        if described.is_on(name):
+            described.refuse(name, "distft reads files and the hub alone")
+            return None
+    subset, split, inner = described.text("subset"), described.text("split"), described.text("folder")
+    limit = min((n for n in (samples, most) if n is not None), default=None)
+    if hub:
+        files = () if inner is None else (inner,)
+        data_set = DataSet(hub, split, subset, files=files, most=limit)
+    elif file:
+        path = folder / file
+        count = _count(path)
+        most = limit if count is None or limit is None or count > limit else None
+        data_set = DataSet(draft.relative(path), most=most, is_here=True)
+    else:
+        draft.problems.append(f"{described.path('file_name')} is missing (dataset_info.json)")
+        return None
+    found = sources(draft, data_set, ".".join(map(str, described.steps)))
+    if found is None:
+        described.refuse("split", "data.train takes a whole split, or a share of it")
+    return found
+
+
+def _count(path: Path) -> int | None:
+    """Rows of a small JSON or JSON Lines file; None where that is not known."""
+    try:
+        if path.stat().st_size > _MOST_COUNTED:
+            return None
+        if path.suffix == ".jsonl":
+            return sum(1 for line in path.open("rb") if line.strip())
+        if path.suffix == ".json":
+            rows = json.loads(path.read_bytes())
+            return len(rows) if isinstance(rows, list) else None
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
+
+
+def _text(described: Options) -> dict[str, Any]:
+    """data/processor/unsupervised.py and pretrain.py: what the instruction would be is the text."""
+    columns = described.group("columns")
+    column = columns.text("prompt") or ("text" if columns.data else "instruction")
+    described.taken.add("formatting")
+    return {"data.format": "text"} | ({"data.columns": {"text": column}} if column != "text" else {})
+
+
+def _format(described: Options) -> dict[str, Any]:
+    """data/parser.py, DatasetAttr: alpaca; columns that are not given are not read where others are."""
+    kind = described.text("formatting") or "alpaca"
+    columns, tags = described.group("columns"), described.group("tags")
+    for name in ("images", "videos", "audios"):
+        if columns.is_on(name):
+            columns.refuse(name, _MULTIMODAL)
+    for name in ("chosen", "rejected", "kto_tag"):
+        if columns.is_on(name):
+            columns.refuse(name, "distft trains on examples alone; this needs preferences or a reward")
+    shared = {name: columns.text(name) for name in ("system", "tools")}
+    if kind == "alpaca":
+        own = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
+        names = {ours: columns.text(theirs) for ours, theirs in own.items()} | shared
+        columns.taken.add("messages")
+        result: dict[str, Any] = {"data.format": "alpaca"}
+    elif kind in ("sharegpt", "openai"):
+        role, content = tags.text("role_tag") or "from", tags.text("content_tag") or "value"
+        messages = columns.text("messages") or "conversations"
+        names = {"messages": messages, "role": role, "content": content, **shared}
+        result = {"data.format": "sharegpt" if role == "from" else "messages"}
+        roles = {tags.text(f"{tag}_tag"): target for tag, target in _TAGS.items()}
+        known = {"human": "user", "gpt": "assistant", "observation": "tool"} if role == "from" else {}
+        roles = {key: value for key, value in roles.items() if key and key != value and known.get(key) != value}
+        if roles:
+            result["data.roles"] = roles
+        tags.take("function_tag")
+        usual = {"messages": "conversations", "role": "from", "content": "value"}
+        names = {key: value for key, value in names.items() if role != "from" or value != usual.get(key)}
+    else:
+        described.refuse("formatting", "need alpaca, sharegpt or openai")
+        return {}
+    mapped = {key: value for key, value in names.items() if value and value != key}
+    if mapped:
+        result["data.columns"] = mapped
+    columns.finish((), "columns of dataset_info.json")
+    tags.finish((), "tags of dataset_info.json")
+    return result

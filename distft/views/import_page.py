@@ -1,0 +1,53 @@
+"""`distft import` as text: what each option became."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from distft.config.schema_text import show
+
+LEFT_COLUMN = 64  # most columns that an option takes beside what became of it
+
+
+def lines(found: dict[str, Any], width: int) -> Iterator[str]:
+    """The page for what `Draft.to_json` says, `width` columns wide."""
+    if found["mapped"]:
+        yield "mapped:"
+        yield from _table(
+            [(_option(item), f"{item['field']}: {_short(item['to'])}") for item in found["mapped"]], width
+        )
+    for name, title in (("dropped", "dropped, and what that means:"), ("refused", "refused, and why:")):
+        if found[name]:
+            yield title
+            yield from _table([(_option(item), item["why"]) for item in found[name]], width)
+
+
+def _option(item: dict[str, Any]) -> str:
+    name, value = item["option"], item["value"]
+    return name if value is None or "(" in name or " x " in name else f"{name}: {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    """A string as it is, everything else as JSON, on one line."""
+    return show(value)[1:-1] if isinstance(value, str) else show(value)
+
+
+def _table(rows: list[tuple[str, str]], width: int) -> Iterator[str]:
+    """Two columns; where the left one is too wide, the right one is on lines of its own."""
+    width = max(40, width)
+    left = min(max(len(option) for option, _ in rows), LEFT_COLUMN, width // 2)
+    for option, text in rows:
+        if len(option) <= left:
+            head, room = f"  {option:<{left}}  ", width - left - 4
+            wrapped = _wrap(text, room)
+            yield (head + wrapped[0]).rstrip()
+            yield from (" " * (left + 4) + line for line in wrapped[1:])
+        else:
+            yield from (f"  {line}" for line in _wrap(option, width - 2))
+            yield from (" " * (left + 4) + line for line in _wrap(text, width - left - 4))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]

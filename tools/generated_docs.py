@@ -48,7 +48,7 @@ data:
   format: auto                        # detected from the rows
   columns: {}                         # {prompt: question, completion: answer}
   roles: {}                           # {developer: system}
-  train_on: all                       # the assistant's turns; or last, all_with_reasoning
+  train_on: all                       # the assistant's turns; or last, all_with_reasoning, everything
   ignore_fields: []                   # [tools]: fields that the chat template does not print
   max_length: 2048                    # tokens
   packing: true
@@ -61,8 +61,7 @@ training:
   num_train_epochs: 3                 # or max_steps: 1000
   learning_rate: auto                 # 2e-4 with LoRA, 2e-5 without
   lr_scheduler_type: cosine
-  warmup_ratio: auto                  # 0.03, at most a tenth of the steps
-  # warmup_steps: 100                 # instead of warmup_ratio
+  warmup_ratio: auto                  # or warmup_steps: 100; auto: 0.03, at most a tenth of the steps
   weight_decay: 0.0
   max_grad_norm: 1.0
   optim: adamw_torch_fused

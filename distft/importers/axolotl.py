@@ -251,8 +251,6 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
         formats.append(_format(one))
         for key in ("split", "name", "revision", "data_files"):
             one.taken.add(key)
-        table("axolotl_datasets").apply(one)
-        one.finish((), f"axolotl's {name}")
     # Several sources are one field.
     draft.mapped = [
         item for n, item in enumerate(draft.mapped) if item.field != field or item.to == draft.fields.get(field)
@@ -264,6 +262,9 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
     for key, value in settings.items():
         if key not in draft.fields:
             draft.set(key, value, f"{name}[0].type", data_sets[0].data.get("type"), data_sets[0].line("type"))
+    for one in data_sets:
+        table("axolotl_datasets").apply(one)
+        one.finish((), f"axolotl's {name}")
     if settings.get("data.format") == "text":
         draft.fields["data.long_rows"] = "split"  # prompt_strategies/completion.py cuts texts into pieces
 

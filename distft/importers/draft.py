@@ -25,11 +25,12 @@ _MODEL_FIELD = next(field for field in PATH_FIELDS if field.steps == ("model", "
 
 @dataclass(frozen=True)
 class Mapped:
-    """An option, or several together, and the field that says the same. `line` is None for a default."""
+    """An option, or several together, and the field that says the same; None for one that decides about the fields of
+    others. `line` is None for a default."""
 
     option: str
     value: Any
-    field: str
+    field: str | None
     to: Any
     line: int | None = None
 

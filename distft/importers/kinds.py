@@ -123,7 +123,7 @@ def _launcher(draft: Draft, text: str) -> None:
     part = Draft("accelerate", path, draft.target)
     accelerate.read(Options(part, document.data, document.places))
     draft.fields |= {name: value for name, value in part.fields.items() if name.startswith("parallelism.")}
-    draft.mapped += [item for item in part.mapped if item.field.startswith("parallelism.")]
+    draft.mapped += [item for item in part.mapped if (item.field or "").startswith("parallelism.")]
     draft.dropped += part.dropped
     draft.refused += part.refused
     draft.problems += part.problems

@@ -280,6 +280,8 @@ def _sources(
             continue
         entries += found
         formats.append(_text(described) if stage == "pt" else _format(described))
+        described.data.pop("file_name", None)  # data.train has it
+        described.data.pop("hf_hub_url", None)
         described.finish((), "dataset_info.json")
     if options.has("max_samples") and name == "dataset":
         options.drop("max_samples", "rows of data.train, where a data set has more")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from distft.config.schema_text import KINDS, NOUNS, Steps, closest, did_you_mean, dotted, show
-from distft.importers.draft import Draft, Left
+from distft.importers.draft import Draft, Left, Mapped
 
 T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # YAML 1.1's, which all these tools read
@@ -29,13 +29,14 @@ class Options:
     ):
         self.draft, self.data, self.lines, self.steps = draft, dict(data), lines or {}, steps
         self.taken: set[str] = set()
+        self.spelling: dict[str, str] = {}  # names that the file has in a longer form
 
     def line(self, name: str) -> int | None:
-        line = self.lines.get((*self.steps, name))
+        line = self.lines.get((*self.steps, self.spelling.get(name, name)))
         return line if isinstance(line, int) else None
 
     def path(self, name: str) -> str:
-        return dotted((*self.steps, name))
+        return dotted((*self.steps, self.spelling.get(name, name)))
 
     def has(self, name: str) -> bool:
         """Whether the option is given. It counts as looked at."""
@@ -150,8 +151,14 @@ class Options:
         value = self.data.get(name)
         return value not in (None, False, "", [], {}) and not (isinstance(value, str) and value.lower() in _FALSE)
 
+    def without_prefix(self, prefix: str) -> None:
+        """Read names that begin with the prefix as those without it."""
+        short = {name.removeprefix(prefix): name for name in self.data}
+        self.data = {name: self.data[full] for name, full in short.items()}
+        self.spelling = {name: full for name, full in short.items() if name != full}
+
     def finish(self, known: Iterable[str], what: str) -> None:
-        """Refuse all options that nothing has looked at.
+        """Refuse all options that nothing has looked at. Call it last: it lists those that were only looked at, too.
 
         Args:
             known: names of other options of the tool.
@@ -171,3 +178,13 @@ class Options:
                 self.drop(name, f"{why}; it is not set")
             else:
                 self.refuse(name, why)
+        self._list_unlisted()
+
+    def _list_unlisted(self) -> None:
+        """Options that decide about others, and have no field themselves."""
+        draft = self.draft
+        listed = "\n".join(item.option for item in (*draft.mapped, *draft.dropped, *draft.refused))
+        for name in self.data:
+            shown = self.path(name)
+            if self.is_on(name) and not re.search(rf"(^|[ .]){re.escape(shown)}($|[ .\[])", listed, re.MULTILINE):
+                draft.mapped.append(Mapped(shown, self.data[name], None, None, self.line(name)))

@@ -14,6 +14,7 @@ from typing import Any
 from distft.config.schema_text import clean, show
 from distft.importers.draft import Draft
 from distft.importers.options import Options
+from distft.rules.upstream import ZERO_KEYS
 
 TUNING = "tunes speed and memory only"
 SPLIT = "distft splits no layers or sequences across GPUs: each has more to hold (`distft plan` shows it)"
@@ -43,7 +44,6 @@ _DEEPSPEED_DROPPED = {
     "wandb": "no effect on what is trained; training.report_to: [wandb]",
 }
 _FSDP_DROPPED = {
-    "fsdp_version": "distft uses FSDP2, which trains the same",
     "version": "distft uses FSDP2, which trains the same",
     "sync_module_states": "of FSDP1; FSDP2 does it in another way",
     "use_orig_params": "of FSDP1; FSDP2 always does",
@@ -64,6 +64,9 @@ _FSDP_DROPPED = {
     "ignored_modules": TUNING,
     "activation_checkpointing_offload": TUNING,
 }
+
+
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def read_deepspeed(options: Options, name: str) -> None:
@@ -116,6 +119,9 @@ def _read_deepspeed_config(config: Options, options: Options, name: str) -> None
         options.draft.warn(f"{options.path(name)}: offload to NVMe becomes offload to host memory")
     on_host = [what for what, device in devices.items() if device in ("cpu", "nvme")]
     set_strategy(options, name, f"zero{stage}" if stage else "ddp", _offload(on_host, stage))
+    zero.refuse_all(dict.fromkeys(_QUANTIZED, "distft sends weights and gradients unquantized"))
+    zero.drop_all(dict.fromkeys(sorted(ZERO_KEYS), TUNING))
+    zero.finish((), "DeepSpeed's zero_optimization")
     for part, instead in (("optimizer", "training.optim"), ("scheduler", "training.lr_scheduler_type")):
         section = config.take(part)
         if section is None:
@@ -180,7 +186,7 @@ def read_fsdp(flags: list[str], config: Options, options: Options, name: str) ->
         name: the option of `options` that is shown.
     """
     draft = options.draft
-    config.data = {key.removeprefix("fsdp_") if key != "fsdp_version" else key: v for key, v in config.data.items()}
+    config.without_prefix("fsdp_")
     strategy = str(config.take("sharding_strategy") or "").upper()
     by_number = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}
     strategy = by_number.get(strategy, strategy)
@@ -193,8 +199,14 @@ def read_fsdp(flags: list[str], config: Options, options: Options, name: str) ->
         kind = "fsdp"
         if "shard_grad_op" in words:
             draft.warn(f"{options.path(name)}: shard_grad_op keeps the weights whole; fsdp shards them, too")
-    offload = config.flag("offload_params") or "offload" in words
-    set_strategy(options, name, kind, "all" if offload else "none")
+    set_strategy(options, name, kind)
+    offload = config.flag("offload_params")
+    if kind == "ddp":
+        pass
+    elif offload is not None:
+        config.set("parallelism.offload", "offload_params", "all" if offload else "none")
+    else:
+        options.set("parallelism.offload", name, "all" if "offload" in words else "none")
     if config.flag("activation_checkpointing"):
         config.set("training.gradient_checkpointing", "activation_checkpointing", True)
     config.drop_all(_FSDP_DROPPED)

@@ -248,7 +248,8 @@ def _format(options: Options, group: Options, tokenizer: Options) -> None:
     if columns and "data.format" in draft.fields:
         draft.set("data.columns", dict(columns), "dataset.column_map", None)
     if trains_prompt:
-        draft.set("data.train_on", "everything", "dataset.train_on_input", True)
+        default = "" if group.has("train_on_input") else " (torchtune's default)"
+        draft.set("data.train_on", "everything", f"dataset.train_on_input{default}", True)
     if not plain and draft.fields.get("data.format") in ("alpaca_chat", "messages", "sharegpt"):
         draft.warn(
             f"tokenizer: {written} writes a chat format of its own, which may differ from the model's chat template, "

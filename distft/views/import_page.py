@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from distft.config.schema_text import show
+from distft.config.schema_text import clean, clip
 
+MOST_CHARACTERS = 200  # of a value
 LEFT_COLUMN = 64  # most columns that an option takes beside what became of it
 
 
@@ -15,13 +17,15 @@ def lines(found: dict[str, Any], width: int) -> Iterator[str]:
     """The page for what `Draft.to_json` says, `width` columns wide."""
     if found["mapped"]:
         yield "mapped:"
-        yield from _table(
-            [(_option(item), f"{item['field']}: {_short(item['to'])}") for item in found["mapped"]], width
-        )
+        yield from _table([(_option(item), _field(item)) for item in found["mapped"]], width)
     for name, title in (("dropped", "dropped, and what that means:"), ("refused", "refused, and why:")):
         if found[name]:
             yield title
             yield from _table([(_option(item), item["why"]) for item in found[name]], width)
+
+
+def _field(item: dict[str, Any]) -> str:
+    return "said by the fields of other options" if item["field"] is None else f"{item['field']}: {_short(item['to'])}"
 
 
 def _option(item: dict[str, Any]) -> str:
@@ -31,7 +35,8 @@ def _option(item: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     """A string as it is, everything else as JSON, on one line."""
-    return show(value)[1:-1] if isinstance(value, str) else show(value)
+    text = clip(clean(json.dumps(value, ensure_ascii=False)), MOST_CHARACTERS)
+    return text[1:-1] if isinstance(value, str) else text
 
 
 def _table(rows: list[tuple[str, str]], width: int) -> Iterator[str]:

@@ -303,6 +303,26 @@ def test_instructions_with_more() -> None:
     )
 
 
+def test_instructions_as_stanfords_prompt() -> None:
+    """As a text, or as the question of a conversation, whatever the tokenizer has."""
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    expected = example(row, chat=False)
+    assert expected.kind == "prompt_completion"
+    for chat in (True, False):
+        assert example(row, chat, format="alpaca_prompt") == expected
+        prompt = {"role": "user", "content": expected.fields["prompt"]}
+        answer = {"role": "assistant", "content": "3"}
+        assert example(row, chat, format="alpaca_chat").fields["messages"] == [prompt, answer]
+    row["system"] = "S"
+    system = {"role": "system", "content": "S"}
+    assert messages(row, format="alpaca_chat") == [system, prompt, answer]
+    assert example(row, format="alpaca_prompt").fields["prompt"].startswith("S\n\n### Instruction:")
+    renamed = {"q": "Add.", "a": "3"}
+    columns = {"instruction": "q", "output": "a"}
+    assert example(renamed, format="alpaca_prompt", columns=columns).fields["completion"] == "3"
+    assert problem(row | {"history": [["q", "a"]]}, format="alpaca_prompt").endswith("use data.format: alpaca")
+
+
 def test_prompt_and_completion() -> None:
     row = {"prompt": "q", "completion": " a"}
     assert example(row) == Example("prompt_completion", row)

@@ -252,6 +252,38 @@ def test_axolotl_refuses(imported: Import, options: dict[str, Any], expected: st
     assert draft.refused[0].why.startswith(expected)
 
 
+def test_every_option_is_listed(imported: Import) -> None:
+    """No option that is set vanishes: it is mapped, dropped or refused."""
+    options = {
+        **AXOLOTL,
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "lora_target_modules": ["q_proj"],
+        "fsdp": ["full_shard"],
+        "fsdp_config": {
+            "fsdp_offload_params": True,
+            "fsdp_sharding_strategy": "FULL_SHARD",
+            "fsdp_state_dict_type": "X",
+        },
+        "liger_rope": True,
+        "liger_rms_norm": True,
+        "plugins": ["axolotl.integrations.liger.LigerPlugin"],
+        "relora": True,
+        "bf16": "auto",
+        "tf32": True,
+        "chat_template": "chatml",
+        "eot_tokens": ["<e>"],
+        "special_tokens": {"bos_token": "<s>"},
+        "evals_per_epoch": 4,
+        "loss_watchdog_threshold": 5.0,
+    }
+    draft = imported(options)
+    listed = {item.option for item in (*draft.mapped, *draft.dropped, *draft.refused)}
+    inner = {f"fsdp_config.{name}" for name in options["fsdp_config"]} | {"special_tokens.bos_token"}
+    data_set = {"datasets[0].path", "datasets[0].type"}
+    assert set(options) - {"fsdp_config", "special_tokens", "datasets"} | inner | data_set <= listed
+
+
 def test_axolotl_options_that_are_off(imported: Import) -> None:
     off = {"rl": None, "relora": False, "unfrozen_parameters": [], "fp8": False, "sample_packing": None, "debug": None}
     assert imported({**AXOLOTL, **off}).fields == imported(AXOLOTL).fields

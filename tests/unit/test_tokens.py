@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from chats import assistant, system, tokenizer_for, user
-from tiny import Tiny, write_jsonl
+from tiny import CHAT_TEMPLATE, Tiny, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from distft.config.loading import load_recipe
@@ -62,6 +62,23 @@ def pair(prompt: str, completion: str) -> dict[str, str]:
 )
 def test_tokens(metaspace: bool, ends: str, row: dict[str, str], expected: str, trained: str) -> None:
     assert pieces(tokenizer(metaspace, ends), row) == (expected.split(), trained.split())
+
+
+def test_everything_is_trained() -> None:
+    """Prompts and questions too; a conversation is rendered as it is otherwise."""
+    recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"train_on": "everything"})})
+    fast = tokenizer(False)
+    (document,) = encoder("prompt_completion", fast, recipe).encode(pair("hello(", "x)"))
+    assert fast.convert_ids_to_tokens(document.ids) == ["<s>", "hello", "(", "x", ")", "</s>"]
+    assert document.trained == [True] * 6
+    assert [span.trained for span in document.spans] == [True, True]
+    chat = tokenizer_for(CHAT_TEMPLATE)
+    row = {"messages": [user("hello"), assistant("token"), user("x"), assistant("hello")]}
+    (usual,) = encoder("messages", chat, RECIPE).encode(row)
+    (whole,) = encoder("messages", chat, recipe).encode(row)
+    assert whole.ids == usual.ids
+    assert not all(usual.trained)
+    assert whole.trained == [True] * len(whole.ids)
 
 
 def test_rows_that_would_train_something_else_are_counted_by_kind(tiny: Tiny, tmp_path: Any) -> None:

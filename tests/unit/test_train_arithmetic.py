@@ -137,9 +137,28 @@ COSINE = [1.0, 0.75, 0.25]  # (1 + cos(pi i / 3)) / 2
 )
 def test_learning_rates(tiny: Tiny, tmp_path: Path, schedule: str, warmup: int, expected: list[float]) -> None:
     """Of every step, and of the rest after any of them: a run that continues sets its schedule by the step."""
+    check_rates(tiny, tmp_path, expected, training__lr_scheduler_type=schedule, warmup_ratio=warmup / len(expected))
+    check_rates(tiny, tmp_path, expected, training__lr_scheduler_type=schedule, warmup_steps=warmup)
+
+
+def test_another_schedule_of_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    """As `distft import` writes axolotl's cosine_min_lr_ratio: the cosine, between half the peak rate and all of it."""
+    overrides = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}
+    expected = [1 / 2, *(0.5 + 0.5 * part for part in COSINE)]
+    check_rates(tiny, tmp_path, expected, warmup_steps=1, trainer={"overrides": overrides})
+
+
+def check_rates(tiny: Tiny, tmp_path: Path, expected: list[float], **changes: Any) -> None:
     steps = len(expected)
-    changes = {"training__lr_scheduler_type": schedule, "training__warmup_ratio": warmup / steps}
-    recipe = Recipe.model_validate(tiny.recipe(**changes, training__learning_rate=8.0))
+    given = tiny.recipe(training__learning_rate=8.0)
+    del given["training"]["warmup_ratio"]
+    for name in ("warmup_steps", "warmup_ratio"):
+        if name in changes:
+            given["training"][name] = changes.pop(name)
+    for name, value in changes.items():
+        group, _, key = name.partition("__")
+        given[group] = given[group] | {key: value} if key else value
+    recipe = Recipe.model_validate(given)
     batch = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
     plan = {"batch": batch, "gradient_checkpointing": False, "strategy": "ddp"}
     arguments = training_arguments(recipe, plan, RunDir(tmp_path), steps)

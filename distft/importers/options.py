@@ -183,7 +183,8 @@ class Options:
     def _list_unlisted(self) -> None:
         """Options that decide about others, and have no field themselves."""
         draft = self.draft
-        listed = "\n".join(item.option for item in (*draft.mapped, *draft.dropped, *draft.refused))
+        left = draft.dropped + draft.refused
+        listed = "\n".join([*(item.option for item in draft.mapped), *(item.option for item in left)])
         for name in self.data:
             shown = self.path(name)
             if self.is_on(name) and not re.search(rf"(^|[ .]){re.escape(shown)}($|[ .\[])", listed, re.MULTILINE):

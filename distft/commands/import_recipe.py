@@ -53,11 +53,13 @@ def write(draft: Draft, output: str, cluster_out: str | None) -> list[Path]:
             draft.cluster
         )
     for path in files:
-        if path.exists():
+        if path.exists() and not _has(path, files[path]):
             raise RecipeError(f"{path}: already exists; name another file, or remove it")
     written: list[Path] = []
     try:
         for path, text in files.items():
+            if path.exists() and path.suffix == ".jinja":
+                continue  # the same chat template
             with path.open("x", encoding="utf-8") as file:
                 written.append(path)
                 file.write(text)
@@ -66,6 +68,11 @@ def write(draft: Draft, output: str, cluster_out: str | None) -> list[Path]:
             path.unlink(missing_ok=True)
         raise RecipeError(f"{path}: cannot be written ({(error.strerror or str(error)).lower()})") from None
     return written
+
+
+def _has(path: Path, text: str) -> bool:
+    """Whether a chat template of an earlier import is the same."""
+    return path.suffix == ".jinja" and path.is_file() and path.read_bytes() == text.encode()
 
 
 def recipe_text(draft: Draft) -> str:

@@ -15,6 +15,8 @@ from distft.importers.tables import table
 
 NAME = "axolotl"
 _ALPACA_TYPES = ("alpaca", "alpaca:instruct")
+# Those of utils/chat_templates/templates/ that are in templates/ here.
+_TEMPLATES = ("chatml", "gemma", "llama3", "phi_3")
 _LEGACY_ATTENTION = (
     "flash_attention",
     "sdp_attention",
@@ -369,16 +371,24 @@ def _what_is_trained(one: Options) -> None:
 
 
 def _chat_template(options: Options, data_sets: list[Options]) -> None:
-    """utils/chat_templates/base.py: tokenizer_default, a name of axolotl's own, or jinja with its text or file."""
-    for group in (options, *data_sets):
+    """utils/chat_templates/base.py: tokenizer_default, a name of axolotl's own, or jinja with its text or file. A data
+    set's own wins over the file's."""
+    names = ("chat_template", "chat_template_jinja")
+    own = [one for one in data_sets if any(one.is_on(name) for name in names)]
+    choices = {tuple(map(repr, map(one.data.get, names))) for one in own}
+    if own and (len(choices) > 1 or (len(own) < len(data_sets) and options.is_on("chat_template"))):
+        own[-1].refuse("chat_template", "a recipe has one chat template; this file has several")
+    else:
+        group = own[0] if own else options
         name, jinja = group.text("chat_template"), group.text("chat_template_jinja")
         if jinja:
             common.jinja(group, "chat_template_jinja", jinja)
         elif name and not name.startswith("tokenizer_default"):
-            common.named_template(group, "chat_template", name)
+            common.named_template(group, "chat_template", name, _TEMPLATES)
         elif name:
             group.drop("chat_template", "the tokenizer's own is the default")
-        group.taken |= {"chat_template", "chat_template_jinja"}
+    for one in (options, *data_sets):
+        one.taken |= set(names)
     if options.take("chat_template_kwargs"):
         options.refuse("chat_template_kwargs", "distft takes them from the rows (chat_template_kwargs)")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from importlib import resources
 from typing import Any, get_args
 
 from distft.config.recipe import Optim
@@ -184,10 +185,21 @@ def jinja(options: Options, name: str, value: str) -> None:
         draft.problems.append(f"{options.path(name)}: no such file: {value} ({options.where(name)})")
 
 
-def named_template(options: Options, name: str, value: str) -> None:
-    """A template that a tool has under a name: the tokenizer's own is used, which may differ from it."""
+def named_template(options: Options, name: str, value: str, own: Collection[str]) -> None:
+    """A template that a tool has under a name.
+
+    Args:
+        own: those of them that are in templates/, and are written beside the recipe. For others the tokenizer's own is
+            used, which may differ.
+    """
+    draft = options.draft
+    if value in own:
+        text = (resources.files(__package__) / "templates" / f"{value}.jinja").read_text(encoding="utf-8")
+        draft.extra_files[f"{value}.jinja"] = text
+        options.set("data.chat_template", name, f"{value}.jinja")
+        return
     options.drop(name, "the tokenizer's own chat template is used")
-    options.draft.warn(
-        f"{options.path(name)}: {options.draft.kind}'s own template {show(value)} may differ from the tokenizer's, "
-        "which is used; `distft data` shows the rows as they are trained"
+    draft.warn(
+        f"{options.path(name)}: {draft.kind}'s own template {show(value)} may differ from the tokenizer's, which is "
+        "used; `distft data` shows the rows as they are trained"
     )

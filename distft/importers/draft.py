@@ -174,6 +174,8 @@ class Draft:
                     document.data["model"]["name_or_path"] = "a-model-of-the-hub"
                 else:
                     document.data["lora"].pop("start_from")
+        if document.get(("data", "chat_template")) in self.extra_files:
+            del document.data["data"]["chat_template"]  # it is written with the recipe
         for text in read_document(document, self.target).notes:
             self.warn(text)
 

@@ -189,7 +189,7 @@ def _data(options: Options, stage: str) -> None:
     _sources(options, "dataset", "data.train", names, info, most, stage)
     _evaluation(options, info, most, stage)
     if (template := options.text("template")) and stage != "pt":
-        common.named_template(options, "template", template)
+        common.named_template(options, "template", template, ["chatml"])
     if options.flag("enable_thinking") is False:
         options.drop("enable_thinking", "rows say it themselves (enable_thinking)")
         draft.warn("enable_thinking: false is not passed to the chat template; rows can have enable_thinking: false")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from distft import importers
 from distft.cli import main
 from distft.config.cluster import load_cluster
 from distft.config.loading import load_recipe
@@ -592,7 +593,7 @@ def test_standard_output(here: Path) -> None:
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_width(here: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    long = {**AXOLOTL, "optim_args": {"a": "x" * 300}, "chat_template": "llama3", "relora": True}
+    long = {**AXOLOTL, "optim_args": {"a": "x" * 300}, "chat_template": "cohere", "relora": True}
     (here / "x.yml").write_text(yaml.safe_dump(long))
     _, out, error = run("x.yml", "--gpus", "2")
     assert all(len(line) <= width for line in out.splitlines())
@@ -652,6 +653,63 @@ def test_absolute_and_absent_models(here: Path) -> None:
     assert status == 0
     assert "warning: model.name_or_path: /nowhere/model is not on this machine" in error
     assert yaml.safe_load(Path("recipe.yaml").read_text())["model"]["name_or_path"] == "/nowhere/model"
+
+
+CONVERSATION = [
+    {"role": "user", "content": "Hi "},
+    {"role": "assistant", "content": "Yes\n"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+]
+# Written by hand from axolotl's templates of these names; «» marks what is trained.
+RENDERED = {
+    "chatml": (
+        "<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n«Yes\n<|im_end|>»\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
+    ),
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Yes<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«b<|eot_id|>»"
+    ),
+    "gemma": (
+        "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«Yes<end_of_turn>»\n"
+        "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n«b<end_of_turn>»\n"
+    ),
+    "phi_3": (
+        "<s><|user|>\nHi <|end|>\n<|assistant|>\n«Yes\n<|end|>»\n<|user|>\na<|end|>\n<|assistant|>\n«b<|end|>»\n"
+    ),
+}
+
+
+def test_templates(here: Path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    folder = Path(importers.__file__).parent / "templates"
+    assert {path.stem for path in folder.iterdir()} == set(RENDERED)
+    for name, expected in RENDERED.items():
+        options = {**AXOLOTL, "chat_template": name, "warmup_ratio": 0.1}
+        (here / f"{name}.yml").write_text(yaml.safe_dump(options))
+        status, _, error = run(f"{name}.yml", "--gpus", "1", "-o", f"{name}.yaml")
+        assert (status, error) == (0, "")
+        template = Path(load_recipe(f"{name}.yaml").data.chat_template or "")
+        assert template == here / f"{name}.jinja"
+        rendered, spans = render_jinja_template(
+            conversations=[CONVERSATION],
+            chat_template=template.read_text(),
+            return_assistant_tokens_mask=True,
+            bos_token="<s>",
+            eos_token="</s>",
+        )
+        text = rendered[0]
+        for start, end in reversed(spans[0]):
+            text = f"{text[:start]}«{text[start:end]}»{text[end:]}"
+        assert text == expected, name
+    assert run("chatml.yml", "--gpus", "1", "-o", "again.yaml")[0] == 0  # the same template is there already
+    Path("chatml.jinja").write_text("mine")
+    assert "chatml.jinja: already exists" in run("chatml.yml", "--gpus", "1", "-o", "once-more.yaml")[2]
+    assert not Path("once-more.yaml").exists()
 
 
 def test_inline_template(here: Path) -> None:

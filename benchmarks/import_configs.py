@@ -10,8 +10,8 @@ one tool counts:
     unreadable  it is incomplete, or names files that are not there
 
 Each whole recipe is loaded as `validate` loads it, and planned on --gpus H100s. Models are not downloaded: the plan is
-made with the config.json of a published model of the same family (benchmarks/model_configs.py), and counts apart where
-there is none. Data sets on the hub are not read.
+made with the config.json of a published model of the same family (MORE, and benchmarks/model_configs.py), and counts
+apart where there is none. Data sets on the hub are not read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,49 @@ from distft.importers.draft import Draft
 from distft.importers.kinds import NAMES, read_file
 from distft.jobs.target import Target, plan_recipe
 
+
+def shape(vocab: int, hidden: int, layers: int, heads: int, kv: int, mlp: int) -> dict[str, int]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": mlp,
+    }
+
+
+# Of families that the other benchmarks do not have: microsoft/phi-2, EleutherAI/gpt-j-6b,
+# CohereForAI/c4ai-command-r7b-12-2024, openai/gpt-oss-20b, ByteDance-Seed/Seed-OSS-36B-Base, Qwen/Qwen3-30B-A3B.
+MORE: dict[str, dict[str, Any]] = {
+    "phi-2": {"model_type": "phi", **shape(51200, 2560, 32, 32, 32, 10240), "partial_rotary_factor": 0.4},
+    "gpt-j-6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16},
+    "command-r7b": {"model_type": "cohere2", **shape(256000, 4096, 32, 32, 8, 14336), "tie_word_embeddings": True},
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        **shape(201088, 2880, 24, 64, 8, 2880),
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+    "seed-oss-36b": {"model_type": "seed_oss", **shape(155136, 5120, 64, 80, 8, 27648), "head_dim": 128},
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        **shape(151936, 2048, 48, 32, 4, 6144),
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+}
 # A published model of the same family, by the name of the imported one; the first that matches.
 FAMILIES = (
+    (r"phi-(1_5|2)", "phi-2"),
+    (r"gpt-j", "gpt-j-6b"),
+    (r"command-r7b", "command-r7b"),
+    (r"gpt-oss", "gpt-oss-20b"),
+    (r"seed-oss", "seed-oss-36b"),
+    (r"qwen3-\d+b-a\d+b", "qwen3-30b-a3b"),
     (r"qwen1\.5-moe", "qwen1.5-moe"),
     (r"cerebras-gpt", "gpt2-xl"),
     (r"orpheus-3b|llama-?3.*3b", "llama-3.2-3b"),
@@ -144,7 +185,7 @@ def plan(draft: Draft, name: str, gpus: int, target: Path, result: Result) -> No
         return
     folder = target / "model"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIGS[config]))
+    (folder / "config.json").write_text(json.dumps((CONFIGS | MORE)[config]))
     recipe["model"]["name_or_path"] = "model"
     (recipe.get("lora") or {}).pop("start_from", None)
     file = target / "recipe.yaml"

@@ -125,8 +125,7 @@ def _lora(options: Options) -> None:
     # loaders/model.py: nf4 with double quantization; 8 bit for `adapter: lora` only.
     if is_4bit:
         options.set("model.quantization", "load_in_4bit", "nf4")
-        if kwargs := options.take("bnb_config_kwargs"):
-            common.bnb_options(options.group("bnb_config_kwargs"), kwargs)
+        common.bnb_options(options.group("bnb_config_kwargs"))
     elif is_8bit:
         options.set("model.quantization", "load_in_8bit", "int8")
     elif adapter == "qlora":

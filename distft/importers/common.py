@@ -157,10 +157,10 @@ def modules_to_save(options: Options, name: str) -> None:
     options.refuse(name, "distft trains adapters alone; model.add_tokens trains the rows of new tokens")
 
 
-def bnb_options(group: Options, values: Mapping[str, Any]) -> None:
+def bnb_options(group: Options) -> None:
     """Settings of BitsAndBytesConfig: distft's own are nf4 with double quantization."""
     same = {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
-    for name, value in values.items():
+    for name, value in group.data.items():
         if name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage") or same.get(name) == value:
             group.drop(name, "distft sets it")
         else:

@@ -63,6 +63,8 @@ def read_file(path: Path, target: Path, gpus: int | None = None) -> Draft:
         return _command(command_line.find_command(_text(path), path.name), path, target, gpus)
     document = _document(path)
     kind = kind_of(document.data)
+    if {"model", "train_dataset"} <= set(document.data):
+        raise RecipeError(f"{path}: a file of LLaMA-Factory's v1 trainer, which is not read; its other files are")
     if kind is None:
         raise RecipeError(
             f"{path}: not a training file of {', '.join(NAMES[:-1])} or {NAMES[-1]}, by its keys: "

@@ -11,7 +11,7 @@ import click
 from distft.cli import options
 
 
-@click.command("import", context_settings={"ignore_unknown_options": True})
+@click.command("import")
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="FILE | -- COMMAND...")
 @click.option(
     "-o",

@@ -49,9 +49,7 @@ def write(draft: Draft, output: str, cluster_out: str | None) -> list[Path]:
     files = {Path(output): recipe_text(draft)}
     files |= {Path(output).parent / name: text for name, text in draft.extra_files.items()}
     if cluster_out and draft.cluster is not None:
-        files[Path(cluster_out)] = _comment(f"Imported from {draft.kind}'s {draft.file.name}") + dump_data(
-            draft.cluster
-        )
+        files[Path(cluster_out)] = _comment(_profile_head(draft)) + dump_data(draft.cluster)
     for path in files:
         if path.exists() and not _has(path, files[path]):
             raise RecipeError(f"{path}: already exists; name another file, or remove it")
@@ -84,6 +82,10 @@ def recipe_text(draft: Draft) -> str:
         lines.append("Not the same training: this recipe lacks")
         lines += [f"  {in_words(item.option, item.value)} ({item.why})" for item in draft.refused]
     return "".join(map(_comment, lines)) + dump_data(draft.recipe())
+
+
+def _profile_head(draft: Draft) -> str:
+    return f"From {draft.kind}'s {draft.file.name}; review runs_dir: a folder on a file system that all nodes share"
 
 
 def _comment(text: str) -> str:

@@ -28,11 +28,11 @@ def read(options: Options) -> None:
     parallelism = options.group("parallelism_config")
     for name in list(parallelism.data):
         size = parallelism.take(name)
-        if isinstance(size, (str, bool)):
+        if type(size) is not int:
             parallelism.drop(name, "parallelism.strategy says it")
-        elif (size or 1) > 1 and not name.endswith(("dp_shard_size", "dp_replicate_size")):
+        elif size > 1 and not name.endswith(("dp_shard_size", "dp_replicate_size")):
             parallelism.drop(name, SPLIT)
-        elif size is not None:
+        else:
             parallelism.drop(name, "parallelism.strategy says it")
     table("accelerate").apply(options)
     options.finish((), NAME)

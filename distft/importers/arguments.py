@@ -103,7 +103,8 @@ def _warmup(options: Options) -> None:
             options.drop("warmup_ratio", "warmup_steps is used")
     elif ratio is not None:
         options.set("training.warmup_ratio", "warmup_ratio", float(ratio))
-    options.draft.default("training.warmup_ratio", 0.0, "warmup_steps") if not steps else None
+    if not steps:
+        options.draft.default("training.warmup_ratio", 0.0, "warmup_steps")
 
 
 def _precision(options: Options, default: str) -> None:

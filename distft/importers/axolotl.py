@@ -9,6 +9,7 @@ from distft.config.schema_text import show
 from distft.importers import common
 from distft.importers.common import MEMORY, SPEED
 from distft.importers.datasets import DataSet, merge_formats, simplest, sources
+from distft.importers.draft import Left
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT, needs_groups, read_deepspeed, read_fsdp
 from distft.importers.tables import table
@@ -165,7 +166,7 @@ def _targets(options: Options) -> None:
         common.target_modules(options, "lora_target_modules")
     else:
         options.draft.refused.append(
-            common.Left("lora_target_modules", None, "missing: peft would choose by the type of the model; name them")
+            Left("lora_target_modules", None, "missing: peft would choose by the type of the model; name them")
         )
 
 
@@ -183,9 +184,9 @@ def _drop_rest(options: Options, prefixes: tuple[str, ...], why: str) -> None:
 def _data(options: Options) -> None:
     draft = options.draft
     length = options.integer("sequence_len")
-    options.set("data.max_length", "sequence_len", length) if length else draft.default(
-        "data.max_length", 512, "sequence_len"
-    )
+    if length:
+        options.set("data.max_length", "sequence_len", length)
+    draft.default("data.max_length", 512, "sequence_len")
     packs = options.flag("sample_packing")
     if packs is not None:
         options.set("data.packing", "sample_packing", packs)
@@ -248,26 +249,29 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
             one.refuse("split", "data.train takes a whole split, or a share of it")
         else:
             entries += found
-            draft.set(field, simplest(entries), one.path("path"), path, one.line("path"))
         formats.append(_format(one))
         for key in ("split", "name", "revision", "data_files"):
             one.taken.add(key)
-    # Several sources are one field.
-    draft.mapped = [
-        item for n, item in enumerate(draft.mapped) if item.field != field or item.to == draft.fields.get(field)
-    ]
+    if entries:
+        paths = [one.data.get("path") for one in data_sets]
+        if len(paths) == 1:
+            draft.set(field, simplest(entries), data_sets[0].path("path"), paths[0], data_sets[0].line("path"))
+        else:
+            options.set(field, name, simplest(entries))
     settings = merge_formats(formats)
     if settings is None:
         options.refuse(name, "distft reads all data sets of a recipe in one format; these have several")
         return
     for key, value in settings.items():
-        if key not in draft.fields:
+        if draft.fields.get(key, value) != value:
+            data_sets[0].refuse("type", "distft reads the rows that are trained and evaluated in one format")
+        else:
             draft.set(key, value, f"{name}[0].type", data_sets[0].data.get("type"), data_sets[0].line("type"))
     for one in data_sets:
         table("axolotl_datasets").apply(one)
         one.finish((), f"axolotl's {name}")
-    if settings.get("data.format") == "text":
-        draft.fields["data.long_rows"] = "split"  # prompt_strategies/completion.py cuts texts into pieces
+    if settings.get("data.format") == "text":  # prompt_strategies/completion.py cuts texts into pieces
+        draft.set("data.long_rows", "split", f"{name}[0].type", data_sets[0].data.get("type"))
 
 
 def _format(one: Options) -> dict[str, Any]:
@@ -299,7 +303,7 @@ def _user_defined(one: Options) -> dict[str, Any]:
     kind = one.group("type")
     instruction = kind.text("field_instruction") or "instruction"
     answer = kind.text("field_output") or "output"
-    shapes = {kind.text(name) for name in ("format", "no_input_format")} - {None}
+    shapes = {kind.text(name) for name in ("format", "no_input_format")}
     kind.taken |= {"field_input", "field_system", "system_format"}
     if kind.is_on("system_prompt") or shapes != {"{instruction}"}:
         one.refuse("type", "it puts text around the fields of a row; write the rows as prompt and completion")
@@ -415,7 +419,9 @@ def _training(options: Options) -> None:
     common.plain_number(options, "weight_decay", "training.weight_decay", 0.0)
     common.plain_number(options, "max_grad_norm", "training.max_grad_norm", 1.0)  # transformers'
     seed = options.integer("seed")
-    options.set("training.seed", "seed", seed) if seed is not None else draft.default("training.seed", 42, "seed")
+    if seed is not None:
+        options.set("training.seed", "seed", seed)
+    draft.default("training.seed", 42, "seed")
     common.optimizer(options, "optimizer", "adamw_torch_fused")
     if options.is_on("optim_args"):
         options.refuse("optim_args", "distft passes its optimizer no other arguments")
@@ -558,10 +564,10 @@ def _plugins(options: Options) -> None:
     for plugin in options.texts("plugins"):
         last = plugin.rpartition(".")[2]
         if last in _PLUGINS:
-            options.draft.dropped.append(common.Left("plugins", plugin, _PLUGINS[last], options.line("plugins")))
+            options.draft.dropped.append(Left("plugins", plugin, _PLUGINS[last], options.line("plugins")))
         else:
             why = "distft runs no plugins; this one may change what is trained"
-            options.draft.refused.append(common.Left("plugins", plugin, why, options.line("plugins")))
+            options.draft.refused.append(Left("plugins", plugin, why, options.line("plugins")))
     kernels = [name for name in options.data if name.startswith("liger_") and options.is_on(name)]
     if kernels:
         options.set("training.use_liger_kernel", kernels[0], True)

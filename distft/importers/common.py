@@ -9,10 +9,7 @@ from typing import Any, get_args
 
 from distft.config.recipe import Optim
 from distft.config.schema_text import show
-from distft.importers.draft import Left
 from distft.importers.options import Options
-
-__all__ = ["Left"]
 
 SPEED = "affects speed only"
 MEMORY = "affects memory and speed only"
@@ -78,6 +75,8 @@ def schedule(options: Options, name: str, kwargs: Mapping[str, Any], default: st
         return
     if value in _OWN_SCHEDULES and not kwargs:
         options.set("training.lr_scheduler_type", name, value)
+    elif value == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
+        options.refuse(name, "its number of decay steps is missing (lr_scheduler_kwargs: num_decay_steps)")
     elif value in _OWN_SCHEDULES + _OTHER_SCHEDULES:
         options.set("trainer.overrides.lr_scheduler_type", name, value)
         if kwargs:
@@ -97,12 +96,11 @@ def warmup(options: Options, name: str, steps: float, is_default: bool = False) 
 
 
 def attention(options: Options, name: str, value: str) -> None:
-    """The implementation; those that distft does not have compute the same."""
-    known = {"flash_attention_2", "sdpa", "eager", "auto"}
-    if value in known:
+    """The implementation. All compute the same; `auto` does not end a launch where FlashAttention is not installed."""
+    if value in ("sdpa", "eager"):
         options.set("model.attn_implementation", name, value)
     else:
-        options.drop(name, "attention is computed by another implementation (model.attn_implementation: auto)")
+        options.drop(name, "the same attention: auto takes FlashAttention-2 where it is installed, else SDPA")
 
 
 def tf32(options: Options) -> None:

@@ -71,8 +71,9 @@ class Draft:
     extra_files: dict[str, str] = field(default_factory=dict)  # name → text, beside the recipe
 
     def set(self, name: str, to: Any, option: str, value: Any = None, line: int | None = None) -> None:
-        """Give a field of the recipe its value."""
+        """Give a field of the recipe its value, in place of an earlier one."""
         self.fields[name] = to
+        self.mapped = [item for item in self.mapped if item.field != name]
         self.mapped.append(Mapped(option, value, name, to, line))
 
     def default(self, name: str, to: Any, option: str) -> None:

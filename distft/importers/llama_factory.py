@@ -293,7 +293,9 @@ def _sources(
         options.refuse(name, "distft reads all data sets of a recipe in one format; these have several")
         return
     for key, value in settings.items():
-        if key not in draft.fields:
+        if draft.fields.get(key, value) != value:
+            options.refuse(name, "distft reads the rows that are trained and evaluated in one format")
+        else:
             draft.set(key, value, f"{name} (dataset_info.json)", None)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from distft.config.schema_text import show
 from distft.importers import common
-from distft.importers.common import Left
 from distft.importers.datasets import DataSet, read_split, simplest, sources
-from distft.importers.draft import Draft
+from distft.importers.draft import Draft, Left
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT, set_strategy
 from distft.importers.tables import table

@@ -7,6 +7,7 @@ from typing import Any
 
 from distft.importers import arguments, common
 from distft.importers.datasets import DataSet, simplest, sources
+from distft.importers.draft import Left
 from distft.importers.options import Options
 from distft.importers.tables import table
 
@@ -45,8 +46,6 @@ def read(options: Options) -> None:
     _lora(options)
     _data(options)
     arguments.read(options, DEFAULTS)
-    if options.flag("fp16") and "training.mixed_precision" in draft.fields:  # base_config.py: bf16 unless fp16
-        draft.fields["training.mixed_precision"] = "fp16"
     if options.text("loss_type") not in (None, "nll", "chunked_nll"):
         options.refuse("loss_type", "distft has the cross entropy as its only loss")
     elif options.has("loss_type"):
@@ -83,7 +82,7 @@ def _lora(options: Options) -> None:
         common.target_modules(options, "lora_target_modules")
     else:
         why = "missing: peft would choose by the type of the model; name them"
-        draft.refused.append(common.Left("lora_target_modules", None, why))
+        draft.refused.append(Left("lora_target_modules", None, why))
     for name in ("use_rslora", "use_dora"):
         if options.flag(name):
             options.set(f"lora.{name}", name, True)

@@ -124,7 +124,7 @@ def test_axolotl_qlora(imported: Import, tmp_path: Path) -> None:
             "special_tokens": {"pad_token": "</s>", "bos_token": "<s>"},
             "plugins": ["axolotl.integrations.liger.LigerPlugin"],
             "liger_rope": True,
-            "flash_attention": True,
+            "sdp_attention": True,
             "wandb_project": "mine",
             "wandb_name": None,
             "output_dir": "./out",
@@ -135,8 +135,8 @@ def test_axolotl_qlora(imported: Import, tmp_path: Path) -> None:
         "model.name_or_path": "owner/model",
         "model.revision": "abc123",
         "model.quantization": "nf4",
-        "model.attn_implementation": "flash_attention_2",
         "model.pad_token": "</s>",
+        "model.attn_implementation": "sdpa",
         "lora.r": 64,
         "lora.lora_alpha": 16,
         "lora.lora_dropout": 0.05,
@@ -203,7 +203,14 @@ def test_axolotl_qlora(imported: Import, tmp_path: Path) -> None:
             },
         ),
         (
-            {"type": {"field_instruction": "q", "field_output": "a", "format": "{instruction}"}},
+            {
+                "type": {
+                    "field_instruction": "q",
+                    "field_output": "a",
+                    "format": "{instruction}",
+                    "no_input_format": "{instruction}",
+                }
+            },
             {"format": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}},
         ),
         ({"type": None}, {"format": "tokens"}),
@@ -226,6 +233,11 @@ def test_axolotl_several_data_sets(imported: Import) -> None:
     draft = imported({**AXOLOTL, "datasets": two})
     assert draft.fields["data.train"] == ["owner/a", {"path": "owner/b", "epochs": 0.5}]
     assert "datasets[1].split: 50% of the rows are drawn by training.seed, not those of the slice" in draft.warnings
+    eval_rows = [{"path": "owner/c", "type": "chat_template"}]
+    draft = imported({**AXOLOTL, "datasets": two[:1], "test_datasets": eval_rows})
+    assert reasons(draft) == {
+        "test_datasets[0].type": "distft reads the rows that are trained and evaluated in one format"
+    }
     two[1]["type"] = "chat_template"
     assert "datasets" in reasons(imported({**AXOLOTL, "datasets": two}))
 
@@ -489,7 +501,6 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         "training.mixed_precision": "bf16",
         "parallelism.strategy": "zero3",
         "parallelism.offload": "optimizer",
-        "model.attn_implementation": "flash_attention_2",
     }
     assert {name: draft.fields.get(name) for name in expected} == expected
     assert "checkpoint.save_steps" not in draft.fields
@@ -504,6 +515,7 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"finetuning_type": "freeze"}, "finetuning_type"),
         ({"use_galore": True}, "use_galore"),
         ({"lora_ranks": 8}, "lora_ranks"),
+        ({"eval_dataset": "turns"}, "eval_dataset"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
 )
@@ -635,6 +647,7 @@ def test_what_is_missing(here: Path) -> None:
         "on how many it was used; with --gpus N, training.global_batch_size is 8 x N\n"
     )
     assert "cannot read none.yml: no such file" in run("none.yml")[2]
+    assert "No such option" in run("x.yml", "--gpu", "2")[2]
     assert "cannot be written" in run("x.yml", "--gpus", "1", "-o", "no/folder/r.yaml")[2]
     assert (
         "--cluster-out: axolotl's file says nothing of the machines"

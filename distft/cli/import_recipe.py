@@ -43,7 +43,7 @@ def import_(
     from distft.errors import RecipeError
     from distft.views import import_page
 
-    draft = import_recipe.import_recipe(words, output, cluster_out, gpus)
+    draft = import_recipe.import_recipe(words, output, cluster_out, gpus, partial)
     found: dict[str, Any] = draft.to_json()
     refused = bool(draft.refused) and not partial
     to_standard_output = output == import_recipe.STANDARD_OUTPUT

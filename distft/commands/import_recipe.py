@@ -14,8 +14,13 @@ from distft.importers.kinds import read_command, read_file
 STANDARD_OUTPUT = "-"
 
 
-def import_recipe(words: Sequence[str], output: str, cluster_out: str | None, gpus: int | None) -> Draft:
+def import_recipe(
+    words: Sequence[str], output: str, cluster_out: str | None, gpus: int | None, partial: bool = False
+) -> Draft:
     """What becomes of a file, or of a command line (several words), as a recipe in the folder of `output`.
+
+    Args:
+        partial: what comes of it must be a recipe, even if options are refused.
 
     Raises:
         RecipeError: it cannot be read, or is no training file; or what comes of it is no recipe.
@@ -26,7 +31,7 @@ def import_recipe(words: Sequence[str], output: str, cluster_out: str | None, gp
         raise RecipeError(draft.problems)
     if cluster_out and draft.cluster is None:
         raise RecipeError(f"--cluster-out: {draft.kind}'s file says nothing of the machines")
-    if not draft.refused:
+    if partial or not draft.refused:
         draft.check()
     return draft
 

@@ -578,6 +578,14 @@ def test_refused_options_write_nothing(here: Path) -> None:
     assert all(line.startswith("#") for line in head)
 
 
+def test_a_part_that_is_no_recipe_is_not_written(here: Path) -> None:
+    (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "rl": "dpo"}))  # its data sets are not those of examples
+    status, _, error = run("x.yml", "--gpus", "1", "--partial")
+    assert status == 2
+    assert "data.train: missing, need a string" in error
+    assert not Path("recipe.yaml").exists()
+
+
 def test_json(here: Path) -> None:
     (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "wandb_project": "p", "relora": True}))
     status, out, error = run("x.yml", "--gpus", "2", "--json")

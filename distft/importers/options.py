@@ -57,6 +57,10 @@ class Options:
             return bool(value)
         return self._typed(name, value, bool, "true or false")
 
+    def flag_or_auto(self, name: str) -> bool | None:
+        """A flag; None for `auto`, which others decide."""
+        return None if self.data.get(name) == "auto" else self.flag(name)
+
     def text(self, name: str) -> str | None:
         value = self.take(name)
         return self._typed(name, value or None, str, "a string")

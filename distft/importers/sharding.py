@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from distft.config.schema_text import clean, show
@@ -78,7 +79,7 @@ def read_deepspeed(options: Options, name: str) -> None:
         config = _deepspeed_file(options, name, value)
         if config is None:
             return
-        inner = Options(draft, config, steps=(value,))
+        inner = Options(draft, config, steps=(Path(value).name,))
     elif isinstance(value, dict):
         inner = options.group(name)
     else:
@@ -122,6 +123,11 @@ def _read_deepspeed_config(config: Options, options: Options, name: str) -> None
     zero.refuse_all(dict.fromkeys(_QUANTIZED, "distft sends weights and gradients unquantized"))
     zero.drop_all(dict.fromkeys(sorted(ZERO_KEYS), TUNING))
     zero.finish((), "DeepSpeed's zero_optimization")
+    for precision in ("bf16", "fp16"):
+        group = config.group(precision)
+        if group.flag_or_auto("enabled") and "training.mixed_precision" not in options.draft.fields:
+            group.set("training.mixed_precision", "enabled", precision)
+        config.taken.discard(precision)
     for part, instead in (("optimizer", "training.optim"), ("scheduler", "training.lr_scheduler_type")):
         section = config.take(part)
         if section is None:
@@ -168,9 +174,10 @@ def _offload(on_host: list[str], stage: int) -> str:
 
 
 def _all_auto(section: Any) -> bool:
-    """Whether all parameters of a DeepSpeed section are filled in from the training options."""
+    """Whether all parameters of a DeepSpeed section are filled in from the training options. Its switches for AdamW
+    (torch_adam, adam_w_mode) choose an implementation."""
     parameters = section.get("params", {}) if isinstance(section, dict) else None
-    return isinstance(parameters, dict) and all(value == "auto" for value in parameters.values())
+    return isinstance(parameters, dict) and all(value == "auto" or value is True for value in parameters.values())
 
 
 def set_strategy(options: Options, name: str, strategy: str, offload: str | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distft.config.schema_text import clean, clip
 
-MOST_CHARACTERS = 200  # of a value
+MOST_CHARACTERS = 100  # of a value
 LEFT_COLUMN = 64  # most columns that an option takes beside what became of it
 
 

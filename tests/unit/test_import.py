@@ -1128,6 +1128,21 @@ def test_accelerate_options(imported: Import, changes: dict[str, Any], expected:
     assert {name: draft.fields.get(name) for name in expected} == expected
 
 
+def test_a_deepspeed_config_says_the_precision(imported: Import, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}}')
+    config = {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"deepspeed_config_file": "ds.json"},
+        "num_processes": 2,
+    }
+    assert imported(config, gpus=None).fields == {
+        "parallelism.strategy": "zero1",
+        "parallelism.offload": "none",
+        "training.mixed_precision": "fp16",
+    }
+    assert imported(config | {"mixed_precision": "bf16"}, gpus=None).fields["training.mixed_precision"] == "bf16"
+
+
 def test_accelerate_refuses(imported: Import) -> None:
     assert "distributed_type" in reasons(imported(ACCELERATE | {"distributed_type": "MEGATRON_LM"}))
     assert "numprocesses" in reasons(imported(ACCELERATE | {"numprocesses": 3}))

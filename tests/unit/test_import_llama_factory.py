@@ -1,0 +1,174 @@
+"""LLaMA-Factory's files and their dataset_info.json: the recipe, computed by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from importing import Import, reasons
+
+from distft.errors import RecipeError
+
+LLAMA_FACTORY = {
+    "model_name_or_path": "owner/model",
+    "stage": "sft",
+    "do_train": True,
+    "dataset": "mine",
+    "template": "llama3",
+    "per_device_train_batch_size": 2,
+}
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Path:
+    """dataset_info.json with a few data sets, in data/ above the file's folder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mine.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a"}] * 5))
+    info = {
+        "mine": {"file_name": "mine.json"},
+        "named": {"file_name": "mine.json", "columns": {"prompt": "q", "query": "c", "response": "a", "system": "s"}},
+        "chats": {"hf_hub_url": "owner/chats", "formatting": "sharegpt", "columns": {"messages": "conversations"}},
+        "turns": {
+            "hf_hub_url": "owner/turns",
+            "subset": "en",
+            "split": "test",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "tools": "functions"},
+            "tags": {"role_tag": "role", "content_tag": "text", "user_tag": "me", "assistant_tag": "assistant"},
+        },
+        "pairs": {"hf_hub_url": "owner/pairs", "ranking": True, "columns": {"chosen": "c", "rejected": "r"}},
+        "pictures": {"file_name": "mine.json", "columns": {"images": "images"}},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_llama_factory_defaults(imported: Import, described: Path) -> None:
+    draft = imported(LLAMA_FACTORY)
+    assert draft.fields == {
+        "name": "config",
+        "model.name_or_path": "owner/model",
+        "lora.r": 8,
+        "lora.lora_alpha": 16,
+        "lora.lora_dropout": 0.0,
+        "lora.target_modules": "all-linear",
+        "data.train": "data/mine.json",
+        "data.format": "alpaca",
+        "data.max_length": 2048,
+        "data.packing": False,
+        "data.long_rows": "truncate",
+        "training.global_batch_size": 16,
+        "training.num_train_epochs": 3.0,
+        "training.learning_rate": 5e-5,
+        "training.lr_scheduler_type": "linear",
+        "training.warmup_ratio": 0.0,
+        "training.weight_decay": 0.0,
+        "training.max_grad_norm": 1.0,
+        "training.seed": 42,
+        "training.optim": "adamw_torch_fused",
+        "training.mixed_precision": "no",
+        "checkpoint.save_steps": 500,
+    }
+    assert not draft.refused
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("named", {"columns": {"instruction": "q", "input": "c", "output": "a", "system": "s"}, "format": "alpaca"}),
+        ("chats", {"train": "owner/chats", "format": "sharegpt"}),
+        (
+            "turns",
+            {
+                "train": [{"path": "owner/turns:test", "config": "en"}],
+                "format": "messages",
+                "columns": {"role": "role", "content": "text", "tools": "functions"},
+                "roles": {"me": "user"},
+            },
+        ),
+        ("mine, chats", {"train": ["data/mine.json", "owner/chats"], "format": "auto"}),
+    ],
+)
+def test_llama_factory_data_sets(imported: Import, described: Path, names: str, expected: dict[str, Any]) -> None:
+    draft = imported({**LLAMA_FACTORY, "dataset": names})
+    found = {name.removeprefix("data."): value for name, value in draft.fields.items()}
+    if "columns" in expected:  # role: role says nothing
+        expected = expected | {"columns": {k: v for k, v in expected["columns"].items() if k != v}}
+    assert {name: found.get(name) for name in expected} == expected
+    assert not draft.refused
+
+
+def test_llama_factory_options(imported: Import, described: Path) -> None:
+    draft = imported(
+        {
+            **LLAMA_FACTORY,
+            "finetuning_type": "lora",
+            "lora_rank": 32,
+            "lora_target": "q_proj,v_proj",
+            "quantization_bit": 4,
+            "dataset": "mine,chats",
+            "max_samples": 3,
+            "neat_packing": True,
+            "mask_history": True,
+            "val_size": 0.1,
+            "gradient_accumulation_steps": 8,
+            "num_train_epochs": 2,
+            "lr_scheduler_type": "cosine_with_restarts",
+            "warmup_ratio": 0.1,
+            "bf16": True,
+            "deepspeed": "examples/ds_z3_offload_config.json",
+            "flash_attn": "fa2",
+            "save_strategy": "epoch",
+            "report_to": "none",
+            "plot_loss": True,
+        }
+    )
+    assert not draft.refused
+    expected = {
+        "lora.r": 32,
+        "lora.lora_alpha": 64,
+        "lora.target_modules": ["q_proj", "v_proj"],
+        "model.quantization": "nf4",
+        "data.train": [{"path": "data/mine.json", "rows": 3}, {"path": "owner/chats", "rows": 3}],
+        "data.packing": True,
+        "data.train_on": "last",
+        "data.eval": 0.1,
+        "training.global_batch_size": 128,
+        "trainer.overrides.lr_scheduler_type": "cosine_with_restarts",
+        "training.warmup_ratio": 0.1,
+        "training.mixed_precision": "bf16",
+        "parallelism.strategy": "zero3",
+        "parallelism.offload": "optimizer",
+    }
+    assert {name: draft.fields.get(name) for name in expected} == expected
+    assert "checkpoint.save_steps" not in draft.fields
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"stage": "dpo"}, "stage"),
+        ({"dataset": "pairs"}, "ranking"),
+        ({"dataset": "pictures"}, "images"),
+        ({"finetuning_type": "freeze"}, "finetuning_type"),
+        ({"use_galore": True}, "use_galore"),
+        ({"lora_ranks": 8}, "lora_ranks"),
+        ({"eval_dataset": "turns"}, "eval_dataset"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_llama_factory_refuses(imported: Import, described: Path, options: dict[str, Any], expected: str) -> None:
+    assert any(name.endswith(expected) for name in reasons(imported({**LLAMA_FACTORY, **options})))
+
+
+def test_llama_factory_without_its_data_sets(imported: Import, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"dataset_dir: data/dataset_info.json is not here"):
+        imported(LLAMA_FACTORY)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"mines": {"file_name": "x.json"}}')
+    with pytest.raises(RecipeError, match=r'dataset: "mine" is not in dataset_info.json; did you mean mines\?'):
+        imported(LLAMA_FACTORY)
+    assert imported({**LLAMA_FACTORY, "dataset_dir": "ONLINE", "dataset": "o/n"}).fields["data.train"] == "o/n"

@@ -1,0 +1,168 @@
+"""TRL's arguments, in YAML, on a command line and in a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from importing import ACCELERATE, Import, run
+
+from distft.importers.kinds import read_file
+
+TRL = {"model_name_or_path": "owner/model", "dataset_name": "owner/rows", "per_device_train_batch_size": 4}
+
+
+def test_trl_defaults(imported: Import) -> None:
+    draft = imported(TRL)
+    assert draft.kind == "TRL"
+    assert draft.fields == {
+        "name": "config",
+        "model.name_or_path": "owner/model",
+        "lora": None,
+        "data.train": "owner/rows",
+        "data.train_on": "everything",
+        "data.max_length": 1024,
+        "data.packing": False,
+        "data.long_rows": "truncate",
+        "training.global_batch_size": 32,
+        "training.num_train_epochs": 3.0,
+        "training.learning_rate": 2e-5,
+        "training.lr_scheduler_type": "linear",
+        "training.warmup_ratio": 0.0,
+        "training.weight_decay": 0.0,
+        "training.max_grad_norm": 1.0,
+        "training.seed": 42,
+        "training.optim": "adamw_torch_fused",
+        "training.mixed_precision": "bf16",
+        "checkpoint.save_steps": 500,
+    }
+
+
+def test_trl_options(imported: Import) -> None:
+    draft = imported(
+        {
+            **TRL,
+            "dataset_config": "en",
+            "dataset_train_split": "train[:1000]",
+            "eval_strategy": "steps",
+            "eval_steps": 100,
+            "use_peft": True,
+            "lora_target_modules": "all-linear",
+            "load_in_4bit": True,
+            "use_bnb_nested_quant": True,
+            "assistant_only_loss": True,
+            "packing": True,
+            "max_length": 4096,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": "2e-4",
+            "warmup_steps": 50,
+            "fp16": True,
+            "gradient_checkpointing": True,
+            "report_to": ["wandb"],
+            "adam_beta2": 0.98,
+            "logging_steps": 25,
+        }
+    )
+    expected = {
+        "data.train": [{"path": "owner/rows", "config": "en", "rows": 1000}],
+        "data.eval": [{"path": "owner/rows:test", "config": "en"}],
+        "data.train_on": "all",
+        "data.packing": True,
+        "data.max_length": 4096,
+        "lora.r": 16,
+        "lora.lora_alpha": 32,
+        "lora.lora_dropout": 0.05,
+        "lora.target_modules": "all-linear",
+        "model.quantization": "nf4",
+        "training.global_batch_size": 64,
+        "training.learning_rate": 2e-4,
+        "training.warmup_steps": 50,
+        "training.mixed_precision": "fp16",
+        "training.eval_steps": 100,
+        "training.report_to": ["wandb"],
+        "trainer.overrides.adam_beta2": 0.98,
+    }
+    assert {name: draft.fields.get(name) for name in expected} == expected
+    assert "training.warmup_ratio" not in draft.fields
+    assert not draft.refused
+
+
+def test_trl_mixture(imported: Import) -> None:
+    two = [{"path": "owner/a", "fraction": 0.75}, {"path": "owner/b", "split": "test", "fraction": 0.25}]
+    draft = imported({"model_name_or_path": "owner/model", "datasets": two, "test_split_size": 0.1})
+    assert draft.fields["data.train"] == [
+        {"path": "owner/a", "weight": 0.75},
+        {"path": "owner/b:test", "weight": 0.25},
+    ]
+    assert draft.fields["data.eval"] == 0.1
+    assert draft.fields["training.global_batch_size"] == 64  # 8 a GPU by default
+
+
+SCRIPT = """\
+#!/bin/bash
+MODEL=owner/model   # which
+export OUT="$HOME/out"
+echo "training $MODEL"
+accelerate launch --num_processes 4 --mixed_precision bf16 \\
+    trl/scripts/sft.py \\
+    --model_name_or_path $MODEL --dataset_name=owner/rows \\
+    --use_peft --lora_target_modules q_proj v_proj --no_bf16 \\
+    --learning_rate 1e-4 --warmup-ratio 0.1 "$@"
+"""
+
+
+def test_command_lines(here: Path) -> None:
+    (here / "train.sh").write_text(SCRIPT)
+    draft = read_file(here / "train.sh", here)
+    assert not draft.refused
+    assert draft.fields["name"] == "train"
+    assert draft.fields["training.global_batch_size"] == 32  # of --num_processes 4
+    assert draft.fields["lora.target_modules"] == ["q_proj", "v_proj"]
+    assert draft.fields["training.learning_rate"] == 1e-4
+    assert draft.fields["training.warmup_ratio"] == 0.1
+    assert draft.fields["training.mixed_precision"] == "no"
+    (here / "sft.yaml").write_text(yaml.safe_dump({**TRL, "learning_rate": 1e-5}))
+    (here / "fsdp.yaml").write_text(yaml.safe_dump(ACCELERATE))
+    words = [
+        "-o",
+        "-",
+        "--",
+        "trl",
+        "sft",
+        "--config",
+        "sft.yaml",
+        "--accelerate_config",
+        "fsdp.yaml",
+        "--learning_rate",
+        "3e-5",
+    ]
+    status, out, error = run(*words)
+    assert status == 0, error
+    recipe = yaml.safe_load(out)
+    assert recipe["training"]["learning_rate"] == 3e-5  # the command line wins
+    assert recipe["training"]["global_batch_size"] == 4 * 16
+    assert recipe["parallelism"] == {"strategy": "fsdp", "offload": "none"}
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo hello\n", "no command in it runs `trl sft` or a script sft.py"),
+        ("trl sft --a b\ntrl sft --a c\n", "2 commands in it train; give one after --"),
+        ("trl sft --model_name_or_path $(cat x)\n", "$(cat has a value only when it runs; write the value"),
+        ("trl sft --model_name_or_path $NAME/x\n", "$NAME/x has a value only when it runs; write the value"),
+        ("trl sft extra --a b\n", "extra belongs to no option"),
+        ("trl sft --learning_rate 1\n", "model_name_or_path is missing (train.sh)"),
+        ("trl sft --model_name_or_path o/m --dataset_name o/d --lerning_rate 1\n", "did you mean learning_rate?"),
+        ("trl sft --config none.yaml\n", "--config: no such file: none.yaml"),
+    ],
+)
+def test_bad_command_lines(here: Path, script: str, expected: str) -> None:
+    (here / "train.sh").write_text(script)
+    status, out, error = run("train.sh", "--gpus", "1")
+    assert status == 2
+    assert expected in " ".join((out + error).split())
+    assert run("--", "python", "other.py", "--x")[2].startswith(
+        "error: command: not a command that trains; need `trl sft"
+    )

@@ -97,7 +97,7 @@ def _tokens(options: Options) -> None:
     draft = options.draft
     for name in ("special_tokens", "tokens"):
         if isinstance(options.data.get(name), list):
-            options.set("model.add_tokens", name, options.texts(name))
+            common.add_tokens(options, name, options.texts(name))
             continue
         group = options.group(name)
         common.special_tokens(group)

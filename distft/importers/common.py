@@ -138,7 +138,13 @@ def special_tokens(group: Options) -> None:
             group.drop(name, "the tokenizer's own is used")
             group.draft.warn(f"{group.path(name)}: distft uses the tokenizer's own, which {token} must be")
     if group.is_on("additional_special_tokens"):
-        group.set("model.add_tokens", "additional_special_tokens", group.texts("additional_special_tokens"))
+        add_tokens(group, "additional_special_tokens", group.texts("additional_special_tokens"))
+
+
+def add_tokens(options: Options, name: str, tokens: list[str]) -> None:
+    """Tokens for model.add_tokens, beside those of other options."""
+    before = options.draft.fields.get("model.add_tokens", [])
+    options.set("model.add_tokens", name, list(dict.fromkeys([*before, *tokens])))
 
 
 def target_modules(options: Options, name: str) -> None:

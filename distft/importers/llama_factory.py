@@ -105,10 +105,9 @@ def _model(options: Options) -> None:
     if options.flag("double_quantization") is False:
         options.drop("double_quantization", "distft quantizes the constants of nf4 too")
         draft.warn("double_quantization: the base differs by the rounding of nf4's constants")
-    tokens = [token for name in ("add_tokens", "add_special_tokens") for token in _listed(options, name)]
-    if tokens:
-        name = "add_tokens" if options.has("add_tokens") else "add_special_tokens"
-        options.set("model.add_tokens", name, tokens)
+    for name in ("add_tokens", "add_special_tokens"):
+        if tokens := _listed(options, name):
+            common.add_tokens(options, name, tokens)
     if options.has("resize_vocab"):
         options.drop("resize_vocab", "the embeddings grow with model.add_tokens")
     options.drop_all({"init_special_tokens": "new tokens start as transformers makes them"})

@@ -38,6 +38,10 @@ class DataError(DistftError):
     """Training data that cannot be used: file, line and field."""
 
 
+class NoTokenizerError(DataError):
+    """The model's tokenizer cannot be read here."""
+
+
 class MissingPartError(DistftError):
     """An optional part of distft is not installed; the message has the pip command."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -15,17 +16,29 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="How many rows of each split to render and tokenize, where the tokenizer is here; 0: none.",
+)
 @options.SETS
 @options.target
 @options.JSON
-def validate(recipe: str, sets: tuple[str, ...], target: Target, as_json: bool) -> None:
+def validate(recipe: str, sample: int, sets: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Check RECIPE, its model and its data, without torch.
 
-    All problems of the recipe are listed at once. Only `launch` counts tokens, and so finds rows that are too long.
+    All problems of the recipe are listed at once, then all kinds of problems of the rows: the first rows of each split
+    are rendered and tokenized as they are trained. `launch` does this to all rows.
     """
+    from distft.commands.data import check_sample
     from distft.jobs.target import plan_recipe
 
     loaded, plan = plan_recipe(recipe, sets, target)
+    checked = check_sample(recipe, sets, loaded, sample)
+    plan = replace(plan, warnings=(*plan.warnings, *checked.warnings), data=(*plan.data, *checked.lines))
     if as_json:
         options.print_json(
             {

@@ -8,12 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distft import extras
 from distft.config.loading import DATA_FILES, dump_recipe, read_recipe
-from distft.errors import DataError, RunError
+from distft.config.recipe import Recipe
+from distft.data.reading import are_here
+from distft.errors import DataError, MissingPartError, NoTokenizerError, RunError
+from distft.views.summary import data_lines
 
 SAMPLE = 1000  # rows that are read for a summary
 
@@ -40,8 +44,35 @@ def show_rows(path: str, sets: Sequence[str] = (), row: int | None = None, sampl
             raise RunError(f"the rows could not be read:\n{done.stderr.strip()}")
         found: dict[str, Any] = json.loads(answer.read_text())
     if "error" in found:
-        raise DataError(found["error"])
+        raise (NoTokenizerError if found["no_tokenizer"] else DataError)(found["error"])
     return found
+
+
+@dataclass(frozen=True)
+class SampleCheck:
+    """What `validate` learns from rows as they are trained: lines to print, and why rows were not looked at."""
+
+    lines: list[str]
+    warnings: list[str]
+
+
+def check_sample(path: str, sets: Sequence[str], recipe: Recipe, sample: int) -> SampleCheck:
+    """Encode the first `sample` rows of each split, where the data and the tokenizer are on this machine.
+
+    Raises:
+        DataError: rows that would not be trained as they are meant.
+    """
+    if not sample or not are_here(recipe):
+        return SampleCheck([], [])
+    try:
+        found = show_rows(path, sets, sample=sample)
+    except (MissingPartError, NoTokenizerError) as error:
+        return SampleCheck([], [f"how rows are tokenized is not checked: {error}"])
+    if wrong := problems(found):
+        raise DataError("\n".join(wrong))
+    counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
+    which = "all rows" if all(report["all_read"] for report in found.values()) else f"the first {sample:,} rows"
+    return SampleCheck([f"as they are trained, {which}:", *data_lines(counts)], [])
 
 
 def problems(found: dict[str, Any]) -> list[str]:

@@ -129,11 +129,11 @@ def _cache() -> Iterator[Check]:
     """Write to the folder of prepared data, or to the one that it will be created in."""
     import tempfile
 
-    from distft.data import rows
+    from distft.data.cache import cache_root
     from distft.diagnostics.checks import MIN_FREE
     from distft.units import GIB
 
-    cache = rows.cache_root()
+    cache = cache_root()
     folder = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from distft import extras
 from distft.commands.follow import follow
 from distft.config.loading import dump_recipe
 from distft.config.recipe import Recipe, ScriptSettings
-from distft.data import few_steps, rows
+from distft.data import cache as data_cache
+from distft.data import few_steps
 from distft.errors import DataError, PlanError, RunError, SubmitError
 from distft.hardware.devices import only_this_machine
 from distft.jobs.job import (
@@ -43,6 +45,19 @@ if TYPE_CHECKING:
     from distft.config.cluster import Cluster
 
 
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[tuple[int, ...], dict[str, str]]]:
+    """Where standard error is a terminal: a descriptor of it, and the variable by which train/progress.py finds it."""
+    if not sys.stderr.isatty():
+        yield (), {}
+        return
+    descriptor = os.dup(sys.stderr.fileno())
+    try:
+        yield (descriptor,), {"DISTFT_PROGRESS_FD": str(descriptor)}
+    finally:
+        os.close(descriptor)
+
+
 def prepare_data(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
     """Tokenize the data into the cache before anything starts, unless it is there already. Returns the counts.
 
@@ -53,19 +68,22 @@ def prepare_data(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
         DataError: data or tokenizer cannot be used.
     """
     extras.require()
-    folder = rows.cache_folder(recipe, str(cache) if cache else None)
-    if not rows.is_prepared(folder):
+    folder = data_cache.cache_folder(recipe, str(cache) if cache else None)
+    if not data_cache.is_prepared(folder):
         with tempfile.TemporaryDirectory() as temporary:
             file, problem = Path(temporary) / "recipe.yaml", Path(temporary) / "problem"
             file.write_text(dump_recipe(recipe))
             command = [sys.executable, "-m", "distft.train.data", str(file), str(problem)]
             env = {**os.environ, "TQDM_DISABLE": "1", **({"DISTFT_CACHE": str(cache)} if cache else {})}
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            with _progress() as (descriptors, variables):
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env=env | variables, pass_fds=descriptors
+                )
             if done.returncode == DataError.exit_status and problem.exists():
                 raise DataError(problem.read_text())
         if done.returncode:
             raise RunError(f"the data could not be prepared:\n{done.stderr.strip()}")
-    return rows.read_counts(folder)
+    return data_cache.read_counts(folder)
 
 
 def must_fit(plan: RecipePlan) -> None:

@@ -20,7 +20,7 @@ from distft.config.recipe import Recipe, Strategy
 from distft.config.schema_text import closest, did_you_mean
 from distft.data.reading import check_files
 from distft.errors import DistftError, PlanError, RunError
-from distft.jobs.target import Target
+from distft.jobs.target import CHECKED_ROWS, Target
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner.plan import RecipePlan, make_plan, misfit
 from distft.runs.comparison import Comparison, LeftOut, Outcome, on_ranks
@@ -140,7 +140,7 @@ def plan(
     recipe = load_recipe(path, sets, needed=DATA_FILES)
     _check_world_sizes(recipe, world_sizes)
     model = read_model_shape(recipe, need_weights=True)
-    check_files(recipe)
+    check_files(recipe, CHECKED_ROWS)
     allowed, notes, fixes = _unequal(recipe, model)
     changes = [*sets, *_short(steps), *fixes]
     asked = [("ddp", world_sizes[0], ["parallelism.offload=none"])]

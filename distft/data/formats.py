@@ -24,7 +24,7 @@ from distft.data.layouts import CONTENTS, ROLES, Layout, preference
 from distft.data.problems import RowProblem, Untrained
 
 Kind = Literal["messages", "prompt_completion", "text", "tokens"]
-IGNORE = -100
+IGNORE = -100  # the label that the loss leaves out (torch.nn.CrossEntropyLoss)
 _OPTIONS = ("enable_thinking", "preserve_thinking", "reasoning_effort")  # variables of templates that rows give by name
 _MEDIA = {"images": "image", "image": "image", "videos": "video", "video": "video", "audios": "audio", "audio": "audio"}
 # Stanford's texts, as in the column `text` of its data set; a system prompt replaces the first sentence.

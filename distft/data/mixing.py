@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from distft.config.recipe import Source
 
 
+def is_mix(sources: Sequence[Source]) -> bool:
+    """Whether a source gives more or fewer than all its rows."""
+    return any((source.weight, source.rows, source.epochs) != (None, None, None) for source in sources)
+
+
 def mixed_counts(counts: Sequence[int], sources: Sequence[Source]) -> list[int]:
     """The rows of each source in one pass over the mix.
 

@@ -1,7 +1,7 @@
 """Reading a recipe's data: its files, their rows, and what each is trained as. No torch.
 
     found = find_data(recipe.data)["train"]                     which files (sources.py)
-    for batch, layout in batches(found, recipe.data):           rows, not parsed yet, and the format of their file
+    for _, batch, layout in batches(found, recipe.data):           rows, not parsed yet, and the format of their file
         for place, example in examples(batch, layout, Formatter.of(recipe.data), tally): ...
     tally.check("data.train")                                   raises for all rows that do not fit
 
@@ -26,7 +26,7 @@ from distft.data.hub import pinned as pinned_path
 from distft.data.layouts import SAMPLE, Layout, find_layout
 from distft.data.problems import Problems, RowProblem, Untrained
 from distft.data.readers import Batch, read_batches
-from distft.data.sources import find_data
+from distft.data.sources import as_sources, find_data
 from distft.errors import DataError
 
 
@@ -46,6 +46,10 @@ class Tally:
         self.untrained.merge(later.untrained)
         self.problems.merge(later.problems)
 
+    def left_out(self) -> dict[str, tuple[int, str]]:
+        """The rows that say themselves that they are not to be trained: kind → how many, and the first."""
+        return {kind: (count, self.untrained.first[kind][0]) for kind, count in self.untrained.counts.items()}
+
     def check(self, what: str) -> None:
         """Raises DataError for rows that do not fit, the first of each kind and how many there are, or for no rows."""
         if self.problems.counts:
@@ -54,18 +58,18 @@ class Tally:
             raise DataError(f"{what}: no rows")
 
 
-def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[Batch, Layout]]:
-    """All rows of the files, in order and not parsed yet, with the layout of their file.
+def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[int, Batch, Layout]]:
+    """All rows of the files, in order and not parsed yet, with the number of their source and the layout of their file.
 
     Raises:
         DataError: a file that cannot be read, or whose rows are in no known format.
     """
-    for source in found:
+    for number, source in enumerate(found):
         for file in source.files:
             layout: Layout | None = None
             for batch in read_batches([file]):
                 layout = layout or _layout(batch, data)
-                yield batch, layout or Layout("text", {})  # no row of the batch can be read at all
+                yield number, batch, layout or Layout("text", {})  # no row of the batch can be read at all
 
 
 def _layout(batch: Batch, data: Data) -> Layout | None:
@@ -103,7 +107,7 @@ def read_examples(
     """
     tally = Tally() if tally is None else tally
     formatter = Formatter.of(data, has_chat_template)
-    for batch, layout in batches(found, data):
+    for _, batch, layout in batches(found, data):
         yield from examples(batch, layout, formatter, tally)
     tally.check(what)
 
@@ -113,10 +117,20 @@ def is_absent(source: str) -> bool:
     return Path(source).is_absolute() and not data_is_there(locate_data(Path("/"), source)[0])
 
 
-def check_files(recipe: Recipe) -> list[str]:
-    """Check every row of the recipe's files that are on this machine. Hub data sets are checked when they are read.
+def are_here(recipe: Recipe) -> bool:
+    """Whether all local data of a recipe is on this machine."""
+    return not any(
+        is_absent(source.path) for value in (recipe.data.train, recipe.data.eval) for source in as_sources(value)
+    )
+
+
+def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
+    """Check the rows of the recipe's files that are on this machine. Hub data sets are checked when they are read.
 
     Returns what is read, what is left out, and in which format the rows are, to be printed.
+
+    Args:
+        most: how many rows of each split are checked; None for all.
 
     Raises:
         DataError: a path that stands for nothing, files that are both trained on and evaluated, rows that do not fit.
@@ -126,17 +140,18 @@ def check_files(recipe: Recipe) -> list[str]:
         if not found:
             continue
         tally = Tally()
-        for _, example in read_examples(found, recipe.data, f"data.{use}", tally=tally):
+        for _, example in islice(read_examples(found, recipe.data, f"data.{use}", tally=tally), most):
             if recipe.data.long_rows == "split" and example.kind != "text":
                 raise DataError(
                     f"data.long_rows: split needs rows of text, and data.{use} has {example.kind}; use error, "
                     "truncate or drop"
                 )
         lines += [f"data.{use}: {line}" for source in found for line in source.lines()]
-        lines += [f"data.{use}: {_rows(count)} of {layout}" for layout, count in tally.layouts.items()]
+        first = "the first " if sum(tally.layouts.values()) == most else ""
+        lines += [f"data.{use}: {first}{_rows(count)} of {layout}" for layout, count in tally.layouts.items()]
         lines += [
-            f"data.{use}: {_rows(count)} left out ({kind}); the first: {tally.untrained.first[kind][0]}"
-            for kind, count in tally.untrained.counts.items()
+            f"data.{use}: {_rows(count)} left out ({kind}); the first: {row}"
+            for kind, (count, row) in tally.left_out().items()
         ]
     return lines
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.recipe import Recipe
-from distft.data import rows
+from distft.data.cache import content_digest, file_digest
+from distft.data.reading import are_here
 from distft.runs.directory import RunDir
 
 MANIFEST = "manifest.json"
@@ -37,7 +38,7 @@ class Checkpoint:
         """What is wrong with its files, by their checksums; checks every `parts`-th file from `part` on."""
         for name, facts in sorted(self.manifest["files"].items())[part::parts]:
             try:
-                digest = rows.file_digest(self.path / name).hex()
+                digest = file_digest(self.path / name).hex()
             except OSError as error:
                 return f"{name}: {error.strerror}"
             if digest != facts["sha256"]:
@@ -64,7 +65,7 @@ def changes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
 
     Data that is not on this machine is not compared: the ranks do that.
     """
-    saved, here = checkpoint.manifest["identity"], rows.are_here(recipe)
+    saved, here = checkpoint.manifest["identity"], are_here(recipe)
     if not here:
         saved = {name: value for name, value in saved.items() if name != "data"}
     return differences(saved, identity(recipe, with_data=here))
@@ -83,7 +84,7 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
             if recipe.lora
             else {"lora": None}
         ),
-        **({"data": rows.content_digest(recipe)} if with_data else {}),
+        **({"data": content_digest(recipe)} if with_data else {}),
         **{
             f"training.{name}": getattr(training, name)
             for name in (
@@ -137,5 +138,5 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
                 file.seek(start)
                 digest.update(file.read(SAMPLE))
     config = folder / "config.json"
-    found["model.config"] = rows.file_digest(config).hex() if config.is_file() else None
+    found["model.config"] = file_digest(config).hex() if config.is_file() else None
     return found | {"model.weights": digest.hexdigest()}

@@ -16,7 +16,7 @@ from distft import __version__
 from distft.config.document import load_yaml
 from distft.config.loading import validate
 from distft.config.recipe import Recipe
-from distft.data import rows
+from distft.data.sources import as_sources
 from distft.models.quantization import NF4
 from distft.runs.directory import RunDir
 from distft.runs.metrics import last_metrics, read_metrics
@@ -107,7 +107,7 @@ def _data(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
     for split, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if isinstance(sources, float):
             found.append((split, f"{sources:.2%} of train, held out by a hash of each row"))
-        elif names := rows.as_list(sources):
+        elif names := [source.path for source in as_sources(sources)]:
             found.append((split, ", ".join(f"`{_name(source)}`" for source in names)))
         if count := status.data.get(split):
             size = f"{count['documents']:,} documents, {count['rows']:,} rows, {count['tokens']:,} tokens"

@@ -12,56 +12,31 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.config.recipe import Recipe
-from distft.data import reading, rows
-from distft.errors import DataError, DistftError, RecipeError, first_line
+from distft.config.recipe import Recipe, Source
+from distft.data import cache, reading
+from distft.data.files import Found
+from distft.data.formats import IGNORE
+from distft.data.mixing import drawn, is_mix, mixed_counts
+from distft.data.reading import Tally, batches
+from distft.data.sources import Use, find_data
+from distft.errors import DataError, DistftError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
-from distft.train.chat import RowProblem
-from distft.train.problems import Problems
+from distft.train.encoding import Counts, RowEncoder, encode_all
+from distft.train.progress import Progress
 from distft.train.stopping import Stopping
-from distft.train.tokens import Tokens, encoder, load_tokenizer
+from distft.train.tokens import load_tokenizer
 
 if TYPE_CHECKING:
+    import numpy
+    import pyarrow
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100  # the label that the loss leaves out (torch.nn.CrossEntropyLoss)
-
-
-@dataclass
-class Counts:
-    """What became of the rows of one split."""
-
-    documents: int = 0
-    rows: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    long_rows: int = 0
-    longest: int = 0
-    done: str = ""  # what was done to the long rows
-    examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
-    cut_answers: int = 0  # long rows that are not trained at all: what is left of them has no token to train on
-    cut_examples: list[str] = field(default_factory=list)
-    thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
-    notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
-
-    @classmethod
-    def of(cls, recipe: Recipe, notes: list[str]) -> Counts:
-        """Those of no row yet."""
-        done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
-        return cls(done=done, notes=list(notes))
-
-    def add(self, labels: list[int]) -> None:
-        """Count a document."""
-        self.documents += 1
-        self.tokens += len(labels)
-        self.trained_tokens += sum(label != IGNORE for label in labels)
 
 
 @dataclass(frozen=True)
@@ -81,61 +56,44 @@ def load_prepared(recipe: Recipe) -> Prepared:
     """
     import datasets
 
-    folder = rows.cache_folder(recipe)
-    if not rows.is_prepared(folder):
+    folder = cache.cache_folder(recipe)
+    if not cache.is_prepared(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(_not_writable(folder, error)) from None
         with (folder.parent / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not rows.is_prepared(folder):
+            if not cache.is_prepared(folder):
                 _prepare(recipe, folder)
     splits = {
         name: datasets.load_from_disk(str(folder / name)) for name in ("train", "eval") if (folder / name).is_dir()
     }
-    return Prepared(splits["train"], splits.get("eval"), rows.read_counts(folder))
+    return Prepared(splits["train"], splits.get("eval"), cache.read_counts(folder))
 
 
 def _not_writable(folder: Path, error: OSError) -> str:
     return f"cache: {folder.parent} is not writable ({error.strerror or error}); set DISTFT_CACHE to another folder"
 
 
-def check_supported(recipe: Recipe) -> None:
-    """Raises RecipeError for what a recipe can say and the preparation does not do yet."""
-    data = recipe.data
-    problems = [
-        f"data.{name}: {value!r} is not supported yet"
-        for name, value in (("columns", data.columns), ("roles", data.roles))
-        if value
-    ]
-    if data.format in ("alpaca", "alpaca_prompt", "alpaca_chat", "sharegpt", "tokens"):
-        problems.append(f"data.format: {data.format} is not supported yet")
-    if isinstance(data.eval, float):
-        problems.append("data.eval: a fraction is not supported yet")
-    for name, sources in (("train", data.train), ("eval", data.eval)):
-        if isinstance(sources, list) and not all(isinstance(source, str) for source in sources):
-            problems.append(f"data.{name}: sources with a share are not supported yet")
-    if problems:
-        raise RecipeError(problems)
-
-
 def _prepare(recipe: Recipe, folder: Path) -> None:
     """Write train/, eval/ and counts.json into `folder`, all or nothing."""
-    check_supported(recipe)
-    tokenizer = load_tokenizer(recipe)
+    rows = RowEncoder(recipe, load_tokenizer(recipe))
     _check_model_code(recipe)
+    found = find_data(recipe.data)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
-        counts = {"train": _prepare_split(recipe, tokenizer, rows.to_read(recipe, "train"), work, "train")}
-        if recipe.data.eval:
-            counts["eval"] = _prepare_split(recipe, tokenizer, rows.to_read(recipe, "eval"), work, "eval")
-        (work / rows.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
+        counts: dict[Use, Counts] = {}
+        for use, sources in found.items():
+            if sources:
+                for split, documents in _encoded(rows, sources, use, work / "tmp").items():
+                    counts[split] = _write(recipe, documents, split, work / split)
+        (work / cache.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:
             work.rename(folder)
         except OSError:  # another node was faster on a shared file system; the name says that the content is the same
-            if not rows.is_prepared(folder):
+            if not cache.is_prepared(folder):
                 raise
     except OSError as error:
         raise DataError(_not_writable(folder, error)) from None
@@ -164,102 +122,132 @@ def _check_model_code(recipe: Recipe) -> None:
         raise DataError(f"model.name_or_path: {model.name_or_path} cannot be loaded ({first_line(error)})") from None
 
 
-def _prepare_split(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sources: list[str], work: Path, split: str
-) -> Counts:
-    from datasets import Dataset, Features, Sequence, Value
+@dataclass
+class _Documents:
+    """The documents of one source that belong to one split, in a file. `rows`: the number of each one's row."""
+
+    path: Path
+    source: Source
+    counts: Counts
+    rows: list[numpy.ndarray] = field(default_factory=list)
+
+
+def _encoded(rows: RowEncoder, found: Sequence[Found], use: Use, folder: Path) -> dict[Use, list[_Documents]]:
+    """The documents of the sources of a split, and of what is held out of them for the other.
+
+    Raises:
+        DataError: a file that cannot be read, or rows that would not be trained as they are meant.
+    """
+    from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
+
+    recipe, what, tally = rows.recipe, f"data.{use}", Tally()
+    features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
+    splits: list[Use] = ["train", "eval"] if rows.held_out else [use]
+    folder.mkdir(exist_ok=True)
+    result: dict[Use, list[_Documents]] = {
+        split: [
+            # What is held out is held out of each source alike, whatever its share of the training.
+            _Documents(
+                folder / f"{split}-{number}.arrow",
+                one.source if split == use else Source(path=one.source.path),
+                Counts.of(recipe),
+            )
+            for number, one in enumerate(found)
+        ]
+        for split in splits
+    }
+    read = [0] * len(found)
+    with ExitStack() as stack:
+        writers = {
+            one.path: stack.enter_context(ArrowWriter(features=features, path=str(one.path)))
+            for several in result.values()
+            for one in several
+        }
+        progress = stack.enter_context(Progress(what))
+        for number, parts, later in encode_all(batches(found, recipe.data), rows):
+            for split, several in result.items():
+                # Without a fraction that is held out, all that is read is the split that is asked for.
+                part, into = parts[split if rows.held_out else "train"], several[number]
+                into.counts.merge(part.counts)
+                into.rows.append(part.rows + read[number])
+                writers[into.path].write_table(part.documents)
+            read[number] += later.rows
+            tally.merge(later)
+            progress.show(tally.rows)
+        for writer in writers.values():
+            writer.finalize()
+    tally.check(what)
+    result[use][0].counts.layouts, result[use][0].counts.untrained = dict(tally.layouts), tally.left_out()
+    return result
+
+
+def _write(recipe: Recipe, sources: list[_Documents], split: Use, folder: Path) -> Counts:
+    """Mix, shuffle and pack the documents of a split.
+
+    Raises:
+        DataError: rows are too long, or none is left.
+    """
+    from datasets import Dataset, concatenate_datasets
     from trl import pack_dataset
 
-    what = f"data.{split}"
-    data_format = rows.first_format(sources) if recipe.data.format == "auto" else recipe.data.format
-    if data_format != "text" and recipe.data.long_rows == "split":
-        raise DataError(
-            f"data.long_rows: split needs format text, and {what} has {data_format}; use error, truncate or drop"
-        )
-    encoding = encoder(data_format, tokenizer, recipe)
-    checked = rows.check_rows(rows.read_rows(sources), data_format, what)
-    counts, problems, temporary = Counts.of(recipe, encoding.notes), Problems(), work / "tmp" / split
-
-    def documents() -> Iterator[dict[str, list[int]]]:
-        read = 0
-        for place, row in checked:
-            read += 1
-            try:
-                for document in encoding.encode(row):
-                    counts.thoughtless += len(document.left_out)
-                    for ids, trained in fit(place, (document.ids, document.trained), recipe, counts):
-                        labels = labels_of(ids, trained)
-                        counts.add(labels)
-                        yield {"input_ids": ids, "labels": labels}
-            except RowProblem as problem:
-                problems.add(problem.kind, place, problem.text)
-        if problems.counts:
-            raise DataError("\n".join(problems.lines(what, read)))
-
-    features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
-    temporary.mkdir(parents=True)
-    with ArrowWriter(features=features, path=str(temporary / "documents.arrow")) as writer:
-        for document in documents():
-            writer.write(document)
-        check_lengths(recipe, data_format, what, counts)
-        writer.finalize()
-    dataset = Dataset.from_file(str(temporary / "documents.arrow"))
+    counts = Counts.of(recipe)
+    for source in sources:
+        counts.merge(source.counts)
+        counts.layouts |= source.counts.layouts
+        counts.untrained |= source.counts.untrained
+    check_lengths(recipe, f"data.{split}", counts)
+    parts = [Dataset.from_file(str(source.path)) for source in sources]
+    if is_mix([source.source for source in sources]):
+        parts = _mixed(parts, sources, recipe.training.seed, counts)
+    dataset = concatenate_datasets(parts)
     if split == "train":
         dataset = dataset.shuffle(seed=recipe.training.seed).flatten_indices()
     if recipe.data.packing:
         dataset = pack_dataset(dataset, recipe.data.max_length, "bfd")
     else:
-        dataset = dataset.map(lambda row: {"seq_lengths": [len(row["input_ids"])]})
+        dataset = dataset.with_format("arrow").map(_with_lengths, batched=True).with_format(None)
     counts.rows = len(dataset)
-    dataset.save_to_disk(str(work / split))
+    dataset.save_to_disk(str(folder))
     return counts
 
 
-def labels_of(ids: list[int], trained: list[bool]) -> list[int]:
-    """The labels of a document: its trained tokens, IGNORE elsewhere.
+def _mixed(parts: list[Dataset], sources: list[_Documents], seed: int, counts: Counts) -> list[Dataset]:
+    """The documents of the rows that each source gives to the mix. `counts` become theirs."""
+    import numpy
 
-    Its first token cannot be predicted: nothing comes before it. In a packed row, the model would learn to guess it
-    from the document before.
-    """
-    labels = [i if t else IGNORE for i, t in zip(ids, trained, strict=True)]
-    labels[:1] = [IGNORE][: len(labels)]
-    return labels
-
-
-def fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[Tokens]:
-    """A row as one document of at most max_length tokens, as several (`split`), or as none (`drop`).
-
-    Raises:
-        RowProblem: the row fits, and none of its tokens is trained on.
-    """
-    ids, trained = tokens
-    limit, how = recipe.data.max_length, recipe.data.long_rows
-    if len(ids) > limit:
-        counts.long_rows += 1
-        counts.longest = max(counts.longest, len(ids))
-        if len(counts.examples) < rows.SHOWN_PROBLEMS:
-            counts.examples.append(f"{place}: {len(ids)} tokens")
-        if how in ("drop", "error"):
-            return
-        if how == "split":
-            for start in range(0, len(ids), limit):
-                if len(ids) - start > 1:  # from a single token nothing is predicted
-                    yield ids[start : start + limit], trained[start : start + limit]
-            return
-        ids, trained = ids[:limit], trained[:limit]
-        if not any(trained[1:]):
-            counts.cut_answers += 1
-            if len(counts.cut_examples) < rows.SHOWN_PROBLEMS:
-                counts.cut_examples.append(place)
-            return
-    if any(trained[1:]):
-        yield ids, trained
-    else:
-        raise RowProblem("no-trained-token", "no token to train on")
+    edges = []  # where the documents of each row begin
+    for source in sources:
+        numbers = numpy.concatenate(source.rows) if source.rows else numpy.empty(0, numpy.int64)
+        edges.append(numpy.flatnonzero(numpy.diff(numbers, prepend=-1, append=-1)))
+    have = [max(0, len(one) - 1) for one in edges]
+    wanted = mixed_counts(have, [source.source for source in sources])
+    mixed = []
+    for number, (part, starts) in enumerate(zip(parts, edges, strict=True)):
+        rows = numpy.array(drawn(have[number], wanted[number], seed + number), numpy.int64)
+        taken = [numpy.arange(starts[row], starts[row + 1]) for row in rows]
+        mixed.append(part.select(numpy.concatenate(taken) if taken else []))
+        counts.mix.append((sources[number].source.path, have[number], wanted[number]))
+    counts.documents = sum(map(len, mixed))
+    counts.tokens = counts.trained_tokens = 0
+    for table in (table for part in mixed for table in part.with_format("arrow").iter(1000)):
+        labels = table["labels"].combine_chunks().flatten().to_numpy()
+        counts.tokens += len(labels)
+        counts.trained_tokens += int((labels != IGNORE).sum())
+    return mixed
 
 
-def check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -> None:
+def _with_lengths(table: pyarrow.Table) -> pyarrow.Table:
+    """With seq_lengths: each row is one document."""
+    import pyarrow
+    import pyarrow.compute
+
+    lengths = pyarrow.compute.list_value_length(table["input_ids"]).combine_chunks().cast(pyarrow.int64())
+    starts = pyarrow.array(range(len(table) + 1), pyarrow.int32())
+    return table.append_column("seq_lengths", pyarrow.ListArray.from_arrays(starts, lengths))
+
+
+def check_lengths(recipe: Recipe, what: str, counts: Counts) -> None:
     """Check what became of long rows, at the end of a split.
 
     Raises:
@@ -267,15 +255,23 @@ def check_lengths(recipe: Recipe, data_format: str, what: str, counts: Counts) -
     """
     limit = recipe.data.max_length
     if counts.long_rows and recipe.data.long_rows == "error":
-        choices = "truncate, drop" + (" or split" if data_format == "text" else "")
+        only_text = all(layout.startswith("text ") for layout in counts.layouts)
+        choices = "truncate, drop or split" if only_text else "truncate or drop"
         number = f"{counts.long_rows} rows are" if counts.long_rows > 1 else "1 row is"
         total = (
             f"{what}: {number} longer than data.max_length ({limit} tokens), the longest has {counts.longest}; raise "
             f"data.max_length, or set data.long_rows: {choices}"
         )
         raise DataError("\n".join([*counts.examples, total]))
-    if not counts.documents:
+    if not counts.documents and counts.long_rows:
         raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit} tokens)")
+    if not counts.documents and isinstance(recipe.data.eval, float):
+        raise DataError(
+            f"data.eval: a fraction of {recipe.data.eval} leaves no row for data.{what.removeprefix('data.')}; "
+            "change it, or name evaluation data"
+        )
+    if not counts.documents:
+        raise DataError(f"{what}: no row is left: all are marked not to be trained")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -300,7 +296,7 @@ def main() -> int:
         if (fixed := reading.pinned(recipe)) != recipe:  # the ranks must find the very data that is prepared here
             recipe = fixed
             _replace(Path(sys.argv[1]), dump_recipe(recipe))
-        if not rows.is_prepared(rows.cache_folder(recipe)):
+        if not cache.is_prepared(cache.cache_folder(recipe)):
             with worker.importing():
                 from transformers import AutoConfig, AutoTokenizer  # noqa: F401
                 from trl import pack_dataset  # noqa: F401

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from distft.data.rows import file_digest
+from distft.data.cache import file_digest
 from distft.errors import RunError, in_one_line
 
 # DCP warns of it at every save of one process, and at every load: each rank reads what it needs by itself.

@@ -1,7 +1,7 @@
 """`python -m distft.train.show_rows RECIPE ANSWER [--row N | --sample N]`: rows as they are trained, as JSON.
 
 What it writes into the file ANSWER: {"train": SPLIT, "eval": SPLIT} (without eval where the recipe has none, or with
---row), or {"error": text}. A SPLIT has the fields of SplitReport.
+--row), or {"error": text, "no_tokenizer": bool}. A SPLIT has the fields of SplitReport.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distft.config.recipe import Recipe
-from distft.data import rows
-from distft.errors import DataError, DistftError
+from distft.data.batches import Objects, Row
+from distft.data.files import Found
+from distft.data.formats import IGNORE, Example
+from distft.data.layouts import Layout
+from distft.data.problems import RowProblem
+from distft.data.reading import Tally, batches, examples
+from distft.data.sources import Use, find_data
+from distft.errors import DataError, DistftError, NoTokenizerError
 from distft.train import worker
-from distft.train.chat import Document, RowProblem
-from distft.train.data import IGNORE, Counts, check_lengths, check_supported, fit, labels_of
-from distft.train.problems import Problems
-from distft.train.tokens import Encoder, encoder, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from distft.train.chat import Document
+from distft.train.data import check_lengths
+from distft.train.encoding import Counts, RowEncoder, labels_of
+from distft.train.tokens import load_tokenizer
 
 SHOWN_ROWS = 2  # of a sample
 
@@ -50,8 +53,9 @@ class ShownRow:
 class SplitReport:
     """What becomes of the rows of a split. Lengths are those of whole documents, in tokens."""
 
-    format: str
+    format: str = ""
     read: int = 0  # rows
+    elsewhere: int = 0  # of them, those of the other split, where data.eval is a fraction
     all_read: bool = True  # whether those are all rows of the split
     lengths: list[int] = field(default_factory=list)
     max_length: int = 0
@@ -63,13 +67,10 @@ class SplitReport:
 class _Reader:
     """Encodes rows of one split."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str):
-        self.recipe, self.tokenizer = recipe, tokenizer
+    def __init__(self, rows: RowEncoder, found: Sequence[Found], split: Use):
+        self.rows, self.found, self.split = rows, found, split
+        self.recipe = rows.recipe
         self.what = f"data.{split}"
-        self.sources = rows.to_read(recipe, "train" if split == "train" else "eval")
-        chosen = recipe.data.format
-        self.format = rows.first_format(self.sources) if chosen == "auto" else chosen
-        self.encoder: Encoder = encoder(self.format, tokenizer, recipe)
 
     def row(self, number: int) -> SplitReport:
         """The row of this number, counted from 1.
@@ -77,66 +78,66 @@ class _Reader:
         Raises:
             DataError: there is no such row, or it does not fit.
         """
-        report = SplitReport(self.format, max_length=self.recipe.data.max_length)
-        found = next(islice(rows.read_rows(self.sources), number - 1, None), None)
-        if found is None:
-            total = sum(1 for _ in rows.read_rows(self.sources))
+        wanted = next(islice(self._read(), number - 1, None), None)
+        if wanted is None:
+            total = sum(1 for _ in self._read())
             raise DataError(f"--row: got {number}, and {self.what} has {total} rows")
-        place, row = found
-        if misfit := rows.problem(row, self.format):
-            raise DataError(f"{place}: {misfit}")
-        counts = self._counts()
+        (place, row), layout = wanted
+        report, counts = self._report(), Counts.of(self.recipe)
+        report.all_read, report.format = False, str(layout)
         try:
-            report.shown = list(self._shown(place, row, report, counts)) or list(self._whole(place, row))
+            example = self.rows.formatter.example(row, layout)
+            where = f"{place} (held out)" if self._is_held_out(example) else place
+            report.shown = list(self._shown(where, example, report, counts)) or list(self._whole(where, example))
         except RowProblem as problem:
             raise DataError(f"{place}: {problem.text}") from None
         report.read, report.counts = 1, asdict(counts)
-        report.all_read = False
         return report
 
     def sample(self, size: int) -> SplitReport:
-        """The first `size` rows. Their problems are in the report."""
-        report = SplitReport(self.format, max_length=self.recipe.data.max_length)
-        counts, problems, stream = self._counts(), Problems(), rows.read_rows(self.sources)
-        for place, row in islice(stream, size):
-            report.read += 1
-            if misfit := rows.problem(row, self.format):
-                problems.add("row", place, misfit)
-                continue
-            try:
-                shown = list(self._shown(place, row, report, counts))
-            except RowProblem as problem:
-                problems.add(problem.kind, place, problem.text)
-                continue
-            report.shown += shown[: SHOWN_ROWS - len(report.shown)]
-        report.all_read = next(stream, None) is None
+        """The first `size` rows that are read. Their problems are in the report."""
+        report, counts, tally, stream = self._report(), Counts.of(self.recipe), Tally(), self._read()
+        for row, layout in islice(stream, size):
+            for place, example in examples(Objects([row]), layout, self.rows.formatter, tally):
+                if self._is_held_out(example) != (self.split == "eval" and self.rows.held_out > 0):
+                    report.elsewhere += 1
+                    continue
+                try:
+                    shown = list(self._shown(place, example, report, counts))
+                    counts.notes = self.rows.of(example).notes
+                except RowProblem as problem:
+                    tally.problems.add(problem.kind, place, problem.text)
+                    continue
+                report.shown += shown[: SHOWN_ROWS - len(report.shown)]
+        report.read, report.all_read = tally.rows, next(stream, None) is None
+        report.format = ", ".join(tally.layouts)
+        counts.layouts, counts.untrained = dict(tally.layouts), tally.left_out()
         report.counts = asdict(counts)
-        if problems.counts:
-            report.problems = problems.lines(self.what, report.read)
-        if not report.read:
-            report.problems = [f"{self.what}: no rows"]
-        elif not problems.counts:
-            try:
-                check_lengths(self.recipe, self.format, self.what, counts)
-            except DataError as error:
-                report.problems = str(error).splitlines()
+        try:
+            tally.check(self.what)
+            check_lengths(self.recipe, self.what, counts)
+        except DataError as error:
+            report.problems = str(error).splitlines()
         return report
 
-    def _counts(self) -> Counts:
-        return Counts.of(self.recipe, self.encoder.notes)
+    def _read(self) -> Iterator[tuple[Row, Layout]]:
+        for _, batch, layout in batches(self.found, self.recipe.data):
+            for row in batch.rows():
+                yield row, layout
 
-    def _shown(self, place: str, row: Any, report: SplitReport, counts: Counts) -> Iterator[ShownRow]:
-        for document in self.encoder.encode(row):
-            report.lengths.append(len(document.ids))
-            counts.thoughtless += len(document.left_out)
-            for ids, trained in fit(place, (document.ids, document.trained), self.recipe, counts):
-                labels = labels_of(ids, trained)
-                counts.add(labels)
-                yield self._shown_row(place, ids, labels, document)
+    def _report(self) -> SplitReport:
+        return SplitReport(max_length=self.recipe.data.max_length)
 
-    def _whole(self, place: str, row: Any) -> Iterator[ShownRow]:
+    def _is_held_out(self, example: Example) -> bool:
+        return self.rows.held_out > 0 and example.is_held_out(self.rows.held_out)
+
+    def _shown(self, place: str, example: Example, report: SplitReport, counts: Counts) -> Iterator[ShownRow]:
+        for ids, labels, document in self.rows.documents(place, example, counts, report.lengths):
+            yield self._shown_row(place, ids, labels, document)
+
+    def _whole(self, place: str, example: Example) -> Iterator[ShownRow]:
         """A row that is too long to be trained, as it would be if max_length were larger."""
-        for document in self.encoder.encode(row):
+        for document in self.rows.of(example).encode(example.fields):
             yield self._shown_row(place, document.ids, labels_of(document.ids, document.trained), document)
 
     def _shown_row(self, place: str, ids: list[int], labels: list[int], document: Document) -> ShownRow:
@@ -151,7 +152,7 @@ class _Reader:
         for end in range(1, len(ids) + 1):
             trained = labels[start] != IGNORE
             if end == len(ids) or (labels[end] != IGNORE) != trained:
-                text = str(self.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+                text = str(self.rows.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
                 yield text[len(before) :], trained
                 before, start = text, end
 
@@ -178,12 +179,14 @@ def show(recipe: Recipe, row: int | None, sample: int) -> dict[str, Any]:
     Raises:
         DataError: the tokenizer or the data cannot be used.
     """
-    check_supported(recipe)
-    tokenizer = load_tokenizer(recipe)
+    rows, found = RowEncoder(recipe, load_tokenizer(recipe)), find_data(recipe.data)
     if row is not None:
-        return {"train": asdict(_Reader(recipe, tokenizer, "train").row(row))}
-    splits = ["train", *(["eval"] if recipe.data.eval else [])]
-    return {split: asdict(_Reader(recipe, tokenizer, split).sample(sample)) for split in splits}
+        return {"train": asdict(_Reader(rows, found["train"], "train").row(row))}
+    splits = [use for use, sources in found.items() if sources]
+    answer: dict[str, Any] = {use: asdict(_Reader(rows, found[use], use).sample(sample)) for use in splits}
+    if rows.held_out:
+        answer["eval"] = asdict(_Reader(rows, found["train"], "eval").sample(sample))
+    return answer
 
 
 def main() -> int:
@@ -202,7 +205,7 @@ def main() -> int:
             from transformers import AutoTokenizer  # noqa: F401
         answer = show(recipe, arguments.row, arguments.sample)
     except DistftError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "no_tokenizer": isinstance(error, NoTokenizerError)}
     arguments.answer.write_text(json.dumps(answer))
     return 0
 

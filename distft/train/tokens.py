@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
-from distft.errors import DataError, first_line
-from distft.train.chat import ChatEncoder, Document, Span, check_template, tokenize
+from distft.data.formats import IGNORE, Kind
+from distft.errors import DataError, NoTokenizerError, first_line
+from distft.train.chat import ChatEncoder, Document, RowProblem, Span, check_template, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(
+        raise NoTokenizerError(
             f"model.name_or_path: no tokenizer can be read from {model.name_or_path} ({first_line(error)})"
         ) from None
     if model.pad_token is not None:
@@ -67,15 +68,14 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
     return str(named[given])
 
 
-def encoder(data_format: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
-    """The encoder of rows in this format (not `auto`).
+def encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+    """The encoder of examples of this kind.
 
     Raises:
-        DataError: the tokenizer cannot encode this format.
+        DataError: the tokenizer cannot encode them.
     """
-    makers = {"messages": _chat_encoder, "prompt_completion": _pair_encoder, "text": _text_encoder}
-    made = makers[data_format](tokenizer, recipe)
-    if recipe.data.train_on != "everything":
+    made = _ENCODERS[kind](tokenizer, recipe)
+    if recipe.data.train_on != "everything" or kind == "tokens":  # whose labels say what is trained
         return made
     return Encoder(lambda row: [_all_trained(document) for document in made.encode(row)], made.notes)
 
@@ -138,6 +138,28 @@ def _pair_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder
         ]
 
     return Encoder(encode, [])
+
+
+def _token_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+    """Tokens as they are: none is added."""
+    size = len(tokenizer)
+
+    def encode(row: Mapping[str, Any]) -> list[Document]:
+        ids = row["input_ids"]
+        if max(ids) >= size:
+            place = next(n for n, token in enumerate(ids) if token >= size)
+            raise RowProblem("tokens", f"input_ids[{place}]: got {ids[place]}, and the tokenizer has {size} tokens")
+        return [Document(ids, [label != IGNORE for label in row["labels"]], "", [])]
+
+    return Encoder(encode, [])
+
+
+_ENCODERS: dict[Kind, Callable[[PreTrainedTokenizerBase, Recipe], Encoder]] = {
+    "messages": _chat_encoder,
+    "prompt_completion": _pair_encoder,
+    "text": _text_encoder,
+    "tokens": _token_encoder,
+}
 
 
 def _puts_space_before(tokenizer: PreTrainedTokenizerBase) -> bool:

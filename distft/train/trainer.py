@@ -14,10 +14,10 @@ from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from distft.config.recipe import Recipe
+from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
-from distft.train.data import IGNORE
 from distft.train.sampler import StreamSampler
 from distft.train.step_state import set_schedule
 

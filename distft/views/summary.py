@@ -74,6 +74,11 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
             f"{split}: {count['documents']:,} documents{packed}, {count['tokens']:,} tokens "
             f"({count['trained_tokens']:,} trained on)"
         )
+        lines += [f"  {have:,} rows of {path}: {taken:,} taken" for path, have, taken in count["mix"]]
+        lines += [
+            f"{number:,} row{'s' * (number != 1)} of {split} left out ({kind}); the first: {row}"
+            for kind, (number, row) in count["untrained"].items()
+        ]
         if count["long_rows"]:
             lines.append(
                 f"warning: {count['long_rows']:,} rows of {split} were longer than max_length (the longest "

@@ -227,7 +227,7 @@ def interrupted(folder: Path, recipe: dict[str, Any], slow: str, when: Callable[
 
 def test_ctrl_c_while_it_tokenizes(tiny: Tiny, tmp_path: Path) -> None:
     returncode, said = interrupted(
-        tmp_path, tiny.recipe(), "distft.train.data:fit", lambda run: (tmp_path / "slow").exists()
+        tmp_path, tiny.recipe(), "distft.train.encoding:fit", lambda run: (tmp_path / "slow").exists()
     )
     assert returncode == 1 and said.endswith("Aborted!\n"), said
     assert not (tmp_path / "runs").exists()

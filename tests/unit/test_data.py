@@ -12,7 +12,7 @@ import yaml
 from tiny import Tiny, write_jsonl
 
 from distft.config.loading import load_recipe
-from distft.data.rows import cache_folder
+from distft.data.cache import cache_folder
 from distft.train.data import Prepared, load_prepared
 
 PAIRS = [

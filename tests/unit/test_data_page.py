@@ -42,25 +42,26 @@ def test_a_summary_of_a_sample(tiny: Tiny, tmp_path: Path) -> None:
     changes = {"data__long_rows": "drop", "data__eval": str(tiny.path / "heldout.jsonl")}
     done = run(tiny, tmp_path, [CHAT, CHAT, long, "no messages"], "--sample", "3", **changes)
     assert done.exit_code == 0, done.output
-    assert "data.train: the first 3 rows, more follow; format messages" in done.stdout
+    assert "data.train: the first 3 rows, more follow; messages (messages)" in done.stdout
     assert "warning: 1 rows of train were longer than max_length" in done.stdout
     assert "data.eval: the first 3 rows, more follow" in done.stdout
     done = run(tiny, tmp_path, [CHAT, long], "--json", **changes)
     report = json.loads(done.stdout)["train"]
-    assert (report["read"], report["all_read"], report["format"]) == (2, True, "messages")
+    assert (report["read"], report["all_read"], report["format"]) == (2, True, "messages (messages)")
     assert len(report["lengths"]) == 2 and report["counts"]["documents"] == 1
     assert report["shown"][0]["roles"][1] == ["assistant", True]
 
 
 def test_problems_by_kind(tiny: Tiny, tmp_path: Path) -> None:
     untrained = [user("a"), assistant("b", weight=0)]
-    done = run(tiny, tmp_path, [CHAT, untrained, [user("a")], untrained])
+    done = run(tiny, tmp_path, [CHAT, untrained, [user("a")], [user("b")], 5])
     assert done.exit_code == 2
-    assert "data.train: all 4 rows" in done.stdout
-    assert "data.train: 3 of 4 rows would not be trained as they are meant (no-trained-token 2, row 1)" in done.stderr
+    assert "data.train: all 5 rows" in done.stdout
+    assert "1 row of train left out (no-turn-to-train); the first: " in done.stdout
+    assert "data.train: 3 of 5 rows do not fit (no-assistant-turn 2, no-messages 1)" in done.stderr
     assert f"{tmp_path}/rows.jsonl:3: messages: no assistant turn" in done.stderr
     done = run(tiny, tmp_path, [CHAT, untrained], "--row", "2")
-    assert done.exit_code == 2 and ":2: messages: no assistant message is to be trained" in done.stderr
+    assert done.exit_code == 2 and ":2: messages: all assistant turns are marked not to be trained" in done.stderr
     done = run(tiny, tmp_path, [CHAT], "--row", "7")
     assert done.exit_code == 2 and "--row: got 7, and data.train has 1 rows" in done.stderr
 
@@ -74,8 +75,19 @@ def report(**changes: Any) -> dict[str, Any]:
         "roles": [("user", False), ("assistant", True)],
     }
     counts = {"documents": 3, "tokens": 9, "trained_tokens": 4, "long_rows": 0, "cut_answers": 0, "thoughtless": 0}
-    found = {"format": "messages", "read": 3, "all_read": True, "lengths": [3, 250, 999], "max_length": 1024}
-    return {"train": found | {"counts": counts | {"notes": []}, "problems": [], "shown": [row]} | changes}
+    found = {
+        "format": "messages (messages)",
+        "read": 3,
+        "elsewhere": 0,
+        "all_read": True,
+        "lengths": [3, 250, 999],
+        "max_length": 1024,
+    }
+    return {
+        "train": found
+        | {"counts": counts | {"notes": [], "mix": [], "untrained": {}}, "problems": [], "shown": [row]}
+        | changes
+    }
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])

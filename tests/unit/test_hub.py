@@ -108,7 +108,7 @@ CODE = """
 import json, sys
 from distft.config.recipe import Data, Recipe, Source
 from distft.data.reading import pinned, read_examples
-from distft.data.rows import content_digest
+from distft.data.cache import content_digest
 from distft.data.sources import find, find_data
 from distft.errors import DataError
 answers = []

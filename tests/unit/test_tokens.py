@@ -83,7 +83,7 @@ def test_everything_is_trained() -> None:
 
 def test_rows_that_would_train_something_else_are_counted_by_kind(tiny: Tiny, tmp_path: Any) -> None:
     good, dropped = [user("read"), assistant("file")], [user("read"), {"role": "tool", "content": "node"}]
-    rows = [good, *[[*dropped, assistant("path")]] * 5, [user("a"), assistant("b", weight=0)], good]
+    rows = [good, *[[*dropped, assistant("path")]] * 5, [user("a")], good]
     write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in rows])
     (tmp_path / "no_tools.jinja").write_text(
         "{% for m in messages if m.role != 'tool' %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
@@ -96,10 +96,8 @@ def test_rows_that_would_train_something_else_are_counted_by_kind(tiny: Tiny, tm
     assert [line.split(": ")[0] for line in lines[:3]] == [f"{tmp_path}/rows.jsonl:{n}" for n in (2, 3, 4)]
     assert "messages[1] (tool): the chat template leaves out messages of this role" in lines[0]
     assert lines[3] == "... and 2 more of this kind (role-dropped)"
-    assert lines[4] == f"{tmp_path}/rows.jsonl:7: messages: no assistant message is to be trained"
-    assert lines[5:] == [
-        "data.train: 6 of 8 rows would not be trained as they are meant (role-dropped 5, no-trained-token 1)"
-    ]
+    assert lines[4] == f"{tmp_path}/rows.jsonl:7: messages: no assistant turn, so nothing to train on"
+    assert lines[5:] == ["data.train: 6 of 8 rows do not fit (role-dropped 5, no-assistant-turn 1)"]
 
 
 def test_a_template_that_ends_no_turn_is_refused(tiny: Tiny, tmp_path: Any) -> None:
@@ -123,7 +121,7 @@ def test_what_truncation_takes_away_is_counted(tiny: Tiny, tmp_path: Any) -> Non
 
 def test_split_is_for_text_alone_whatever_auto_took(tiny: Tiny, tmp_path: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__long_rows="split")))
-    with pytest.raises(DataError, match=r"data\.long_rows: split needs format text, and data\.train has messages"):
+    with pytest.raises(DataError, match=r"data\.long_rows: split needs rows of text, and got messages"):
         load_prepared(load_recipe(tmp_path / "recipe.yaml"))
 
 

@@ -17,7 +17,7 @@ from distft.config.recipe import Recipe, Training
 from distft.data import few_steps
 from distft.runs.directory import RunDir
 from distft.train.chat import RowProblem
-from distft.train.data import Counts, fit
+from distft.train.encoding import Counts, fit
 from distft.train.metrics import MetricsLog, tokens_per_step
 from distft.train.sampler import StreamSampler
 from distft.train.shards import Share

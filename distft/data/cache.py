@@ -1,0 +1,105 @@
+"""The cache of prepared data: its key, which digests all that goes into it, and its counts. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from distft.config.recipe import Recipe, Source
+from distft.data.hub import pinned
+from distft.data.sources import as_sources, find_data
+
+# Increase it when train/data.py starts to make different rows from the same input.
+PREPARATION_VERSION = 3
+COUNTS = "counts.json"
+
+
+def cache_root() -> Path:
+    """distft's cache: DISTFT_CACHE, or a folder in the user's cache."""
+    own = os.environ.get("DISTFT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distft"
+
+
+def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
+    """The folder of a recipe's prepared data, under `root` or cache_root(). Its name digests all that goes into it."""
+    versions = (_version(package) for package in ("transformers", "tokenizers", "trl"))
+    name = _digest(PREPARATION_VERSION, content_digest(recipe), *versions)
+    return (Path(root) if root else cache_root()) / "data" / name
+
+
+def content_digest(recipe: Recipe) -> str:
+    """A digest of what a recipe's prepared data depends on: the content of its files, the tokenizer, the settings.
+
+    Raises:
+        DataError: a file is not here, or the commit of a hub data set cannot be found out.
+    """
+    data, model = recipe.data, recipe.model
+    words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
+    words += [sorted(data.columns.items()), sorted(data.roles.items()), data.train_on, sorted(data.ignore_fields)]
+    words += [model.pad_token, model.trust_remote_code, data.eval if isinstance(data.eval, float) else None]
+    for use, several in find_data(data, lambda source: Path(source.path).is_absolute()).items():
+        words.append(use)
+        for found in several:
+            words += _share(found.source)
+            words += [part for file in found.files for part in (file.kind, file.separator, file_digest(file.local()))]
+    for source in (*as_sources(data.train), None, *as_sources(data.eval)):
+        if source and not Path(source.path).is_absolute():
+            words += [*_share(source), source.config, pinned(source.path)]
+    folder = Path(model.name_or_path)
+    if folder.is_dir():
+        # All files but weights and model cards: any of them may be part of the tokenizer.
+        files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin", ".md"))
+        words += [part for path in files for part in (path.name, file_digest(path))]
+    else:
+        words += [model.name_or_path, model.revision]
+    if data.chat_template:
+        template = Path(data.chat_template)
+        words.append(template.read_bytes() if template.is_absolute() else data.chat_template)
+    return _digest(*words)
+
+
+def _share(source: Source) -> list[object]:
+    return [source.weight, source.rows, source.epochs]
+
+
+def _digest(*words: object) -> str:
+    import hashlib  # only here: it loads OpenSSL, which takes longer than a plan
+
+    digest = hashlib.sha256()
+    for word in words:
+        data = word if isinstance(word, bytes) else str(word).encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:32]
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file."""
+    import hashlib
+
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a cache folder is complete: it appears by a rename, with its counts in it."""
+    return (folder / COUNTS).is_file()
+
+
+def read_counts(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the preparation counted, per split (Counts in train/data.py)."""
+    counts: dict[str, dict[str, Any]] = json.loads((folder / COUNTS).read_text())
+    return counts

@@ -1,0 +1,275 @@
+"""Rows to the documents that are trained, in parallel processes, in the order of the rows and in bounded memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from distft.config.recipe import Recipe
+from distft.data.formats import IGNORE, Example, Formatter
+from distft.data.layouts import Layout
+from distft.data.problems import SHOWN, RowProblem
+from distft.data.readers import Batch
+from distft.data.reading import Tally, examples
+from distft.data.sources import Use
+from distft.errors import DataError, RunError
+from distft.runs.processes import die_with_parent
+from distft.train.chat import Document
+from distft.train.tokens import Encoder, Tokens, encoder
+
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+    from transformers import PreTrainedTokenizerBase
+
+Work = tuple[int, Batch, Layout]  # of the source with this number
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one split."""
+
+    documents: int = 0
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    long_rows: int = 0
+    longest: int = 0
+    done: str = ""  # what was done to the long rows
+    examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
+    cut_answers: int = 0  # long rows that are not trained at all: what is left of them has no token to train on
+    cut_examples: list[str] = field(default_factory=list)
+    thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
+    notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
+    layouts: dict[str, int] = field(default_factory=dict)  # rows by their format
+    untrained: dict[str, tuple[int, str]] = field(default_factory=dict)  # rows that say so: how many, and the first
+    mix: list[tuple[str, int, int]] = field(default_factory=list)  # of each source: its path, its rows, and those taken
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Counts:
+        """Those of no row yet."""
+        return cls(done={"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, ""))
+
+    def merge(self, later: Counts) -> None:
+        """Add those of rows that come after these."""
+        for name in ("documents", "rows", "tokens", "trained_tokens", "long_rows", "cut_answers", "thoughtless"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.longest = max(self.longest, later.longest)
+        self.examples = [*self.examples, *later.examples][:SHOWN]
+        self.cut_examples = [*self.cut_examples, *later.cut_examples][:SHOWN]
+        self.notes = list(dict.fromkeys([*self.notes, *later.notes]))
+
+    def add(self, labels: list[int]) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.tokens += len(labels)
+        self.trained_tokens += len(labels) - labels.count(IGNORE)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of some rows: columns input_ids and labels. `rows`: the number of each one's row among them."""
+
+    documents: pyarrow.Table
+    rows: numpy.ndarray
+    counts: Counts
+
+
+class RowEncoder:
+    """Encodes rows as a recipe says. With `held_out`, a fraction of them goes to the evaluation data."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.formatter = Formatter.of(recipe.data, bool(tokenizer.chat_template))
+        self.held_out = recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
+        self._encoders: dict[str, Encoder] = {}
+
+    def of(self, example: Example) -> Encoder:
+        """What encodes examples of this kind.
+
+        Raises:
+            DataError: the tokenizer cannot encode them, or data.long_rows cannot be done to them.
+        """
+        kind = example.kind
+        if kind not in self._encoders:
+            if self.recipe.data.long_rows == "split" and kind != "text":
+                raise DataError(
+                    f"data.long_rows: split needs rows of text, and got {kind}; use error, truncate or drop"
+                )
+            self._encoders[kind] = encoder(kind, self.tokenizer, self.recipe)
+        return self._encoders[kind]
+
+    def documents(
+        self, place: str, example: Example, counts: Counts, lengths: list[int] | None = None
+    ) -> Iterator[tuple[list[int], list[int], Document]]:
+        """Ids and labels of the documents that a row becomes, and each whole. They are counted in `counts`.
+
+        Args:
+            lengths: gets those of whole documents, in tokens.
+
+        Raises:
+            RowProblem: the row would not be trained as it is meant.
+        """
+        for document in self.of(example).encode(example.fields):
+            counts.thoughtless += len(document.left_out)
+            if lengths is not None:
+                lengths.append(len(document.ids))
+            for ids, trained in fit(place, (document.ids, document.trained), self.recipe, counts):
+                labels = labels_of(ids, trained)
+                counts.add(labels)
+                yield ids, labels, document
+
+    def encode(self, work: Work) -> tuple[int, dict[Use, Encoded], Tally]:
+        """The number of the source, what is trained and what is held out, and what was found in the rows."""
+        number, batch, layout = work
+        tally = Tally()
+        parts: dict[Use, _Part] = {"train": _Part(), "eval": _Part()}
+        for row, (place, example) in enumerate(examples(batch, layout, self.formatter, tally)):
+            use: Use = "eval" if self.held_out and example.is_held_out(self.held_out) else "train"
+            try:
+                for ids, labels, _ in self.documents(place, example, parts[use].counts):
+                    parts[use].add(row, ids, labels)
+            except RowProblem as problem:
+                tally.problems.add(problem.kind, place, problem.text)
+        parts["train"].counts.notes = [note for one in self._encoders.values() for note in one.notes]
+        return number, {use: part.encoded() for use, part in parts.items()}, tally
+
+
+class _Part:
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.rows: list[int] = []
+        self.ids: list[list[int]] = []
+        self.labels: list[list[int]] = []
+
+    def add(self, row: int, ids: list[int], labels: list[int]) -> None:
+        self.rows.append(row)
+        self.ids.append(ids)
+        self.labels.append(labels)
+
+    def encoded(self) -> Encoded:
+        import numpy
+        import pyarrow
+
+        def column(values: list[list[int]]) -> pyarrow.Array:
+            lengths = numpy.fromiter(map(len, values), numpy.int32, len(values))
+            edges = numpy.concatenate([numpy.zeros(1, numpy.int32), numpy.cumsum(lengths, dtype=numpy.int32)])
+            flat = numpy.fromiter((item for one in values for item in one), numpy.int32, int(edges[-1]))
+            return pyarrow.ListArray.from_arrays(edges, flat)
+
+        documents = pyarrow.table({"input_ids": column(self.ids), "labels": column(self.labels)})
+        return Encoded(documents, numpy.array(self.rows, numpy.int64), self.counts)
+
+
+def processes() -> int:
+    """How many encode: all cores that this process may use but one, which reads and writes."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[tuple[int, dict[Use, Encoded], Tally]]:
+    """Encode all rows, a batch at a time and in order.
+
+    The first batch is encoded here. For more, processes are forked, which find what was learnt from it: the tokenizer,
+    the chat template's habits. No more batches are read than they are busy with.
+
+    Raises:
+        DataError: the tokenizer cannot encode such rows.
+        RunError: a process was killed.
+    """
+    batches = iter(work)
+    for first in batches:
+        yield rows.encode(first)
+        break
+    second = next(batches, None)
+    if second is None:
+        return
+    if len(os.sched_getaffinity(0)) == 1:
+        yield from map(rows.encode, _chain(second, batches))
+        return
+    number = processes()
+    # Each process tokenizes one text at a time; threads of the tokenizer's own would not survive the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _start, (rows,))
+    waiting: deque[Future[tuple[int, dict[Use, Encoded], Tally]]] = deque()
+    try:
+        for batch in _chain(second, batches):
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) > 2 * number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise RunError("a process that prepares the data was killed; out of memory, perhaps") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chain(first: Work, rest: Iterator[Work]) -> Iterator[Work]:
+    yield first
+    yield from rest
+
+
+_encoder: list[RowEncoder] = []  # of a forked process
+
+
+def _start(rows: RowEncoder) -> None:
+    """First in a forked process."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its processes
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _encoder.append(rows)
+
+
+def _encode(work: Work) -> tuple[int, dict[Use, Encoded], Tally]:
+    return _encoder[0].encode(work)
+
+
+def labels_of(ids: list[int], trained: list[bool]) -> list[int]:
+    """The labels of a document: its trained tokens, IGNORE elsewhere.
+
+    Its first token cannot be predicted: nothing comes before it. In a packed row, the model would learn to guess it
+    from the document before.
+    """
+    labels = [i if t else IGNORE for i, t in zip(ids, trained, strict=True)]
+    labels[:1] = [IGNORE][: len(labels)]
+    return labels
+
+
+def fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[Tokens]:
+    """A row as one document of at most max_length tokens, as several (`split`), or as none (`drop`).
+
+    Raises:
+        RowProblem: the row fits, and none of its tokens is trained on.
+    """
+    ids, trained = tokens
+    limit, how = recipe.data.max_length, recipe.data.long_rows
+    if len(ids) > limit:
+        counts.long_rows += 1
+        counts.longest = max(counts.longest, len(ids))
+        if len(counts.examples) < SHOWN:
+            counts.examples.append(f"{place}: {len(ids)} tokens")
+        if how in ("drop", "error"):
+            return
+        if how == "split":
+            for start in range(0, len(ids), limit):
+                if len(ids) - start > 1:  # from a single token nothing is predicted
+                    yield ids[start : start + limit], trained[start : start + limit]
+            return
+        ids, trained = ids[:limit], trained[:limit]
+        if not any(trained[1:]):
+            counts.cut_answers += 1
+            if len(counts.cut_examples) < SHOWN:
+                counts.cut_examples.append(place)
+            return
+    if any(trained[1:]):
+        yield ids, trained
+    else:
+        raise RowProblem("no-trained-token", "no token to train on")

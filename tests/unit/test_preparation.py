@@ -1,0 +1,205 @@
+"""Preparation: rows of every format as tokens, mixes, what is held out, and parallel processes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import Tiny, write_jsonl
+
+from distft.config.loading import load_recipe
+from distft.data.formats import IGNORE, Example
+from distft.errors import DataError
+from distft.train import encoding
+from distft.train.data import Prepared, load_prepared
+
+WORDS = "read file list dict node open path rank step".split()
+
+
+def prepared(tiny: Tiny, folder: Path, rows: list[Any] | None = None, **changes: Any) -> Prepared:
+    if rows is not None:
+        write_jsonl(folder / "rows.jsonl", rows)
+        changes["data__train"] = str(folder / "rows.jsonl")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**{"data__packing": False} | changes)))
+    return load_prepared(load_recipe(folder / "recipe.yaml"))
+
+
+def documents(found: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return sorted((tuple(row["input_ids"]), tuple(row["labels"])) for row in found)
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def answer_of(tiny: Tiny) -> Any:
+    """The token ids of a conversation by transformers, and the mask of its one answer by counting: not distft's way."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path / "model")
+
+    def encode(question: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        whole = tokenizer.apply_chat_template(chat(question, answer), return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            chat(question, answer)[:1], add_generation_prompt=True, return_dict=False
+        )
+        assert whole[: len(prompt)] == prompt
+        return tuple(whole), tuple([IGNORE] * len(prompt) + whole[len(prompt) :])
+
+    return encode
+
+
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("messages", {"messages": chat("read", "file")}, {}),
+    ("messages in JSON", {"messages": json.dumps(chat("read", "file"))}, {}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "read"}, {"from": "gpt", "value": "file"}]}, {}),
+    ("alpaca", {"instruction": "read", "input": "", "output": "file"}, {}),
+    ("query", {"query": "read", "response": "file"}, {}),
+    ("conversational prompt", {"prompt": chat("read", "file")[:1], "completion": chat("read", "file")[1:]}, {}),
+    ("columns", {"q": "read", "a": "file"}, {"data__columns": {"instruction": "q", "output": "a"}}),
+    (
+        "roles",
+        {"messages": [{"role": "asker", "content": "read"}, {"role": "bot", "content": "file"}]},
+        {"data__roles": {"asker": "user", "bot": "assistant"}},
+    ),
+    ("parts", {"messages": [{"role": "user", "content": [{"type": "text", "text": "read"}]}, chat("", "file")[1]]}, {}),
+]
+
+
+@pytest.mark.parametrize(("row", "changes"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_every_format_of_a_conversation_trains_its_answer(
+    tiny: Tiny, tmp_path: Path, answer_of: Any, row: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    assert documents(prepared(tiny, tmp_path, [row], **changes).train) == [answer_of("read", "file")]
+
+
+def test_tokens_are_trained_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    found = prepared(tiny, tmp_path, [row, {"input_ids": [9, 8, 7]}])
+    assert documents(found.train) == [((5, 6, 7, 8), (IGNORE, IGNORE, 7, 8)), ((9, 8, 7), (IGNORE, 8, 7))]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: input_ids\[1\]: got 123456, and the tokenizer has \d+ tokens"):
+        prepared(tiny, tmp_path, [{"input_ids": [1, 123456, 3]}])
+
+
+def test_rows_that_say_so_are_left_out_and_counted(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"prompt": "read ", "completion": "file", "label": label} for label in (True, False, False, True)]
+    found = prepared(tiny, tmp_path, rows)
+    assert len(found.train) == 2
+    [(kind, (number, first))] = found.counts["train"]["untrained"].items()
+    assert (kind, number) == ("label-false", 2) and first.startswith(f"{tmp_path}/rows.jsonl:2: label: false")
+
+
+def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [{"prompt": f"read {n} ", "completion": f"file {n}"} for n in range(start, start + count)]
+
+
+def test_a_fraction_is_held_out_by_content(tiny: Tiny, tmp_path: Path) -> None:
+    """The same rows whatever the order, the other rows and the files; none is lost, none is in both."""
+    rows = pairs(300)
+    found = prepared(tiny, tmp_path, rows, data__eval=0.1)
+    assert found.eval is not None
+    held, trained = documents(found.eval), documents(found.train)
+    assert len(held) + len(trained) == 300 and not set(held) & set(trained)
+    assert 15 < len(held) < 45
+    wanted = {row["prompt"] for row in rows if Example("prompt_completion", row).is_held_out(0.1)}
+    assert len(wanted) == len(held) == found.counts["eval"]["documents"]
+    random.Random(1).shuffle(rows)
+    write_jsonl(tmp_path / "one.jsonl", rows[:70])
+    write_jsonl(tmp_path / "two.jsonl", rows[70:] + pairs(40, 1000))
+    other = prepared(
+        tiny, tmp_path, data__train=[str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")], data__eval=0.1
+    )
+    assert set(held) <= set(documents(other.eval)) and not set(held) & set(documents(other.train))
+
+
+def test_a_fraction_of_too_few_rows_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.eval: a fraction of 0\.001 leaves no row for data\.eval"):
+        prepared(tiny, tmp_path, pairs(3), data__eval=0.001)
+
+
+def mix(tmp_path: Path, shares: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any]]:
+    sources = []
+    for number, (share, count) in enumerate(zip(shares, counts, strict=True)):
+        write_jsonl(tmp_path / f"{number}.jsonl", pairs(count, 1000 * number))
+        sources.append({"path": str(tmp_path / f"{number}.jsonl"), **share})
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("shares", "wanted"),
+    [
+        ([{"rows": 10}, {}], [10, 30]),  # a sample
+        ([{"rows": 250}, {"epochs": 0.5}], [250, 15]),  # more rows than there are: each twice, half of them three times
+        ([{"weight": 0.5}, {"weight": 0.5}], [30, 30]),  # as many as the smaller one allows
+        ([{"weight": 2}, {"weight": 1}], [60, 30]),
+        ([{"epochs": 2}, {"epochs": 1}], [200, 30]),
+    ],
+)
+def test_a_mix(tiny: Tiny, tmp_path: Path, shares: list[dict[str, Any]], wanted: list[int]) -> None:
+    sources = mix(tmp_path, shares, [100, 30])
+    found = prepared(tiny, tmp_path, data__train=sources)
+    whole = [documents(prepared(tiny, tmp_path, data__train=source["path"]).train) for source in sources]
+    trained = documents(found.train)
+    for rows, number in zip(whole, wanted, strict=True):
+        times = sorted(trained.count(row) for row in rows)
+        assert sum(times) == number and times[-1] - times[0] <= 1
+    count = found.counts["train"]
+    assert count["mix"] == [
+        [source["path"], have, number] for source, have, number in zip(sources, [100, 30], wanted, strict=True)
+    ]
+    assert count["documents"] == sum(wanted)
+    assert count["tokens"] == sum(len(ids) for ids, _ in trained)
+    assert count["trained_tokens"] == sum(label != IGNORE for _, labels in trained for label in labels)
+
+
+def test_a_mix_is_of_rows_and_not_of_their_pieces(tiny: Tiny, tmp_path: Path) -> None:
+    """A row that is split is taken whole. What is held out is held out of each source alike."""
+    texts = [" ".join(["read", *random.Random(n).sample(WORDS * 4, 36)]) for n in range(40)]  # of the same length
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    changes = {"data__max_length": 16, "data__long_rows": "split"}
+    whole = prepared(tiny, tmp_path, data__train=str(tmp_path / "a.jsonl"), **changes)
+    half = prepared(tiny, tmp_path, data__train=[{"path": str(tmp_path / "a.jsonl"), "epochs": 0.5}], **changes)
+    pieces = whole.counts["train"]["documents"] // 40
+    assert pieces > 2 and whole.counts["train"]["documents"] == pieces * 40
+    assert half.counts["train"]["documents"] == pieces * 20
+    held = prepared(
+        tiny, tmp_path, data__train=[{"path": str(tmp_path / "a.jsonl"), "epochs": 2}], data__eval=0.3, **changes
+    )
+    assert held.counts["train"]["documents"] + 2 * held.counts["eval"]["documents"] == 2 * pieces * 40
+
+
+def test_many_rows_in_parallel_processes_are_the_same(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same documents in the same order; problems of all batches are counted, the first three are named."""
+    import distft.data.streams as streams
+
+    monkeypatch.setattr(streams, "BLOCK", 4096)
+    rows = pairs(3000)
+    started: list[int] = []
+    number = encoding.processes
+    monkeypatch.setattr(encoding, "processes", lambda: started.append(1) or number())
+    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    parallel = prepared(tiny, tmp_path, rows)
+    assert started == [1]
+    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "own"))
+    alone = prepared(tiny, tmp_path, rows)
+    assert started == [1]
+    assert list(parallel.train) == list(alone.train) and parallel.counts == alone.counts
+    assert parallel.counts["train"]["documents"] == 3000
+    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    for n in (7, 500, 1000, 2999):
+        rows[n]["completion"] = ""
+    with pytest.raises(DataError) as raised:
+        prepared(tiny, tmp_path, rows)
+    assert str(raised.value).splitlines() == [
+        *[f"{tmp_path}/rows.jsonl:{n + 1}: completion: empty" for n in (7, 500, 1000)],
+        "... and 1 more of this kind (empty)",
+        "data.train: 4 of 3000 rows do not fit (empty 4)",
+    ]

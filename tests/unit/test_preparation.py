@@ -17,7 +17,7 @@ from distft.errors import DataError
 from distft.train import encoding
 from distft.train.data import Prepared, load_prepared
 
-WORDS = "read file list dict node open path rank step".split()
+WORDS = ["read", "file", "list", "dict", "node", "open", "path", "rank", "step"]
 
 
 def prepared(tiny: Tiny, folder: Path, rows: list[Any] | None = None, **changes: Any) -> Prepared:

@@ -32,7 +32,7 @@ def main() -> None:
         recipe = str(write_tiny(Path(folder)))
         commands = {
             "distft --help": [str(BIN / "distft"), "--help"],
-            "distft validate": [str(BIN / "distft"), "validate", recipe],
+            "distft validate --sample 0": [str(BIN / "distft"), "validate", "--sample", "0", recipe],
             "distft launch --dry-run": [str(BIN / "distft"), "launch", recipe, "--dry-run"],
             "torchrun --help": [str(BIN / "torchrun"), "--help"],
             "accelerate launch --help": [str(BIN / "accelerate"), "launch", "--help"],

@@ -40,7 +40,7 @@ def test_installed_versions() -> None:
         assert found[name] == metadata.version(name)
 
 
-@pytest.mark.parametrize("command", [("validate",), ("launch", "--dry-run"), ("plan",)])
+@pytest.mark.parametrize("command", [("validate", "--sample", "0"), ("launch", "--dry-run"), ("plan",)])
 def test_start_up_is_light(tiny: Tiny, tmp_path: Path, command: tuple[str, ...]) -> None:
     """importlib.metadata alone is a tenth of the time; pydantic would load it, and look for plugins everywhere."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe()))

@@ -50,7 +50,7 @@ def main() -> None:
         print(json.dumps({"rounds": options.rounds, "median_seconds": medians}))
         return
     for name, median in medians.items():
-        print(f"{name:<26}{median:7.3f} s   accelerate takes {peer / median:5.1f} x as long")
+        print(f"{name:<28}{median:7.3f} s   accelerate takes {peer / median:5.1f} x as long")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from distft.config.recipe import Recipe
@@ -162,7 +163,7 @@ class _Part:
         def column(values: list[list[int]]) -> pyarrow.Array:
             lengths = numpy.fromiter(map(len, values), numpy.int32, len(values))
             edges = numpy.concatenate([numpy.zeros(1, numpy.int32), numpy.cumsum(lengths, dtype=numpy.int32)])
-            flat = numpy.fromiter((item for one in values for item in one), numpy.int32, int(edges[-1]))
+            flat = numpy.fromiter(chain.from_iterable(values), numpy.int32, int(edges[-1]))
             return pyarrow.ListArray.from_arrays(edges, flat)
 
         documents = pyarrow.table({"input_ids": column(self.ids), "labels": column(self.labels)})
@@ -192,7 +193,7 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[tuple[int, di
     if second is None:
         return
     if len(os.sched_getaffinity(0)) == 1:
-        yield from map(rows.encode, _chain(second, batches))
+        yield from map(rows.encode, chain([second], batches))
         return
     number = processes()
     # Each process tokenizes one text at a time; threads of the tokenizer's own would not survive the fork.
@@ -200,7 +201,7 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[tuple[int, di
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _start, (rows,))
     waiting: deque[Future[tuple[int, dict[Use, Encoded], Tally]]] = deque()
     try:
-        for batch in _chain(second, batches):
+        for batch in chain([second], batches):
             waiting.append(pool.submit(_encode, batch))
             if len(waiting) > 2 * number:
                 yield waiting.popleft().result()
@@ -210,11 +211,6 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[tuple[int, di
         raise RunError("a process that prepares the data was killed; out of memory, perhaps") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _chain(first: Work, rest: Iterator[Work]) -> Iterator[Work]:
-    yield first
-    yield from rest
 
 
 _encoder: list[RowEncoder] = []  # of a forked process

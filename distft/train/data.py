@@ -14,11 +14,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.config.recipe import Recipe, Source
+import numpy
+
+from distft.config.recipe import Data, Recipe, Source
 from distft.data import cache, reading
 from distft.data.files import Found
 from distft.data.formats import IGNORE
@@ -28,15 +30,20 @@ from distft.data.sources import Use, find_data
 from distft.errors import DataError, DistftError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
+from distft.train.documents import Documents
 from distft.train.encoding import Counts, RowEncoder, encode_all
 from distft.train.progress import Progress
 from distft.train.stopping import Stopping
 from distft.train.tokens import load_tokenizer
 
 if TYPE_CHECKING:
-    import numpy
     import pyarrow
     from datasets import Dataset
+
+    from distft.train.documents import Numbers
+
+CHUNK_BYTES = 2**26  # of the documents that are packed at once
+PACKED = 1000  # trl packs so many documents together
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ def load_prepared(recipe: Recipe) -> Prepared:
             if not cache.is_prepared(folder):
                 _prepare(recipe, folder)
     splits = {
-        name: datasets.load_from_disk(str(folder / name)) for name in ("train", "eval") if (folder / name).is_dir()
+        name: datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
+        for name in ("train", "eval")
+        if (folder / f"{name}.arrow").is_file()
     }
     return Prepared(splits["train"], splits.get("eval"), cache.read_counts(folder))
 
@@ -77,17 +86,16 @@ def _not_writable(folder: Path, error: OSError) -> str:
 
 
 def _prepare(recipe: Recipe, folder: Path) -> None:
-    """Write train/, eval/ and counts.json into `folder`, all or nothing."""
+    """Write train.arrow, eval.arrow and counts.json into `folder`, all or nothing."""
     rows = RowEncoder(recipe, load_tokenizer(recipe))
     _check_model_code(recipe)
     found = find_data(recipe.data)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
         counts: dict[Use, Counts] = {}
-        for use, sources in found.items():
-            if sources:
-                for split, documents in _encoded(rows, sources, use, work / "tmp").items():
-                    counts[split] = _write(recipe, documents, split, work / split)
+        for use, several in found.items():
+            if several:
+                counts |= _prepare_split(rows, several, use, work)
         (work / cache.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
         shutil.rmtree(work / "tmp", ignore_errors=True)
         try:
@@ -122,119 +130,85 @@ def _check_model_code(recipe: Recipe) -> None:
         raise DataError(f"model.name_or_path: {model.name_or_path} cannot be loaded ({first_line(error)})") from None
 
 
-@dataclass
-class _Documents:
-    """The documents of one source that belong to one split, in a file. `rows`: the number of each one's row."""
-
-    path: Path
-    source: Source
-    counts: Counts
-    rows: list[numpy.ndarray] = field(default_factory=list)
-
-
-def _encoded(rows: RowEncoder, found: Sequence[Found], use: Use, folder: Path) -> dict[Use, list[_Documents]]:
-    """The documents of the sources of a split, and of what is held out of them for the other.
+def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: Path) -> dict[Use, Counts]:
+    """Write the documents of a split, and what is held out of them for the other.
 
     Raises:
         DataError: a file that cannot be read, or rows that would not be trained as they are meant.
     """
-    from datasets import Features, Sequence, Value
-    from datasets.arrow_writer import ArrowWriter
-
     recipe, what, tally = rows.recipe, f"data.{use}", Tally()
-    features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
     splits: list[Use] = ["train", "eval"] if rows.held_out else [use]
-    folder.mkdir(exist_ok=True)
-    result: dict[Use, list[_Documents]] = {
-        split: [
-            # What is held out is held out of each source alike, whatever its share of the training.
-            _Documents(
-                folder / f"{split}-{number}.arrow",
-                one.source if split == use else Source(path=one.source.path),
-                Counts.of(recipe),
-            )
-            for number, one in enumerate(found)
-        ]
-        for split in splits
-    }
+    counts = {split: Counts.of(recipe) for split in splits}
     read = [0] * len(found)
     with ExitStack() as stack:
-        writers = {
-            one.path: stack.enter_context(ArrowWriter(features=features, path=str(one.path)))
-            for several in result.values()
-            for one in several
-        }
-        progress = stack.enter_context(Progress(what))
-        for number, parts, later in encode_all(batches(found, recipe.data), rows):
-            for split, several in result.items():
-                # Without a fraction that is held out, all that is read is the split that is asked for.
-                part, into = parts[split if rows.held_out else "train"], several[number]
-                into.counts.merge(part.counts)
-                into.rows.append(part.rows + read[number])
-                writers[into.path].write_table(part.documents)
-            read[number] += later.rows
-            tally.merge(later)
-            progress.show(tally.rows)
-        for writer in writers.values():
-            writer.finalize()
-    tally.check(what)
-    result[use][0].counts.layouts, result[use][0].counts.untrained = dict(tally.layouts), tally.left_out()
-    return result
-
-
-def _write(recipe: Recipe, sources: list[_Documents], split: Use, folder: Path) -> Counts:
-    """Mix, shuffle and pack the documents of a split.
-
-    Raises:
-        DataError: rows are too long, or none is left.
-    """
-    from datasets import Dataset, concatenate_datasets
-    from trl import pack_dataset
-
-    counts = Counts.of(recipe)
-    for source in sources:
-        counts.merge(source.counts)
-        counts.layouts |= source.counts.layouts
-        counts.untrained |= source.counts.untrained
-    check_lengths(recipe, f"data.{split}", counts)
-    parts = [Dataset.from_file(str(source.path)) for source in sources]
-    if is_mix([source.source for source in sources]):
-        parts = _mixed(parts, sources, recipe.training.seed, counts)
-    dataset = concatenate_datasets(parts)
-    if split == "train":
-        dataset = dataset.shuffle(seed=recipe.training.seed).flatten_indices()
-    if recipe.data.packing:
-        dataset = pack_dataset(dataset, recipe.data.max_length, "bfd")
-    else:
-        dataset = dataset.with_format("arrow").map(_with_lengths, batched=True).with_format(None)
-    counts.rows = len(dataset)
-    dataset.save_to_disk(str(folder))
+        documents = {split: stack.enter_context(Documents(folder / "tmp" / split)) for split in splits}
+        with Progress(what) as progress:
+            for number, parts, later in encode_all(batches(found, recipe.data), rows):
+                for split in splits:
+                    # Without a fraction that is held out, all that is read is of the split that is asked for.
+                    encoded, counted = parts[split if rows.held_out else "train"]
+                    counts[split].merge(counted)
+                    documents[split].add(encoded, number, read[number])
+                read[number] += later.rows
+                tally.merge(later)
+                progress.show(tally.rows)
+        tally.check(what)
+        counts[use].layouts, counts[use].untrained = dict(tally.layouts), tally.left_out()
+        for split in splits:
+            check_lengths(recipe, f"data.{split}", counts[split])
+            documents[split].finish()
+            which = numpy.arange(len(documents[split].lengths))
+            # What is held out is held out of each source alike, whatever its share of the training.
+            if split == use and is_mix([one.source for one in found]):
+                which = _mixed(documents[split], [one.source for one in found], recipe.training.seed, counts[split])
+            if split == "train":
+                which = numpy.random.default_rng(recipe.training.seed).permutation(which)
+            _write(documents[split], which, recipe.data, counts[split], folder / f"{split}.arrow")
     return counts
 
 
-def _mixed(parts: list[Dataset], sources: list[_Documents], seed: int, counts: Counts) -> list[Dataset]:
-    """The documents of the rows that each source gives to the mix. `counts` become theirs."""
-    import numpy
-
-    edges = []  # where the documents of each row begin
-    for source in sources:
-        numbers = numpy.concatenate(source.rows) if source.rows else numpy.empty(0, numpy.int64)
-        edges.append(numpy.flatnonzero(numpy.diff(numbers, prepend=-1, append=-1)))
+def _mixed(documents: Documents, sources: Sequence[Source], seed: int, counts: Counts) -> Numbers:
+    """The documents of the rows that each source gives to the mix."""
+    edges = []  # the first document of each row of a source, and the end of its last one
+    for number in range(len(sources)):
+        own = numpy.flatnonzero(documents.sources == number)
+        begins = own[numpy.diff(documents.rows[own], prepend=-1) != 0]
+        edges.append(numpy.append(begins, own[-1:] + 1))
     have = [max(0, len(one) - 1) for one in edges]
-    wanted = mixed_counts(have, [source.source for source in sources])
-    mixed = []
-    for number, (part, starts) in enumerate(zip(parts, edges, strict=True)):
-        rows = numpy.array(drawn(have[number], wanted[number], seed + number), numpy.int64)
-        taken = [numpy.arange(starts[row], starts[row + 1]) for row in rows]
-        mixed.append(part.select(numpy.concatenate(taken) if taken else []))
-        counts.mix.append((sources[number].source.path, have[number], wanted[number]))
-    counts.documents = sum(map(len, mixed))
-    counts.tokens = counts.trained_tokens = 0
-    for table in (table for part in mixed for table in part.with_format("arrow").iter(1000)):
-        labels = table["labels"].combine_chunks().flatten().to_numpy()
-        counts.tokens += len(labels)
-        counts.trained_tokens += int((labels != IGNORE).sum())
-    return mixed
+    wanted = mixed_counts(have, sources)
+    counts.mix = list(zip([source.path for source in sources], have, wanted, strict=True))
+    taken = [
+        numpy.arange(starts[row], starts[row + 1])
+        for number, starts in enumerate(edges)
+        for row in drawn(have[number], wanted[number], seed + number)
+    ]
+    return numpy.concatenate(taken) if taken else numpy.empty(0, numpy.int64)
+
+
+def _write(documents: Documents, which: Numbers, data: Data, counts: Counts, path: Path) -> None:
+    """Pack these documents, a chunk at a time, and count them."""
+    import pyarrow
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    step = PACKED * max(1, CHUNK_BYTES // (8 * PACKED * data.max_length))
+    counts.documents, counts.rows, counts.tokens, counts.trained_tokens = len(which), 0, 0, 0
+    with ExitStack() as stack:
+        writer = None
+        for start in range(0, len(which), step):
+            table = documents.table(which[start : start + step])
+            labels = table["labels"].combine_chunks().flatten().to_numpy()
+            counts.tokens += len(labels)
+            counts.trained_tokens += int((labels != IGNORE).sum())
+            if data.packing:
+                dataset = pack_dataset(Dataset(table, fingerprint=str(start)), data.max_length, "bfd")
+                table = dataset.with_format("arrow")[:]
+            else:
+                table = _with_lengths(table)
+            counts.rows += len(table)
+            table = table.replace_schema_metadata(None)
+            writer = writer or stack.enter_context(pyarrow.ipc.new_stream(str(path), table.schema))
+            writer.write_table(table)
 
 
 def _with_lengths(table: pyarrow.Table) -> pyarrow.Table:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy
+
 from distft.config.recipe import Recipe
 from distft.data.formats import IGNORE, Example, Formatter
 from distft.data.layouts import Layout
@@ -23,14 +25,14 @@ from distft.data.sources import Use
 from distft.errors import DataError, RunError
 from distft.runs.processes import die_with_parent
 from distft.train.chat import Document
+from distft.train.documents import Encoded
 from distft.train.tokens import Encoder, Tokens, encoder
 
 if TYPE_CHECKING:
-    import numpy
-    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
 Work = tuple[int, Batch, Layout]  # of the source with this number
+Answer = tuple[int, "dict[Use, tuple[Encoded, Counts]]", Tally]
 
 
 @dataclass
@@ -72,15 +74,6 @@ class Counts:
         self.documents += 1
         self.tokens += len(labels)
         self.trained_tokens += len(labels) - labels.count(IGNORE)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The documents of some rows: columns input_ids and labels. `rows`: the number of each one's row among them."""
-
-    documents: pyarrow.Table
-    rows: numpy.ndarray
-    counts: Counts
 
 
 class RowEncoder:
@@ -128,11 +121,11 @@ class RowEncoder:
                 counts.add(labels)
                 yield ids, labels, document
 
-    def encode(self, work: Work) -> tuple[int, dict[Use, Encoded], Tally]:
+    def encode(self, work: Work) -> Answer:
         """The number of the source, what is trained and what is held out, and what was found in the rows."""
         number, batch, layout = work
         tally = Tally()
-        parts: dict[Use, _Part] = {"train": _Part(), "eval": _Part()}
+        parts: dict[Use, Part] = {"train": Part(), "eval": Part()}
         for row, (place, example) in enumerate(examples(batch, layout, self.formatter, tally)):
             use: Use = "eval" if self.held_out and example.is_held_out(self.held_out) else "train"
             try:
@@ -141,10 +134,12 @@ class RowEncoder:
             except RowProblem as problem:
                 tally.problems.add(problem.kind, place, problem.text)
         parts["train"].counts.notes = [note for one in self._encoders.values() for note in one.notes]
-        return number, {use: part.encoded() for use, part in parts.items()}, tally
+        return number, {use: (part.encoded(), part.counts) for use, part in parts.items()}, tally
 
 
-class _Part:
+class Part:
+    """The documents of some rows that belong to one split."""
+
     def __init__(self) -> None:
         self.counts = Counts()
         self.rows: list[int] = []
@@ -157,17 +152,12 @@ class _Part:
         self.labels.append(labels)
 
     def encoded(self) -> Encoded:
-        import numpy
-        import pyarrow
-
-        def column(values: list[list[int]]) -> pyarrow.Array:
-            lengths = numpy.fromiter(map(len, values), numpy.int32, len(values))
-            edges = numpy.concatenate([numpy.zeros(1, numpy.int32), numpy.cumsum(lengths, dtype=numpy.int32)])
-            flat = numpy.fromiter(chain.from_iterable(values), numpy.int32, int(edges[-1]))
-            return pyarrow.ListArray.from_arrays(edges, flat)
-
-        documents = pyarrow.table({"input_ids": column(self.ids), "labels": column(self.labels)})
-        return Encoded(documents, numpy.array(self.rows, numpy.int64), self.counts)
+        lengths = numpy.fromiter(map(len, self.ids), numpy.int64, len(self.ids))
+        total = int(lengths.sum())
+        ids, labels = (
+            numpy.fromiter(chain.from_iterable(side), numpy.int32, total) for side in (self.ids, self.labels)
+        )
+        return Encoded(ids, labels, lengths, numpy.array(self.rows, numpy.int64))
 
 
 def processes() -> int:
@@ -175,7 +165,7 @@ def processes() -> int:
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
-def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[tuple[int, dict[Use, Encoded], Tally]]:
+def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[Answer]:
     """Encode all rows, a batch at a time and in order.
 
     The first batch is encoded here. For more, processes are forked, which find what was learnt from it: the tokenizer,
@@ -199,7 +189,7 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[tuple[int, di
     # Each process tokenizes one text at a time; threads of the tokenizer's own would not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _start, (rows,))
-    waiting: deque[Future[tuple[int, dict[Use, Encoded], Tally]]] = deque()
+    waiting: deque[Future[Answer]] = deque()
     try:
         for batch in chain([second], batches):
             waiting.append(pool.submit(_encode, batch))
@@ -224,7 +214,7 @@ def _start(rows: RowEncoder) -> None:
     _encoder.append(rows)
 
 
-def _encode(work: Work) -> tuple[int, dict[Use, Encoded], Tally]:
+def _encode(work: Work) -> Answer:
     return _encoder[0].encode(work)
 
 
@@ -234,8 +224,12 @@ def labels_of(ids: list[int], trained: list[bool]) -> list[int]:
     Its first token cannot be predicted: nothing comes before it. In a packed row, the model would learn to guess it
     from the document before.
     """
-    labels = [i if t else IGNORE for i, t in zip(ids, trained, strict=True)]
-    labels[:1] = [IGNORE][: len(labels)]
+    labels = [IGNORE] * len(ids)
+    flags = [False, *trained[1:], False, True]  # both are found after the last token
+    end = 0
+    while (start := flags.index(True, end)) < len(ids):
+        end = flags.index(False, start)
+        labels[start:end] = ids[start:end]
     return labels
 
 

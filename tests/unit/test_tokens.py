@@ -146,3 +146,23 @@ def test_a_template_by_its_name() -> None:
     assert _chat_template(fast, "rag") == "b"
     with pytest.raises(DataError, match="got 'tools', and the tokenizer's chat templates are default, rag"):
         _chat_template(fast, "tools")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_trained_tokens_are_those_with_a_character_in_a_range(tiny: Tiny, special: bool) -> None:
+    """Against the offsets of all tokens, for characters that are several tokens and edges within a token."""
+    from transformers import AutoTokenizer
+
+    from distft.train.chat import tokenize
+
+    tokenizer, source = AutoTokenizer.from_pretrained(tiny.path / "model"), random.Random(0)
+    for _ in range(200):
+        text = "".join(source.choice(["read", " file", "🦜", "é", "<eos>", "\n", "  ", "ﬁ"]) for _ in range(12))
+        edges = sorted(source.sample(range(len(text) + 1), 4))
+        ranges = [(edges[0], edges[1]), (edges[2], edges[3])]
+        found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        wanted = [
+            any(start < right and end > left for left, right in ranges) and end > start
+            for start, end in found["offset_mapping"]
+        ]
+        assert tokenize(tokenizer, text, ranges, special) == (found["input_ids"], wanted), (text, ranges)

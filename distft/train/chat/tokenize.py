@@ -10,6 +10,7 @@ from distft.data.problems import RowProblem
 from distft.train.chat.ranges import Range
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -27,24 +28,40 @@ def tokenize(
     """
     if not tokenizer.is_fast:
         return _tokenize_slowly(tokenizer, text, ranges, add_special_tokens)
-    encoding = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-    if add_special_tokens:  # those that are added stand at no character: (0, 0) at either end
-        first = next((n for n, (start, end) in enumerate(offsets) if end > start), len(ids))
-        offsets = [*offsets[:first], *(pair if pair[1] else (len(text), len(text)) for pair in offsets[first:])]
+    encoding = backend(tokenizer).encode(text, add_special_tokens=add_special_tokens)
+    trained = [False] * len(encoding)
+    for start, end in ranges:
+        # Only the edges are looked up: the offsets of all tokens would cost half as much again as tokenizing.
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        after = encoding.char_to_token(end) if end < len(text) else len(encoding)
+        if add_special_tokens or first is None or last is None or after is None:  # or characters that are removed
+            return encoding.ids, _by_offsets(encoding, text, ranges)
+        after = max(after, last + 1)  # a character may be several tokens, and a token may go beyond the edge
+        trained[first:after] = [True] * (after - first)
+    return encoding.ids, trained
+
+
+def backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer of a fast one, without the truncation and padding that its file may ask for."""
+    found: Tokenizer = tokenizer.backend_tokenizer
+    if found.truncation is not None:
+        found.no_truncation()
+    if found.padding is not None:
+        found.no_padding()
+    return found
+
+
+def _by_offsets(encoding: Encoding, text: str, ranges: Sequence[Range]) -> list[bool]:
+    offsets = encoding.offsets
+    # Tokens that are added stand at no character, (0, 0): those at the end are after the text.
+    first = next((n for n, (start, end) in enumerate(offsets) if end > start), len(offsets))
+    offsets = [*offsets[:first], *(pair if pair[1] else (len(text), len(text)) for pair in offsets[first:])]
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    trained = [False] * len(ids)
+    trained = [False] * len(offsets)
     for start, end in ranges:
         first, after = bisect_right(ends, start), bisect_left(starts, end)
         trained[first:after] = [True] * (after - first)
-    return ids, trained
+    return trained
 
 
 def _tokenize_slowly(

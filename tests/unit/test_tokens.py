@@ -3,6 +3,7 @@ that puts a space before every text."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest

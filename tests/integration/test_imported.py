@@ -12,7 +12,7 @@ from running import launch
 from tiny import Tiny
 
 from distft.config.loading import load_recipe
-from distft.data import rows
+from distft.data import cache
 from distft.importers.draft import Draft
 from distft.importers.kinds import read_file
 
@@ -62,5 +62,5 @@ def test_what_was_imported_is_trained(tiny: Tiny, tmp_path: Path) -> None:
         count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     assert names == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
     assert plan["model"]["trainable_parameters"] == count
-    counts = rows.read_counts(rows.cache_folder(load_recipe(result.run_dir / "recipe.yaml")))["train"]
+    counts = cache.read_counts(cache.cache_folder(load_recipe(result.run_dir / "recipe.yaml")))["train"]
     assert counts["trained_tokens"] == counts["tokens"] - counts["documents"]  # nothing predicts a first token

@@ -21,7 +21,7 @@ from tiny import Tiny, make_model, make_tokenizer
 from distft import extras
 from distft.commands import merge as merge_command
 from distft.config.loading import load_recipe
-from distft.data import rows
+from distft.data import cache
 from distft.errors import DataError, DistftError, MissingPartError, RecipeError, RunError
 from distft.runs import model_card
 from distft.runs.directory import RunDir
@@ -461,7 +461,7 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
         "| nodes × ranks | 1 × 2 (CPU) |",
         "| global batch | 8 = 4 micro × 1 accumulation × 2 ranks |",
         "| mixed precision | no |",
-        f"| digest of content, tokenizer and settings | `{rows.content_digest(recipe)}` |",
+        f"| digest of content, tokenizer and settings | `{cache.content_digest(recipe)}` |",
         "| train | `chat.jsonl` |",
         "| eval, size | 11 documents, ",
         "| steps | 4 |",

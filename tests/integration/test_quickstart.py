@@ -17,7 +17,9 @@ from running import distft
 
 from distft import quickstart
 from distft.config.loading import load_recipe
-from distft.data import rows
+from distft.config.recipe import Data
+from distft.data.formats import Formatter
+from distft.data.layouts import find_layout
 from distft.errors import DataError
 
 FILES = ("base.jsonl", "heldout.jsonl", "train.jsonl")
@@ -71,7 +73,7 @@ def test_rows_are_valid_and_short(made: Made) -> None:
         found = made.rows(name)
         assert len({json.dumps(row) for row in found}) == len(found), "a row stands twice"
         for row in found:
-            assert rows.problem(row, data_format) is None, row
+            assert Formatter.of(Data(train="x")).example(row, find_layout([row], "auto", {})).kind == data_format
     for prompt, answer in made.pairs("train.jsonl") + made.pairs("heldout.jsonl"):
         assert len((prompt + answer).encode()) <= quickstart.MAX_ROW_BYTES
         assert "\n" not in answer

@@ -35,11 +35,16 @@ CHAT_TEMPLATE = (
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
     "{% else %}{{ '<|' + m.role + '|>' + m.content + '<|go|>' }}{% endif %}{% endfor %}"
 )
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Folder with model/, chat.jsonl, heldout.jsonl, text.jsonl and a recipe() for them."""
+    """Folder with model/, tied/ (with one weight for both ends), chat.jsonl, heldout.jsonl, text.jsonl, chatml.jinja,
+    and a recipe() for them."""
 
     path: Path
 
@@ -73,6 +78,9 @@ class Tiny:
 def make_tiny(path: Path) -> None:
     make_tokenizer(path / "model")
     make_model(path / "model")
+    make_tokenizer(path / "tied")
+    make_model(path / "tied", tie_word_embeddings=True)
+    (path / "chatml.jinja").write_text(CHATML)
     chat = random.Random(1)
     write_jsonl(path / "chat.jsonl", [chat_row(chat) for _ in range(90)])
     write_jsonl(path / "heldout.jsonl", [chat_row(chat) for _ in range(11)])
@@ -103,8 +111,9 @@ def make_model(folder: Path, **changes: Any) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=320, num_key_value_heads=2, max_position_embeddings=256, **(sizes | changes))
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4}
+    config = LlamaConfig(num_key_value_heads=2, max_position_embeddings=256, **(sizes | changes))
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
 

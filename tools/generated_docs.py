@@ -27,6 +27,8 @@ model:
   attn_implementation: auto           # FlashAttention-2 where it works, otherwise SDPA
   quantization: null                  # nf4: QLoRA
   pad_token: null                     # only for a tokenizer without one
+  eos_token: null                     # ends a text, instead of the tokenizer's
+  add_tokens: []                      # special tokens that the tokenizer lacks: ["<|im_start|>", "<|im_end|>"]
   trust_remote_code: false
 
 lora:                         # null: train all weights

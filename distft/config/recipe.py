@@ -77,6 +77,15 @@ class Model(Group):
     pad_token: str | None = None
     """Padding token, for a tokenizer that has none. Padding is masked and never trained on."""
 
+    eos_token: NonEmpty | None = None
+    """Token that ends a text, instead of the tokenizer's. It must be in the vocabulary, or in `add_tokens`."""
+
+    add_tokens: list[NonEmpty] = []
+    """Special tokens to add to the tokenizer: `["<|im_start|>", "<|im_end|>"]`. Embeddings and output layer grow where
+    they have no spare rows for them; a new row starts as the mean of the rows of the pieces that its token was split
+    into. With LoRA the rows of all these tokens are trained beside the adapters, those of tokens that the vocabulary
+    has already too."""
+
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for sources you trust."""
 

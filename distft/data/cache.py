@@ -38,6 +38,7 @@ def content_digest(recipe: Recipe) -> str:
     data, model = recipe.data, recipe.model
     words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
     words += [sorted(data.columns.items()), sorted(data.roles.items()), data.train_on, sorted(data.ignore_fields)]
+    words += [model.eos_token, *model.add_tokens]
     words += [model.pad_token, model.trust_remote_code, data.eval if isinstance(data.eval, float) else None]
     for use, several in find_data(data, lambda source: Path(source.path).is_absolute()).items():
         words.append(use)

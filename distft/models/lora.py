@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from distft.config.recipe import Lora
 from distft.errors import PlanError
 from distft.models.layout import Tensor
+
+if TYPE_CHECKING:
+    from distft.config.recipe import Lora
 
 # The weight that an adapter is put on, and the elements of each of the adapter's tensors.
 Adapter = tuple[Tensor, tuple[int, ...]]
@@ -97,7 +100,7 @@ def _of_pattern(lora: Lora, tensors: Sequence[Tensor], pattern: str, experts: It
     matches = re.compile(pattern).fullmatch
     found = _of_modules(lora, tensors, lambda path: matches(path) is not None)
     if not found:
-        some = next((_path(tensor) for tensor in tensors if tensor.is_linear), "none")
+        some = next((module_of(tensor) for tensor in tensors if tensor.is_linear), "none")
         raise PlanError(
             f"lora.target_modules: got {pattern}, which matches no layer; it must match a whole name, such as {some}"
         )
@@ -110,7 +113,7 @@ def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str]
     for tensor in tensors:
         if tensor.kind == "bias":
             continue
-        path = _path(tensor)
+        path = module_of(tensor)
         if tensor.kind in ADAPTABLE:
             if is_target(path):
                 found.append((tensor, _sizes(lora, tensor)))
@@ -130,10 +133,10 @@ def _sizes(lora: Lora, tensor: Tensor) -> tuple[int, ...]:
     return (lora.r * width_in, lora.r * width_out, *((width_out,) if lora.use_dora else ()))
 
 
-def _path(tensor: Tensor) -> str:
+def module_of(tensor: Tensor) -> str:
     """Name of the tensor's module."""
     return tensor.name.rpartition(".")[0]
 
 
 def _names(tensors: Iterable[Tensor]) -> list[str]:
-    return sorted({_path(tensor).rpartition(".")[2] for tensor in tensors if tensor.is_linear})
+    return sorted({module_of(tensor).rpartition(".")[2] for tensor in tensors if tensor.is_linear})

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from distft.errors import MissingPartError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.layout import Tensor
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parameters
+from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
 # A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
 MAX_HEADER_BYTES = 100_000_000
@@ -86,7 +87,23 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
             + (f"model_type {kind} is not known here" if kind else "its config.json has no model_type")
             + "; add the weights, or plan with --simulate, which works for any transformers model"
         )
+    tensors, tied, sizes = _grown(recipe, tensors, tied, sizes)
     return shape_of(recipe, tensors, tied, sizes, config, experts)
+
+
+def _grown(
+    recipe: Recipe, tensors: tuple[Tensor, ...], tied: tuple[Tensor, ...], sizes: Sizes
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Sizes]:
+    """The model with rows for model.add_tokens."""
+    if not recipe.model.add_tokens or not sizes.vocab_size:
+        return tensors, tied, sizes
+    rows = rows_needed(recipe, sizes.vocab_size)
+    old = {tensor.name for tensor in vocabulary_tensors((*tensors, *tied), sizes.vocab_size)}
+
+    def grown(tensor: Tensor) -> Tensor:
+        return tensor._replace(shape=(rows, *tensor.shape[1:])) if tensor.name in old else tensor
+
+    return tuple(map(grown, tensors)), tuple(map(grown, tied)), replace(sizes, vocab_size=rows)
 
 
 def shape_of(
@@ -103,7 +120,11 @@ def shape_of(
         PlanError: lora.target_modules names none of its layers.
     """
     parameters = sum(tensor.size for tensor in tensors)
-    trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts) if recipe.lora else parameters
+    trained = parameters
+    if recipe.lora:
+        rows = vocabulary_tensors(tensors, sizes.vocab_size)
+        trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts)
+        trained += new_token_count(recipe) * sum(tensor.shape[1] for tensor in rows)
     return ModelShape(
         name=recipe.model.name_or_path,
         parameters=parameters,

@@ -17,6 +17,7 @@ from distft.models.layout import Tensor, blocks
 from distft.models.lora import Adapter, adapters
 from distft.models.quantization import stored_bytes
 from distft.models.shapes import ModelShape
+from distft.models.vocabulary import new_token_count, vocabulary_tensors
 from distft.planner import activations, sharding
 from distft.planner.setting import Setting
 from distft.planner.sharding import Share, Sizes, Unit
@@ -216,8 +217,15 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
             return stored_bytes(quantization, tensor.size, tensor.shape[0])
         return low * tensor.size
 
+    # Rows of new tokens, which are trained beside adapters.
+    vocabulary = {tensor.name for tensor in vocabulary_tensors(model.tensors, model.vocab_size)}
+    count = new_token_count(recipe)
+
     def trained(tensor: Tensor) -> tuple[int, ...]:
-        return added.get(tensor.name, ()) if recipe.lora else (tensor.size,)
+        if not recipe.lora:
+            return (tensor.size,)
+        rows = (count * tensor.shape[1],) if count and tensor.name in vocabulary else ()
+        return (*added.get(tensor.name, ()), *rows)
 
     def unit(tensors: list[Tensor]) -> Unit:
         elements = sum(sum(trained(tensor)) for tensor in tensors)
@@ -266,6 +274,8 @@ def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, in
         shapes = [tensor.shape for tensor in model.tensors]
         if recipe.lora:
             shapes = [(recipe.lora.r, s // recipe.lora.r) for _, added in _adapters(recipe, model) for s in added]
+            if count := new_token_count(recipe):
+                shapes += [(count, t.shape[1]) for t in vocabulary_tensors(model.tensors, model.vocab_size)]
         optimizer = sum(4 * (sum(s) if len(s) == 2 else prod(s)) for s in shapes)
     return {
         "parameters": sizes.frozen_bytes + 4 * sizes.trained,

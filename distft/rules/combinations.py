@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from distft.models.lora import adapters, module_of
+from distft.models.vocabulary import vocabulary_tensors
 from distft.rules.core import Case, RecipeCase, look, rule
 from distft.strategies.kinds import that_offload
 
@@ -52,6 +54,54 @@ def int8_has_no_dora(case: RecipeCase) -> str | None:
     """
     if case.quantization == "int8" and case.recipe.lora and case.recipe.lora.use_dora:
         return "lora.use_dora: does not work on int8 weights"
+    return None
+
+
+@rule(
+    "model.add_tokens with lora.target_modules that name the embeddings or the output layer",
+    "peft 0.21.2 utils/other.py, TrainableTokensWrapper: it takes the place of the layer that the adapter is on",
+    "name other layers, or train all weights with lora: null",
+)
+def new_tokens_need_plain_embeddings(case: RecipeCase) -> str | None:
+    """Rows of new tokens are trained beside the adapters, and saved as peft's trainable_token_indices. An adapter on
+    the same layer would change these rows as well, and peft could not load the two together.
+    """
+    lora, model = case.recipe.lora, case.model
+    if not lora or not case.recipe.model.add_tokens:
+        return None
+    adapted = [tensor for tensor, _ in adapters(lora, (*model.tensors, *model.tied), model.peft_experts)]
+    named = ", ".join(map(module_of, vocabulary_tensors(adapted, model.vocab_size)))
+    return f"lora.target_modules: {named} would have an adapter beside the rows of model.add_tokens" if named else None
+
+
+@rule(
+    "model.add_tokens with lora and an output layer with a bias",
+    "peft 0.21.2 tuners/trainable_tokens/layer.py:279, forward_adapters: F.linear without bias",
+    "train all weights with lora: null",
+)
+def new_tokens_need_an_output_layer_without_bias(case: RecipeCase) -> str | None:
+    """peft's trainable_token_indices, in whose form rows are saved, compute the logits without the bias that some
+    models (Phi-2, GPT-J) add: whoever loads the adapter would get other logits than were trained.
+    """
+    if not case.recipe.lora or not case.recipe.model.add_tokens:
+        return None
+    outputs = {f"{module_of(t)}.bias" for t in (*case.model.tensors, *case.model.tied) if t.kind == "output"}
+    biased = any(tensor.name in outputs for tensor in case.model.tensors)
+    return "model.add_tokens: the model's output layer has a bias" if biased else None
+
+
+@rule(
+    "model.add_tokens with lora and training.use_liger_kernel",
+    "https://github.com/linkedin/Liger-Kernel, src/liger_kernel/transformers/model/llama.py, lce_forward: "
+    "lm_head_weight=self.lm_head.weight",
+    "use training.use_liger_kernel: false, or train all weights with lora: null",
+)
+def liger_skips_the_rows_of_new_tokens(case: RecipeCase) -> str | None:
+    """Liger's fused loss multiplies with the output layer's weight itself, instead of calling the layer, so it would
+    not see the rows that are trained beside it.
+    """
+    if case.recipe.lora and case.recipe.model.add_tokens and case.recipe.training.use_liger_kernel:
+        return "training.use_liger_kernel: its loss does not see the rows of model.add_tokens"
     return None
 
 

@@ -125,6 +125,7 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     """A hub id by name and revision; a folder, wherever it is, by its configuration and both ends of its weights."""
     model, folder = recipe.model, Path(recipe.model.name_or_path)
     found: dict[str, Any] = {"model.quantization": model.quantization}
+    found |= {"model.eos_token": model.eos_token, "model.add_tokens": model.add_tokens or None}
     if not folder.is_dir():
         return found | {"model.name_or_path": model.name_or_path, "model.revision": model.revision}
     import hashlib

@@ -76,6 +76,12 @@ def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
 def _use(recipe: Recipe, adapter: bool) -> str:
     kind, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
     code = f'```python\nfrom {package} import {kind}\nmodel = {kind}.from_pretrained("FOLDER")\n```'
+    if adapter and recipe.model.add_tokens:
+        code += (
+            "\n\nThe tokenizer in FOLDER has tokens that the base's may lack. AutoPeftModelForCausalLM makes room for "
+            "them; before `PeftModel.from_pretrained(base, ...)`, call `base.resize_token_embeddings(len(tokenizer))` "
+            "where the base has fewer embeddings than that."
+        )
     if adapter and recipe.model.quantization == "nf4":
         words = {name: json.dumps(value) if isinstance(value, str) else value for name, value in NF4.items()}
         settings = ", ".join(f"{name}={word}" for name, word in words.items())

@@ -13,6 +13,7 @@ from distft.config.recipe import Recipe
 from distft.errors import PlanError
 from distft.models.attention import planned_attention
 from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, stored_bytes
+from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
 from distft.planner.sharding import Sizes, Unit
 from distft.strategies.deepspeed import PERSISTENT
@@ -38,6 +39,9 @@ def build(
     name, revision, trust = recipe.model.name_or_path, recipe.model.revision, recipe.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        if recipe.model.add_tokens:
+            text = config.get_text_config()
+            text.vocab_size = rows_needed(recipe, text.vocab_size)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
@@ -67,7 +71,7 @@ def build(
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
     if recipe.lora:
         with torch.device("meta"), dequantized_for_dora():
-            model = add_adapters(model, recipe)
+            model = add_adapters(model, recipe, range(new_token_count(recipe)))
     if dtype_regime != "autocast":
         for parameter in model.parameters():
             if parameter.is_floating_point() and _stored_bytes(parameter) is None:

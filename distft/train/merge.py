@@ -26,6 +26,7 @@ from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.status import read_status
 from distft.train.merge_check import LogitsCheck, check_layer, check_logits
+from distft.train.special_tokens import new_tokens
 from distft.train.tensor_files import ShardWriter
 from distft.train.tokens import load_tokenizer
 from distft.train.trained_model import TrainedModel, base_folder
@@ -118,10 +119,27 @@ def _copy_settings(recipe: Recipe, folder: Path, work: Path, source: Path | Chec
             shutil.copyfile(path, work / path.name)
     if isinstance(source, Checkpoint):
         load_tokenizer(recipe).save_pretrained(work)
-        return
-    for path in source.iterdir():
-        if path.is_file() and path.name not in ADAPTER_FILES:
-            shutil.copyfile(path, work / path.name)
+    else:
+        for path in source.iterdir():
+            if path.is_file() and path.name not in ADAPTER_FILES:
+                shutil.copyfile(path, work / path.name)
+    if recipe.model.add_tokens or recipe.model.eos_token:
+        _set_tokens(recipe, work)
+
+
+def _set_tokens(recipe: Recipe, work: Path) -> None:
+    """Write the recipe's special tokens into config.json and generation_config.json."""
+    rows = new_tokens(recipe).rows
+    eos = load_tokenizer(recipe).eos_token_id if recipe.model.eos_token else None
+    for path in (work / "config.json", work / "generation_config.json"):
+        if not path.is_file():
+            continue
+        config = json.loads(path.read_text())
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part |= {"vocab_size": rows} if rows and "vocab_size" in part else {}
+                part |= {"eos_token_id": eos} if eos is not None and (part is config or "eos_token_id" in part) else {}
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write(model: TrainedModel, work: Path) -> Weights:
@@ -139,9 +157,11 @@ def _write(model: TrainedModel, work: Path) -> Weights:
             tensor, difference = model.merged(name)
             worst = max(worst, difference)
             check_layer(name, difference)
+        elif name in model.rows:
+            tensor = model.with_rows(name)
         elif name in model.dequantized:
             tensor = model.as_trained(model.dequantized[name])
-        if name in model.adapted or name in model.dequantized:
+        if name in model.adapted or name in model.dequantized or name in model.rows:
             tensor = tensor.to(dtype)
             dtypes.add(dtype)
             if not torch.isfinite(tensor).all():

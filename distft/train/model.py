@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from distft.models.attention import no_flash_attention
 from distft.models.lora import ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
+from distft.train.new_rows import add_new_rows, grow, new_rows
+from distft.train.special_tokens import new_tokens
 
 log = logging.getLogger("distft")
 
@@ -73,12 +76,15 @@ def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | N
     return None
 
 
-def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
+def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) -> PreTrainedModel | Any:
     """Load the base model and wrap it with the adapters.
 
     Trained weights are float32: they are the optimizer's masters, and autocast or the strategy casts them for use.
     Frozen weights are in the compute dtype, including norms and embeddings of a quantized base: the same numbers under
     every strategy, and transformers' norms compute in float32 anyway.
+
+    Args:
+        eos_token_id: the tokenizer's, for the model's configs where the recipe names another than the model's.
 
     Raises:
         DataError: the weights cannot be read.
@@ -103,9 +109,14 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     except OSError as error:
         raise DataError(f"model.name_or_path: {recipe.model.name_or_path} cannot be loaded ({error})") from error
     model.config.use_cache = False
+    tokens = new_tokens(recipe)
+    grow(model, tokens)
+    if recipe.model.eos_token is not None:
+        for config in (model.config.get_text_config(), model.generation_config):
+            config.eos_token_id = eos_token_id
     if recipe.lora is None:
         return model
-    model = add_adapters(model, recipe)
+    model = add_adapters(model, recipe, tokens.ids)
     if KINDS[strategy].zero_stage == 3:
         # DeepSpeed does not cast a model of which zero.Init made any part (engine.py, _cast_module_mixed_precision):
         # peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
@@ -115,11 +126,15 @@ def build_model(recipe: Recipe, strategy: str) -> PreTrainedModel | Any:
     return model
 
 
-def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
+def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = ()) -> Any:
     """Freeze the base and wrap it with the adapters of a recipe that has some, initialized from its seed.
+
+    Args:
+        tokens: ids of model.add_tokens, whose rows are trained too.
 
     Raises:
         DataError: lora.start_from holds an adapter of another model.
+        RecipeError: rows of this model cannot be trained beside adapters.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -138,12 +153,20 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+    if tokens:
+        add_new_rows(model, tokens)
     model = get_peft_model(model, config)
+    rows = new_rows(model)
+    if rows is not None:
+        rows.requires_grad_(True)  # peft has frozen all but its own
     if lora.start_from:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        found = set_peft_model_state_dict(model, load_file(Path(lora.start_from) / ADAPTER_WEIGHTS))
+        tensors = load_file(Path(lora.start_from) / ADAPTER_WEIGHTS)
+        if rows is not None:
+            rows.load_peft(tensors)
+        found = set_peft_model_state_dict(model, tensors)
         missing = [name for name in found.missing_keys if "lora_" in name]
         if missing or found.unexpected_keys:
             some = (missing + found.unexpected_keys)[0]

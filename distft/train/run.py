@@ -78,7 +78,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             log.warning("warning: %s", text)
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
-    model = build_model(recipe, plan["strategy"])
+    model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id)
     trainer = RecipeTrainer(
         stream=_stream(recipe, prepared, start.position, steps),
         model=model,
@@ -126,4 +126,12 @@ def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: A
     )
     dtype = config.dtype or torch.float32  # a whole model keeps the dtype of its base
     card = model_card.text(run) if writes else None
-    save_trained(trainer.model_wrapped, run.final, tokenizer=tokenizer, writes=writes, dtype=dtype, card=card)
+    save_trained(
+        trainer.model_wrapped,
+        run.final,
+        tokenizer=tokenizer,
+        writes=writes,
+        dtype=dtype,
+        card=card,
+        generation_config=model.eos_token is not None,
+    )

@@ -9,16 +9,28 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from distft.errors import RunError
+from distft.models.lora import ADAPTER_WEIGHTS
+from distft.train.new_rows import new_rows
 
 Tensors = dict[str, torch.Tensor]
 
 
 def save_trained(
-    model: Any, folder: Path, *, tokenizer: Any, writes: bool, dtype: torch.dtype | None, card: str | None = None
+    model: Any,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    writes: bool,
+    dtype: torch.dtype | None,
+    card: str | None = None,
+    generation_config: bool = False,
 ) -> None:
     """Gather what was trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
+
+    A whole model's generation config is beside it, an adapter's where asked for: it says which token ends a text.
 
     Collective: all ranks call it with the wrapped model; the one that `writes` writes. The folder appears complete or
     not at all.
@@ -26,8 +38,6 @@ def save_trained(
     Raises:
         RunError: what is on disk is not what was in memory.
     """
-    from peft import get_peft_model_state_dict
-
     base = unwrapped(model)
     adapter = hasattr(base, "peft_config")
     trained = dict(_gather(base, model, only_trained=adapter, keep=writes))
@@ -37,8 +47,7 @@ def save_trained(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     if adapter:
-        base.save_pretrained(work, state_dict=trained, safe_serialization=True)
-        expected = get_peft_model_state_dict(base, state_dict=dict(trained))  # the same tensors under peft's names
+        expected = _save_adapter(base, work, trained)
         if len(expected) != len(trained):
             raise RunError(f"{folder}: peft saves {len(expected)} of the {len(trained)} trained tensors")
     else:
@@ -47,6 +56,8 @@ def save_trained(
         base.save_pretrained(work, state_dict=trained, safe_serialization=True)
         expected = trained
     tokenizer.save_pretrained(work)
+    if adapter and generation_config:
+        base.generation_config.save_pretrained(work)
     if card is not None:
         (work / "README.md").write_text(card)  # replaces peft's, which has nothing in it
     for path in work.glob("*.safetensors"):
@@ -54,6 +65,33 @@ def save_trained(
     verify(work, expected)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
+
+
+def _save_adapter(model: Any, folder: Path, trained: Tensors) -> Tensors:
+    """Write the adapter as peft does. Returns its tensors under peft's names."""
+    rows = new_rows(model)
+    if rows is None:
+        model.save_pretrained(folder, state_dict=trained, safe_serialization=True)
+        return adapter_tensors(model, trained)
+    model.peft_config["default"].trainable_token_indices = rows.peft_indices()
+    model.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False, safe_serialization=True)
+    tensors = adapter_tensors(model, trained)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # peft's own, and the rows
+    return tensors
+
+
+def adapter_tensors(model: Any, trained: Tensors) -> Tensors:
+    """The trained parameters of a peft model under the names that its adapter's file has for them.
+
+    The rows of new tokens are distft's (new_rows.py), and named as peft names its own.
+    """
+    from peft import get_peft_model_state_dict
+
+    rows = new_rows(model)
+    if rows is None:
+        return get_peft_model_state_dict(model, state_dict=dict(trained))
+    tensors: Tensors = get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False)
+    return tensors | rows.to_peft(trained)
 
 
 def unwrapped(model: Any) -> Any:

@@ -17,10 +17,15 @@ from distft.config.recipe import Recipe
 Read = Callable[[str], torch.Tensor]  # takes the name of a parameter in the whole model
 
 
-def skeleton(folder: Path, recipe: Recipe) -> Any:
-    """The model of a folder in float32, with its parameters on the meta device and its buffers on the CPU."""
+def skeleton(folder: Path, recipe: Recipe, rows: int | None = None) -> Any:
+    """The model of a folder in float32, with its parameters on the meta device and its buffers on the CPU.
+
+    `rows`: of the embeddings, instead of those in its config.json.
+    """
     trust = recipe.model.trust_remote_code
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
     return model.eval()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from distft.config.recipe import Recipe
 from distft.data.formats import IGNORE, Kind
-from distft.errors import DataError, NoTokenizerError, first_line
+from distft.errors import DataError
 from distft.train.chat import ChatEncoder, Document, RowProblem, Span, check_template, tokenize
+from distft.train.special_tokens import new_tokens, read_tokenizer, set_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,29 +30,13 @@ class Encoder:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with a padding token.
+    """The model's tokenizer with the recipe's special tokens and chat template.
 
     Raises:
-        DataError: there is no tokenizer, or it has no padding token and the recipe names none.
+        DataError: there is no tokenizer, or it lacks one of the special tokens, or a padding token.
     """
-    from transformers import AutoTokenizer
-
-    model = recipe.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise NoTokenizerError(
-            f"model.name_or_path: no tokenizer can be read from {model.name_or_path} ({first_line(error)})"
-        ) from None
-    if model.pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(model.pad_token) in (None, tokenizer.unk_token_id):
-            raise DataError(f"model.pad_token: {model.pad_token!r} is not in the tokenizer's vocabulary")
-        tokenizer.pad_token = model.pad_token
-    if tokenizer.pad_token_id is None:
-        fix = f"; set model.pad_token: {json.dumps(tokenizer.eos_token)}" if tokenizer.eos_token else ""
-        raise DataError(f"model.pad_token: the tokenizer of {model.name_or_path} has no padding token{fix}")
+    tokenizer = read_tokenizer(recipe)
+    set_special_tokens(tokenizer, recipe)
     if recipe.data.chat_template:
         tokenizer.chat_template = _chat_template(tokenizer, recipe.data.chat_template)
     return tokenizer
@@ -75,9 +60,48 @@ def encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> E
         DataError: the tokenizer cannot encode them.
     """
     made = _ENCODERS[kind](tokenizer, recipe)
+    encode, added = made.encode, new_tokens(recipe)
+    trained = ": its row is trained" if recipe.lora else ""
+    notes = [
+        *made.notes,
+        *(f"model.add_tokens: {t} is in the vocabulary already, and is not added{trained}" for t in added.present),
+    ]
+    if added.rows is not None:
+        encode = _with_embeddings(encode, tokenizer, recipe, added.rows)
     if recipe.data.train_on != "everything" or kind == "tokens":  # whose labels say what is trained
-        return made
-    return Encoder(lambda row: [_all_trained(document) for document in made.encode(row)], made.notes)
+        return Encoder(encode, notes)
+    return Encoder(lambda row: [_all_trained(document) for document in encode(row)], notes)
+
+
+def _with_embeddings(encode: Encode, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, rows: int) -> Encode:
+    """An encoder that refuses rows with a token for which the model has no embedding.
+
+    Not every tokenizer with such tokens is: that of Gemma 3's text models has one for images.
+
+    Raises:
+        DataError: the padding token is such a token.
+    """
+
+    def problem(token: int) -> str:
+        text = str(tokenizer.convert_ids_to_tokens(token))
+        names = json.dumps([*recipe.model.add_tokens, text], ensure_ascii=False)
+        return (
+            f"the tokenizer's token {text} has id {token}, and the model's embeddings have {rows} rows; "
+            f"to add and train it: model.add_tokens: {names}"
+        )
+
+    padding = tokenizer.pad_token_id
+    if isinstance(padding, int) and padding >= rows:
+        raise DataError(f"model.pad_token: {problem(padding)}")
+
+    def checked(row: Mapping[str, Any]) -> list[Document]:
+        documents = encode(row)
+        for document in documents:
+            if (largest := max(document.ids, default=0)) >= rows:
+                raise RowProblem("token-without-embedding", problem(largest))
+        return documents
+
+    return checked
 
 
 def _all_trained(document: Document) -> Document:

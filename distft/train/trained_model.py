@@ -16,7 +16,6 @@ from typing import Any
 import bitsandbytes
 import torch
 from accelerate import init_empty_weights
-from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -29,8 +28,11 @@ from distft.models.quantization import NF4_BLOCK, NF4_DOUBLE_QUANTIZATION, NF4_Q
 from distft.runs.checkpoints import Checkpoint
 from distft.train.merge_check import largest_difference, layer_inputs
 from distft.train.model import add_adapters, compute_dtype, quantization_config
+from distft.train.new_rows import new_rows
 from distft.train.ranges import read_weights
+from distft.train.save import adapter_tensors
 from distft.train.skeleton import filled, logits, set_parameter, skeleton
+from distft.train.special_tokens import new_tokens
 from distft.train.tensor_files import TensorFiles
 
 PEFT = "base_model.model."  # before every name in a peft model
@@ -48,10 +50,11 @@ class TrainedModel:
     def __init__(self, recipe: Recipe, folder: Path, source: Path | Checkpoint):
         self.recipe = recipe
         self.files = _base_files(recipe)
-        self.base = skeleton(folder, recipe)
+        self.tokens = new_tokens(recipe)
+        self.base = skeleton(folder, recipe, self.tokens.rows)
         self.quantized = _quantized_layers(folder, recipe)
         with init_empty_weights(include_buffers=False):
-            self.model = add_adapters(self.base, recipe).eval()
+            self.model = add_adapters(self.base, recipe, self.tokens.ids).eval()
         _load_adapter(self.model, source)
         # Name and module of the layers with an adapter, by the stored name of their weight.
         self.adapted: dict[str, tuple[str, LoraLayer]] = {}
@@ -61,6 +64,14 @@ class TrainedModel:
         # Weight of the quantized layers without an adapter, by its stored name.
         weights = {self._stored(name): f"{name}.weight" for name in self.quantized}
         self.dequantized = {stored: name for stored, name in weights.items() if stored not in self.adapted}
+        # Rows of new tokens by the stored name of the weight that they are in. Of tied weights, both may be stored.
+        self.rows: dict[str, torch.Tensor] = {}
+        if rows := new_rows(self.model):
+            prefix = f"{self.base.base_model_prefix}."
+            for side, layer in rows.names.items():
+                weight, trained = f"{layer}.weight", (rows.output if side == "output" else None) or rows.input
+                found = {weight, weight.removeprefix(prefix), prefix + weight}
+                self.rows |= {stored: trained.rows for stored in found if stored in self.files}
 
     def _stored(self, name: str) -> str:
         """The stored name of a layer's weight.
@@ -80,7 +91,8 @@ class TrainedModel:
     def as_trained(self, name: str) -> torch.Tensor:
         """A parameter of the base in float32, as it was beside the adapter."""
         clean = name.removeprefix(PEFT).replace(".base_layer.", ".")
-        tensor = self.files.parameter(self.base, clean)
+        stored = self.files.stored_name(self.base, clean)
+        tensor = self.grown(stored) if stored in self.rows else self.files.parameter(self.base, clean)
         module, _, leaf = clean.rpartition(".")
         quantization = self.recipe.model.quantization
         if quantization is None or module not in self.quantized or leaf != "weight":
@@ -89,6 +101,17 @@ class TrainedModel:
         tensor = tensor.T.contiguous() if transposed else tensor
         tensor = dequantized(tensor.to(compute_dtype(self.recipe)), quantization)
         return tensor.T.contiguous() if transposed else tensor
+
+    def grown(self, stored: str) -> torch.Tensor:
+        """A weight of which new tokens have rows, these still empty."""
+        tensor = self.files[stored]
+        return torch.nn.functional.pad(tensor, (0, 0, 0, max(0, (self.tokens.rows or 0) - len(tensor))))
+
+    def with_rows(self, stored: str) -> torch.Tensor:
+        """That weight with the rows as they were trained."""
+        tensor = self.grown(stored)
+        tensor[list(self.tokens.ids)] = self.rows[stored].detach().to(tensor.dtype)
+        return tensor
 
     def _base_layer(self, name: str) -> Any:
         module = self.model.get_submodule(PEFT + name)
@@ -198,7 +221,7 @@ def _load_adapter(model: Any, source: Path | Checkpoint) -> None:
     else:
         files = TensorFiles([source / "adapter_model.safetensors"])
         names = {id(parameter): name for name, parameter in trained.items()}
-        as_saved = get_peft_model_state_dict(model, state_dict=dict(trained))
+        as_saved = adapter_tensors(model, trained)
         where = source
         tensors = {names[id(as_saved[name])] if name in as_saved else name: files[name] for name in files}
     have = {name: tensor.numel() for name, tensor in tensors.items()}

@@ -16,6 +16,13 @@ ZERO_OPTIMIZER = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "
 
 FULL = {"lora": None, "training__learning_rate": 0.003}
 BF16 = {"training__mixed_precision": "bf16"}
+# A ChatML template, whose tokens the tokenizer does not have; <|go|> it has.
+NEW = {
+    "model__add_tokens": ["<|im_start|>", "<|im_end|>", "<|go|>"],
+    "model__eos_token": "<|im_end|>",
+    "data__chat_template": "chatml.jinja",
+    "data__max_length": 96,
+}
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -23,6 +30,10 @@ TUNINGS = {
     "int8": {"model__quantization": "int8"},
     "dora": {"lora": {"r": 4, "use_dora": True}},
     "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    "new tokens": NEW,
+    "new tokens tied": {**NEW, "model__name_or_path": "tied"},
+    "new tokens full": {**NEW, **FULL},
+    "new tokens nf4": {**NEW, "model__quantization": "nf4"},
     "unpacked": {"data__packing": False},
     "unpacked full": {"data__packing": False, **FULL},
     "bf16": BF16,
@@ -58,7 +69,11 @@ class Job(NamedTuple):
         """Evaluates before and after, and saves at step SAVED: neither changes what is trained."""
         beside = {"data__eval": str(tiny.path / "heldout.jsonl"), "checkpoint__save_steps": SAVED}
         asked = {"parallelism__strategy": self.strategy, "training__max_steps": STEPS}
-        return tiny.recipe(**beside, **asked, **TUNINGS[self.tuning], **self.changes)
+        changes = {**TUNINGS[self.tuning], **self.changes}
+        for name in ("data__chat_template", "model__name_or_path"):
+            if name in changes:
+                changes[name] = str(tiny.path / changes[name])
+        return tiny.recipe(**beside, **asked, **changes)
 
 
 def alone(tuning: str) -> Job:

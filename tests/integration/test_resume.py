@@ -259,6 +259,8 @@ def test_ctrl_c_while_it_evaluates(tiny: Tiny, tmp_path: Path) -> None:
     [
         (["lora.r=8"], "lora.r: was 4, is 8"),
         (["model.quantization=nf4"], "model.quantization: was None, is 'nf4'"),
+        (['model.add_tokens=["<new>"]'], "model.add_tokens: was None, is ['<new>']"),
+        (['model.eos_token="<|go|>"'], "model.eos_token: was None, is '<|go|>'"),
         (["training.optim=adafactor"], "training.optim: was 'adamw_torch_fused', is 'adafactor'"),
         (["training.global_batch_size=16"], "training.global_batch_size: was 8, is 16"),
         (["data.max_length=128"], "data: its content has changed"),

@@ -28,6 +28,7 @@ from distft.hardware.topology import Topology
 from distft.jobs.target import Target, plan_recipe, plan_script
 from distft.models.architecture import Sizes
 from distft.models.attention import no_flash_attention, planned_attention
+from distft.models.layout import Tensor
 from distft.models.shapes import ModelShape
 from distft.planner.plan import make_plan
 from distft.planner.search import Where
@@ -40,6 +41,13 @@ NAMES = {rule.name: rule for rule in rules.RULES}
 CPU = Device("cpu", "cpu", 2**33, cores=2)
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}
 OWN_CODE = {"model_type": "acme", "auto_map": {"AutoModelForCausalLM": "modeling_acme.Acme"}, "num_experts": 8}
+
+
+PLAIN_LAYERS = (
+    Tensor("model.embed_tokens.weight", (320, 64), "embedding"),
+    Tensor("model.layers.0.self_attn.q_proj.weight", (64, 64), "linear"),
+    Tensor("lm_head.weight", (320, 64), "output"),
+)
 
 
 def gpu(name: str) -> Device:
@@ -73,6 +81,7 @@ def make_case(
     checkpointing: bool | None = None,
     micro: int | None = None,
     accumulation: int | None = None,
+    tensors: tuple[Tensor, ...] = (),
     **recipe: Any,
 ) -> Case:
     """A case; `recipe` has dotted keys with `__` for the dot. With `script`, for your own script."""
@@ -101,7 +110,9 @@ def make_case(
         trained,
         parameters * 9 // 10,
         head_dim=head_dim,
+        vocab_size=320,
         sizes=Sizes(tie_word_embeddings=tied),
+        tensors=tensors or PLAIN_LAYERS,
         config={"model_type": "llama"} if config is None else config,
         peft_experts=merged,
     )
@@ -119,6 +130,7 @@ def make_case(
 Z1, Z2, Z3, FSDP = ({"strategy": name} for name in ("zero1", "zero2", "zero3", "fsdp"))
 QLORA = {"model__quantization": "nf4"}
 INT8 = {"model__quantization": "int8"}
+NEW_TOKENS = {"model__add_tokens": ["<|im_end|>"]}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
@@ -129,6 +141,16 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z3, **INT8}, QLORA),
         ({**FSDP, **INT8}, Z2),
         ({"strategy": "hsdp", "nodes": 2, **INT8}, {"strategy": "zero1"}),
+    ],
+    "new-tokens-need-plain-embeddings": [
+        ({**NEW_TOKENS, "lora__target_modules": ["embed_tokens", "q_proj"]}, {"lora__target_modules": ["q_proj"]}),
+        ({**NEW_TOKENS, "lora__target_modules": ["lm_head"]}, {"model__add_tokens": []}),
+    ],
+    "new-tokens-need-an-output-layer-without-bias": [
+        ({**NEW_TOKENS, "tensors": (*PLAIN_LAYERS, Tensor("lm_head.bias", (320,), "bias"))}, {"lora": None}),
+    ],
+    "liger-skips-the-rows-of-new-tokens": [
+        ({**NEW_TOKENS, "training__use_liger_kernel": True}, {"lora": None}),
     ],
     "int8-has-no-dora": [({**INT8, "lora__use_dora": True}, QLORA)],
     "offload-needs-a-strategy-that-can": [
@@ -629,7 +651,7 @@ from distft.hardware.devices import Device
 from distft.hardware.topology import Topology
 group = types.SimpleNamespace
 recipe = group(
-    model=group(quantization=None, attn_implementation="auto", trust_remote_code=False),
+    model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
     lora=group(use_dora=False, target_modules="all-linear"),
     data=group(packing=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],

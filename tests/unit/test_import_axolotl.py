@@ -325,3 +325,18 @@ def test_optimizers_that_store_fewer_bits(imported: Import) -> None:
     assert draft.fields["training.optim"] == "adamw_bnb_8bit"
     assert "these are more exact, and twice as large" in draft.warnings[-1] + draft.warnings[0]
     assert imported({**AXOLOTL, "optimizer": "adamw_8bit"}).fields["training.optim"] == "adamw_bnb_8bit"
+
+
+def test_axolotl_tokens(imported: Import) -> None:
+    special = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "additional_special_tokens": ["<a>"],
+    }
+    draft = imported({**AXOLOTL, "special_tokens": special, "tokens": ["<b>", "<a>"], "eot_tokens": ["<|im_end|>"]})
+    assert not draft.refused
+    assert draft.fields["model.eos_token"] == "<|im_end|>"
+    assert draft.fields["model.pad_token"] == "<pad>"
+    assert draft.fields["model.add_tokens"] == ["<a>", "<b>"]
+    assert "special_tokens.bos_token: distft uses the tokenizer's own, which <s> must be" in draft.warnings

@@ -65,6 +65,7 @@ class Tiny:
             },
             "checkpoint": {},
             "parallelism": {},
+            "fsdp": {},
         }
         for key, value in changes.items():
             *groups, last = key.split("__")

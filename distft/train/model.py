@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from distft.config.recipe import Recipe
 from distft.errors import DataError
 from distft.models.attention import no_flash_attention
-from distft.models.lora import ADAPTER_WEIGHTS
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train.new_rows import add_new_rows, grow, new_rows
@@ -165,7 +166,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
 
         tensors = load_file(Path(lora.start_from) / ADAPTER_WEIGHTS)
         if rows is not None:
-            rows.load_peft(tensors)
+            rows.load_peft(tensors, json.loads((Path(lora.start_from) / ADAPTER_CONFIG).read_text()))
         found = set_peft_model_state_dict(model, tensors)
         missing = [name for name in found.missing_keys if "lora_" in name]
         if missing or found.unexpected_keys:

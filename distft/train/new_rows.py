@@ -89,18 +89,17 @@ class NewRows(torch.nn.Module):
         """The rows among `tensors`, under the names that an adapter's file has for them."""
         return {saved: tensors[name] for name, saved in self.peft_names().items() if name in tensors}
 
-    def load_peft(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the rows out of the tensors of an adapter's file.
+    def load_peft(self, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+        """Take the rows out of the tensors of an adapter's file; `config` is its adapter_config.json.
 
         Raises:
-            DataError: they are not there, or have other shapes.
+            DataError: they are not there, or are those of other tokens.
         """
+        if config.get("trainable_token_indices") != self.peft_indices():
+            raise DataError("lora.start_from: the adapter was trained with other model.add_tokens")
         for name, saved in self.peft_names().items():
             parameter = self.get_parameter(name.partition(f"{NAME}.")[2])
-            found = tensors.pop(saved, None)
-            if found is None or found.shape != parameter.shape:
-                raise DataError(f"lora.start_from: the adapter was trained with other model.add_tokens ({saved})")
-            parameter.data.copy_(found)
+            parameter.data.copy_(tensors.pop(saved))
 
 
 def new_rows(model: Any) -> NewRows | None:

@@ -25,6 +25,12 @@ TUNINGS = ("new tokens", "new tokens tied", "new tokens full")
 JOBS = [
     *(Job(strategy, ranks, tuning, changes) for tuning in TUNINGS for strategy, ranks, changes in STRATEGIES),
     *(Job(strategy, 2, "new tokens nf4") for strategy in ("ddp", "zero2", "zero3", "fsdp")),
+    *(
+        Job(strategy, 2, "new tokens", {"training__gradient_checkpointing": True})
+        for strategy in ("ddp", "zero3", "fsdp")
+    ),
+    # As on GPUs: one rank reads the weights, and the others get theirs from it.
+    *(Job("fsdp", 2, tuning, {"fsdp__overrides": {"fsdp_cpu_ram_efficient_loading": True}}) for tuning in TUNINGS),
 ]
 
 
@@ -71,6 +77,24 @@ def test_goes_on_from_another(
     final = load_file(next(run.final.glob("*.safetensors")))
     for name, value in load_file(next(reference.final.glob("*.safetensors"))).items():
         torch.testing.assert_close(final[name], value, atol=1e-4, rtol=0)
+
+
+def test_starts_from_an_adapter_with_new_tokens(
+    runs: Callable[[Job], Result], trained: Callable[..., Result], tiny: Tiny, tmp_path: Path
+) -> None:
+    before = runs(alone("new tokens"))
+    recipe = alone("new tokens").recipe(tiny)
+    recipe["lora"] = {**recipe["lora"], "start_from": str(before.run_dir / "final")}
+    after = trained(recipe)
+    assert after.status["eval_loss_before"] == pytest.approx(before.status["eval_loss_after"], abs=FP32)
+    recipe["model"]["add_tokens"] = ["<|im_start|>", "<|im_end|>", "<|user|>"]
+    other = create(recipe, tmp_path, 1)
+    from distft.config.loading import load_recipe
+    from distft.errors import DataError
+    from distft.train.model import build_model
+
+    with pytest.raises(DataError, match=r"lora.start_from: .* other model.add_tokens"):
+        build_model(load_recipe(other.recipe), "ddp", 321)
 
 
 ROWS = torch.tensor([[320, 5, 321, 4, 60, 320, 70, 80], [81, 82, 4, 321, 320, 90, 91, 321]])

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from distft.train.documents import Numbers
 
-CHUNK_BYTES = 2**26  # of the documents that are packed at once
+CHUNK_BYTES = 2**24  # of the documents that are packed at once
 PACKED = 1000  # trl packs so many documents together
 
 

@@ -110,7 +110,7 @@ def test_row_longer_than_max_length(refused: Callable[..., str], tmp_path: Path)
     said = refused(data__train=path)
     assert f"{path}:3: " in said
     assert "data.train: 1 row is longer than data.max_length (64 tokens), the longest has " in said
-    assert "data.long_rows: truncate, drop" in said
+    assert "data.long_rows: truncate or drop" in said
 
 
 def test_tokenizer_without_pad_or_chat_template(refused: Callable[..., str], tiny: Tiny, tmp_path: Path) -> None:

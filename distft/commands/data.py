@@ -72,7 +72,8 @@ def check_sample(path: str, sets: Sequence[str], recipe: Recipe, sample: int) ->
         raise DataError("\n".join(wrong))
     counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
     which = "all rows" if all(report["all_read"] for report in found.values()) else f"the first {sample:,} rows"
-    return SampleCheck([f"as they are trained, {which}:", *data_lines(counts)], [])
+    mixed = ", before they are mixed" if any(report["mixed"] for report in found.values()) else ""
+    return SampleCheck([f"as they are trained, {which}{mixed}:", *data_lines(counts)], [])
 
 
 def problems(found: dict[str, Any]) -> list[str]:

@@ -55,17 +55,9 @@ def read(options: Options) -> None:
 
 
 def _model(options: Options) -> None:
-    draft = options.draft
-    path = options.text("base_model")
+    path = common.base_model(options, "base_model", "revision_of_model", "model_revision")
     if path is None:
-        draft.problems.append(f"base_model is missing ({draft.file.name})")
         return
-    options.set("model.name_or_path", "base_model", draft.model_path(path))
-    for name in ("revision_of_model", "model_revision"):
-        if options.has(name):
-            options.set("model.revision", name, str(options.take(name)))
-    if options.flag("trust_remote_code"):
-        options.set("model.trust_remote_code", "trust_remote_code", True)
     common.model_class(options, "model_type")
     common.tokenizer_class(options, "tokenizer_type")
     if options.take("base_model_config") == path:

@@ -207,3 +207,19 @@ def named_template(options: Options, name: str, value: str, own: Collection[str]
         f"{options.path(name)}: {draft.kind}'s own template {show(value)} may differ from the tokenizer's, which is "
         "used; `distft data` shows the rows as they are trained"
     )
+
+
+def base_model(options: Options, name: str, *revisions: str) -> str | None:
+    """The model as the file names it, with its revision and whether its code is trusted. None where it names none."""
+    draft = options.draft
+    path = options.text(name)
+    if path is None:
+        draft.problems.append(f"{name} is missing ({draft.file.name})")
+        return None
+    options.set("model.name_or_path", name, draft.model_path(path))
+    for option in revisions:
+        if (revision := options.text(option)) and revision != "main":
+            options.set("model.revision", option, revision)
+    if options.flag("trust_remote_code"):
+        options.set("model.trust_remote_code", "trust_remote_code", True)
+    return path

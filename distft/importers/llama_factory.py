@@ -76,15 +76,8 @@ def _precision(options: Options) -> None:
 
 def _model(options: Options) -> None:
     draft = options.draft
-    path = options.text("model_name_or_path")
-    if path is None:
-        draft.problems.append(f"model_name_or_path is missing ({draft.file.name})")
+    if common.base_model(options, "model_name_or_path", "model_revision") is None:
         return
-    options.set("model.name_or_path", "model_name_or_path", draft.model_path(path))
-    if (revision := options.text("model_revision")) and revision != "main":
-        options.set("model.revision", "model_revision", revision)
-    if options.flag("trust_remote_code"):
-        options.set("model.trust_remote_code", "trust_remote_code", True)
     attention = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager", "auto": "auto", "fa3": "fa3"}
     value = options.take("flash_attn")
     if value is not None:

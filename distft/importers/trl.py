@@ -28,16 +28,8 @@ DEFAULTS: dict[str, Any] = arguments.DEFAULTS | {"learning_rate": 2e-5, "precisi
 
 def read(options: Options) -> None:
     """All of a file, or of a command line."""
-    draft = options.draft
-    path = options.text("model_name_or_path")
-    if path is None:
-        draft.problems.append(f"model_name_or_path is missing ({draft.file.name})")
+    if common.base_model(options, "model_name_or_path", "model_revision") is None:
         return
-    options.set("model.name_or_path", "model_name_or_path", draft.model_path(path))
-    if (revision := options.text("model_revision")) and revision != "main":
-        options.set("model.revision", "model_revision", revision)
-    if options.flag("trust_remote_code"):
-        options.set("model.trust_remote_code", "trust_remote_code", True)
     if value := options.text("attn_implementation"):
         common.attention(options, "attn_implementation", value)
     for token in ("eos_token", "pad_token"):

@@ -20,6 +20,7 @@ from distft.data.batches import Objects, Row
 from distft.data.files import Found
 from distft.data.formats import IGNORE, Example
 from distft.data.layouts import Layout
+from distft.data.mixing import is_mix
 from distft.data.problems import RowProblem
 from distft.data.reading import Tally, batches, examples
 from distft.data.sources import Use, find_data
@@ -59,6 +60,7 @@ class SplitReport:
     all_read: bool = True  # whether those are all rows of the split
     lengths: list[int] = field(default_factory=list)
     max_length: int = 0
+    mixed: bool = False  # whether the training takes more or fewer of a source's rows; here each counts once
     counts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     shown: list[ShownRow] = field(default_factory=list)
@@ -126,7 +128,9 @@ class _Reader:
                 yield row, layout
 
     def _report(self) -> SplitReport:
-        return SplitReport(max_length=self.recipe.data.max_length)
+        mixed = self.split == "train" or not self.rows.held_out
+        mixed = mixed and is_mix([one.source for one in self.found])
+        return SplitReport(max_length=self.recipe.data.max_length, mixed=mixed)
 
     def _is_held_out(self, example: Example) -> bool:
         return self.rows.held_out > 0 and example.is_held_out(self.rows.held_out)

@@ -32,6 +32,7 @@ def _summary(split: str, report: dict[str, Any], width: int) -> Iterator[str]:
     number = f"{report['read']:,} row{'s' * (report['read'] != 1)}"
     which = f"all {number}" if report["all_read"] else f"the first {number}, more follow"
     elsewhere = f", {report['elsewhere']:,} of them in the other split" if report["elsewhere"] else ""
+    elsewhere += ", before they are mixed" if report["mixed"] else ""
     yield from _wrapped(f"data.{split}: {which}{elsewhere}; {report['format'] or 'no format'}", width)
     counts = report["counts"] | {"rows": report["counts"]["documents"]}
     for line in data_lines({split: counts}):

@@ -74,7 +74,10 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
             f"{split}: {count['documents']:,} documents{packed}, {count['tokens']:,} tokens "
             f"({count['trained_tokens']:,} trained on)"
         )
-        lines += [f"  {have:,} rows of {path}: {taken:,} taken" for path, have, taken in count["mix"]]
+        lines += [
+            f"  {have:,} rows of {path}: {taken:,} taken" + ", some more than once" * (taken > have)
+            for path, have, taken in count["mix"]
+        ]
         lines += [
             f"{number:,} row{'s' * (number != 1)} of {split} left out ({kind}); the first: {row}"
             for kind, (number, row) in count["untrained"].items()

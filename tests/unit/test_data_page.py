@@ -15,6 +15,7 @@ from tiny import Tiny, write_jsonl
 
 from distft.cli import main
 from distft.views import data_page
+from distft.views.summary import data_lines
 
 CHAT = [user("read file"), assistant("open path"), user("node"), assistant("rank step")]
 
@@ -79,6 +80,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "format": "messages (messages)",
         "read": 3,
         "elsewhere": 0,
+        "mixed": False,
         "all_read": True,
         "lengths": [3, 250, 999],
         "max_length": 1024,
@@ -103,3 +105,17 @@ def test_a_row_does_not_steer_the_terminal_and_is_shortened_unless_asked_for() -
     assert " … 3,006 characters … " in short
     whole = "\n".join(data_page.lines(report(), 80, coloured=True, whole=True))
     assert "\x1b[32m" + "b" * 5000 in whole
+
+
+def test_a_mix_is_counted_before_it_is_mixed_and_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 4)
+    recipe = tiny.recipe(data__train=[{"path": "rows.jsonl", "rows": 10}])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for command, line in (
+        ("data", "data.train: all 4 rows, before they are mixed; messages"),
+        ("validate", "as they are trained, all rows, before they are mixed:"),
+    ):
+        done = CliRunner().invoke(main, [command, str(tmp_path / "recipe.yaml")], env={"COLUMNS": "300"})
+        assert done.exit_code == 0 and line in done.stdout, done.output
+    counts = {"train": report()["train"]["counts"] | {"rows": 3, "mix": [["a", 4, 10], ["b", 4, 2]]}}
+    assert data_lines(counts)[1:] == ["  4 rows of a: 10 taken, some more than once", "  4 rows of b: 2 taken"]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,8 @@ from tiny import Tiny, write_jsonl
 from distft.config.loading import load_recipe
 from distft.data.formats import IGNORE, Example
 from distft.errors import DataError
-from distft.train import encoding
 from distft.train.data import Prepared, load_prepared
+from distft.train.progress import PROGRESS_FD, SECONDS, Progress
 
 WORDS = ["read", "file", "list", "dict", "node", "open", "path", "rank", "step"]
 
@@ -173,33 +178,52 @@ def test_a_mix_is_of_rows_and_not_of_their_pieces(tiny: Tiny, tmp_path: Path) ->
     assert held.counts["train"]["documents"] + 2 * held.counts["eval"]["documents"] == 2 * pieces * 40
 
 
+@pytest.fixture
+def cores() -> Iterator[set[int]]:
+    """Those that this process may use; restored after the test."""
+    found = os.sched_getaffinity(0)
+    yield found
+    os.sched_setaffinity(0, found)
+
+
 def test_many_rows_in_parallel_processes_are_the_same(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: set[int]
 ) -> None:
     """The same documents in the same order; problems of all batches are counted, the first three are named."""
-    import distft.data.streams as streams
+    rows = pairs(40_000)  # several blocks of the file
 
-    monkeypatch.setattr(streams, "BLOCK", 4096)
-    rows = pairs(3000)
-    started: list[int] = []
-    number = encoding.processes
-    monkeypatch.setattr(encoding, "processes", lambda: started.append(1) or number())
-    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    def of_children() -> float:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+
+    before = of_children()
     parallel = prepared(tiny, tmp_path, rows)
-    assert started == [1]
-    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0})
+    assert (of_children() > before) == (len(cores) > 1)  # they did the work
+    os.sched_setaffinity(0, {min(cores)})
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "own"))
+    before = of_children()
     alone = prepared(tiny, tmp_path, rows)
-    assert started == [1]
-    assert list(parallel.train) == list(alone.train) and parallel.counts == alone.counts
-    assert parallel.counts["train"]["documents"] == 3000
-    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0, 1, 2})
-    for n in (7, 500, 1000, 2999):
+    assert of_children() == before
+    os.sched_setaffinity(0, cores)
+    assert parallel.train.data.table.equals(alone.train.data.table) and parallel.counts == alone.counts
+    assert parallel.counts["train"]["documents"] == len(rows)
+    for n in (7, 500, 1000, len(rows) - 1):
         rows[n]["completion"] = ""
     with pytest.raises(DataError) as raised:
         prepared(tiny, tmp_path, rows)
     assert str(raised.value).splitlines() == [
         *[f"{tmp_path}/rows.jsonl:{n + 1}: completion: empty" for n in (7, 500, 1000)],
         "... and 1 more of this kind (empty)",
-        "data.train: 4 of 3000 rows do not fit (empty 4)",
+        "data.train: 4 of 40000 rows do not fit (empty 4)",
     ]
+
+
+def test_progress_is_one_line_that_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, descriptor = os.pipe()
+    monkeypatch.setenv(PROGRESS_FD, str(descriptor))
+    with Progress("data.train") as progress:
+        progress.show(10)  # too soon
+        time.sleep(SECONDS + 0.01)
+        progress.show(2000)
+    os.close(descriptor)
+    with open(end, newline="") as file:
+        assert re.fullmatch(r"\rdata\.train: 2,000 rows, [\d,]+ rows/s\x1b\[K\r\x1b\[K", file.read())

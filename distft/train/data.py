@@ -160,15 +160,21 @@ def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: P
             which = numpy.arange(len(documents[split].lengths))
             # What is held out is held out of each source alike, whatever its share of the training.
             if split == use and is_mix([one.source for one in found]):
-                which = _mixed(documents[split], [one.source for one in found], recipe.training.seed, counts[split])
+                which = _mixed(
+                    what, documents[split], [one.source for one in found], recipe.training.seed, counts[split]
+                )
             if split == "train":
                 which = numpy.random.default_rng(recipe.training.seed).permutation(which)
             _write(documents[split], which, recipe.data, counts[split], folder / f"{split}.arrow")
     return counts
 
 
-def _mixed(documents: Documents, sources: Sequence[Source], seed: int, counts: Counts) -> Numbers:
-    """The documents of the rows that each source gives to the mix."""
+def _mixed(what: str, documents: Documents, sources: Sequence[Source], seed: int, counts: Counts) -> Numbers:
+    """The documents of the rows that each source gives to the mix.
+
+    Raises:
+        DataError: none gives any.
+    """
     edges = []  # the first document of each row of a source, and the end of its last one
     for number in range(len(sources)):
         own = numpy.flatnonzero(documents.sources == number)
@@ -177,6 +183,9 @@ def _mixed(documents: Documents, sources: Sequence[Source], seed: int, counts: C
     have = [max(0, len(one) - 1) for one in edges]
     wanted = mixed_counts(have, sources)
     counts.mix = list(zip([source.path for source in sources], have, wanted, strict=True))
+    if not any(wanted):
+        shares = ", ".join(f"{taken} of {rows} of {path}" for path, rows, taken in counts.mix)
+        raise DataError(f"{what}: the mix takes no row ({shares}); change the weights, rows or epochs")
     taken = [
         numpy.arange(starts[row], starts[row + 1])
         for number, starts in enumerate(edges)

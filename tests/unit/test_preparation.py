@@ -162,6 +162,12 @@ def test_a_mix(tiny: Tiny, tmp_path: Path, shares: list[dict[str, Any]], wanted:
     assert count["trained_tokens"] == sum(label != IGNORE for _, labels in trained for label in labels)
 
 
+@pytest.mark.parametrize("shares", [[{"weight": 1}, {"weight": 1}], [{"epochs": 0.01}, {}]])
+def test_a_mix_of_no_row_is_refused(tiny: Tiny, tmp_path: Path, shares: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match=r"data\.train: the mix takes no row \(0 of 3 of .*0\.jsonl, 0 of 0 of .*1"):
+        prepared(tiny, tmp_path, data__train=mix(tmp_path, shares, [3, 0]))
+
+
 def test_a_mix_is_of_rows_and_not_of_their_pieces(tiny: Tiny, tmp_path: Path) -> None:
     """A row that is split is taken whole. What is held out is held out of each source alike."""
     texts = [" ".join(["read", *random.Random(n).sample(WORDS * 4, 36)]) for n in range(40)]  # of the same length

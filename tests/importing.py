@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from click.testing import CliRunner
 
@@ -27,6 +29,13 @@ ACCELERATE = {
     "machine_rank": 0,
     "downcast_bf16": "no",
 }
+
+
+def write_tokenizer(folder: Path, *tokens: str) -> None:
+    """A tokenizer.json with these tokens and a few words."""
+    folder.mkdir(exist_ok=True)
+    added = [{"id": 2 + number, "content": token, "special": True} for number, token in enumerate(tokens)]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"vocab": {"a": 0, "b": 1}}}))
 
 
 def reasons(draft: Draft) -> dict[str, str]:

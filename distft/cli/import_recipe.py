@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,19 +45,24 @@ def import_(
 
     draft = import_recipe.import_recipe(words, output, cluster_out, gpus, partial)
     found: dict[str, Any] = draft.to_json()
-    refused = bool(draft.refused) and not partial
+    problem = RecipeError(import_recipe.refusal(draft)) if draft.refused and not partial else None
     to_standard_output = output == import_recipe.STANDARD_OUTPUT
-    written = [] if refused or to_standard_output else import_recipe.write(draft, output, cluster_out)
+    written: list[Path] = []
+    if problem is None and not to_standard_output:
+        try:
+            written = import_recipe.write(draft, output, cluster_out)
+        except RecipeError as error:  # shown below what was found
+            problem = error
     if as_json:
         options.print_json(found | {"written": [str(path) for path in written]})
     else:
-        width = shutil.get_terminal_size().columns
+        width = shutil.get_terminal_size((import_page.UNLIMITED, 1)).columns  # lines are whole where they are piped
         click.echo("\n".join(import_page.lines(found, width)), err=to_standard_output)
         for text in draft.warnings:
-            click.echo(textwrap.fill(f"warning: {text}", max(40, width), break_on_hyphens=False), err=True)
-        if to_standard_output and not refused:
+            click.echo("\n".join(import_page.wrap(f"warning: {text}", width)), err=True)
+        if to_standard_output and problem is None:
             click.echo(import_recipe.recipe_text(draft), nl=False)
         for path in written:
             click.echo(f"wrote {path}")
-    if refused:
-        raise RecipeError(import_recipe.refusal(draft))
+    if problem is not None:
+        raise problem

@@ -25,14 +25,20 @@ def import_recipe(
     Raises:
         RecipeError: it cannot be read, or is no training file; or what comes of it is no recipe.
     """
-    target = Path.cwd() if output == STANDARD_OUTPUT else Path(output).parent.resolve()
-    draft = read_file(Path(words[0]), target, gpus) if len(words) == 1 else read_command(words, target, gpus)
+    file = Path("recipe.yaml" if output == STANDARD_OUTPUT else output)
+    target = file.parent.resolve()
+    if len(words) == 1:
+        draft = read_file(Path(words[0]), target, gpus, file.stem)
+    else:
+        draft = read_command(words, target, gpus, file.stem)
     if draft.problems:
         raise RecipeError(draft.problems)
     if cluster_out and draft.cluster is None:
         raise RecipeError(f"--cluster-out: {draft.kind}'s file says nothing of the machines")
     if partial or not draft.refused:
         draft.check()
+    if output == STANDARD_OUTPUT and draft.template is not None:
+        draft.warn(f"data.chat_template: {draft.template_file} is written beside a recipe alone: name a file with -o")
     return draft
 
 
@@ -51,18 +57,22 @@ def write(draft: Draft, output: str, cluster_out: str | None) -> list[Path]:
     Raises:
         RecipeError: one of them exists, or cannot be written.
     """
-    files = {Path(output): recipe_text(draft)}
-    files |= {Path(output).parent / name: text for name, text in draft.extra_files.items()}
+    template = Path(output).with_name(draft.template_file)
+    files = {} if draft.template is None else {template: draft.template}
+    if Path(output) in files:
+        raise RecipeError(f"-o {output}: the chat template is written to {template}; name the recipe .yaml")
+    files[Path(output)] = recipe_text(draft)
     if cluster_out and draft.cluster is not None:
         files[Path(cluster_out)] = _comment(_profile_head(draft)) + dump_data(draft.cluster)
-    for path in files:
-        if path.exists() and not _has(path, files[path]):
-            raise RecipeError(f"{path}: already exists; name another file, or remove it")
+    for path, text in files.items():
+        if path.exists() and not (path == template and _is_same(path, text)):
+            fix = "name another recipe with -o, after which it is called" if path == template else "name another file"
+            raise RecipeError(f"{path}: already exists; {fix}, or remove it")
     written: list[Path] = []
     try:
         for path, text in files.items():
-            if path.exists() and path.suffix == ".jinja":
-                continue  # the same chat template
+            if path == template and path.exists():
+                continue  # of an earlier import
             with path.open("x", encoding="utf-8") as file:
                 written.append(path)
                 file.write(text)
@@ -73,9 +83,8 @@ def write(draft: Draft, output: str, cluster_out: str | None) -> list[Path]:
     return written
 
 
-def _has(path: Path, text: str) -> bool:
-    """Whether a chat template of an earlier import is the same."""
-    return path.suffix == ".jinja" and path.is_file() and path.read_bytes() == text.encode()
+def _is_same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def recipe_text(draft: Draft) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from distft.config.schema_text import show
 from distft.importers import common
-from distft.importers.datasets import DataSet, merge_formats, simplest, sources
+from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources
 from distft.importers.options import Options
 from distft.importers.tables import table
 
@@ -46,20 +46,23 @@ def read(options: Options) -> None:
         return  # refused as a whole
     if not data_sets and not options.is_on("pretraining_dataset"):
         draft.problems.append(f"datasets is missing ({draft.file.name})")
-    _sources(options, data_sets, "datasets", "data.train")
-    _evaluation(options)
+    formats = _sources(options, data_sets, "datasets", "data.train")
+    set_formats(draft, formats + _evaluation(options))
+    if (
+        data_sets and draft.fields.get("data.format") == "text"
+    ):  # prompt_strategies/completion.py cuts texts into pieces
+        draft.set("data.long_rows", "split", "datasets[0].type", data_sets[0].data.get("type"))
     _chat_template(options, data_sets)
 
 
-def _evaluation(options: Options) -> None:
+def _evaluation(options: Options) -> list[Format]:
     size = options.number("val_set_size")
     if size:
         if size < 1:
             options.set("data.eval", "val_set_size", float(size))
         else:
             options.refuse("val_set_size", "a number of rows; data.eval takes a fraction, such as 0.05, or a file")
-    if tests := options.groups("test_datasets"):
-        _sources(options, tests, "test_datasets", "data.eval")
+    formats = _sources(options, options.groups("test_datasets"), "test_datasets", "data.eval")
     steps = options.number("eval_steps")
     if steps and steps >= 1:
         options.set("training.eval_steps", "eval_steps", int(steps))
@@ -68,13 +71,14 @@ def _evaluation(options: Options) -> None:
     if options.is_on("evals_per_epoch"):
         options.drop("evals_per_epoch", "distft evaluates before and after training, and every training.eval_steps")
     options.taken.add("evals_per_epoch")
+    return formats
 
 
-def _sources(options: Options, data_sets: list[Options], name: str, field: str) -> None:
-    """data.train or data.eval of a list of data sets, and how their rows are read."""
+def _sources(options: Options, data_sets: list[Options], name: str, field: str) -> list[Format]:
+    """data.train or data.eval of a list of data sets. Returns how their rows are read."""
     draft = options.draft
     entries: list[str | dict[str, Any]] = []
-    formats: list[dict[str, Any]] = []
+    formats: list[Format] = []
     for one in data_sets:
         files = one.texts("data_files")
         path = one.text("path")
@@ -87,7 +91,8 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
             one.refuse("split", "data.train takes a whole split, or a share of it")
         else:
             entries += found
-        formats.append(_format(one))
+        if settings := _format(one):
+            formats.append(Format(one, "type", settings))
         for key in ("split", "name", "revision", "data_files"):
             one.taken.add(key)
     if entries:
@@ -96,20 +101,10 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
             draft.set(field, simplest(entries), data_sets[0].path("path"), paths[0], data_sets[0].line("path"))
         else:
             options.set(field, name, simplest(entries))
-    settings = merge_formats(formats)
-    if settings is None:
-        options.refuse(name, "distft reads all data sets of a recipe in one format; these have several")
-        return
-    for key, value in settings.items():
-        if draft.fields.get(key, value) != value:
-            data_sets[0].refuse("type", "distft reads the rows that are trained and evaluated in one format")
-        else:
-            draft.set(key, value, f"{name}[0].type", data_sets[0].data.get("type"), data_sets[0].line("type"))
     for one in data_sets:
         table("axolotl_datasets").apply(one)
         one.finish((), f"axolotl's {name}")
-    if settings.get("data.format") == "text":  # prompt_strategies/completion.py cuts texts into pieces
-        draft.set("data.long_rows", "split", f"{name}[0].type", data_sets[0].data.get("type"))
+    return formats
 
 
 def _format(one: Options) -> dict[str, Any]:

@@ -182,9 +182,7 @@ def jinja(options: Options, name: str, value: str) -> None:
     if found is not None:
         options.set("data.chat_template", name, draft.relative(found))
     elif "{" in value:
-        file = f"{draft.fields.get('name', 'imported')}.jinja"
-        draft.extra_files[file] = value
-        draft.set("data.chat_template", file, options.path(name), None, options.line(name))
+        draft.set_template(value, options.path(name), line=options.line(name))
     else:
         draft.problems.append(f"{options.path(name)}: no such file: {value} ({options.where(name)})")
 
@@ -199,8 +197,7 @@ def named_template(options: Options, name: str, value: str, own: Collection[str]
     draft = options.draft
     if value in own:
         text = (resources.files(__package__) / "templates" / f"{value}.jinja").read_text(encoding="utf-8")
-        draft.extra_files[f"{value}.jinja"] = text
-        options.set("data.chat_template", name, f"{value}.jinja")
+        draft.set_template(text, options.path(name), value, options.line(name))
         return
     options.drop(name, "the tokenizer's own chat template is used")
     draft.warn(

@@ -6,8 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from distft.data.layouts import CONTENTS, CONVERSATIONS, PAIRS, ROLES
 from distft.importers.draft import Draft
+from distft.importers.options import Options
 
+# Formats that `auto` tells by the fields of rows, and reads as if they were named.
+_TOLD_APART = ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens")
 _SLICE = re.compile(r"(?P<split>\w+)(?:\[(?P<start>\d*%?):(?P<end>\d*%?)\])?")
 
 
@@ -112,13 +116,60 @@ def simplest(entries: list[str | dict[str, Any]]) -> str | list[str | dict[str, 
     return entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries
 
 
-def merge_formats(formats: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The format of several data sets: the one that all have, or `auto` where that tells them apart. None otherwise."""
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a data set are read: data.format, and where it needs them data.columns and data.roles. `option`
+    of `options` says so."""
+
+    options: Options
+    option: str
+    settings: dict[str, Any]
+
+
+def set_formats(draft: Draft, formats: list[Format]) -> None:
+    """One format for all data sets, trained and evaluated: a recipe has no other for one of them. The first that does
+    not go together with those before it is refused."""
+    for number, one in enumerate(formats):
+        if _merged([other.settings for other in formats[: number + 1]]) is None:
+            one.options.refuse(
+                one.option,
+                f"a recipe has one data.format and data.columns for all its data; here it would be {_words(one)}, and "
+                f"for {formats[0].options.path(formats[0].option)} {_words(formats[0])}; write these rows in that form",
+            )
+            formats = formats[:number]
+            break
     if not formats:
-        return {}
+        return
+    first = formats[0]
+    for name, value in (_merged([one.settings for one in formats]) or {}).items():
+        shown = first.options.path(first.option)
+        draft.set(name, value, shown, first.options.data.get(first.option), first.options.line(first.option))
+
+
+def _words(one: Format) -> str:
+    names = ", ".join(f"{theirs} as {ours}" for ours, theirs in one.settings.get("data.columns", {}).items())
+    return f"{one.settings['data.format']}" + f" ({names})" * bool(names)
+
+
+def _merged(formats: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The settings of several data sets: those that all have, or `auto` where the fields of their rows say as much.
+    None where it cannot be said."""
     if all(one == formats[0] for one in formats):
         return formats[0]
-    plain = {"alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens"}
-    if all(set(one) == {"data.format"} and one["data.format"] in plain for one in formats):
-        return {"data.format": "auto"}
-    return None
+    if not all(one["data.format"] in _TOLD_APART and _is_guessed(one.get("data.columns", {})) for one in formats):
+        return None
+    roles: dict[str, str] = {}
+    for one in formats:
+        for name, target in one.get("data.roles", {}).items():
+            if roles.setdefault(name, target) != target:
+                return None
+    return {"data.format": "auto", **({"data.roles": roles} if roles else {})}
+
+
+def _is_guessed(columns: dict[str, str]) -> bool:
+    """Whether `auto` finds these columns by itself."""
+    guessed = {"messages": CONVERSATIONS, "role": ROLES, "content": CONTENTS, "input": ("input", "context")}
+    guessed |= {"system": ("system", "system_prompt"), "tools": ("tools", "functions")}
+    pair = columns.get("instruction", "instruction"), columns.get("output", "output")
+    rest = {name: column for name, column in columns.items() if name not in ("instruction", "output")}
+    return pair in PAIRS and all(column in guessed.get(name, ()) for name, column in rest.items())

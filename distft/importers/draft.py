@@ -54,12 +54,14 @@ class Draft:
         file: the file that is read; what it names is looked for from its folder.
         target: the folder that the recipe is for.
         gpus: --gpus.
+        stem: the recipe's file name without its suffix, after which its chat template is named.
     """
 
     kind: str
     file: Path
     target: Path
     gpus: int | None = None
+    stem: str = "recipe"
     fields: dict[str, Any] = field(default_factory=dict)  # dotted name → value
     mapped: list[Mapped] = field(default_factory=list)
     dropped: list[Left] = field(default_factory=list)
@@ -68,13 +70,22 @@ class Draft:
     problems: list[str] = field(default_factory=list)  # what is wrong with the file itself
     cluster: dict[str, Any] | None = None
     is_part: bool = False  # of a recipe: there is no model and no data
-    extra_files: dict[str, str] = field(default_factory=dict)  # name → text, beside the recipe
+    template: str | None = None  # text of a chat template that is written beside the recipe
 
     def set(self, name: str, to: Any, option: str, value: Any = None, line: int | None = None) -> None:
         """Give a field of the recipe its value, in place of an earlier one."""
         self.fields[name] = to
         self.mapped = [item for item in self.mapped if item.field != name]
         self.mapped.append(Mapped(option, value, name, to, line))
+
+    def set_template(self, text: str, option: str, value: Any = None, line: int | None = None) -> None:
+        """A chat template that is written beside the recipe, under its name: imports into one folder keep their own."""
+        self.template = text
+        self.set("data.chat_template", self.template_file, option, value, line)
+
+    @property
+    def template_file(self) -> str:
+        return f"{self.stem}.jinja"
 
     def default(self, name: str, to: Any, option: str) -> None:
         """Give a field the value that the tool takes where its file says nothing."""
@@ -175,7 +186,7 @@ class Draft:
                     document.data["model"]["name_or_path"] = "a-model-of-the-hub"
                 else:
                     document.data["lora"].pop("start_from")
-        if document.get(("data", "chat_template")) in self.extra_files:
+        if self.template is not None:
             del document.data["data"]["chat_template"]  # it is written with the recipe
         for text in read_document(document, self.target).notes:
             self.warn(text)

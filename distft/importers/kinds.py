@@ -10,7 +10,7 @@ from distft.config.document import MAX_BYTES, Document
 from distft.config.recipe import Recipe
 from distft.config.schema_text import Steps
 from distft.errors import RecipeError
-from distft.importers import accelerate, axolotl, command_line, llama_factory, torchtune, trl
+from distft.importers import accelerate, axolotl, command_line, llama_factory, tokens, torchtune, trl
 from distft.importers.draft import Draft, run_name
 from distft.importers.options import Options
 
@@ -44,23 +44,23 @@ _READERS: dict[str, Reader] = {
 }
 
 
-def read_command(words: Sequence[str], target: Path, gpus: int | None = None) -> Draft:
-    """Import the command line of TRL's SFT.
+def read_command(words: Sequence[str], target: Path, gpus: int | None = None, stem: str = "recipe") -> Draft:
+    """Import the command line of TRL's SFT. Arguments: see Draft.
 
     Raises:
         RecipeError: it is not one, or a file that it names cannot be read.
     """
-    return _command(words, Path("command"), target, gpus)
+    return _command(words, Draft("TRL", Path("command"), target, gpus, stem))
 
 
-def read_file(path: Path, target: Path, gpus: int | None = None) -> Draft:
-    """Import a file for a recipe in the folder `target`.
+def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "recipe") -> Draft:
+    """Import a file for a recipe in the folder `target`. Arguments: see Draft.
 
     Raises:
         RecipeError: it cannot be read, or is none of these tools'.
     """
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
-        return _command(command_line.find_command(_text(path), path.name), path, target, gpus)
+        return _command(command_line.find_command(_text(path), path.name), Draft("TRL", path, target, gpus, stem))
     document = _document(path)
     kind = kind_of(document.data)
     if {"model", "train_dataset"} <= set(document.data):
@@ -70,9 +70,10 @@ def read_file(path: Path, target: Path, gpus: int | None = None) -> Draft:
             f"{path}: not a training file of {', '.join(NAMES[:-1])} or {NAMES[-1]}, by its keys: "
             f"{', '.join(list(document.data)[:6])}{', ...' * (len(document.data) > 6)}"
         )
-    draft = Draft(kind, path, target, gpus)
+    draft = Draft(kind, path, target, gpus, stem)
     draft.fields["name"] = run_name(path.stem)
     _READERS[kind](Options(draft, document.data, document.places))
+    tokens.add_missing(draft)
     return draft
 
 
@@ -94,10 +95,10 @@ def _text(path: Path) -> str:
         raise RecipeError(f"cannot read {path}: not a text file in UTF-8") from None
 
 
-def _command(words: Sequence[str], file: Path, target: Path, gpus: int | None) -> Draft:
+def _command(words: Sequence[str], draft: Draft) -> Draft:
     """TRL's options on the command line win over those in its --config; accelerate's config says how many GPUs."""
-    command = command_line.parse(words, file.name)
-    data, draft = dict(command.options), Draft("TRL", file, target, gpus or command.processes)
+    command = command_line.parse(words, draft.file.name)
+    data, draft.gpus = dict(command.options), draft.gpus or command.processes
     lines: dict[Steps, Any] = {}
     if isinstance(config := data.pop("config", None), str):
         path = draft.locate(config)
@@ -112,6 +113,7 @@ def _command(words: Sequence[str], file: Path, target: Path, gpus: int | None) -
     if command.config_file:
         _launcher(draft, command.config_file)
     trl.read(options)
+    tokens.add_missing(draft)
     return draft
 
 

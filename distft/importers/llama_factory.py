@@ -9,7 +9,7 @@ from typing import Any
 
 from distft.config.schema_text import clean, closest, did_you_mean, show
 from distft.importers import arguments, common
-from distft.importers.datasets import DataSet, merge_formats, simplest, sources
+from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
 from distft.importers.tables import table
@@ -178,10 +178,12 @@ def _data(options: Options, stage: str) -> None:
     names = _listed(options, "dataset")
     if not names:
         draft.problems.append(f"dataset is missing ({draft.file.name})")
-    _sources(options, "dataset", "data.train", names, info, most, stage)
-    _evaluation(options, info, most, stage)
+    formats = _sources(options, "dataset", "data.train", names, info, most, stage)
+    set_formats(draft, formats + _evaluation(options, info, most, stage))
     if (template := options.text("template")) and stage != "pt":
         common.named_template(options, "template", template, ["chatml"])
+        if template == "chatml":  # data/template.py: replace_eos
+            draft.default("model.eos_token", "<|im_end|>", "template: chatml")
     if options.flag("enable_thinking") is False:
         options.drop("enable_thinking", "rows say it themselves (enable_thinking)")
         draft.warn("enable_thinking: false is not passed to the chat template; rows can have enable_thinking: false")
@@ -206,14 +208,13 @@ def _packing(options: Options, stage: str) -> None:
     draft.default("data.packing", stage == "pt", "packing")
 
 
-def _evaluation(options: Options, info: dict[str, Any] | None, most: int | None, stage: str) -> None:
+def _evaluation(options: Options, info: dict[str, Any] | None, most: int | None, stage: str) -> list[Format]:
     size = options.number("val_size")
     if size and size < 1:
         options.set("data.eval", "val_size", float(size))
     elif size:
         options.refuse("val_size", "a number of rows; data.eval takes a fraction, such as 0.05, or a file")
-    if names := _listed(options, "eval_dataset"):
-        _sources(options, "eval_dataset", "data.eval", names, info, most, stage)
+    return _sources(options, "eval_dataset", "data.eval", _listed(options, "eval_dataset"), info, most, stage)
 
 
 def _dataset_info(options: Options) -> dict[str, Any] | None:
@@ -252,10 +253,10 @@ def _sources(
     info: dict[str, Any] | None,
     most: int | None,
     stage: str,
-) -> None:
-    """data.train or data.eval of named data sets, and how their rows are read."""
+) -> list[Format]:
+    """data.train or data.eval of named data sets. Returns how their rows are read."""
     draft, entries = options.draft, list[Any]()
-    formats: list[dict[str, Any]] = []
+    formats: list[Format] = []
     for one in names:
         if info is None:
             description: Any = {"hf_hub_url": one}
@@ -271,24 +272,16 @@ def _sources(
         if found is None:
             continue
         entries += found
-        formats.append(_text(described) if stage == "pt" else _format(described))
+        if settings := _text(described) if stage == "pt" else _format(described):
+            formats.append(Format(described, "formatting", settings))
         described.data.pop("file_name", None)  # data.train has it
         described.data.pop("hf_hub_url", None)
         described.finish((), "dataset_info.json")
     if options.has("max_samples") and name == "dataset":
         options.drop("max_samples", "rows of data.train, where a data set has more")
-    if not entries:
-        return
-    options.set(field, name, simplest(entries))
-    settings = merge_formats(formats)
-    if settings is None:
-        options.refuse(name, "distft reads all data sets of a recipe in one format; these have several")
-        return
-    for key, value in settings.items():
-        if draft.fields.get(key, value) != value:
-            options.refuse(name, "distft reads the rows that are trained and evaluated in one format")
-        else:
-            draft.set(key, value, f"{name} (dataset_info.json)", None)
+    if entries:
+        options.set(field, name, simplest(entries))
+    return formats
 
 
 def _data_set(described: Options, folder: Path, most: int | None) -> list[Any] | None:

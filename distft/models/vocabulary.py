@@ -1,8 +1,9 @@
-"""A tokenizer's vocabulary without transformers: how many rows the embeddings need for model.add_tokens."""
+"""A tokenizer's vocabulary without transformers: what it has, and how many rows model.add_tokens need."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,16 @@ from distft.models.layout import Tensor
 
 if TYPE_CHECKING:
     from distft.config.recipe import Recipe
+
+# What templates write as one token; the tags of thoughts and tool calls are words in many vocabularies.
+_CONTROL = re.compile(
+    r"<\|[^\s|<>]{1,40}\|>|\[\|[a-z]{1,40}\|\]|<｜[^\s｜<>]{1,40}｜>|<(?:start|end)_of_(?:turn|utterance)>|</?s>|<(?:bos|eos)>"
+)
+
+
+def control_tokens(text: str) -> list[str]:
+    """The tokens of a chat template, or of what it prints, each once."""
+    return list(dict.fromkeys(_CONTROL.findall(text)))
 
 
 def new_token_count(recipe: Recipe) -> int:
@@ -27,7 +38,7 @@ def rows_needed(recipe: Recipe, have: int) -> int:
     wanted = list(dict.fromkeys(recipe.model.add_tokens))
     if not wanted:
         return have
-    known = _vocabulary(recipe)
+    known = vocabulary(recipe.model.name_or_path, recipe.model.revision)
     if known is None:
         return have + len(wanted)
     size = max(known.values(), default=-1) + 1
@@ -41,21 +52,19 @@ def vocabulary_tensors(tensors: Sequence[Tensor], vocab_size: int | None) -> lis
     return [tensor for tensor in tensors if tensor.kind in ("embedding", "output") and tensor.shape[0] == vocab_size]
 
 
-def _vocabulary(recipe: Recipe) -> dict[str, int] | None:
+def vocabulary(name_or_path: str, revision: str | None) -> dict[str, int] | None:
     """Token to id, as tokenizer.json has them; None where it is not on this machine."""
-    folder = Path(recipe.model.name_or_path)
+    folder = Path(name_or_path)
     path: Any = folder / "tokenizer.json"
-    if not folder.is_dir():
-        try:
-            from huggingface_hub import try_to_load_from_cache
-        except ImportError:
-            return None
-        path = try_to_load_from_cache(recipe.model.name_or_path, "tokenizer.json", revision=recipe.model.revision)
     try:
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(name_or_path, "tokenizer.json", revision=revision)
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        vocabulary = found["model"]["vocab"]
-        if not isinstance(vocabulary, dict):  # Unigram's: pairs of token and score
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        return vocabulary | {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        tokens = found["model"]["vocab"]
+        if not isinstance(tokens, dict):  # Unigram's: pairs of token and score
+            tokens = {token: number for number, (token, _) in enumerate(tokens)}
+        return tokens | {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from importing import AXOLOTL, run
+from importing import AXOLOTL, run, write_tokenizer
 
 from distft import importers
 from distft.config.loading import load_recipe
+from distft.models.vocabulary import control_tokens
 
 
 def test_command(here: Path) -> None:
@@ -27,8 +28,10 @@ def test_command(here: Path) -> None:
     assert recipe.data.train == str(here / "in" / "rows.jsonl")  # relative to the recipe
     assert (recipe.name, recipe.training.global_batch_size, recipe.lora) == ("chat", 4, None)
     assert Path("recipe.yaml").read_text().startswith("# Imported from axolotl's chat.yml, --gpus 4\nname: chat\n")
-    status, _, error = run("in/chat.yml", "--gpus", "4")
-    assert (status, error) == (2, "error: recipe.yaml: already exists; name another file, or remove it\n")
+    status, out, error = run("in/chat.yml", "--gpus", "4")
+    assert status == 2
+    assert error.endswith("error: recipe.yaml: already exists; name another file, or remove it\n")
+    assert out.startswith("mapped:\n")  # what was found is shown all the same
 
 
 def test_refused_options_write_nothing(here: Path) -> None:
@@ -179,7 +182,8 @@ def test_templates(here: Path) -> None:
     folder = Path(importers.__file__).parent / "templates"
     assert {path.stem for path in folder.iterdir()} == set(RENDERED)
     for name, expected in RENDERED.items():
-        options = {**AXOLOTL, "chat_template": name, "warmup_ratio": 0.1}
+        write_tokenizer(here / "model", *control_tokens((folder / f"{name}.jinja").read_text()))
+        options = {**AXOLOTL, "base_model": "model", "chat_template": name, "warmup_ratio": 0.1}
         (here / f"{name}.yml").write_text(yaml.safe_dump(options))
         status, _, error = run(f"{name}.yml", "--gpus", "1", "-o", f"{name}.yaml")
         assert (status, error) == (0, "")
@@ -196,10 +200,60 @@ def test_templates(here: Path) -> None:
         for start, end in reversed(spans[0]):
             text = f"{text[:start]}«{text[start:end]}»{text[end:]}"
         assert text == expected, name
-    assert run("chatml.yml", "--gpus", "1", "-o", "again.yaml")[0] == 0  # the same template is there already
+
+
+def test_templates_are_named_after_their_recipe(here: Path) -> None:
+    """Imports into one folder keep their own, and nothing is overwritten."""
     Path("chatml.jinja").write_text("mine")
-    assert "chatml.jinja: already exists" in run("chatml.yml", "--gpus", "1", "-o", "once-more.yaml")[2]
-    assert not Path("once-more.yaml").exists()
+    (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "chat_template": "chatml"}))
+    assert run("x.yml", "--gpus", "1")[1].endswith("wrote recipe.jinja\nwrote recipe.yaml\n")
+    Path("recipe.yaml").unlink()
+    assert run("x.yml", "--gpus", "1")[0] == 0  # the same template is there already
+    Path("recipe.yaml").unlink()
+    Path("recipe.jinja").write_text("mine, too")
+    status, out, error = run("x.yml", "--gpus", "1")
+    assert (status, not Path("recipe.yaml").exists()) == (2, True)
+    assert "recipe.jinja: already exists; name another recipe with -o, after which it is called, or remove it" in error
+    assert out.startswith("mapped:\n")
+    assert run("x.yml", "--gpus", "1", "-o", "other.yaml")[0] == 0
+    assert load_recipe("other.yaml").data.chat_template == str(here / "other.jinja")
+    assert "name the recipe .yaml" in run("x.yml", "--gpus", "1", "-o", "third.jinja")[2]
+    assert (
+        "recipe.jinja is written beside a recipe alone: name a file with -o"
+        in run("x.yml", "--gpus", "1", "-o", "-")[2]
+    )
+
+
+def test_tokens_that_the_tokenizer_lacks(here: Path) -> None:
+    options = {**AXOLOTL, "base_model": "model", "warmup_steps": 0, "chat_template": "chatml"}
+    options["special_tokens"] = {"eos_token": "<e>"}
+    (here / "x.yml").write_text(yaml.safe_dump(options))
+    write_tokenizer(here / "model", "<|im_end|>")
+    status, _, error = run("x.yml", "--gpus", "1")
+    assert status == 0
+    assert load_recipe("recipe.yaml").model.add_tokens == ["<e>", "<|im_start|>"]
+    assert "lacks <e>, <|im_start|>, which are added; axolotl would train <|im_start|> in pieces" in error
+    write_tokenizer(here / "model", "<|im_end|>", "<|im_start|>", "<e>")
+    assert run("x.yml", "--gpus", "1", "-o", "has.yaml")[2] == ""
+    assert load_recipe("has.yaml").model.add_tokens == []
+    (here / "x.yml").write_text(yaml.safe_dump(options | {"base_model": "owner/model", "tokens": ["<e>"]}))
+    _, _, error = run("x.yml", "--gpus", "1", "-o", "absent.yaml")
+    assert load_recipe("absent.yaml").model.add_tokens == ["<e>"]
+    assert (
+        "warning: model.add_tokens: the tokenizer of owner/model is not on this machine, and this needs <|im_start|>, "
+        'tokens of it; what it lacks goes into model.add_tokens: ["<e>", "<|im_start|>", "<|im_end|>"]\n'
+    ) in error.replace("<|im_end|> as ", "")
+
+
+def test_what_a_value_means(here: Path) -> None:
+    (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "train_on_inputs": False}))
+    out = run("x.yml", "--gpus", "1")[1]
+    assert "data.train_on: all (all answers, and no prompts)" in out
+    (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "optim_args": {"a": "x" * 300}, "relora": True}))
+    lines = run("x.yml", "--gpus", "1", "--partial", "-o", "y.yaml")[1].splitlines()
+    assert any(
+        "optim_args" in line and line.endswith("distft passes its optimizer no other arguments") for line in lines
+    )
 
 
 def test_inline_template(here: Path) -> None:
@@ -207,8 +261,8 @@ def test_inline_template(here: Path) -> None:
     (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "chat_template": "jinja", "chat_template_jinja": template}))
     status, _, error = run("x.yml", "--gpus", "1")
     assert status == 0, error
-    assert Path("x.jinja").read_text() == template
-    assert load_recipe("recipe.yaml").data.chat_template == str(here / "x.jinja")
+    assert Path("recipe.jinja").read_text() == template
+    assert load_recipe("recipe.yaml").data.chat_template == str(here / "recipe.jinja")
 
 
 def test_start_up_is_light(here: Path) -> None:

@@ -195,10 +195,28 @@ def test_axolotl_several_data_sets(imported: Import) -> None:
     eval_rows = [{"path": "owner/c", "type": "chat_template"}]
     draft = imported({**AXOLOTL, "datasets": two[:1], "test_datasets": eval_rows})
     assert reasons(draft) == {
-        "test_datasets[0].type": "distft reads the rows that are trained and evaluated in one format"
+        "test_datasets[0].type": "a recipe has one data.format and data.columns for all its data; here it would be "
+        "messages, and for datasets[0].type alpaca_prompt; write these rows in that form"
     }
     two[1]["type"] = "chat_template"
-    assert "datasets" in reasons(imported({**AXOLOTL, "datasets": two}))
+    draft = imported({**AXOLOTL, "datasets": two})
+    assert list(reasons(draft)) == ["datasets[1].type"]
+    assert "datasets" in {item.option for item in draft.mapped}  # as data.train: it is not refused, too
+
+
+def test_axolotl_formats_that_auto_tells_apart(imported: Import) -> None:
+    from_value = {"role": "from", "content": "value"}
+    chats = [
+        {"path": "owner/a", "type": "chat_template", "field_messages": "conversations"},
+        {"path": "owner/b", "type": "chat_template", "message_property_mappings": from_value, "roles": {"user": "me"}},
+        {"path": "owner/c", "type": "sharegpt"},
+    ]
+    draft = imported({**AXOLOTL, "datasets": chats, "test_datasets": [{"path": "owner/d", "type": "chat_template"}]})
+    assert not draft.refused
+    assert (draft.fields["data.format"], draft.fields["data.roles"]) == ("auto", {"me": "user"})
+    assert "data.columns" not in draft.fields
+    chats[0]["field_messages"] = "turns"  # which `auto` does not look for
+    assert list(reasons(imported({**AXOLOTL, "datasets": chats}))) == ["datasets[1].type"]
 
 
 @pytest.mark.parametrize(

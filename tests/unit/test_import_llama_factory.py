@@ -90,12 +90,13 @@ def test_llama_factory_defaults(imported: Import, described: Path) -> None:
             },
         ),
         ("mine, chats", {"train": ["data/mine.json", "owner/chats"], "format": "auto"}),
+        ("turns, mine", {"format": "auto", "columns": None, "roles": {"me": "user"}}),
     ],
 )
 def test_llama_factory_data_sets(imported: Import, described: Path, names: str, expected: dict[str, Any]) -> None:
     draft = imported({**LLAMA_FACTORY, "dataset": names})
     found = {name.removeprefix("data."): value for name, value in draft.fields.items()}
-    if "columns" in expected:  # role: role says nothing
+    if expected.get("columns"):  # role: role says nothing
         expected = expected | {"columns": {k: v for k, v in expected["columns"].items() if k != v}}
     assert {name: found.get(name) for name in expected} == expected
     assert not draft.refused
@@ -156,7 +157,7 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"finetuning_type": "freeze"}, "finetuning_type"),
         ({"use_galore": True}, "use_galore"),
         ({"lora_ranks": 8}, "lora_ranks"),
-        ({"eval_dataset": "turns"}, "eval_dataset"),
+        ({"eval_dataset": "named"}, "named.formatting"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
 )

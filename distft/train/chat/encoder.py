@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from distft.data.problems import RowProblem
+from distft.models.vocabulary import control_tokens
 from distft.train.chat.checks import ignored_option
 from distft.train.chat.conversation import Conversation, Turns
 from distft.train.chat.habits import SAMPLE, Habits
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 TrainOn = Literal["last", "all", "all_with_reasoning"]
 # Variables of templates that rows give beside messages; any other stands in chat_template_kwargs.
 _OPTIONS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
-# What templates write as one token; the tags of thoughts and tool calls are words in many vocabularies.
-_CONTROL = re.compile(
-    r"<\|[^\s|<>]{1,40}\|>|\[\|[a-z]{1,40}\|\]|<｜[^\s｜<>]{1,40}｜>|<(?:start|end)_of_(?:turn|utterance)>|</?s>|<(?:bos|eos)>"
-)
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ def check_template(encoder: ChatEncoder) -> tuple[list[RowProblem], list[str]]:
         return unread, []
     notes: list[str] = []
     closing = habits.closing
-    split = [token for token in dict.fromkeys(_CONTROL.findall(habits.sample)) if not _is_token(tokenizer, token)]
+    split = [token for token in control_tokens(habits.sample) if not _is_token(tokenizer, token)]
     at_end = [token for token in split if token in closing]
     if at_end:
         return [

@@ -32,7 +32,7 @@ from model_configs import CONFIGS
 from distft.commands.import_recipe import recipe_text
 from distft.errors import DistftError, first_line
 from distft.importers.draft import Draft
-from distft.importers.kinds import NAMES, read_file
+from distft.importers.kinds import KINDS, read_file
 from distft.jobs.target import Target, plan_recipe
 
 
@@ -126,7 +126,7 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", choices=NAMES, help="only files of this tool")
+    parser.add_argument("--kind", choices=KINDS, help="only files of this tool")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--list", action="store_true", help="name the files")
     parser.add_argument("--json", action="store_true")

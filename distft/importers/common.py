@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from distft.config.recipe import Optim
 from distft.config.schema_text import show
+from distft.importers.draft import Draft
 from distft.importers.options import Options
 
 SPEED = "affects speed only"
@@ -48,6 +49,13 @@ def plain_number(options: Options, name: str, field: str, default: float) -> Non
     if value is not None:
         options.set(field, name, float(value))
     options.draft.default(field, default, name)
+
+
+def norms_decay(draft: Draft) -> None:
+    """A warning for optimizers of all trained weights alike."""
+    decay = draft.fields["training.weight_decay"]
+    if decay and draft.fields.get("lora", True) is None:
+        draft.warn(f"training.weight_decay: {draft.kind} lets norms decay, too, by {decay}; distft does not")
 
 
 def optimizer(options: Options, name: str, default: str) -> None:

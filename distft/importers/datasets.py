@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distft.data.layouts import CONTENTS, CONVERSATIONS, PAIRS, ROLES
@@ -109,6 +110,17 @@ def _paths(draft: Draft, data_set: DataSet) -> list[str]:
         return [draft.relative(local / file) for file in data_set.files]
     at = f"@{data_set.revision}" if data_set.revision else ""
     return [f"hf://datasets/{data_set.path}{at}/{file}" for file in data_set.files]
+
+
+def cached_file(repo: str, name: str) -> Path | None:
+    """A file of a data set on the hub that is in the hub's cache."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(repo, name, repo_type="dataset")
+    except (ImportError, ValueError):
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def simplest(entries: list[str | dict[str, Any]]) -> str | list[str | dict[str, Any]]:

@@ -16,7 +16,6 @@ from distft.config.loading import read_document
 from distft.config.paths import PATH_FIELDS, PathField
 from distft.config.recipe import Recipe
 from distft.config.schema_text import show
-from distft.errors import RecipeError
 
 ANCESTORS = 4  # how many folders above a file are searched for what it names
 _DATA_FIELD = next(field for field in PATH_FIELDS if field.steps == ("data", "train"))
@@ -215,12 +214,6 @@ def _order(name: str) -> list[int]:
             (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
         )
     return order
-
-
-def raise_problems(draft: Draft) -> None:
-    """Raises RecipeError for what is wrong with the imported file itself."""
-    if draft.problems:
-        raise RecipeError(draft.problems)
 
 
 def in_words(option: str, value: Any) -> str:

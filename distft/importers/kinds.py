@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distft.config.document import MAX_BYTES, Document
-from distft.config.recipe import Recipe
+from distft.config.document import MAX_BYTES
 from distft.config.schema_text import Steps
 from distft.errors import RecipeError
-from distft.importers import accelerate, axolotl, command_line, llama_factory, tokens, torchtune, trl
+from distft.importers import accelerate, axolotl, command_line, llama_factory, llama_factory_v1, tokens, torchtune, trl
 from distft.importers.draft import Draft, run_name
-from distft.importers.options import Options
+from distft.importers.options import Options, read_yaml
 
 Reader = Callable[[Options], None]
-NAMES = ("axolotl", "LLaMA-Factory", "TRL", "torchtune", "accelerate")
+_NAMES = ("axolotl", "LLaMA-Factory", "TRL", "torchtune", "accelerate")
 
 
 def kind_of(data: Mapping[str, Any]) -> str | None:
@@ -29,6 +28,8 @@ def kind_of(data: Mapping[str, Any]) -> str | None:
         return "LLaMA-Factory"
     if "model_name_or_path" in keys and keys & trl.KEYS:
         return "TRL"
+    if isinstance(data.get("model"), str) and keys & llama_factory_v1.KEYS:
+        return llama_factory_v1.NAME
     if len(keys & accelerate.KEYS) > 1:
         return "accelerate"
     return None
@@ -38,10 +39,12 @@ _LLAMA_FACTORY = {"stage", "finetuning_type", "template", "cutoff_len", "dataset
 _READERS: dict[str, Reader] = {
     "axolotl": axolotl.read,
     "LLaMA-Factory": llama_factory.read,
+    llama_factory_v1.NAME: llama_factory_v1.read,
     "TRL": trl.read,
     "torchtune": torchtune.read,
     "accelerate": accelerate.read,
 }
+KINDS = tuple(_READERS)
 
 
 def read_command(words: Sequence[str], target: Path, gpus: int | None = None, stem: str = "recipe") -> Draft:
@@ -61,13 +64,11 @@ def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "re
     """
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
         return _command(command_line.find_command(_text(path), path.name), Draft("TRL", path, target, gpus, stem))
-    document = _document(path)
+    document = read_yaml(path)
     kind = kind_of(document.data)
-    if {"model", "train_dataset"} <= set(document.data):
-        raise RecipeError(f"{path}: a file of LLaMA-Factory's v1 trainer, which is not read; its other files are")
     if kind is None:
         raise RecipeError(
-            f"{path}: not a training file of {', '.join(NAMES[:-1])} or {NAMES[-1]}, by its keys: "
+            f"{path}: not a training file of {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, by its keys: "
             f"{', '.join(list(document.data)[:6])}{', ...' * (len(document.data) > 6)}"
         )
     draft = Draft(kind, path, target, gpus, stem)
@@ -75,14 +76,6 @@ def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "re
     _READERS[kind](Options(draft, document.data, document.places))
     tokens.add_missing(draft)
     return draft
-
-
-def _document(path: Path) -> Document[Recipe]:
-    document = Document(str(path), Recipe)
-    document.read(path)
-    if document.problems:
-        raise document.error()
-    return document
 
 
 def _text(path: Path) -> str:
@@ -104,7 +97,7 @@ def _command(words: Sequence[str], draft: Draft) -> Draft:
         path = draft.locate(config)
         if path is None:
             raise RecipeError(f"--config: no such file: {config}")
-        document = _document(path)
+        document = read_yaml(path)
         lines = {steps: line for steps, line in document.places.items() if steps and steps[0] not in data}
         data = document.data | data
         draft.file = path
@@ -123,7 +116,7 @@ def _launcher(draft: Draft, text: str) -> None:
     if path is None:
         draft.warn(f"--config_file: {text} is not here; parallelism is left to distft")
         return
-    document = _document(path)
+    document = read_yaml(path)
     part = Draft("accelerate", path, draft.target)
     accelerate.read(Options(part, document.data, document.places))
     draft.fields |= {name: value for name, value in part.fields.items() if name.startswith("parallelism.")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from distft.config.schema_text import clean, closest, did_you_mean, show
 from distft.importers import arguments, common
-from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources
+from distft.importers.datasets import DataSet, Format, cached_file, set_formats, simplest, sources
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
 from distft.importers.tables import table
@@ -72,6 +72,10 @@ def _precision(options: Options) -> None:
         options.drop("use_kt", "distft computes experts on the GPUs")
         draft.warn("use_kt: KTransformers keeps experts in host memory; `distft plan` shows what they need on the GPUs")
     options.drop_all(dict.fromkeys(("kt_config", "kt_cpu_activation"), "of KTransformers"))
+    if options.has("kt_weight_path"):
+        options.drop("kt_weight_path", "the experts of model_name_or_path are loaded")
+        draft.warn("kt_weight_path: these are quantized experts; distft loads the model's own: more exact, and larger")
+    options.drop_all({"kt_non_expert_weight_path": "the weights of model_name_or_path are loaded"})
 
 
 def _model(options: Options) -> None:
@@ -225,10 +229,13 @@ def _dataset_info(options: Options) -> dict[str, Any] | None:
         options.drop("dataset_dir", "names are ids on the hub")
         return None
     if folder and folder.startswith("REMOTE:"):
-        options.refuse("dataset_dir", f"download {folder[7:]}, and name its folder")
-        return {}
-    where = draft.locate(folder or "data")
-    file = where / "dataset_info.json" if where else None
+        file = cached_file(folder[7:], "dataset_info.json")
+        if file is None:
+            options.refuse("dataset_dir", f"it is not in the hub's cache: download {folder[7:]}, and name its folder")
+            return {}
+    else:
+        where = draft.locate(folder or "data")
+        file = where / "dataset_info.json" if where else None
     if folder:
         options.drop("dataset_dir", "data.train has the paths")
     if file is None or not file.is_file():

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from distft.config.document import Document
+from distft.config.recipe import Recipe
 from distft.config.schema_text import KINDS, NOUNS, Steps, closest, did_you_mean, dotted, show
 from distft.importers.draft import Draft, Left, Mapped
 
 T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # YAML 1.1's, which all these tools read
+
+
+def read_yaml(path: Path) -> Document[Recipe]:
+    """A YAML file, which may be any tool's, with the line of every value.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    document = Document(str(path), Recipe)
+    document.read(path)
+    if document.problems:
+        raise document.error()
+    return document
 
 
 class Options:

@@ -382,9 +382,7 @@ def _optimizer(options: Options) -> None:
         rate = 1e-3  # torch's
     group.set("training.learning_rate", "lr", rate)
     common.plain_number(group, "weight_decay", "training.weight_decay", _ADAMW_DECAY)
-    decay = draft.fields["training.weight_decay"]
-    if decay and draft.fields.get("lora", True) is None:
-        draft.warn(f"training.weight_decay: torchtune lets norms decay, too, by {decay}; distft does not")
+    common.norms_decay(draft)
     betas = group.take("betas")
     if isinstance(betas, list) and len(betas) == 2:
         draft.set("trainer.overrides.adam_beta1", betas[0], "optimizer.betas", betas)

@@ -173,3 +173,27 @@ def test_llama_factory_without_its_data_sets(imported: Import, tmp_path: Path) -
     with pytest.raises(RecipeError, match=r'dataset: "mine" is not in dataset_info.json; did you mean mines\?'):
         imported(LLAMA_FACTORY)
     assert imported({**LLAMA_FACTORY, "dataset_dir": "ONLINE", "dataset": "o/n"}).fields["data.train"] == "o/n"
+
+
+def test_llama_factory_descriptions_on_the_hub(
+    imported: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**LLAMA_FACTORY, "dataset_dir": "REMOTE:owner/described"}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert reasons(imported(options)) == {
+        "dataset_dir": "it is not in the hub's cache: download owner/described, and name its folder"
+    }
+    folder = tmp_path / "datasets--owner--described"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    (folder / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    info = {"mine": {"hf_hub_url": "owner/rows"}}
+    (folder / "snapshots" / ("a" * 40) / "dataset_info.json").write_text(json.dumps(info))
+    assert imported(options).fields["data.train"] == "owner/rows"
+
+
+def test_llama_factory_experts_on_the_host(imported: Import, described: Path) -> None:
+    draft = imported({**LLAMA_FACTORY, "use_kt": True, "kt_weight_path": "x", "kt_non_expert_weight_path": "y"})
+    assert not draft.refused
+    assert {"use_kt", "kt_weight_path", "kt_non_expert_weight_path"} <= {item.option for item in draft.dropped}
+    assert any(text.startswith("kt_weight_path: these are quantized experts") for text in draft.warnings)

@@ -9,15 +9,18 @@ one tool counts:
     refused     distft cannot train the same: what stands in the way, and how often it does so alone
     unreadable  it is incomplete, or names files that are not there
 
-Each whole recipe is loaded as `validate` loads it, and planned on --gpus H100s. Models are not downloaded: the plan is
-made with the config.json of a published model of the same family (MORE, and benchmarks/model_configs.py), and counts
-apart where there is none. Data sets on the hub are not read.
+Each whole recipe is loaded as `validate` loads it, and planned on --gpus H100s, or on as many of them as share the
+global batch evenly. Models are not downloaded: the plan is made with the config.json of a published model of the same
+family (benchmarks/model_configs.py). For families that distft plans from the headers of their weights alone, these are
+written as transformers builds the model from the defaults of its config class. Where there is neither, the recipe
+counts apart. Data sets on the hub are not read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -35,41 +38,6 @@ from distft.importers.draft import Draft
 from distft.importers.kinds import KINDS, read_file
 from distft.jobs.target import Target, plan_recipe
 
-
-def shape(vocab: int, hidden: int, layers: int, heads: int, kv: int, mlp: int) -> dict[str, int]:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": mlp,
-    }
-
-
-# Of families that the other benchmarks do not have: microsoft/phi-2, EleutherAI/gpt-j-6b,
-# CohereForAI/c4ai-command-r7b-12-2024, openai/gpt-oss-20b, ByteDance-Seed/Seed-OSS-36B-Base, Qwen/Qwen3-30B-A3B.
-MORE: dict[str, dict[str, Any]] = {
-    "phi-2": {"model_type": "phi", **shape(51200, 2560, 32, 32, 32, 10240), "partial_rotary_factor": 0.4},
-    "gpt-j-6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16},
-    "command-r7b": {"model_type": "cohere2", **shape(256000, 4096, 32, 32, 8, 14336), "tie_word_embeddings": True},
-    "gpt-oss-20b": {
-        "model_type": "gpt_oss",
-        **shape(201088, 2880, 24, 64, 8, 2880),
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-    },
-    "seed-oss-36b": {"model_type": "seed_oss", **shape(155136, 5120, 64, 80, 8, 27648), "head_dim": 128},
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        **shape(151936, 2048, 48, 32, 4, 6144),
-        "head_dim": 128,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-    },
-}
 # A published model of the same family, by the name of the imported one; the first that matches.
 FAMILIES = (
     (r"phi-(1_5|2)", "phi-2"),
@@ -86,7 +54,7 @@ FAMILIES = (
     (r"llama-?3.*(70|405)b", "llama-3.1-70b"),
     (r"llama-?3.*1b|tiny-?llama|smol", "llama-3.2-1b"),
     (r"code-?llama|llama-?2|open_?llama|yi-|solar|vicuna|deepseek-coder", "llama-2-7b"),
-    (r"llama-?4|vision|-vl-|pixtral|voxtral|gemma-?(3n|4)|qwen3[._]5|qwen3-next|moe|gpt-oss|deepseek", None),
+    (r"llama-?4|vision|-vl-|pixtral|voxtral|gemma-?3n|moe|replit|qwen-7b|kimi", None),
     (r"llama", "llama-3.1-8b"),
     (r"mixtral", "mixtral-8x7b"),
     (r"qwen-?3", "qwen3-8b"),
@@ -102,6 +70,29 @@ FAMILIES = (
     (r"stablelm", "stablelm-3b"),
     (r"olmo-?[23]", "olmo-2-7b"),
     (r"smollm3", "smollm3-3b"),
+)
+
+
+# By transformers' model_type: families that distft plans from the headers of the weights.
+BY_WEIGHTS = (
+    (r"lfm2-\d+m", "lfm2"),
+    (r"apertus", "apertus"),
+    (r"afm-4", "arcee"),
+    (r"mpt-", "mpt"),
+    (r"deepseek-v2", "deepseek_v2"),
+    (r"deepseek-v3", "deepseek_v3"),
+    (r"falcon-h1", "falcon_h1"),
+    (r"gemma-4", "gemma4"),
+    (r"glm-4-", "glm4"),
+    (r"glm-4\.5", "glm4_moe"),
+    (r"glm-4\.7-flash", "glm4_moe_lite"),
+    (r"granite-4", "granitemoehybrid"),
+    (r"jamba", "jamba"),
+    (r"nemotron-3", "nemotron_h"),
+    (r"qwen3-next", "qwen3_next"),
+    (r"qwen3\.5-\d+b-a", "qwen3_5_moe"),
+    (r"qwen3\.5", "qwen3_5"),
+    (r"trinity", "afmoe"),
 )
 
 
@@ -145,7 +136,7 @@ def main() -> None:
 
 def look_at(file: Path, name: str, arguments: argparse.Namespace, target: Path, results: dict[str, Result]) -> None:
     try:
-        draft = read_file(file, target, arguments.gpus)
+        draft, gpus = read(file, target, arguments.gpus)
     except DistftError as error:
         if "not a training file of" not in str(error) and arguments.kind:
             results[arguments.kind].files += 1
@@ -171,7 +162,15 @@ def look_at(file: Path, name: str, arguments: argparse.Namespace, target: Path, 
         result.whole.append(name)
         result.with_warnings += bool(draft.warnings)
         result.warnings.update({text.partition(":")[0] for text in draft.warnings})
-        plan(draft, name, arguments.gpus, target, result)
+        plan(draft, name, gpus, target, result)
+
+
+def read(file: Path, target: Path, gpus: int) -> tuple[Draft, int]:
+    """A file, and for how many GPUs: twice or four times as many where its groups of GPUs need them."""
+    draft = read_file(file, target, gpus)
+    if any(text.startswith("--gpus: got") for text in draft.problems) and gpus < 32:
+        return read(file, target, 2 * gpus)
+    return draft, gpus
 
 
 def plan(draft: Draft, name: str, gpus: int, target: Path, result: Result) -> None:
@@ -179,19 +178,19 @@ def plan(draft: Draft, name: str, gpus: int, target: Path, result: Result) -> No
     if draft.is_part:
         return
     recipe: dict[str, Any] = yaml.safe_load(recipe_text(draft))
-    config = stand_in(str(recipe["model"]["name_or_path"]))
-    if config is None:
+    folder = stand_in(str(recipe["model"]["name_or_path"]), target)
+    if folder is None:
         result.no_stand_in += 1
         return
-    folder = target / "model"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps((CONFIGS | MORE)[config]))
-    recipe["model"]["name_or_path"] = "model"
+    recipe["model"]["name_or_path"] = folder.name
+    recipe["model"].pop("revision", None)
     (recipe.get("lora") or {}).pop("start_from", None)
     file = target / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     try:
-        _, planned = plan_recipe(str(file), (), Target(1, gpus, gpu="H100"))
+        ranks = math.gcd(gpus, recipe["training"]["global_batch_size"])
+        nodes = math.ceil(ranks / 8)
+        _, planned = plan_recipe(str(file), (), Target(nodes, ranks // nodes, gpu="H100"))
     except DistftError as error:
         result.plan_errors[name] = first_line(error)
         return
@@ -199,10 +198,36 @@ def plan(draft: Draft, name: str, gpus: int, target: Path, result: Result) -> No
     result.fits += planned.fits
 
 
-def stand_in(model: str) -> str | None:
-    """The key in CONFIGS of a published model of the same family; None where there is none."""
+def stand_in(model: str, target: Path) -> Path | None:
+    """A folder below `target` with a model of the same family as far as a plan reads it; None where there is none."""
     text = model.lower()
-    return next((config for pattern, config in FAMILIES if re.search(pattern, text)), None)
+    name, kind = ((found for pattern, found in table if re.search(pattern, text)) for table in (FAMILIES, BY_WEIGHTS))
+    if (family := next(kind, None)) is not None:
+        return write_weights(target / family)
+    config = next(name, None)
+    if config is None:
+        return None
+    folder = target / config
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[config]))
+    return folder
+
+
+def write_weights(folder: Path) -> Path:
+    """config.json, and the header of the weights, of the model_type that the folder is named after."""
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(folder.name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(folder)
+    entry = {"dtype": "BF16", "data_offsets": [0, 0]}
+    header = json.dumps({name: {**entry, "shape": list(p.shape)} for name, p in model.named_parameters()}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
 
 
 def commit(folder: Path) -> str:

@@ -57,12 +57,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         moe_intermediate_size=1408,
         shared_expert_intermediate_size=5632,
     ),
+    # Qwen/Qwen3-30B-A3B
+    "qwen3-30b-a3b": _config(
+        "qwen3_moe",
+        151936,
+        2048,
+        48,
+        32,
+        4,
+        6144,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
     # google/gemma-2-2b, -2-9b, google/gemma-3-1b-pt
     "gemma-2-2b": _config("gemma2", 256000, 2304, 26, 8, 4, 9216, head_dim=256, sliding_window=4096, **TIED),
     "gemma-2-9b": _config("gemma2", 256000, 3584, 42, 16, 8, 14336, head_dim=256, sliding_window=4096, **TIED),
     "gemma-3-1b": _config("gemma3_text", 262144, 1152, 26, 4, 1, 6912, head_dim=256, sliding_window=512, **TIED),
     # microsoft/Phi-3-mini-4k-instruct
     "phi-3-mini": _config("phi3", 32064, 3072, 32, 32, 32, 8192, sliding_window=2047),
+    # microsoft/phi-2
+    "phi-2": _config("phi", 51200, 2560, 32, 32, 32, 10240, partial_rotary_factor=0.4),
     # openai-community/gpt2, gpt2-xl
     "gpt2": {
         "model_type": "gpt2",
@@ -80,6 +96,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 25,
         "n_positions": 1024,
     },
+    # EleutherAI/gpt-j-6b
+    "gpt-j-6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16},
     # mistralai/Mistral-7B-v0.1, -v0.3, mistralai/Mixtral-8x7B-v0.1
     "mistral-7b-0.1": _config("mistral", 32000, 4096, 32, 32, 8, 14336, sliding_window=4096),
     "mistral-7b": _config("mistral", 32768, 4096, 32, 32, 8, 14336, sliding_window=None),
@@ -120,9 +138,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # bigscience/bloom-560m, bloom-7b1
     "bloom-560m": {"model_type": "bloom", "vocab_size": 250880, "n_embed": 1024, "n_layer": 24, "n_head": 16},
     "bloom-7b1": {"model_type": "bloom", "vocab_size": 250880, "n_embed": 4096, "n_layer": 30, "n_head": 32},
-    # CohereLabs/aya-23-8B, c4ai-command-r-v01
+    # CohereLabs/aya-23-8B, c4ai-command-r-v01, c4ai-command-r7b-12-2024
     "aya-23-8b": _config("cohere", 256000, 4096, 32, 32, 8, 14336, **TIED),
     "command-r": _config("cohere", 256000, 8192, 40, 64, 64, 22528, **TIED),
+    "command-r7b": _config("cohere2", 256000, 4096, 32, 32, 8, 14336, **TIED),
+    # openai/gpt-oss-20b, ByteDance-Seed/Seed-OSS-36B-Base
+    "gpt-oss-20b": _config(
+        "gpt_oss", 201088, 2880, 24, 64, 8, 2880, head_dim=64, num_local_experts=32, num_experts_per_tok=4
+    ),
+    "seed-oss-36b": _config("seed_oss", 155136, 5120, 64, 80, 8, 27648, head_dim=128),
     # ibm-granite/granite-3.1-2b-base
     "granite-3.1-2b": _config("granite", 49152, 2048, 40, 32, 8, 8192, **TIED),
     # stabilityai/stablelm-3b-4e1t

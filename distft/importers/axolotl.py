@@ -169,10 +169,13 @@ def _parallelism(options: Options) -> None:
     if flags or config.data:
         read_fsdp([str(flag) for flag in flags], config, options, "fsdp" if flags else "fsdp_config")
     options.drop_all({"fsdp_version": "distft uses FSDP2, which trains the same"})
-    shards, replicas = options.integer("dp_shard_size") or 1, options.integer("dp_replicate_size") or 1
+    draft, names = options.draft, ("dp_shard_size", "dp_replicate_size", *axolotl_training.SHARED)
+    sizes = {name: size for name in names if (size := options.integer(name) or 1) > 1}
+    shards, replicas = sizes.get("dp_shard_size", 1), sizes.get("dp_replicate_size", 1)
     if shards > 1 or replicas > 1:
         name = "dp_replicate_size" if replicas > 1 else "dp_shard_size"
-        needs_groups(options.draft, shards, replicas, options, name)
+        needs_groups(draft, shards, replicas, options, name)
+        draft.needs_gpus(sizes)
 
 
 def _plugins(options: Options) -> None:

@@ -7,6 +7,8 @@ from distft.importers import common
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
 
+SHARED = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree")  # GPUs that have the same rows
+
 
 def read(options: Options) -> None:
     """All options of the training."""
@@ -62,7 +64,7 @@ def _batch(options: Options) -> None:
         accumulation = total // micro
     parts = {"micro_batch_size": micro or 1, "gradient_accumulation_steps": accumulation or 1}
     shared = {}
-    for name in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"):
+    for name in SHARED:
         if (size := options.integer(name) or 1) > 1:
             shared[name] = size
             options.drop(name, SPLIT)

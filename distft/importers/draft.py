@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,11 @@ class Draft:
     def template_file(self) -> str:
         return f"{self.stem}.jinja"
 
+    def change(self, name: str, to: Any) -> None:
+        """Another value for a field that has one, from the same option."""
+        self.fields[name] = to
+        self.mapped = [replace(item, to=to) if item.field == name else item for item in self.mapped]
+
     def default(self, name: str, to: Any, option: str) -> None:
         """Give a field the value that the tool takes where its file says nothing."""
         if name not in self.fields:
@@ -110,12 +115,20 @@ class Draft:
                 f"with --gpus N, training.global_batch_size is {product} x N"
             )
             return
-        if self.gpus % sharing:
-            names = " x ".join(f"{name} {factor}" for name, factor in shared.items())
-            self.problems.append(f"--gpus: got {self.gpus}, need a multiple of {sharing} ({names})")
+        if not self.needs_gpus(shared):
             return
         division = f" / {' / '.join(f'{name} {factor}' for name, factor in shared.items())}" if shared else ""
         self.set("training.global_batch_size", product * self.gpus // sharing, f"{text} x --gpus {self.gpus}{division}")
+
+    def needs_gpus(self, sizes: Mapping[str, int]) -> bool:
+        """Whether --gpus is a multiple of the sizes of groups of GPUs; a problem where it is not."""
+        product = prod(sizes.values())
+        if self.gpus is None or self.gpus % product == 0:
+            return True
+        names = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        self.problems = [text for text in self.problems if not text.startswith("--gpus: got")]
+        self.problems.append(f"--gpus: got {self.gpus}, need a multiple of {product} ({names})")
+        return False
 
     # ---- paths
 

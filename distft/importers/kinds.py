@@ -9,7 +9,17 @@ from typing import Any
 from distft.config.document import MAX_BYTES
 from distft.config.schema_text import Steps
 from distft.errors import RecipeError
-from distft.importers import accelerate, axolotl, command_line, llama_factory, llama_factory_v1, tokens, torchtune, trl
+from distft.importers import (
+    accelerate,
+    axolotl,
+    command_line,
+    llama_factory,
+    llama_factory_v1,
+    sharding,
+    tokens,
+    torchtune,
+    trl,
+)
 from distft.importers.draft import Draft, run_name
 from distft.importers.options import Options, read_yaml
 
@@ -74,8 +84,7 @@ def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "re
     draft = Draft(kind, path, target, gpus, stem)
     draft.fields["name"] = run_name(path.stem)
     _READERS[kind](Options(draft, document.data, document.places))
-    tokens.add_missing(draft)
-    return draft
+    return _finished(draft)
 
 
 def _text(path: Path) -> str:
@@ -106,7 +115,13 @@ def _command(words: Sequence[str], draft: Draft) -> Draft:
     if command.config_file:
         _launcher(draft, command.config_file)
     trl.read(options)
+    return _finished(draft)
+
+
+def _finished(draft: Draft) -> Draft:
+    """What follows from several options together."""
     tokens.add_missing(draft)
+    sharding.leave_to_distft(draft)
     return draft
 
 

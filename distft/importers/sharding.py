@@ -15,6 +15,7 @@ from typing import Any
 from distft.config.schema_text import clean, show
 from distft.importers.draft import Draft
 from distft.importers.options import Options
+from distft.rules.combinations import is_bitsandbytes
 from distft.rules.upstream import ZERO_KEYS
 
 TUNING = "tunes speed and memory only"
@@ -218,6 +219,23 @@ def read_fsdp(flags: list[str], config: Options, options: Options, name: str) ->
         config.set("training.gradient_checkpointing", "activation_checkpointing", True)
     config.drop_all(_FSDP_DROPPED)
     config.finish((), "an FSDP config")
+
+
+def leave_to_distft(draft: Draft) -> None:
+    """Let distft choose the strategy where the one of the file cannot shard what is trained here: it is the same."""
+    fields = draft.fields
+    strategy, optimizer = fields.get("parallelism.strategy"), str(fields.get("training.optim"))
+    if strategy in ("fsdp", "hsdp") and is_bitsandbytes(optimizer):
+        why = f"{optimizer} does not work under {strategy}"
+    elif strategy in ("fsdp", "hsdp", "zero3") and fields.get("model.quantization") == "int8":
+        why = f"{strategy} cannot shard int8 weights"
+    else:
+        return
+    draft.change("parallelism.strategy", "auto")
+    for name in ("offload", "hsdp_shard_size"):
+        if f"parallelism.{name}" in fields:
+            draft.change(f"parallelism.{name}", "auto")
+    draft.warn(f"parallelism.strategy: {why}, so distft chooses another; what is trained stays the same")
 
 
 def needs_groups(draft: Draft, shards: int, replicas: int, options: Options, name: str) -> None:

@@ -320,6 +320,31 @@ def test_sharding(imported: Import, tmp_path: Path, options: dict[str, Any], exp
     assert (draft.fields["parallelism.strategy"], draft.fields.get("parallelism.offload")) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"optimizer": "adamw_torch_8bit", "fsdp": ["full_shard"]}, "adamw_bnb_8bit does not work under fsdp"),
+        (
+            {"adapter": "lora", "lora_target_linear": True, "load_in_8bit": True, "dp_shard_size": 2},
+            "fsdp cannot shard int8 weights",
+        ),
+    ],
+)
+def test_sharding_that_distft_does_not_have(imported: Import, options: dict[str, Any], why: str) -> None:
+    draft = imported({**AXOLOTL, **options})
+    assert draft.fields["parallelism.strategy"] == "auto"
+    assert draft.fields.get("parallelism.offload", "auto") == "auto"
+    assert [item.to for item in draft.mapped if item.field == "parallelism.strategy"] == ["auto"]
+    assert f"parallelism.strategy: {why}, so distft chooses another; what is trained stays the same" in draft.warnings
+
+
+def test_groups_of_gpus(imported: Import) -> None:
+    options = {**AXOLOTL, "dp_shard_size": 4, "dp_replicate_size": 2, "tensor_parallel_size": 2}
+    with pytest.raises(RecipeError, match=r"--gpus: got 8, need a multiple of 16 \(dp_shard_size 4 x"):
+        imported(options)
+    assert imported(options, gpus=16).fields["training.global_batch_size"] == 8
+
+
 def test_a_deepspeed_config_with_its_own_optimizer(imported: Import, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}, "optimizer": {"params": {"lr": 1}}}')
     assert list(reasons(imported({**AXOLOTL, "deepspeed": "ds.json"}))) == ['"ds.json".optimizer']

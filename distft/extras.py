@@ -54,14 +54,15 @@ def installed() -> dict[str, str]:
 
 
 def requirements() -> list[tuple[str, Bounds]]:
-    """Name and bounds of each package that distft's own metadata lists under the extra `train`."""
+    """Name and bounds of each package that distft's own metadata lists under the extra `train`, without conditions:
+    those that not every machine can have are not needed."""
     from importlib import metadata
 
     found = []
     for line in metadata.requires("distft") or []:
         requirement, _, marker = line.partition(";")
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if name and re.search(r"""extra\s*==\s*["']train["']""", marker):
+        if name and re.fullmatch(r"""\s*extra\s*==\s*["']train["']\s*""", marker):
             found.append((name[0], re.findall(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)", requirement)))
     return found
 

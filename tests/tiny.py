@@ -114,7 +114,8 @@ def make_model(folder: Path, **changes: Any) -> None:
 
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4}
-    config = LlamaConfig(num_key_value_heads=2, max_position_embeddings=256, **(sizes | changes))
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = LlamaConfig(**(sizes | changes))
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from distft.data.sources import Use, find_data
 from distft.errors import DataError, DistftError, first_line
 from distft.runs.directory import RunDir
 from distft.train import worker
+from distft.train.chat import TokensDifferError
 from distft.train.documents import Documents
 from distft.train.encoding import Counts, RowEncoder, encode_all
 from distft.train.progress import Progress
@@ -92,12 +93,12 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
     found = find_data(recipe.data)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
     try:
-        counts: dict[Use, Counts] = {}
-        for use, several in found.items():
-            if several:
-                counts |= _prepare_split(rows, several, use, work)
+        try:
+            counts = _prepare_splits(rows, found, work)
+        except TokensDifferError as error:
+            rows.tokenization.slow_down(str(error))
+            counts = _prepare_splits(rows, found, work)
         (work / cache.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
-        shutil.rmtree(work / "tmp", ignore_errors=True)
         try:
             work.rename(folder)
         except OSError:  # another node was faster on a shared file system; the name says that the content is the same
@@ -107,6 +108,17 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
         raise DataError(_not_writable(folder, error)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _prepare_splits(rows: RowEncoder, found: Mapping[Use, Sequence[Found]], folder: Path) -> dict[Use, Counts]:
+    counts: dict[Use, Counts] = {}
+    try:
+        for use, several in found.items():
+            if several:
+                counts |= _prepare_split(rows, several, use, folder)
+    finally:
+        shutil.rmtree(folder / "tmp", ignore_errors=True)
+    return counts
 
 
 def _check_model_code(recipe: Recipe) -> None:

@@ -24,9 +24,9 @@ from distft.data.reading import Tally, examples
 from distft.data.sources import Use
 from distft.errors import DataError, RunError
 from distft.runs.processes import die_with_parent
-from distft.train.chat import Document
+from distft.train.chat import Document, Tokenization, Tokens
 from distft.train.documents import Encoded
-from distft.train.tokens import Encoder, Tokens, encoder
+from distft.train.tokens import Encoder, encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ class RowEncoder:
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self.recipe = recipe
-        self.tokenizer = tokenizer
+        self.tokenization = Tokenization(tokenizer)
         self.formatter = Formatter.of(recipe.data, bool(tokenizer.chat_template))
         self.held_out = recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
         self._encoders: dict[str, Encoder] = {}
@@ -98,7 +98,7 @@ class RowEncoder:
                 raise DataError(
                     f"data.long_rows: split needs rows of text, and got {kind}; use error, truncate or drop"
                 )
-            self._encoders[kind] = encoder(kind, self.tokenizer, self.recipe)
+            self._encoders[kind] = encoder(kind, self.tokenization, self.recipe)
         return self._encoders[kind]
 
     def documents(
@@ -133,7 +133,10 @@ class RowEncoder:
                     parts[use].add(row, ids, labels)
             except RowProblem as problem:
                 tally.problems.add(problem.kind, place, problem.text)
-        parts["train"].counts.notes = [note for one in self._encoders.values() for note in one.notes]
+        parts["train"].counts.notes = [
+            *self.tokenization.notes,
+            *(note for one in self._encoders.values() for note in one.notes),
+        ]
         return number, {use: (part.encoded(), part.counts) for use, part in parts.items()}, tally
 
 
@@ -173,6 +176,7 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[Answer]:
 
     Raises:
         DataError: the tokenizer cannot encode such rows.
+        TokensDifferError: it cannot be sped up.
         RunError: a process was killed.
     """
     batches = iter(work)
@@ -188,6 +192,7 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[Answer]:
     number = processes()
     # Each process tokenizes one text at a time; threads of the tokenizer's own would not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    rows.tokenization.speed_up()
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _start, (rows,))
     waiting: deque[Future[Answer]] = deque()
     try:

@@ -156,7 +156,7 @@ class _Reader:
         for end in range(1, len(ids) + 1):
             trained = labels[start] != IGNORE
             if end == len(ids) or (labels[end] != IGNORE) != trained:
-                text = str(self.rows.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+                text = str(self.rows.tokenization.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
                 yield text[len(before) :], trained
                 before, start = text, end
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from distft.config.recipe import Recipe
 from distft.data.formats import IGNORE, Kind
 from distft.errors import DataError
-from distft.train.chat import ChatEncoder, Document, RowProblem, Span, check_template, tokenize
+from distft.train.chat import ChatEncoder, Document, RowProblem, Span, Tokenization, Tokens, check_template
 from distft.train.special_tokens import new_tokens, read_tokenizer, set_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = tuple[list[int], list[bool]]  # ids, and whether each is trained on
 Encode = Callable[[Mapping[str, Any]], list[Document]]  # takes the fields of a row; raises RowProblem
 
 
@@ -53,13 +52,13 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
     return str(named[given])
 
 
-def encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+def encoder(kind: Kind, tokenization: Tokenization, recipe: Recipe) -> Encoder:
     """The encoder of examples of this kind.
 
     Raises:
         DataError: the tokenizer cannot encode them.
     """
-    made = _ENCODERS[kind](tokenizer, recipe)
+    made = _ENCODERS[kind](tokenization, recipe)
     encode, added = made.encode, new_tokens(recipe)
     trained = ": its row is trained" if recipe.lora else ""
     notes = [
@@ -67,7 +66,7 @@ def encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> E
         *(f"model.add_tokens: {t} is in the vocabulary already, and is not added{trained}" for t in added.present),
     ]
     if added.rows is not None:
-        encode = _with_embeddings(encode, tokenizer, recipe, added.rows)
+        encode = _with_embeddings(encode, tokenization.tokenizer, recipe, added.rows)
     if recipe.data.train_on != "everything" or kind == "tokens":  # whose labels say what is trained
         return Encoder(encode, notes)
     return Encoder(lambda row: [_all_trained(document) for document in encode(row)], notes)
@@ -110,14 +109,15 @@ def _all_trained(document: Document) -> Document:
     return replace(document, trained=[True] * len(document.ids), spans=spans, left_out=())
 
 
-def _chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+def _chat_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
+    tokenizer = tokenization.tokenizer
     if not tokenizer.chat_template:
         raise DataError(
             f"data.format: messages need a chat template, and the tokenizer of {recipe.model.name_or_path} has none; "
             "set data.chat_template to a Jinja file, or use prompt + completion"
         )
     train_on = "all" if recipe.data.train_on == "everything" else recipe.data.train_on
-    chat = ChatEncoder(tokenizer, train_on=train_on, ignore_fields=recipe.data.ignore_fields)
+    chat = ChatEncoder(tokenizer, train_on=train_on, ignore_fields=recipe.data.ignore_fields, tokenization=tokenization)
     problems, notes = check_template(chat)
     if problems:
         source = recipe.data.chat_template or f"the chat template of {recipe.model.name_or_path}"
@@ -125,35 +125,38 @@ def _chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder
     return Encoder(chat.encode, notes)
 
 
-def _text_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+def _text_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
+    tokenizer = tokenization.tokenizer
+
     def encode(row: Mapping[str, Any]) -> list[Document]:
         text = row["text"]
-        ids = _begun(_ids(tokenizer, text), tokenizer)
+        ids = _begun(tokenization.ids(text), tokenizer)
         ids, trained = _ended(ids, [True] * len(ids), tokenizer)
         return [Document(ids, trained, text, [Span("text", 0, len(text), True)])]
 
     return Encoder(encode, [])
 
 
-def _pair_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+def _pair_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
     """A prompt and its completion, tokenized separately as at inference: there the prompt is tokenized before any
     completion exists.
 
     A tokenizer that puts a space before every text (SentencePiece's, for one) would put one between the two, so there
     they are tokenized as one text.
     """
+    tokenizer = tokenization.tokenizer
     joined = _puts_space_before(tokenizer)
 
     def encode(row: Mapping[str, Any]) -> list[Document]:
         prompt, completion = row["prompt"], row["completion"]
         text, edge = prompt + completion, len(prompt)
         if joined:
-            ids, trained = tokenize(tokenizer, text, [(edge, len(text))], add_special_tokens=True)
+            ids, trained = tokenization.marked(text, [(edge, len(text))], add_special_tokens=True)
         else:
-            ids = _ids(tokenizer, prompt)
+            ids = tokenization.ids(prompt)
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
-            answer = _ids(tokenizer, completion, add_special_tokens=False)
+            answer = tokenization.ids(completion, add_special_tokens=False)
             ids, trained = ids + answer, [False] * len(ids) + [True] * len(answer)
         begun = _begun(ids, tokenizer)
         ids, trained = _ended(begun, trained[len(ids) - len(begun) :], tokenizer)
@@ -164,9 +167,9 @@ def _pair_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder
     return Encoder(encode, [])
 
 
-def _token_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encoder:
+def _token_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
     """Tokens as they are: none is added."""
-    size = len(tokenizer)
+    size = len(tokenization.tokenizer)
 
     def encode(row: Mapping[str, Any]) -> list[Document]:
         ids = row["input_ids"]
@@ -178,7 +181,7 @@ def _token_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Encode
     return Encoder(encode, [])
 
 
-_ENCODERS: dict[Kind, Callable[[PreTrainedTokenizerBase, Recipe], Encoder]] = {
+_ENCODERS: dict[Kind, Callable[[Tokenization, Recipe], Encoder]] = {
     "messages": _chat_encoder,
     "prompt_completion": _pair_encoder,
     "text": _text_encoder,
@@ -187,12 +190,8 @@ _ENCODERS: dict[Kind, Callable[[PreTrainedTokenizerBase, Recipe], Encoder]] = {
 
 
 def _puts_space_before(tokenizer: PreTrainedTokenizerBase) -> bool:
-    first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, "x", add_special_tokens=False))[0]
+    first = tokenizer.convert_ids_to_tokens(Tokenization(tokenizer).ids("x", add_special_tokens=False))[0]
     return first.startswith(("▁", "Ġ"))  # SentencePiece's and byte-level BPE's space
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
 def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

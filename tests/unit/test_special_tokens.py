@@ -17,6 +17,7 @@ from distft.errors import DataError
 from distft.models.shapes import read_model_shape
 from distft.models.vocabulary import rows_needed
 from distft.runs.checkpoints import differences, model_identity
+from distft.train.chat import Tokenization
 from distft.train.special_tokens import new_tokens
 from distft.train.tokens import encoder, load_tokenizer
 
@@ -96,7 +97,7 @@ def test_what_the_simulation_counts(recipe: Callable[..., Recipe]) -> None:
 
 def test_what_is_said(recipe: Callable[..., Recipe], tiny: Tiny, tmp_path: Path) -> None:
     changed = recipe(add_tokens=["<|go|>", IM[1]])
-    notes = encoder("text", load_tokenizer(changed), changed).notes
+    notes = encoder("text", Tokenization(load_tokenizer(changed)), changed).notes
     assert notes == ["model.add_tokens: <|go|> is in the vocabulary already, and is not added: its row is trained"]
     with pytest.raises(
         DataError, match=r"model.eos_token: '<\|im_end\|>' is not in the tokenizer's vocabulary"

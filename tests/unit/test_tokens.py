@@ -4,17 +4,19 @@ that puts a space before every text."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from chats import assistant, system, tokenizer_for, user
+from chats import assistant, system, tokenizer_for, trl_templates, user
 from tiny import CHAT_TEMPLATE, Tiny, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from distft.config.loading import load_recipe
 from distft.config.recipe import Recipe
 from distft.errors import DataError
+from distft.train.chat import ChatEncoder, Tokenization
 from distft.train.data import load_prepared
 from distft.train.tokens import _chat_template, encoder
 from distft.views.summary import data_lines
@@ -32,7 +34,7 @@ def tokenizer(metaspace: bool, ends: str = "<s> $A") -> Any:
 
 def pieces(fast: Any, row: dict[str, str]) -> tuple[list[str], list[str]]:
     """The tokens of a row, and those that are trained."""
-    (document,) = encoder("text" if "text" in row else "prompt_completion", fast, RECIPE).encode(row)
+    (document,) = encoder("text" if "text" in row else "prompt_completion", Tokenization(fast), RECIPE).encode(row)
     tokens = fast.convert_ids_to_tokens(document.ids)
     return tokens, [token for token, trained in zip(tokens, document.trained, strict=True) if trained]
 
@@ -69,14 +71,14 @@ def test_everything_is_trained() -> None:
     """Prompts and questions too; a conversation is rendered as it is otherwise."""
     recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"train_on": "everything"})})
     fast = tokenizer(False)
-    (document,) = encoder("prompt_completion", fast, recipe).encode(pair("hello(", "x)"))
+    (document,) = encoder("prompt_completion", Tokenization(fast), recipe).encode(pair("hello(", "x)"))
     assert fast.convert_ids_to_tokens(document.ids) == ["<s>", "hello", "(", "x", ")", "</s>"]
     assert document.trained == [True] * 6
     assert [span.trained for span in document.spans] == [True, True]
     chat = tokenizer_for(CHAT_TEMPLATE)
     row = {"messages": [user("hello"), assistant("token"), user("x"), assistant("hello")]}
-    (usual,) = encoder("messages", chat, RECIPE).encode(row)
-    (whole,) = encoder("messages", chat, recipe).encode(row)
+    (usual,) = encoder("messages", Tokenization(chat), RECIPE).encode(row)
+    (whole,) = encoder("messages", Tokenization(chat), recipe).encode(row)
     assert whole.ids == usual.ids
     assert not all(usual.trained)
     assert whole.trained == [True] * len(whole.ids)
@@ -154,9 +156,8 @@ def test_trained_tokens_are_those_with_a_character_in_a_range(tiny: Tiny, specia
     """Against the offsets of all tokens, for characters that are several tokens and edges within a token."""
     from transformers import AutoTokenizer
 
-    from distft.train.chat import tokenize
-
     tokenizer, source = AutoTokenizer.from_pretrained(tiny.path / "model"), random.Random(0)
+    slow, quick = Tokenization(tokenizer), quickened(tokenizer)
     for _ in range(200):
         text = "".join(source.choice(["read", " file", "🦜", "é", "<eos>", "\n", "  ", "ﬁ"]) for _ in range(12))
         edges = sorted(source.sample(range(len(text) + 1), 4))
@@ -166,4 +167,65 @@ def test_trained_tokens_are_those_with_a_character_in_a_range(tiny: Tiny, specia
             any(start < right and end > left for left, right in ranges) and end > start
             for start, end in found["offset_mapping"]
         ]
-        assert tokenize(tokenizer, text, ranges, special) == (found["input_ids"], wanted), (text, ranges)
+        for tokenization in (slow, quick):
+            assert tokenization.marked(text, ranges, special) == (found["input_ids"], wanted), (text, ranges)
+
+
+def quickened(fast: Any) -> Tokenization:
+    """fastokens' tokens, and none of them compared."""
+    tokenization = Tokenization(fast)
+    tokenization.speed_up()
+    assert tokenization._quick is not None
+    tokenization._is_compared = lambda: False
+    return tokenization
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_quick_tokens_are_the_same(metaspace: bool) -> None:
+    """For texts of many scripts, control tokens and white space, with BOS; on a published template's conversations."""
+    fast, source = tokenizer(metaspace, "<s> $A </s>"), random.Random(0)
+    fast.add_tokens(["<|im_end|>"], special_tokens=True)
+    blocks = [(32, 127), (32, 127), (9, 14), (0xA0, 0x250), (0x300, 0x370), (0x600, 0x700), (0x900, 0xA00)]
+    blocks += [(0x2000, 0x2070), (0x3040, 0x3100), (0x4E00, 0x5000), (0xAC00, 0xAD00), (0x1F300, 0x1F700)]
+    quick = quickened(fast)
+    for _ in range(300):
+        letters = (chr(source.randrange(*source.choice(blocks))) for _ in range(40))
+        text = "".join(letters) + source.choice(["", "<|im_end|>", " \n\n  x", "</s>"])
+        for special in (True, False):
+            assert quick.ids(text, special) == fast(text, add_special_tokens=special)["input_ids"], text
+    chat = tokenizer_for(trl_templates()["qwen2_5"], metaspace=metaspace)
+    row = {
+        "messages": [system("Be short"), *(turn for n in range(9) for turn in (user(f"How {n}?"), assistant("é 🦜")))]
+    }
+    (slow,), (found,) = (
+        ChatEncoder(chat, tokenization=one).encode(row) for one in (Tokenization(chat), quickened(chat))
+    )
+    assert found == slow and any(found.trained)
+
+
+def test_tokens_that_differ(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fastokens that is wrong about one word is found out: all rows are tokenized without it, and it is said."""
+    import fastokens
+
+    class Wrong:
+        def __init__(self, text: str):
+            self.true = made(text)
+
+        def encode(self, text: str, special: bool) -> Any:
+            return self.true.encode(text.replace("mesh", "path"), special)
+
+    made = fastokens.Tokenizer.from_json_str
+    rows = [{"prompt": "read ", "completion": f"{n} mesh" if n == 25_000 else f"{n}"} for n in range(30_000)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tiny.recipe(data__train=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    right = load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+    assert right.counts["train"]["notes"] == []
+    monkeypatch.setattr(fastokens.Tokenizer, "from_json_str", Wrong)
+    monkeypatch.setattr("distft.train.chat.tokenize.COMPARED", 1)
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "own"))
+    found = load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+    assert found.train.data.table.equals(right.train.data.table)
+    assert found.counts["train"]["notes"] == [
+        "fastokens and tokenizers give different tokens for '25000 mesh'; the slower tokenizers is used"
+    ]

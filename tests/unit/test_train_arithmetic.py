@@ -16,7 +16,7 @@ from tiny import Tiny
 from distft.config.recipe import Recipe, Training
 from distft.data import few_steps
 from distft.runs.directory import RunDir
-from distft.train.chat import RowProblem
+from distft.train.chat import RowProblem, Tokenization
 from distft.train.encoding import Counts, fit
 from distft.train.metrics import MetricsLog, tokens_per_step
 from distft.train.sampler import StreamSampler
@@ -222,7 +222,7 @@ def encoded(
         changes = {"data__chat_template": str(folder / "template.jinja")}
     recipe = Recipe.model_validate(tiny.recipe(**changes))
     tokenizer = load_tokenizer(recipe)
-    (document,) = encoder(data_format, tokenizer, recipe).encode(row)
+    (document,) = encoder(data_format, Tokenization(tokenizer), recipe).encode(row)
     trained = [i for i, wanted in zip(document.ids, document.trained, strict=True) if wanted]
     return tokenizer.decode(document.ids), tokenizer.decode(trained)
 

@@ -9,6 +9,16 @@ the line break after that; not the header that the generation prompt gives. Wher
 
 from distft.data.problems import RowProblem
 from distft.train.chat.encoder import ChatEncoder, Document, Span, TrainOn, check_template
-from distft.train.chat.tokenize import tokenize
+from distft.train.chat.tokenize import Tokenization, Tokens, TokensDifferError
 
-__all__ = ["ChatEncoder", "Document", "RowProblem", "Span", "TrainOn", "check_template", "tokenize"]
+__all__ = [
+    "ChatEncoder",
+    "Document",
+    "RowProblem",
+    "Span",
+    "Tokenization",
+    "Tokens",
+    "TokensDifferError",
+    "TrainOn",
+    "check_template",
+]

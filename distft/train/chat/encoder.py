@@ -17,7 +17,7 @@ from distft.train.chat.habits import SAMPLE, Habits
 from distft.train.chat.messages import Message
 from distft.train.chat.ranges import Range
 from distft.train.chat.template import ChatTemplate, Rendered
-from distft.train.chat.tokenize import tokenize
+from distft.train.chat.tokenize import Tokenization
 from distft.train.chat.values import FLAGS, check_message, is_trained
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ChatEncoder:
             trained in a document that ends with it.
         ignore_fields: keys of rows and messages that are left out before rendering.
         options: variables for the template; a row's own take precedence.
+        tokenization: of that tokenizer, if it is shared.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class ChatEncoder:
         train_on: TrainOn = "all",
         ignore_fields: Iterable[str] = (),
         options: Mapping[str, Any] | None = None,
+        tokenization: Tokenization | None = None,
     ):
         self.tokenizer = tokenizer
+        self.tokenization = tokenization or Tokenization(tokenizer)
         self.train_on = train_on
         self.ignored = frozenset(ignore_fields)
         self.options = dict(options or {})
@@ -144,7 +147,7 @@ class ChatEncoder:
                 f"messages: the text begins with {bos} twice; remove it from the message or from data.chat_template",
             )
         try:
-            ids, trained = tokenize(self.tokenizer, rendered.text, turns.ranges)
+            ids, trained = self.tokenization.marked(rendered.text, turns.ranges)
         except (TypeError, UnicodeEncodeError):
             raise RowProblem(
                 "lone-surrogate", "messages: got half of a surrogate pair (such as \\ud83d), which is no character"

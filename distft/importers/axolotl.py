@@ -57,6 +57,11 @@ def _model(options: Options) -> None:
             options.taken.discard(name)
     _attention(options)
     _tokens(options)
+    parts = {part.removeprefix("^").removesuffix(".*") for part in options.texts("unfrozen_parameters")}
+    if options.is_on("adapter") or not parts >= {"model.language_model", "lm_head"}:
+        options.taken.discard("unfrozen_parameters")  # refused
+    else:
+        options.drop("unfrozen_parameters", "the whole language model is trained, and distft loads nothing else")
 
 
 def _attention(options: Options) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from distft.config.schema_text import show
 from distft.importers import common
-from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources
+from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources, with_share
 from distft.importers.options import Options
 from distft.importers.tables import table
 
@@ -89,6 +89,9 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
         found = sources(draft, data_set, one.path("split"))
         if found is None:
             one.refuse("split", "data.train takes a whole split, or a share of it")
+        elif shards := one.integer("shards"):  # utils/data/sft.py: a shard of the shuffled rows
+            draft.warn(f"{one.path('shards')}: one in {shards} rows is drawn by training.seed, not those of the shard")
+            entries += with_share(found, {"epochs": round(1 / shards, 6)})
         else:
             entries += found
         if settings := _format(one):

@@ -112,6 +112,11 @@ def _paths(draft: Draft, data_set: DataSet) -> list[str]:
     return [f"hf://datasets/{data_set.path}{at}/{file}" for file in data_set.files]
 
 
+def with_share(entries: list[str | dict[str, Any]], share: dict[str, Any]) -> list[str | dict[str, Any]]:
+    """The entries with how much of each is used."""
+    return [({"path": entry} if isinstance(entry, str) else entry) | share for entry in entries]
+
+
 def cached_file(repo: str, name: str) -> Path | None:
     """A file of a data set on the hub that is in the hub's cache."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from distft.errors import RecipeError
 from distft.importers import common
 from distft.importers.common import SPEED
-from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources
+from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources, with_share
 from distft.importers.options import Options, read_yaml
 from distft.importers.sharding import SPLIT, TUNING, needs_groups, read_deepspeed, set_strategy
 from distft.importers.tables import table
@@ -207,7 +207,7 @@ def _entries(one: Options) -> list[Any]:
         "there are enough; LLaMA-Factory draws with repetition"
     )
     share = {"rows": int(size * (weight or 1))} if size else {"epochs": weight}
-    return [({"path": entry} if isinstance(entry, str) else entry) | share for entry in found or []]
+    return with_share(found or [], share)
 
 
 def _format(one: Options) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def test_axolotl_qlora(imported: Import, tmp_path: Path) -> None:
         ({"type": None}, {"format": "tokens"}),
         ({"type": "alpaca", "split": "train[:20%]"}, {"train": [{"path": "owner/rows", "epochs": 0.2}]}),
         ({"type": "alpaca", "split": "test[:100]"}, {"train": [{"path": "owner/rows:test", "rows": 100}]}),
+        ({"type": "alpaca", "shards": 4}, {"train": [{"path": "owner/rows", "epochs": 0.25}]}),
         ({"type": "alpaca", "name": "small"}, {"train": [{"path": "owner/rows", "config": "small"}]}),
         ({"type": "alpaca", "revision": "v1"}, {"train": "owner/rows@v1"}),
         ({"type": "alpaca", "data_files": "a.jsonl"}, {"train": "hf://datasets/owner/rows/a.jsonl"}),
@@ -336,6 +337,14 @@ def test_sharding_that_distft_does_not_have(imported: Import, options: dict[str,
     assert draft.fields.get("parallelism.offload", "auto") == "auto"
     assert [item.to for item in draft.mapped if item.field == "parallelism.strategy"] == ["auto"]
     assert f"parallelism.strategy: {why}, so distft chooses another; what is trained stays the same" in draft.warnings
+
+
+def test_a_frozen_vision_tower(imported: Import) -> None:
+    options = {**AXOLOTL, "unfrozen_parameters": ["^model.language_model.*", "lm_head"]}
+    assert not imported(options).refused
+    assert list(reasons(imported({**options, "unfrozen_parameters": ["model.language_model.*"]}))) == [
+        "unfrozen_parameters"
+    ]
 
 
 def test_groups_of_gpus(imported: Import) -> None:

@@ -47,7 +47,11 @@ def read(options: Options) -> None:
     if not data_sets and not options.is_on("pretraining_dataset"):
         draft.problems.append(f"datasets is missing ({draft.file.name})")
     formats = _sources(options, data_sets, "datasets", "data.train")
-    set_formats(draft, formats + _evaluation(options))
+    formats += _evaluation(options)
+    set_formats(draft, formats)
+    for one in formats:
+        table("axolotl_datasets").apply(one.options)
+        one.options.finish((), "axolotl's data sets")
     if (
         data_sets and draft.fields.get("data.format") == "text"
     ):  # prompt_strategies/completion.py cuts texts into pieces
@@ -94,8 +98,7 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
             entries += with_share(found, {"epochs": round(1 / shards, 6)})
         else:
             entries += found
-        if settings := _format(one):
-            formats.append(Format(one, "type", settings))
+        formats.append(Format(one, "type", _format(one)))
         for key in ("split", "name", "revision", "data_files"):
             one.taken.add(key)
     if entries:
@@ -104,9 +107,6 @@ def _sources(options: Options, data_sets: list[Options], name: str, field: str) 
             draft.set(field, simplest(entries), data_sets[0].path("path"), paths[0], data_sets[0].line("path"))
         else:
             options.set(field, name, simplest(entries))
-    for one in data_sets:
-        table("axolotl_datasets").apply(one)
-        one.finish((), f"axolotl's {name}")
     return formats
 
 

@@ -135,8 +135,8 @@ def simplest(entries: list[str | dict[str, Any]]) -> str | list[str | dict[str, 
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of a data set are read: data.format, and where it needs them data.columns and data.roles. `option`
-    of `options` says so."""
+    """How the rows of a data set are read: data.format, and where it needs them data.columns and data.roles; nothing
+    where that was refused. `option` of `options` says so."""
 
     options: Options
     option: str
@@ -146,6 +146,7 @@ class Format:
 def set_formats(draft: Draft, formats: list[Format]) -> None:
     """One format for all data sets, trained and evaluated: a recipe has no other for one of them. The first that does
     not go together with those before it is refused."""
+    formats = [one for one in formats if one.settings]
     for number, one in enumerate(formats):
         if _merged([other.settings for other in formats[: number + 1]]) is None:
             one.options.refuse(
@@ -157,10 +158,12 @@ def set_formats(draft: Draft, formats: list[Format]) -> None:
             break
     if not formats:
         return
-    first = formats[0]
-    for name, value in (_merged([one.settings for one in formats]) or {}).items():
-        shown = first.options.path(first.option)
-        draft.set(name, value, shown, first.options.data.get(first.option), first.options.line(first.option))
+    first, settings = formats[0], _merged([one.settings for one in formats]) or {}
+    is_same = settings == first.settings
+    shown = " + ".join(one.options.path(one.option) for one in (formats[:1] if is_same else formats))
+    for name, value in settings.items():
+        given = first.options.data.get(first.option) if is_same else None
+        draft.set(name, value, shown, given, first.options.line(first.option))
 
 
 def _words(one: Format) -> str:

@@ -183,7 +183,10 @@ def _data(options: Options, stage: str) -> None:
     if not names:
         draft.problems.append(f"dataset is missing ({draft.file.name})")
     formats = _sources(options, "dataset", "data.train", names, info, most, stage)
-    set_formats(draft, formats + _evaluation(options, info, most, stage))
+    formats += _evaluation(options, info, most, stage)
+    set_formats(draft, formats)
+    for described in formats:
+        described.options.finish((), "dataset_info.json")
     if (template := options.text("template")) and stage != "pt":
         common.named_template(options, "template", template, ["chatml"])
         if template == "chatml":  # data/template.py: replace_eos
@@ -279,11 +282,9 @@ def _sources(
         if found is None:
             continue
         entries += found
-        if settings := _text(described) if stage == "pt" else _format(described):
-            formats.append(Format(described, "formatting", settings))
+        formats.append(Format(described, "formatting", _text(described) if stage == "pt" else _format(described)))
         described.data.pop("file_name", None)  # data.train has it
         described.data.pop("hf_hub_url", None)
-        described.finish((), "dataset_info.json")
     if options.has("max_samples") and name == "dataset":
         options.drop("max_samples", "rows of data.train, where a data set has more")
     if entries:

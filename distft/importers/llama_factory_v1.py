@@ -140,12 +140,12 @@ def _data(options: Options) -> None:
     formats = []
     for one in described:
         entries += _entries(one)
-        if settings := _format(one):
-            formats.append(Format(one, "converter", settings))
-        one.finish((), "a data set")
+        formats.append(Format(one, "converter", _format(one)))
     if entries:
         options.set("data.train", "train_dataset", simplest(entries))
     set_formats(draft, formats)
+    for one in described:
+        one.finish((), "a data set")
 
 
 def _batching(options: Options) -> None:

@@ -215,6 +215,8 @@ def test_axolotl_formats_that_auto_tells_apart(imported: Import) -> None:
     draft = imported({**AXOLOTL, "datasets": chats, "test_datasets": [{"path": "owner/d", "type": "chat_template"}]})
     assert not draft.refused
     assert (draft.fields["data.format"], draft.fields["data.roles"]) == ("auto", {"me": "user"})
+    types = "datasets[0].type + datasets[1].type + datasets[2].type + test_datasets[0].type"
+    assert [item.option for item in draft.mapped if ".type" in item.option] == [types] * 2  # and nothing more of them
     assert "data.columns" not in draft.fields
     chats[0]["field_messages"] = "turns"  # which `auto` does not look for
     assert list(reasons(imported({**AXOLOTL, "datasets": chats}))) == ["datasets[1].type"]

@@ -58,6 +58,10 @@ def vocabulary(name_or_path: str, revision: str | None) -> dict[str, int] | None
     path: Any = folder / "tokenizer.json"
     try:
         if not folder.is_dir():
+            from huggingface_hub import constants
+
+            if not (Path(constants.HF_HUB_CACHE) / f"models--{name_or_path.replace('/', '--')}").is_dir():
+                return None  # and no client of the hub is loaded, which takes 0.2 s
             from huggingface_hub import try_to_load_from_cache
 
             path = try_to_load_from_cache(name_or_path, "tokenizer.json", revision=revision)

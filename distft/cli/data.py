@@ -15,6 +15,12 @@ from distft.cli import options
 @click.argument("recipe")
 @click.option("--row", type=click.IntRange(min=1), metavar="N", help="Show row N of data.train, whole. Counted from 1.")
 @click.option(
+    "--eval",
+    "only_eval",
+    is_flag=True,
+    help="Show the rows of data.eval, or those that it holds out.",
+)
+@click.option(
     "--sample",
     type=click.IntRange(min=1),
     default=1000,
@@ -24,7 +30,7 @@ from distft.cli import options
 )
 @options.SETS
 @options.JSON
-def data(recipe: str, row: int | None, sample: int, sets: tuple[str, ...], as_json: bool) -> None:
+def data(recipe: str, row: int | None, only_eval: bool, sample: int, sets: tuple[str, ...], as_json: bool) -> None:
     """Show the rows of RECIPE as they are trained.
 
     Trained tokens are coloured, or in ⟦brackets⟧ where there is no colour. Without --row: how many rows, tokens and
@@ -35,7 +41,7 @@ def data(recipe: str, row: int | None, sample: int, sets: tuple[str, ...], as_js
     from distft.errors import DataError
     from distft.views import data_page
 
-    found = data.show_rows(recipe, sets, row, sample)
+    found = data.show_rows(recipe, sets, row, sample, only_eval)
     if as_json:
         options.print_json({"recipe": recipe, **found})
     else:

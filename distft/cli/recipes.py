@@ -34,10 +34,11 @@ def validate(recipe: str, sample: int, sets: tuple[str, ...], target: Target, as
     are rendered and tokenized as they are trained. `launch` does this to all rows.
     """
     from distft.commands.data import check_sample
+    from distft.data.reading import are_here
     from distft.jobs.target import plan_recipe
 
     loaded, plan = plan_recipe(recipe, sets, target)
-    checked = check_sample(recipe, sets, loaded, sample)
+    checked = check_sample(recipe, sets, loaded, sample, plan.data)
     plan = replace(plan, warnings=(*plan.warnings, *checked.warnings), data=(*plan.data, *checked.lines))
     if as_json:
         options.print_json(
@@ -47,12 +48,14 @@ def validate(recipe: str, sample: int, sets: tuple[str, ...], target: Target, as
                 "valid": True,
                 "warnings": list(plan.warnings),
                 "data": list(plan.data),
+                "data_is_here": are_here(loaded),
             }
         )
         return
     options.print_warnings(plan.warnings)
     devices = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
-    click.echo("\n".join([*plan.data, f"{recipe}: valid on {devices}"]))
+    unchecked = "" if are_here(loaded) else "; the data that is not here was not checked"
+    click.echo("\n".join([*plan.data, f"{recipe}: valid on {devices}{unchecked}"]))
 
 
 @click.command()

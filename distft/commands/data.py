@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,19 @@ from typing import Any
 from distft import extras
 from distft.config.loading import DATA_FILES, dump_recipe, read_recipe
 from distft.config.recipe import Recipe
-from distft.data.reading import are_here
+from distft.data.reading import are_here, checked_whole
 from distft.errors import DataError, MissingPartError, NoTokenizerError, RunError
 from distft.views.summary import data_lines
 
 SAMPLE = 1000  # rows that are read for a summary
 
 
-def show_rows(path: str, sets: Sequence[str] = (), row: int | None = None, sample: int = SAMPLE) -> dict[str, Any]:
+def show_rows(
+    path: str, sets: Sequence[str] = (), row: int | None = None, sample: int = SAMPLE, only_eval: bool = False
+) -> dict[str, Any]:
     """What becomes of row `row` of the training data (counted from 1), or of the first `sample` rows of each split.
+
+    With `only_eval`, the same of the evaluation data: of data.eval, or of what is held out.
 
     Returns:
         split ("train", "eval") → the fields of SplitReport in train/show_rows.py.
@@ -38,6 +42,7 @@ def show_rows(path: str, sets: Sequence[str] = (), row: int | None = None, sampl
         file, answer = Path(temporary) / "recipe.yaml", Path(temporary) / "answer.json"
         file.write_text(dump_recipe(recipe))
         options = ["--sample", str(sample)] if row is None else ["--row", str(row)]
+        options += ["--eval"] * only_eval
         command = [sys.executable, "-m", "distft.train.show_rows", str(file), str(answer), *options]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
         if done.returncode or not answer.exists():
@@ -56,8 +61,13 @@ class SampleCheck:
     warnings: list[str]
 
 
-def check_sample(path: str, sets: Sequence[str], recipe: Recipe, sample: int) -> SampleCheck:
+def check_sample(
+    path: str, sets: Sequence[str], recipe: Recipe, sample: int, said: Collection[str] = ()
+) -> SampleCheck:
     """Encode the first `sample` rows of each split, where the data and the tokenizer are on this machine.
+
+    Args:
+        said: what check_files found, which is printed too: nothing is said twice.
 
     Raises:
         DataError: rows that would not be trained as they are meant.
@@ -71,9 +81,13 @@ def check_sample(path: str, sets: Sequence[str], recipe: Recipe, sample: int) ->
     if wrong := problems(found):
         raise DataError("\n".join(wrong))
     counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
+    for split, count in counts.items():
+        if split in checked_whole(recipe):
+            count["untrained"] = {}
     which = "all rows" if all(report["all_read"] for report in found.values()) else f"the first {sample:,} rows"
     mixed = ", before they are mixed" if any(report["mixed"] for report in found.values()) else ""
-    return SampleCheck([f"as they are trained, {which}{mixed}:", *data_lines(counts)], [])
+    lines = [line for line in data_lines(counts) if line not in said]
+    return SampleCheck([f"as they are trained, {which}{mixed}:", *lines], [])
 
 
 def problems(found: dict[str, Any]) -> list[str]:

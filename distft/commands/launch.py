@@ -53,7 +53,7 @@ def _progress() -> Iterator[tuple[tuple[int, ...], dict[str, str]]]:
         return
     descriptor = os.dup(sys.stderr.fileno())
     try:
-        yield (descriptor,), {"DISTFT_PROGRESS_FD": str(descriptor)}
+        yield (descriptor,), {data_cache.PROGRESS_FD: str(descriptor)}
     finally:
         os.close(descriptor)
 
@@ -225,7 +225,8 @@ class RecipeLaunch(Launch):
             cluster = self.target.cluster
             counts = prepare_data(self.settings, cluster.cache_dir if cluster else None)
             warnings = [f"warning: {text}" for text in few_steps.warnings(self.settings, counts)]
-            say(console, [*summary.data_lines(counts), *warnings])
+            lines = [line for line in summary.data_lines(counts) if line not in self.plan.data]  # said with the plan
+            say(console, [*lines, *warnings])
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,10 @@ def _resolve_paths(document: Document[Recipe], folder: Path, needed: Collection[
             text = document.get(steps)
             if not isinstance(text, str) or not text:
                 continue
+            if path_field.cuts is paths.data_cuts and re.fullmatch(r"[@:][^/]+", text) and not (folder / text).exists():
+                text_of = "after the folder or hub id that has it, as in owner/name"
+                document.problem(steps, f"got {show(text)}, which names nothing; write it {text_of}{text}")
+                continue
             path, after = paths.find(folder, text, path_field)
             shown = clip(clean(str(path)), 300)
             if not paths.holds(path_field.is_there, path):
@@ -169,9 +173,19 @@ def _resolve_paths(document: Document[Recipe], folder: Path, needed: Collection[
                     continue
                 notes.append(f"{dotted(steps)}: {shown} is not here{path_field.absent}{hint}")
             elif after and not path.is_dir():
-                document.problem(steps, f"got {show(after)} after a file, which has no splits: {shown}")
+                document.problem(steps, _no_split(str(steps[1]), text, shown, after))
             document.get(steps[:-1])[steps[-1]] = f"{path}{after}"
     return notes
+
+
+def _no_split(use: str, text: str, path: str, after: str) -> str:
+    """What is wrong with a split or configuration of what is no folder."""
+    what = f"split {after[1:]}" if after.startswith(":") else f"configuration {after[1:].partition(':')[0]}"
+    fix = "name another file, or hold rows out with a fraction such as 0.05" if use == "eval" else f"leave {after} out"
+    return (
+        f"got {show(text)}, but {path} is no folder or hub id, so it has no {what}; {fix}, or name the folder with all "
+        f"splits, as in {Path(text).parent if Path(text).parent != Path() else 'data'}{after}"
+    )
 
 
 def _replace_exclusive(document: Document[Recipe]) -> list[str]:

@@ -14,6 +14,7 @@ from distft.data.sources import as_sources, find_data
 # Increase it when train/data.py starts to make different rows from the same input.
 PREPARATION_VERSION = 3
 COUNTS = "counts.json"
+PROGRESS_FD = "DISTFT_PROGRESS_FD"  # the descriptor of the terminal where a preparation shows how far it is
 
 
 def cache_root() -> Path:

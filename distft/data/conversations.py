@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distft.config.schema_text import closest, did_you_mean
 from distft.data.problems import RowProblem
 
 Message = dict[str, Any]
@@ -99,7 +100,9 @@ class Messages:
         message = {key: value for key, value in message.items() if value is not None and key not in self.ignored}
         name = message.pop(self.role, None)
         if not isinstance(name, str) or not name:
-            raise RowProblem("role", f"{where}.{self.role}: got {shown(name)}, need a string")
+            has = f"; the message has {', '.join(message)}" if name is None and message else ""
+            near = did_you_mean(closest(self.role, list(message))) if has else ""
+            raise RowProblem("role", f"{where}.{self.role}: got {shown(name)}, need a string{has}{near}")
         content, flags = message.pop(self.content, None), {key: message.pop(key, None) for key in _FLAGS}
         if "train_detail" in message:
             raise RowProblem("flag-unsupported", f"{where}.train_detail: a turn is trained or not; split the message")
@@ -115,7 +118,9 @@ class Messages:
         if calls := _calls(calls, f"{where}.tool_calls", parameters):
             result["tool_calls"] = calls
         elif result["content"] is None:
-            raise RowProblem("content", f"{where}.{self.content}: got nothing, need a string")
+            has = f"; the message has {', '.join(message)}" if message else ""
+            near = did_you_mean(closest(self.content, list(message)))
+            raise RowProblem("content", f"{where}.{self.content}: got nothing, need a string{has}{near}")
         result |= message
         if not _is_trained(flags, role, where):
             result["train"] = False

@@ -84,15 +84,16 @@ class Found:
         if self.is_named:
             return [self.source.path]
         count = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
-        lines = [f"{self.source.path}: {count}{split}: {_some(self.files, self.folder)}"]
-        reasons: dict[str, list[LeftOut]] = {}
+        lines = [f"{self.source.path}: {count}{split}: {some([file.name for file in self.files], self.folder)}"]
+        reasons: dict[str, list[str]] = {}
         for left in self.left_out:
-            reasons.setdefault(left.why, []).append(left)
-        return [*lines, *(f"  left out, {why}: {_some(files, self.folder)}" for why, files in reasons.items())]
+            reasons.setdefault(left.why, []).append(left.name)
+        return [*lines, *(f"  left out, {why}: {some(names, self.folder)}" for why, names in reasons.items())]
 
 
-def _some(files: Sequence[DataFile] | Sequence[LeftOut], folder: str, most: int = 4) -> str:
-    names = [file.name.removeprefix(f"{folder}/") for file in files]
+def some(names: Sequence[str], folder: str = "", most: int = 4) -> str:
+    """The first of several names, relative to `folder`, and how many more there are."""
+    names = [name.removeprefix(f"{folder}/") if folder else name for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -14,19 +14,20 @@ or, for a tokenizer without a chat template, the prompt of Stanford's Alpaca.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distft.config.recipe import Data
 from distft.data.conversations import Messages, from_json, parameters_of, read_tools, shown, strings_in
-from distft.data.layouts import CONTENTS, ROLES, Layout, preference
+from distft.data.layouts import CONTENTS, ROLES, Layout
 from distft.data.problems import RowProblem, Untrained
 
 Kind = Literal["messages", "prompt_completion", "text", "tokens"]
 IGNORE = -100  # the label that the loss leaves out (torch.nn.CrossEntropyLoss)
 _OPTIONS = ("enable_thinking", "preserve_thinking", "reasoning_effort")  # variables of templates that rows give by name
 _MEDIA = {"images": "image", "image": "image", "videos": "video", "video": "video", "audios": "audio", "audio": "audio"}
+_OTHER_ROLES = ("system", "developer", "user", "tool")
 # Stanford's texts, as in the column `text` of its data set; a system prompt replaces the first sentence.
 _INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -43,6 +44,11 @@ class Example:
 
     kind: Kind
     fields: dict[str, Any]
+
+    @property
+    def can_split(self) -> bool:
+        """Whether parts of it can be trained as documents of their own: data.long_rows: split."""
+        return self.kind == "text"
 
     def digest(self) -> bytes:
         """The same for the same content, wherever it comes from."""
@@ -96,8 +102,9 @@ class Formatter:
 
     def _messages(self, row: dict[str, Any], layout: Layout) -> Example:
         column = layout.column("messages")
-        if column not in row and "chosen" in row and "rejected" in row:
-            raise preference(row)
+        if column not in row:
+            need = f"a list of {{{layout.column('role')}, {layout.column('content')}}}"
+            raise layout.missing(row, "messages", need)
         shared = self._shared(row, layout)
         messages = self._read_messages(row.get(column), column, layout, shared)
         return self._conversation(row, layout, messages, shared, column)
@@ -148,11 +155,20 @@ class Formatter:
                 )
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers:
-            raise RowProblem("no-assistant-turn", f"{where}: no assistant turn, so nothing to train on")
+            raise self._no_answer(where, messages)
         self._check_label(row, layout)
         if not any(message.get("train", True) for message in answers):
             raise Untrained("no-turn-to-train", f"{where}: all assistant turns are marked not to be trained")
         return Example("messages", {"messages": messages, **shared})
+
+    def _no_answer(self, where: str, messages: Sequence[Mapping[str, Any]]) -> RowProblem:
+        """For messages without one of the assistant's: whose they are, and how a role gets its name."""
+        roles = list(dict.fromkeys(str(message["role"]) for message in messages))
+        other = next((role for role in reversed(roles) if role not in _OTHER_ROLES), None)
+        given = next((name for name, role in self.roles.items() if role == other), other)
+        fix = f"; if {given} is the assistant, set data.roles: {{{given}: assistant}}" if other else ""
+        text = f"no assistant turn, so nothing to train on; got the role{'s' * (len(roles) > 1)} {', '.join(roles)}"
+        return RowProblem("no-assistant-turn", f"{where}: {text}{fix}")
 
     def _system(self, row: Mapping[str, Any], layout: Layout) -> str | None:
         column = layout.column("system")
@@ -217,8 +233,6 @@ class Formatter:
         prompt, completion = row.get(layout.column("prompt")), row.get(layout.column("completion"))
         if isinstance(prompt, list) or isinstance(completion, list):
             return self._conversational(row, layout)
-        if completion is None and "chosen" in row and "rejected" in row:
-            raise preference(row)
         prompt, completion = _text(row, layout, "prompt"), _text(row, layout, "completion")
         if not completion.strip():
             raise RowProblem("empty", f"{layout.column('completion')}: empty")
@@ -239,14 +253,14 @@ class Formatter:
         for name, role in (("prompt", "user"), ("completion", "assistant")):
             column = layout.column(name)
             value = row.get(column)
+            if value is None:
+                raise layout.missing(row, name, "a list of messages")
             if isinstance(value, str):
                 value = [{"role": role, "content": value}]
             sides.append(self._read_messages(value, column, layout, shared))
         prompt, completion = sides
         if not any(message["role"] == "assistant" for message in completion):
-            raise RowProblem(
-                "no-assistant-turn", f"{layout.column('completion')}: no assistant turn, so nothing to train on"
-            )
+            raise self._no_answer(layout.column("completion"), completion)
         prompt = [message | ({"train": False} if message["role"] == "assistant" else {}) for message in prompt]
         return self._conversation(row, layout, [*prompt, *completion], shared, layout.column("prompt"))
 
@@ -259,6 +273,8 @@ class Formatter:
     # ---- tokens
 
     def _tokens(self, row: dict[str, Any], layout: Layout) -> Example:
+        if layout.column("input_ids") not in row:
+            raise layout.missing(row, "input_ids", "a list of integers")
         ids = _integers(row, layout.column("input_ids"), None)
         labels = _integers(row, layout.column("labels"), len(ids)) if layout.column("labels") in row else list(ids)
         negative = next((n for n, token in enumerate(ids) if token < 0), None)
@@ -300,7 +316,7 @@ def _text(row: Mapping[str, Any], layout: Layout, name: str, needed: bool = True
     if value is None and not needed:
         return ""
     if value is None:
-        raise RowProblem("missing", f"{column}: got nothing, need a string; the row has {', '.join(row) or 'nothing'}")
+        raise layout.missing(row, name, "a string")
     if not isinstance(value, str):
         raise RowProblem("not-a-string", f"{column}: got {shown(value)}, need a string")
     return value

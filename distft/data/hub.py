@@ -126,7 +126,8 @@ def _commit(repo: str, revision: str) -> str:
         return (_cache(repo) / "refs" / revision).read_text().strip()
     except OSError:
         raise DataError(
-            f"{repo}@{revision}: not in the hub's cache, and HF_HUB_OFFLINE is set; name the commit, or unset it"
+            f"{repo}@{revision}: no such file here, and not in the hub's cache; HF_HUB_OFFLINE is set: name the "
+            "commit, or unset it"
         ) from None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from distft.config.recipe import CHAT_COLUMNS, FORMAT_COLUMNS
+from distft.config.schema_text import closest, did_you_mean
 from distft.data.problems import RowProblem
 
 SAMPLE = 100  # rows of a file by which its format is told
@@ -37,14 +38,36 @@ _NEEDED = {
 @dataclass(frozen=True)
 class Layout:
     """A format, and the row's column for each of its names (FORMAT_COLUMNS). sharegpt is the format messages, with
-    the role names of ShareGPT."""
+    the role names of ShareGPT. `seen_at` is the place of a row that has the fields it needs, where there is one."""
 
     format: str
     columns: Mapping[str, str]
     has_sharegpt_roles: bool = False
+    seen_at: str = ""
 
     def column(self, name: str) -> str:
         return self.columns.get(name, name)
+
+    def has_needed(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has the fields without which no row of the format can be read."""
+        return all(row.get(self.column(name)) is not None for name in _NEEDED[self.format])
+
+    def missing(self, row: Mapping[str, Any], name: str, need: str) -> RowProblem:
+        """For a row without the field `name`: what it has instead, and what may have been meant.
+
+        Args:
+            row: without nulls.
+        """
+        column = self.column(name)
+        text = f"{column}: got nothing, need {need}; the row has {', '.join(row) or 'nothing'}"
+        try:
+            other = _format_of_fields(list(row), row)
+        except RowProblem as preferred:
+            return preferred
+        if other and self.seen_at and not self.format.startswith(other):
+            fix = "a file is read in one format, so put these rows into a file of their own"
+            return RowProblem("other-format", f"{text}, which is {other}, and {self.seen_at} is {self.format}; {fix}")
+        return RowProblem("missing", text + did_you_mean(closest(column, list(row))))
 
     def __str__(self) -> str:
         """`alpaca (instruction: question, output: answer)`, to be printed."""
@@ -118,8 +141,8 @@ def preference(row: Mapping[str, Any]) -> RowProblem:
     name = "messages" if isinstance(chosen, list) and len(chosen) > 1 else "completion" if "prompt" in row else "text"
     return RowProblem(
         "preference",
-        "got preference data (chosen, rejected), which this training method does not use; to train on the chosen "
-        f"answers alone, set data.columns: {{{name}: chosen}}",
+        "got preference data (chosen, rejected), and distft does supervised fine-tuning, which has no use for rejected "
+        f"answers; to train on the chosen ones alone, set data.columns: {{{name}: chosen}}",
     )
 
 

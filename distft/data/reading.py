@@ -3,7 +3,7 @@
     found = find_data(recipe.data)["train"]                     which files (sources.py)
     for _, batch, layout in batches(found, recipe.data):           rows, not parsed yet, and the format of their file
         for place, example in examples(batch, layout, Formatter.of(recipe.data), tally): ...
-    tally.check("data.train")                                   raises for all rows that do not fit
+    tally.check("data.train", found)                            raises for all rows that do not fit
 
 A batch, its layout and a Formatter can be sent to another process; the tallies of several are merged in the order of
 the batches.
@@ -12,15 +12,16 @@ the batches.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distft.config.paths import data_is_there, locate_data
+from distft.config.paths import HUB_PAGE, data_is_there, locate_data
 from distft.config.recipe import Data, Recipe, Source
-from distft.data.files import Found
+from distft.config.schema_text import closest, did_you_mean
+from distft.data.files import Found, some
 from distft.data.formats import Example, Formatter
 from distft.data.hub import pinned as pinned_path
 from distft.data.layouts import SAMPLE, Layout, find_layout
@@ -28,6 +29,7 @@ from distft.data.problems import Problems, RowProblem, Untrained
 from distft.data.readers import Batch, read_batches
 from distft.data.sources import as_sources, find_data
 from distft.errors import DataError
+from distft.units import plural
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Tally:
     """What reading rows has found so far, to be printed."""
 
     rows: int = 0
+    files: set[str] = field(default_factory=set)  # those that have rows
+    fields: set[str] = field(default_factory=set)  # those that rows have
     layouts: Counter[str] = field(default_factory=Counter)  # how many rows have each format
     untrained: Problems = field(default_factory=Problems)
     problems: Problems = field(default_factory=Problems)
@@ -42,6 +46,8 @@ class Tally:
     def merge(self, later: Tally) -> None:
         """Add that of rows that come after these."""
         self.rows += later.rows
+        self.files |= later.files
+        self.fields |= later.fields
         self.layouts += later.layouts
         self.untrained.merge(later.untrained)
         self.problems.merge(later.problems)
@@ -50,12 +56,29 @@ class Tally:
         """The rows that say themselves that they are not to be trained: kind → how many, and the first."""
         return {kind: (count, self.untrained.first[kind][0]) for kind, count in self.untrained.counts.items()}
 
-    def check(self, what: str) -> None:
+    def check(self, what: str, found: Sequence[Found]) -> None:
         """Raises DataError for rows that do not fit, the first of each kind and how many there are, or for no rows."""
         if self.problems.counts:
             raise DataError("\n".join(self.problems.lines(what, self.rows)))
         if not self.rows:
-            raise DataError(f"{what}: no rows")
+            raise DataError(f"{what}: no rows in {some(self._empty(found))}")
+
+    def notes(self, what: str, found: Sequence[Found], data: Data) -> list[str]:
+        """What may not be meant, once all rows are read and fit: files without rows, and columns that no row has."""
+        if self.problems.counts or not self.rows:
+            return []
+        columns = {name: column for name, column in data.columns.items() if name not in ("role", "content")}
+        return [
+            *(f"{what}: no rows in {some(empty)}" for empty in [self._empty(found)] if empty),
+            *(
+                f"data.columns: {name}: no row of {what} has {column}{did_you_mean(closest(column, list(self.fields)))}"
+                for name, column in columns.items()
+                if column not in self.fields
+            ),
+        ]
+
+    def _empty(self, found: Sequence[Found]) -> list[str]:
+        return [file.name for source in found for file in source.files if file.name not in self.files]
 
 
 def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[int, Batch, Layout]]:
@@ -77,15 +100,20 @@ def _layout(batch: Batch, data: Data) -> Layout | None:
     if not rows:
         return None
     try:
-        return find_layout([row for _, row in rows], data.format, data.columns)
+        layout = find_layout([row for _, row in rows], data.format, data.columns)
     except RowProblem as problem:
         raise DataError(f"{rows[0][0]}: {problem.text}") from None
+    return replace(layout, seen_at=next((place for place, row in rows if layout.has_needed(row)), ""))
 
 
 def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -> Iterator[tuple[str, Example]]:
     """The examples in a batch, with their place. Rows that do not fit are counted in `tally`."""
-    for place, row in batch.rows():
+    for number, (place, row) in enumerate(batch.rows()):
+        if not number:
+            tally.files.add(place.rpartition(":")[0])
         tally.rows += 1
+        if not isinstance(row, RowProblem):
+            tally.fields.update(row)
         try:
             example = formatter.example(row, layout)
         except Untrained as reason:
@@ -109,7 +137,7 @@ def read_examples(
     formatter = Formatter.of(data, has_chat_template)
     for _, batch, layout in batches(found, data):
         yield from examples(batch, layout, formatter, tally)
-    tally.check(what)
+    tally.check(what, found)
 
 
 def is_absent(source: str) -> bool:
@@ -122,6 +150,12 @@ def are_here(recipe: Recipe) -> bool:
     return not any(
         is_absent(source.path) for value in (recipe.data.train, recipe.data.eval) for source in as_sources(value)
     )
+
+
+def checked_whole(recipe: Recipe) -> list[str]:
+    """The splits of which check_files looks at all sources."""
+    sources = {"train": as_sources(recipe.data.train), "eval": as_sources(recipe.data.eval)}
+    return [split for split, several in sources.items() if several and all(map(_is_here, several))]
 
 
 def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
@@ -137,27 +171,35 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
     """
     lines = []
     for use, found in find_data(recipe.data, _is_here).items():
+        lines += [
+            f"data.{use}: {source.path}: a data set of the hub, as nothing of that name is here"
+            for source in as_sources(getattr(recipe.data, use))
+            if not Path(source.path).is_absolute() and not HUB_PAGE.match(source.path)
+        ]
         if not found:
             continue
-        tally = Tally()
-        for _, example in islice(read_examples(found, recipe.data, f"data.{use}", tally=tally), most):
-            if recipe.data.long_rows == "split" and example.kind != "text":
+        tally, what = Tally(), f"data.{use}"
+        for _, example in islice(read_examples(found, recipe.data, what, tally=tally), most):
+            if recipe.data.long_rows == "split" and not example.can_split:
                 raise DataError(
                     f"data.long_rows: split needs rows of text, and data.{use} has {example.kind}; use error, "
                     "truncate or drop"
                 )
-        lines += [f"data.{use}: {line}" for source in found for line in source.lines()]
-        first = "the first " if sum(tally.layouts.values()) == most else ""
-        lines += [f"data.{use}: {first}{_rows(count)} of {layout}" for layout, count in tally.layouts.items()]
-        lines += [
-            f"data.{use}: {_rows(count)} left out ({kind}); the first: {row}"
-            for kind, (count, row) in tally.left_out().items()
-        ]
+        lines += [f"{what}: {line}" for source in found for line in source.lines()]
+        all_read = sum(tally.layouts.values()) != most
+        first = "" if all_read else "the first "
+        lines += [f"{what}: {first}{plural(count, 'row')} of {layout}" for layout, count in tally.layouts.items()]
+        lines += left_out_lines(use, tally.left_out())
+        lines += [f"warning: {note}" for note in tally.notes(what, found, recipe.data) if all_read]
     return lines
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
+def left_out_lines(split: str, left_out: Mapping[str, tuple[int, str]]) -> list[str]:
+    """What Tally.left_out found, to be printed."""
+    return [
+        f"data.{split}: {plural(count, 'row')} left out ({kind}); the first: {row}"
+        for kind, (count, row) in left_out.items()
+    ]
 
 
 def _is_here(source: Source) -> bool:

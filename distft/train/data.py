@@ -36,6 +36,7 @@ from distft.train.encoding import Counts, RowEncoder, encode_all
 from distft.train.progress import Progress
 from distft.train.stopping import Stopping
 from distft.train.tokens import load_tokenizer
+from distft.units import plural
 
 if TYPE_CHECKING:
     import pyarrow
@@ -164,10 +165,12 @@ def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: P
                 read[number] += later.rows
                 tally.merge(later)
                 progress.show(tally.rows)
-        tally.check(what)
+        tally.check(what, found)
         counts[use].layouts, counts[use].untrained = dict(tally.layouts), tally.left_out()
+        counts[use].notes += tally.notes(what, found, recipe.data)
         for split in splits:
             check_lengths(recipe, f"data.{split}", counts[split])
+            check_left(recipe, f"data.{split}", counts[split])
             documents[split].finish()
             which = numpy.arange(len(documents[split].lengths))
             # What is held out is held out of each source alike, whatever its share of the training.
@@ -243,21 +246,21 @@ def _with_lengths(table: pyarrow.Table) -> pyarrow.Table:
 
 
 def check_lengths(recipe: Recipe, what: str, counts: Counts) -> None:
-    """Check what became of long rows, at the end of a split.
-
-    Raises:
-        DataError: there are some, and long_rows is `error`; or no row is left.
-    """
+    """Raises DataError where there are rows that are too long, and data.long_rows is `error`."""
     limit = recipe.data.max_length
     if counts.long_rows and recipe.data.long_rows == "error":
-        only_text = all(layout.startswith("text ") for layout in counts.layouts)
-        choices = "truncate, drop or split" if only_text else "truncate or drop"
-        number = f"{counts.long_rows} rows are" if counts.long_rows > 1 else "1 row is"
+        choices = "truncate, drop or split" if counts.can_split else "truncate or drop"
+        number = plural(counts.long_rows, "row") + (" is" if counts.long_rows == 1 else " are")
         total = (
             f"{what}: {number} longer than data.max_length ({limit} tokens), the longest has {counts.longest}; raise "
             f"data.max_length, or set data.long_rows: {choices}"
         )
         raise DataError("\n".join([*counts.examples, total]))
+
+
+def check_left(recipe: Recipe, what: str, counts: Counts) -> None:
+    """Raises DataError where no row of a split is left to train on, once all are read."""
+    limit = recipe.data.max_length
     if not counts.documents and counts.long_rows:
         raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit} tokens)")
     if not counts.documents and isinstance(recipe.data.eval, float):

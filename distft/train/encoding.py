@@ -44,6 +44,7 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     long_rows: int = 0
+    can_split: bool = True  # whether data.long_rows: split could be done to all of them
     longest: int = 0
     done: str = ""  # what was done to the long rows
     examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
@@ -64,6 +65,7 @@ class Counts:
         """Add those of rows that come after these."""
         for name in ("documents", "rows", "tokens", "trained_tokens", "long_rows", "cut_answers", "thoughtless"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.can_split = self.can_split and later.can_split
         self.longest = max(self.longest, later.longest)
         self.examples = [*self.examples, *later.examples][:SHOWN]
         self.cut_examples = [*self.cut_examples, *later.cut_examples][:SHOWN]
@@ -94,7 +96,7 @@ class RowEncoder:
         """
         kind = example.kind
         if kind not in self._encoders:
-            if self.recipe.data.long_rows == "split" and kind != "text":
+            if self.recipe.data.long_rows == "split" and not example.can_split:
                 raise DataError(
                     f"data.long_rows: split needs rows of text, and got {kind}; use error, truncate or drop"
                 )
@@ -112,14 +114,20 @@ class RowEncoder:
         Raises:
             RowProblem: the row would not be trained as it is meant.
         """
+        limit = self.recipe.data.max_length
         for document in self.of(example).encode(example.fields):
             counts.thoughtless += len(document.left_out)
             if lengths is not None:
                 lengths.append(len(document.ids))
+            counts.can_split = counts.can_split and (example.can_split or len(document.ids) <= limit)
             for ids, trained in fit(place, (document.ids, document.trained), self.recipe, counts):
                 labels = labels_of(ids, trained)
                 counts.add(labels)
                 yield ids, labels, document
+
+    def notes(self) -> list[str]:
+        """Of the tokenizer and its chat template, as far as they were used."""
+        return [*self.tokenization.notes, *(note for one in self._encoders.values() for note in one.notes)]
 
     def encode(self, work: Work) -> Answer:
         """The number of the source, what is trained and what is held out, and what was found in the rows."""
@@ -133,10 +141,7 @@ class RowEncoder:
                     parts[use].add(row, ids, labels)
             except RowProblem as problem:
                 tally.problems.add(problem.kind, place, problem.text)
-        parts["train"].counts.notes = [
-            *self.tokenization.notes,
-            *(note for one in self._encoders.values() for note in one.notes),
-        ]
+        parts["train"].counts.notes = self.notes()
         return number, {use: (part.encoded(), part.counts) for use, part in parts.items()}, tally
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-PROGRESS_FD = "DISTFT_PROGRESS_FD"  # the descriptor of that terminal; unset: nothing is shown
+from distft.data.cache import PROGRESS_FD
+
 SECONDS = 0.5  # between two updates
 
 

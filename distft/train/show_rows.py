@@ -1,7 +1,7 @@
-"""`python -m distft.train.show_rows RECIPE ANSWER [--row N | --sample N]`: rows as they are trained, as JSON.
+"""`python -m distft.train.show_rows RECIPE ANSWER [--eval] [--row N | --sample N]`: rows as they are trained, as JSON.
 
-What it writes into the file ANSWER: {"train": SPLIT, "eval": SPLIT} (without eval where the recipe has none, or with
---row), or {"error": text, "no_tokenizer": bool}. A SPLIT has the fields of SplitReport.
+What it writes into the file ANSWER: {"train": SPLIT, "eval": SPLIT} (without eval where the recipe has none; with --row
+one of the two), or {"error": text, "no_tokenizer": bool}. A SPLIT has the fields of SplitReport.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from distft.data.files import Found
 from distft.data.formats import IGNORE, Example
 from distft.data.layouts import Layout
 from distft.data.mixing import is_mix
-from distft.data.problems import RowProblem
+from distft.data.problems import Problems, RowProblem
 from distft.data.reading import Tally, batches, examples
 from distft.data.sources import Use, find_data
 from distft.errors import DataError, DistftError, NoTokenizerError
 from distft.train import worker
 from distft.train.chat import Document
-from distft.train.data import check_lengths
+from distft.train.data import check_left, check_lengths
 from distft.train.encoding import Counts, RowEncoder, labels_of
 from distft.train.tokens import load_tokenizer
+from distft.units import plural
 
 SHOWN_ROWS = 2  # of a sample
 
@@ -40,7 +41,7 @@ class ShownRow:
 
     `pieces` are its text as the tokens spell it, cut where training begins and ends: (text, whether it is trained).
     `roles` are what the template printed, in order: (role, whether any of it is trained). Long rows are shown as
-    data.long_rows leaves them; with --row, one that is not trained at all is shown whole.
+    data.long_rows leaves them; with --row, one that is left out or refused is shown whole.
     """
 
     place: str
@@ -73,23 +74,24 @@ class _Reader:
         self.rows, self.found, self.split = rows, found, split
         self.recipe = rows.recipe
         self.what = f"data.{split}"
+        self.is_held_out = split == "eval" and rows.held_out > 0  # the split is what is held out of data.train
 
     def row(self, number: int) -> SplitReport:
-        """The row of this number, counted from 1.
+        """The row of this number, counted from 1: of data.train among all its rows, held out or not.
 
         Raises:
             DataError: there is no such row, or it does not fit.
         """
-        wanted = next(islice(self._read(), number - 1, None), None)
+        wanted = next(islice(self._rows(), number - 1, None), None)
         if wanted is None:
-            total = sum(1 for _ in self._read())
-            raise DataError(f"--row: got {number}, and {self.what} has {total} rows")
+            total = plural(sum(1 for _ in self._rows()), "row")
+            raise DataError(f"--row: got {number}, and {self.what} has {total}")
         (place, row), layout = wanted
         report, counts = self._report(), Counts.of(self.recipe)
         report.all_read, report.format = False, str(layout)
         try:
             example = self.rows.formatter.example(row, layout)
-            where = f"{place} (held out)" if self._is_held_out(example) else place
+            where = f"{place} (held out)" if self._holds_out(example) else place
             report.shown = list(self._shown(where, example, report, counts)) or list(self._whole(where, example))
         except RowProblem as problem:
             raise DataError(f"{place}: {problem.text}") from None
@@ -98,29 +100,44 @@ class _Reader:
 
     def sample(self, size: int) -> SplitReport:
         """The first `size` rows that are read. Their problems are in the report."""
-        report, counts, tally, stream = self._report(), Counts.of(self.recipe), Tally(), self._read()
+        report, counts, stream = self._report(), Counts.of(self.recipe), self._read()
+        tally, own = Tally(), Tally()  # of all rows that are read, and of those of this split
         for row, layout in islice(stream, size):
             for place, example in examples(Objects([row]), layout, self.rows.formatter, tally):
-                if self._is_held_out(example) != (self.split == "eval" and self.rows.held_out > 0):
+                if self.rows.held_out and self._holds_out(example) != self.is_held_out:
                     report.elsewhere += 1
                     continue
                 try:
                     shown = list(self._shown(place, example, report, counts))
-                    counts.notes = self.rows.of(example).notes
                 except RowProblem as problem:
-                    tally.problems.add(problem.kind, place, problem.text)
+                    own.problems.add(problem.kind, place, problem.text)
                     continue
                 report.shown += shown[: SHOWN_ROWS - len(report.shown)]
         report.read, report.all_read = tally.rows, next(stream, None) is None
         report.format = ", ".join(tally.layouts)
-        counts.layouts, counts.untrained = dict(tally.layouts), tally.left_out()
+        counts.layouts, counts.notes = dict(tally.layouts), self.rows.notes()
+        if self.is_held_out:  # what concerns all rows is in the report of data.train
+            tally.problems = Problems()
+        else:
+            counts.untrained = tally.left_out()
+            counts.notes += tally.notes(self.what, self.found, self.recipe.data) if report.all_read else []
         report.counts = asdict(counts)
+        tally.problems.merge(own.problems)
         try:
-            tally.check(self.what)
+            tally.check(self.what, self.found)
             check_lengths(self.recipe, self.what, counts)
+            if report.all_read:
+                check_left(self.recipe, self.what, counts)
         except DataError as error:
             report.problems = str(error).splitlines()
         return report
+
+    def _rows(self) -> Iterator[tuple[Row, Layout]]:
+        """Those that --row counts."""
+        for row, layout in self._read():
+            read = examples(Objects([row]), layout, self.rows.formatter, Tally()) if self.is_held_out else []
+            if not self.is_held_out or any(self._holds_out(example) for _, example in read):
+                yield row, layout
 
     def _read(self) -> Iterator[tuple[Row, Layout]]:
         for _, batch, layout in batches(self.found, self.recipe.data):
@@ -132,7 +149,7 @@ class _Reader:
         mixed = mixed and is_mix([one.source for one in self.found])
         return SplitReport(max_length=self.recipe.data.max_length, mixed=mixed)
 
-    def _is_held_out(self, example: Example) -> bool:
+    def _holds_out(self, example: Example) -> bool:
         return self.rows.held_out > 0 and example.is_held_out(self.rows.held_out)
 
     def _shown(self, place: str, example: Example, report: SplitReport, counts: Counts) -> Iterator[ShownRow]:
@@ -177,20 +194,19 @@ def _roles(document: Document) -> Iterator[tuple[str, bool]]:
         yield last
 
 
-def show(recipe: Recipe, row: int | None, sample: int) -> dict[str, Any]:
-    """The answer.
+def show(recipe: Recipe, splits: Sequence[Use], row: int | None, sample: int) -> dict[str, Any]:
+    """The answer: of these splits, as far as the recipe has them.
 
     Raises:
-        DataError: the tokenizer or the data cannot be used.
+        DataError: the tokenizer or the data cannot be used, or the recipe has none of the splits.
     """
     rows, found = RowEncoder(recipe, load_tokenizer(recipe)), find_data(recipe.data)
-    if row is not None:
-        return {"train": asdict(_Reader(rows, found["train"], "train").row(row))}
-    splits = [use for use, sources in found.items() if sources]
-    answer: dict[str, Any] = {use: asdict(_Reader(rows, found[use], use).sample(sample)) for use in splits}
     if rows.held_out:
-        answer["eval"] = asdict(_Reader(rows, found["train"], "eval").sample(sample))
-    return answer
+        found["eval"] = found["train"]
+    readers = [_Reader(rows, found[use], use) for use in splits if found[use]]
+    if not readers:
+        raise DataError("--eval: the recipe has no data.eval; name data, or hold some out: data.eval: 0.05")
+    return {reader.split: asdict(reader.sample(sample) if row is None else reader.row(row)) for reader in readers}
 
 
 def main() -> int:
@@ -200,6 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe")
     parser.add_argument("answer", type=Path)
+    parser.add_argument("--eval", action="store_true")
     parser.add_argument("--row", type=int)
     parser.add_argument("--sample", type=int, default=1000)
     arguments = parser.parse_args()
@@ -207,7 +224,8 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, needed=DATA_FILES)
         with worker.importing():
             from transformers import AutoTokenizer  # noqa: F401
-        answer = show(recipe, arguments.row, arguments.sample)
+        splits: list[Use] = ["eval"] if arguments.eval else ["train"] if arguments.row else ["train", "eval"]
+        answer = show(recipe, splits, arguments.row, arguments.sample)
     except DistftError as error:
         answer = {"error": str(error), "no_tokenizer": isinstance(error, NoTokenizerError)}
     arguments.answer.write_text(json.dumps(answer))

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from distft.units import plural
 from distft.views.summary import data_lines
 
 BINS = 8
@@ -29,8 +30,8 @@ def lines(found: dict[str, Any], width: int, coloured: bool, whole: bool) -> Ite
 
 
 def _summary(split: str, report: dict[str, Any], width: int) -> Iterator[str]:
-    number = f"{report['read']:,} row{'s' * (report['read'] != 1)}"
-    which = f"all {number}" if report["all_read"] else f"the first {number}, more follow"
+    number = plural(report["read"], "row")
+    which = ("all " * (report["read"] > 1) + number) if report["all_read"] else f"the first {number}, more follow"
     elsewhere = f", {report['elsewhere']:,} of them in the other split" if report["elsewhere"] else ""
     elsewhere += ", before they are mixed" if report["mixed"] else ""
     yield from _wrapped(f"data.{split}: {which}{elsewhere}; {report['format'] or 'no format'}", width)
@@ -45,10 +46,11 @@ def _histogram(lengths: list[int], max_length: int, width: int) -> Iterator[str]
     if not lengths:
         return
     step = _round_up(max(lengths) / BINS)
-    counts = [0] * (max(lengths) // step + 1)
+    first = min(lengths) // step  # nothing is shorter
+    counts = [0] * (max(lengths) // step + 1 - first)
     for length in lengths:
-        counts[length // step] += 1
-    names = [f"{n * step:,}-{(n + 1) * step - 1:,}" for n in range(len(counts))]
+        counts[length // step - first] += 1
+    names = [f"{n * step:,}-{(n + 1) * step - 1:,}" if step > 1 else str(n) for n in range(first, first + len(counts))]
     left, right = max(map(len, names)), max(len(f"{count:,}") for count in counts)
     room = max(8, min(60, width - left - right - 6))
     yield f"tokens of a document (data.max_length: {max_length:,})"
@@ -65,9 +67,13 @@ def _round_up(value: float) -> int:
 
 def _row(row: dict[str, Any], report: dict[str, Any], width: int, coloured: bool, whole: bool) -> Iterator[str]:
     trained = sum(label >= 0 for label in row["labels"])
-    too_long = len(row["ids"]) > report["max_length"]
-    note = f", more than data.max_length ({report['max_length']:,}): not trained" if too_long else ""
-    for line in _wrapped(f"{row['place']}: {len(row['ids']):,} tokens, {trained:,} trained{note}", width):
+    note = ""
+    if len(row["ids"]) > report["max_length"]:  # shown whole, as none of it is trained
+        counts = report["counts"]
+        end = "left out" if counts["done"] else "refused by launch (data.long_rows: error)"
+        end += ", with all that is trained cut off" if counts["cut_answers"] else ""
+        note = f", more than data.max_length ({report['max_length']:,}): {end}"
+    for line in _wrapped(f"{row['place']}: {plural(len(row['ids']), 'token')}, {trained:,} trained{note}", width):
         yield click.style(line, bold=True)
     mark = _green if coloured else _bracketed
     roles = " → ".join(mark(role) if is_trained else role for role, is_trained in row["roles"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from distft.data.reading import left_out_lines
 from distft.planner.plan import Plan, RecipePlan
 from distft.runs import measured
 from distft.runs.directory import RunDir
 from distft.runs.status import Status, read_status
 from distft.shell import quote
-from distft.units import gib, short
+from distft.units import gib, plural, short
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -69,33 +70,31 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
     """Documents, rows and tokens of each split, and how many rows were too long."""
     lines = []
     for split, count in counts.items():
-        packed = f" in {count['rows']:,} packed rows" if count["rows"] != count["documents"] else ""
+        packed = f" in {plural(count['rows'], 'packed row')}" if count["rows"] != count["documents"] else ""
         lines.append(
-            f"{split}: {count['documents']:,} documents{packed}, {count['tokens']:,} tokens "
+            f"{split}: {plural(count['documents'], 'document')}{packed}, {plural(count['tokens'], 'token')} "
             f"({count['trained_tokens']:,} trained on)"
         )
         lines += [
-            f"  {have:,} rows of {path}: {taken:,} taken" + ", some more than once" * (taken > have)
+            f"  {plural(have, 'row')} of {path}: {taken:,} taken" + ", some more than once" * (taken > have)
             for path, have, taken in count["mix"]
         ]
-        lines += [
-            f"{number:,} row{'s' * (number != 1)} of {split} left out ({kind}); the first: {row}"
-            for kind, (number, row) in count["untrained"].items()
-        ]
+        lines += left_out_lines(split, count["untrained"])
         if count["long_rows"]:
+            were = "was" if count["long_rows"] == 1 else "were"
             lines.append(
-                f"warning: {count['long_rows']:,} rows of {split} were longer than max_length (the longest "
-                f"{count['longest']:,} tokens) and {count['done']}; the first: {count['examples'][0]}"
+                f"warning: {plural(count['long_rows'], 'row')} of {split} {were} longer than max_length (the longest "
+                f"{plural(count['longest'], 'token')}) and {count['done']}; the first: {count['examples'][0]}"
             )
         if count["cut_answers"]:
             lines.append(
-                f"warning: {count['cut_answers']:,} of them lost all that is trained and are left out; the first: "
+                f"warning: {count['cut_answers']:,} of them left out, with all that is trained cut off; the first: "
                 f"{count['cut_examples'][0]}"
             )
         if count["thoughtless"]:
             lines.append(
-                f"warning: {count['thoughtless']:,} earlier answers of {split} are not trained: the chat template "
-                "removes their thought; data.train_on: all_with_reasoning trains them"
+                f"warning: {plural(count['thoughtless'], 'earlier answer')} of {split} not trained: the chat template "
+                "removes the thought; data.train_on: all_with_reasoning trains it"
             )
     notes = dict.fromkeys(note for count in counts.values() for note in count["notes"])
     lines += [f"warning: {note}" for note in notes]

@@ -14,6 +14,9 @@ from click.testing import CliRunner, Result
 from tiny import Tiny, write_jsonl
 
 from distft.cli import main
+from distft.config.loading import load_recipe
+from distft.errors import DataError
+from distft.train.show_rows import show
 from distft.views import data_page
 from distft.views.summary import data_lines
 
@@ -44,7 +47,7 @@ def test_a_summary_of_a_sample(tiny: Tiny, tmp_path: Path) -> None:
     done = run(tiny, tmp_path, [CHAT, CHAT, long, "no messages"], "--sample", "3", **changes)
     assert done.exit_code == 0, done.output
     assert "data.train: the first 3 rows, more follow; messages (messages)" in done.stdout
-    assert "warning: 1 rows of train were longer than max_length" in done.stdout
+    assert "warning: 1 row of train was longer than max_length" in done.stdout
     assert "data.eval: the first 3 rows, more follow" in done.stdout
     done = run(tiny, tmp_path, [CHAT, long], "--json", **changes)
     report = json.loads(done.stdout)["train"]
@@ -58,13 +61,86 @@ def test_problems_by_kind(tiny: Tiny, tmp_path: Path) -> None:
     done = run(tiny, tmp_path, [CHAT, untrained, [user("a")], [user("b")], 5])
     assert done.exit_code == 2
     assert "data.train: all 5 rows" in done.stdout
-    assert "1 row of train left out (no-turn-to-train); the first: " in done.stdout
+    assert "data.train: 1 row left out (no-turn-to-train); the first: " in done.stdout
     assert "data.train: 3 of 5 rows do not fit (no-assistant-turn 2, no-messages 1)" in done.stderr
     assert f"{tmp_path}/rows.jsonl:3: messages: no assistant turn" in done.stderr
     done = run(tiny, tmp_path, [CHAT, untrained], "--row", "2")
     assert done.exit_code == 2 and ":2: messages: all assistant turns are marked not to be trained" in done.stderr
     done = run(tiny, tmp_path, [CHAT], "--row", "7")
-    assert done.exit_code == 2 and "--row: got 7, and data.train has 1 rows" in done.stderr
+    assert done.exit_code == 2 and "--row: got 7, and data.train has 1 row\n" in done.stderr
+
+
+def shown(
+    tiny: Tiny, folder: Path, rows: list[Any], *splits: Any, row: int | None = None, sample: int = 1000, **changes: Any
+) -> dict[str, Any]:
+    """What the command's process answers."""
+    write_jsonl(folder / "rows.jsonl", [{"messages": row} for row in rows])
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train="rows.jsonl", **changes)))
+    return show(load_recipe(folder / "recipe.yaml"), splits or ("train", "eval"), row, sample)
+
+
+def test_the_rows_of_the_evaluation_data(tiny: Tiny, tmp_path: Path) -> None:
+    """Those of data.eval, or those that are held out, counted among themselves."""
+    heldout = str(tiny.path / "heldout.jsonl")
+    done = run(tiny, tmp_path, [CHAT], "--eval", "--row", "2", "--json", data__eval=heldout)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert list(found) == ["recipe", "eval"] and found["eval"]["shown"][0]["place"] == f"{heldout}:2"
+    assert list(shown(tiny, tmp_path, [CHAT], "eval", data__eval=heldout)) == ["eval"]
+    rows = [[user(str(n)), assistant("y", weight=int(n % 9 > 0))] for n in range(40)]
+    whole = shown(tiny, tmp_path, rows, data__eval=0.2)
+    train, held = whole["train"], whole["eval"]
+    assert train["elsewhere"] == held["counts"]["documents"] and held["elsewhere"] == train["counts"]["documents"]
+    assert train["counts"]["untrained"] and not held["counts"]["untrained"]  # told once
+    second = shown(tiny, tmp_path, rows, "eval", row=2, data__eval=0.2)["eval"]
+    assert second["shown"][0]["place"] == f"{held['shown'][1]['place']} (held out)"
+    number = held["counts"]["documents"]
+    with pytest.raises(DataError, match=f"--row: got 41, and data.eval has {number} rows"):
+        shown(tiny, tmp_path, rows, "eval", row=41, data__eval=0.2)
+    with pytest.raises(DataError, match=r"--eval: the recipe has no data\.eval; "):
+        shown(tiny, tmp_path, rows, "eval")
+    # A row that cannot be read is in neither split.
+    whole = shown(tiny, tmp_path, [*rows, [user("x")]], data__eval=0.2)
+    assert whole["train"]["problems"] and not whole["eval"]["problems"]
+
+
+def test_few_rows_say_nothing_of_those_that_follow(tiny: Tiny, tmp_path: Path) -> None:
+    """The first rows may all be held out, or not trained; that is no fault of all of them."""
+    rows = [[user(str(n)), assistant("y", weight=int(n > 3))] for n in range(40)]
+    for changes in ({"data__eval": 0.01}, {}):
+        assert not any(report["problems"] for report in shown(tiny, tmp_path, rows, sample=3, **changes).values())
+    problems = shown(tiny, tmp_path, rows[:3])["train"]["problems"]
+    assert problems == ["data.train: no row is left: all are marked not to be trained"]
+
+
+@pytest.mark.parametrize(
+    ("long_rows", "note"),
+    [
+        ("error", "refused by launch (data.long_rows: error)"),
+        ("drop", "left out"),
+        ("truncate", "left out, with all that is trained cut off"),
+    ],
+)
+def test_a_row_that_is_too_long(tiny: Tiny, tmp_path: Path, long_rows: str, note: str) -> None:
+    found = shown(tiny, tmp_path, [[user("x " * 80), assistant("y")]], "train", row=1, data__long_rows=long_rows)
+    page = list(data_page.lines(found, 300, coloured=False, whole=True))
+    assert click.unstyle(page[0]).endswith(f", more than data.max_length (64): {note}")
+
+
+def test_validate_says_things_once(tiny: Tiny, tmp_path: Path) -> None:
+    """What it finds in all rows is not said again of those that it tokenizes."""
+    rows = [{"messages": CHAT}, {"messages": [user("a"), assistant("b", weight=0)]}]
+    write_jsonl(tmp_path / "rows.jsonl", rows * 2)
+    (tmp_path / "empty.jsonl").write_text("")
+    recipe = tiny.recipe(data__train=["rows.jsonl", "empty.jsonl"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = CliRunner().invoke(main, ["validate", str(tmp_path / "recipe.yaml"), "--sample", "3"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("left out") == 1 and "data.train: 2 rows left out (no-turn-to-train)" in done.stdout
+    assert done.stdout.count("no rows in") == 1
+    done = CliRunner().invoke(main, ["validate", str(tmp_path / "recipe.yaml"), "--set", "data.train=rwos.jsonl"])
+    assert "did you mean rows.jsonl?" in done.stderr
+    assert done.stdout.endswith("; the data that is not here was not checked\n")
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -97,6 +173,8 @@ def test_it_fits_the_terminal(width: int) -> None:
     lines = list(data_page.lines(report(), width, coloured=False, whole=False))
     assert all(len(click.unstyle(line)) <= width for line in lines[:-1])
     assert [line.split()[0] for line in lines if "█" in line] == ["0-199", "200-399", "800-999"]
+    page = data_page.lines(report(lengths=[810, 850, 999]), width, coloured=False, whole=False)
+    assert [line.split()[0] for line in page if "█" in line] == ["800-999"]  # not the empty ones before it
 
 
 def test_a_row_does_not_steer_the_terminal_and_is_shortened_unless_asked_for() -> None:

@@ -445,12 +445,12 @@ def test_rows_may_lack_what_others_have() -> None:
             {},
             "missing: completion: got nothing, need a string; the row has prompt",
         ),
-        ({"text": "x"}, {"format": "messages"}, "no-messages: messages: got nothing, need a list of {role, content}"),
-        ({"text": "x"}, {"format": "sharegpt"}, "no-messages: messages: got nothing"),
+        ({"text": "x"}, {"format": "messages"}, "missing: messages: got nothing, need a list of {role, content}"),
+        ({"text": "x"}, {"format": "sharegpt"}, "missing: messages: got nothing, need a list of {role, content}"),
         ({"text": "x"}, {"format": "alpaca"}, "missing: instruction: got nothing, need a string; the row has text"),
         ({"text": "x"}, {"format": "prompt_completion"}, "missing: prompt: got nothing, need a string"),
         ({"prompt": "x"}, {"format": "text"}, "missing: text: got nothing, need a string; the row has prompt"),
-        ({"text": "x"}, {"format": "tokens"}, "tokens: input_ids: got nothing, need a list of integers"),
+        ({"text": "x"}, {"format": "tokens"}, "missing: input_ids: got nothing, need a list of integers"),
         ({"text": 5}, {}, "not-a-string: text: got 5, need a string"),
         ({"prompt": "x", "completion": ""}, {}, "empty: completion: empty"),
         ({"instruction": " ", "output": "a"}, {}, "empty: instruction: empty"),
@@ -510,6 +510,7 @@ def test_values_that_are_nested_deeply() -> None:
 def test_all_problems_of_a_row_at_once() -> None:
     row = {"messages": [{"role": "user", "content": 5}, {"content": "x"}, ANSWER]}
     expected = "messages[0].content: got 5, need a string; messages[1].role: got nothing, need a string"
+    expected += "; the message has content"
     assert problem(row) == f"content: {expected}"
 
 
@@ -532,11 +533,14 @@ def test_problems_are_counted_by_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         check_files(recipe(train=str(path)))
     assert str(caught.value).splitlines() == [
-        *[f"{path}:{line}: messages: no assistant turn, so nothing to train on" for line in (2, 3, 6)],
+        *[
+            f"{path}:{line}: messages: no assistant turn, so nothing to train on; got the role user"
+            for line in (2, 3, 6)
+        ],
         "... and 2 more of this kind (no-assistant-turn)",
         f"{path}:4: not JSON (Expecting value, column 15)",
-        f"{path}:9: messages: got nothing, need a list of {{role, content}}",
-        "data.train: 7 of 9 rows do not fit (no-assistant-turn 5, not-json 1, no-messages 1)",
+        f"{path}:9: messages: got nothing, need a list of {{role, content}}; the row has x",
+        "data.train: 7 of 9 rows do not fit (no-assistant-turn 5, not-json 1, missing 1)",
     ]
 
 
@@ -553,7 +557,9 @@ def test_what_is_read_is_told(tmp_path: Path) -> None:
         f"data.train: 1 row left out (label-false); the first: {tmp_path}/b.jsonl:2: label: false marks an answer "
         "that is not wanted; data.ignore_fields: [label] trains it",
     ]
-    assert check_files(recipe(train="/nowhere/x.jsonl", eval=["owner/name"])) == []
+    assert check_files(recipe(train="/nowhere/x.jsonl", eval=["owner/name", "hf://datasets/owner/name"])) == [
+        "data.eval: owner/name: a data set of the hub, as nothing of that name is here"
+    ]
 
 
 def test_long_rows_of_text_alone_are_split(tmp_path: Path) -> None:
@@ -564,14 +570,85 @@ def test_long_rows_of_text_alone_are_split(tmp_path: Path) -> None:
 
 def test_a_file_without_rows(tmp_path: Path) -> None:
     empty = write(tmp_path / "a.jsonl", ["", " "])
-    with pytest.raises(DataError, match=r"^data.train: no rows$"):
+    with pytest.raises(DataError, match=rf"^data.train: no rows in {empty}$"):
         check_files(recipe(train=str(empty)))
+    header = tmp_path / "d.csv"
+    header.write_text("text\n")
+    with pytest.raises(DataError, match=rf"^data.train: no rows in {empty}, {header}$"):
+        check_files(recipe(train=[str(empty), str(header)]))
+    some = write(tmp_path / "e.jsonl", [{"text": "x"}])
+    assert check_files(recipe(train=[str(empty), str(some), str(header)]))[-1] == (
+        f"warning: data.train: no rows in {empty}, {header}"
+    )
     nothing = write(tmp_path / "b.jsonl", ["x", "[1]"])
     with pytest.raises(DataError, match="2 of 2 rows do not fit"):
         check_files(recipe(train=str(nothing)))
     strange = write(tmp_path / "c.jsonl", ["x", {"a": 1}])
     with pytest.raises(DataError, match=r"c.jsonl:2: got the fields a; need messages"):
         check_files(recipe(train=str(strange)))
+
+
+def refusal(path: Path, **data: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        check_files(recipe(train=str(path), **data))
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+def test_rows_of_another_format_in_a_file(tmp_path: Path) -> None:
+    """The row's fields are named, and a row that is of the file's format."""
+    chat, pair, text = {"messages": [USER, ANSWER]}, {"prompt": "q", "completion": "a"}, {"text": "t"}
+    said = refusal(write(tmp_path / "a.jsonl", [pair, chat]))
+    assert said.startswith(
+        "a.jsonl:1: messages: got nothing, need a list of {role, content}; the row has prompt, completion, which is "
+        "prompt_completion, and a.jsonl:2 is messages; a file is read in one format"
+    )
+    assert said.endswith("data.train: 1 of 2 rows do not fit (other-format 1)")
+    for rows, line in (
+        ([pair, text], "a.jsonl:2: prompt: got nothing, need a string; the row has text, which is text, and a.jsonl:1"),
+        ([{"input_ids": [1, 2]}, chat], "a.jsonl:2: input_ids: got nothing, need a list of integers; the row has mess"),
+        ([chat, {"chosen": "a", "rejected": "b"}], "a.jsonl:2: got preference data (chosen, rejected)"),
+        ([pair, {"prompt": [USER]}], "a.jsonl:2: completion: got nothing, need a list of messages; the row has prompt"),
+        (
+            [chat, {"id": 7, "messages": None}],
+            "a.jsonl:2: messages: got nothing, need a list of {role, content}; the row has id",
+        ),
+    ):
+        assert refusal(write(tmp_path / "a.jsonl", rows)).startswith(line)
+
+
+def test_names_that_are_mistyped_in_columns(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl", [{"dialog": [{"speaker": "user", "says": "q"}, {"speaker": "bot", "says": "a"}]}]
+    )
+    names = {"messages": "dialog", "role": "speaker", "content": "says"}
+    for name, column, said in (
+        ("messages", "dialogg", "a.jsonl:1: dialogg: got nothing, need a list of {speaker, says}; the row has dialog"),
+        ("role", "speakr", "a.jsonl:1: dialog[0].speakr: got nothing, need a string; the message has speaker, says"),
+        ("content", "say", "a.jsonl:1: dialog[0].say: got nothing, need a string; the message has says"),
+    ):
+        changed = {"columns": names | {name: column}, "roles": {"bot": "assistant"}}
+        assert f"{said}; did you mean {names[name]}?" in refusal(path, **changed)
+    more = {"columns": names | {"system": "dialogs"}, "roles": {"bot": "assistant"}}  # one that a row need not have
+    assert check_files(recipe(train=str(path), **more))[-1] == (
+        "warning: data.columns: system: no row of data.train has dialogs; did you mean dialog?"
+    )
+
+
+def test_roles_that_are_unknown(tmp_path: Path) -> None:
+    """Without a turn of the assistant's: whose turns there are, and how the assistant's name is given."""
+    rows = [{"messages": [{"role": "customer", "content": "q"}, {"role": "assistant_bot", "content": "a"}]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    nothing = "a.jsonl:1: messages: no assistant turn, so nothing to train on; got the roles customer, "
+    assert refusal(path).startswith(
+        f"{nothing}assistant_bot; if assistant_bot is the assistant, set data.roles: {{assistant_bot: assistant}}\n"
+    )
+    assert refusal(path, roles={"assistant_bot": "assitant"}).startswith(
+        f"{nothing}assitant; if assistant_bot is the assistant, set data.roles: {{assistant_bot: assistant}}\n"
+    )
+    said = refusal(write(path, [{"messages": [USER]}]))
+    assert said.startswith("a.jsonl:1: messages: no assistant turn, so nothing to train on; got the role user\n")
+    said = refusal(write(path, [{"prompt": "q", "completion": [{"role": "agent", "content": "a"}]}]))
+    assert "completion: no assistant turn" in said and "data.roles: {agent: assistant}" in said
 
 
 def test_tallies_are_merged_in_order() -> None:

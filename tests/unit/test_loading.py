@@ -557,7 +557,14 @@ def test_hub_ids_stay(key, value):
         ("data.train", "alpaca", "no such file: {here}/alpaca; a hub id is owner/name"),
         ("data.train", "dat", "no such file: {here}/dat; did you mean data?"),
         ("data.train", "data/train.json", "no such file: {here}/data/train.json; did you mean train.jsonl?"),
-        ("data.eval", "data/train.jsonl:x", 'got ":x" after a file, which has no splits: {here}/data/train.jsonl'),
+        ("data.eval", "data/train.jsonl:x", 'got "data/train.jsonl:x", but {here}/data/train.jsonl is no folder or hub '
+            "id, so it has no split x; name another file, or hold rows out with a fraction such as 0.05, or name the "
+            "folder with all splits, as in data:x"),
+        ("data.train", "data/train.jsonl@a:x", 'got "data/train.jsonl@a:x", but {here}/data/train.jsonl is no folder '
+            "or hub id, so it has no configuration a; leave @a:x out, or name the folder with all splits, as in "
+            "data@a:x"),
+        ("data.eval", ":test", 'got ":test", which names nothing; write it after the folder or hub id that has it, '
+            "as in owner/name:test"),
         ("data.eval", "data/trian.jsonl:x", "no such file: {here}/data/trian.jsonl; did you mean train.jsonl?"),
         ("data.train", "owner/x.parquet", "no such file: {here}/owner/x.parquet"),
         ("data.train", "../x\x1b[31m", r"no such file: {here.parent}/x\x1b[31m"),

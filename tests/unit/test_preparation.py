@@ -17,10 +17,11 @@ import yaml
 from tiny import Tiny, write_jsonl
 
 from distft.config.loading import load_recipe
+from distft.data.cache import PROGRESS_FD
 from distft.data.formats import IGNORE, Example
 from distft.errors import DataError
 from distft.train.data import Prepared, load_prepared
-from distft.train.progress import PROGRESS_FD, SECONDS, Progress
+from distft.train.progress import SECONDS, Progress
 
 WORDS = ["read", "file", "list", "dict", "node", "open", "path", "rank", "step"]
 
@@ -101,6 +102,17 @@ def test_rows_that_say_so_are_left_out_and_counted(tiny: Tiny, tmp_path: Path) -
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
     return [{"prompt": f"read {n} ", "completion": f"file {n}"} for n in range(start, start + count)]
+
+
+def test_a_file_without_rows_and_a_column_that_no_row_has_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    write_jsonl(tmp_path / "some.jsonl", [{"messages": chat("read", "file"), "system_promt": "list"}] * 2)
+    files = [str(tmp_path / name) for name in ("empty.jsonl", "some.jsonl")]
+    found = prepared(tiny, tmp_path, data__train=files, data__columns={"system": "system_prompt"})
+    assert found.counts["train"]["notes"] == [
+        f"data.train: no rows in {files[0]}",
+        "data.columns: system: no row of data.train has system_prompt; did you mean system_promt?",
+    ]
 
 
 def test_a_fraction_is_held_out_by_content(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub_server import FIRST, SECOND, Hub, served
 
 from distft.data.hub import HubData, parse_hub
 from distft.errors import DataError
-
-FIRST, SECOND = "1" * 40, "2" * 40
-
-
-@dataclass
-class Hub:
-    """owner/name at two commits, `main` being the second; what was asked for is in `asked`."""
-
-    url: str
-    commits: dict[str, dict[str, bytes]]
-    branches: dict[str, str] = field(default_factory=lambda: {"main": SECOND})
-    asked: list[str] = field(default_factory=list)
-
-    def find(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        commit = self.branches.get(revision, revision)
-        return (commit, self.commits[commit]) if commit in self.commits else None
 
 
 def lines(*texts: str) -> bytes:
@@ -43,51 +23,6 @@ def lines(*texts: str) -> bytes:
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
-        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | headers).items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            made.asked.append(path)
-            for start, what in (
-                ("/api/datasets/owner/name/revision/", "info"),
-                ("/api/datasets/owner/name/tree/", "tree"),
-            ):
-                if path.startswith(start):
-                    found = made.find(path.removeprefix(start).strip("/"))
-                    if found is None:
-                        return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
-                    commit, files = found
-                    items = [
-                        {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                        for name, data in files.items()
-                    ]
-                    info = {"id": "owner/name", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-                    return self.answer(
-                        200, json.dumps(info if what == "info" else items).encode(), Content_Type="application/json"
-                    )
-            if path.startswith("/datasets/owner/name/resolve/"):
-                revision, _, name = path.removeprefix("/datasets/owner/name/resolve/").partition("/")
-                found = made.find(revision)
-                if found and name in found[1]:
-                    data = found[1][name]
-                    return self.answer(200, data, X_Repo_Commit=found[0], ETag=f'"{hashlib.sha1(data).hexdigest()}"')
-                return self.answer(404, X_Error_Code="EntryNotFound")
-            if "secret" in path:
-                return self.answer(403, b"{}", X_Error_Code="GatedRepo")
-            return self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-
-        do_HEAD = do_GET
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     old = {"README.md": b"# old", "train.jsonl": lines("old")}
     new = {
         "README.md": b"# new",
@@ -98,10 +33,8 @@ def hub() -> Iterator[Hub]:
         "extra/more.jsonl": lines("d"),
         "notes.txt": b"",
     }
-    made = Hub(f"http://127.0.0.1:{server.server_port}", {FIRST: old, SECOND: new})
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield made
-    server.shutdown()
+    with served({FIRST: old, SECOND: new}) as made:
+        yield made
 
 
 CODE = """
@@ -133,8 +66,7 @@ print(json.dumps(answers))
 
 def ask(hub: Hub, cache: Path, *paths: str, offline: bool = False) -> list[Any]:
     """In a process of its own: the hub's client reads its variables once."""
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    env |= {"HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_DISABLE_XET": "1"}
+    env = os.environ | hub.environment(cache, offline)
     done = subprocess.run([sys.executable, "-c", CODE, *paths], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     answers: list[Any] = json.loads(done.stdout)
@@ -196,7 +128,8 @@ def test_offline(hub: Hub, tmp_path: Path) -> None:
     missing = ask(hub, tmp_path, "owner/name:test", "owner/other", f"owner/name@{FIRST}", offline=True)
     assert missing == [
         "owner/name:test: no split test; it has train: name one after a colon, as in owner/name:train",
-        "owner/other@main: not in the hub's cache, and HF_HUB_OFFLINE is set; name the commit, or unset it",
+        "owner/other@main: no such file here, and not in the hub's cache; HF_HUB_OFFLINE is set: name the commit, or "
+        "unset it",
         f"owner/name@{FIRST[:7]}: not in the hub's cache, and HF_HUB_OFFLINE is set",
     ]
     assert not hub.asked

@@ -77,7 +77,7 @@ class ChatEncoder:
         self.train_on = train_on
         self.ignored = frozenset(ignore_fields)
         self.options = dict(options or {})
-        self._known: dict[str, Habits] = {}
+        self._known: dict[tuple[str, str], Habits] = {}
 
     def encode(self, row: Mapping[str, Any]) -> list[Document]:
         """A row with `messages`, and where it has them tools, documents and chat_template_kwargs.
@@ -100,7 +100,7 @@ class ChatEncoder:
         """What is known of the template with these variables. (Rows with tools may have a template to themselves.)"""
         source = str(self.tokenizer.get_chat_template(None, tools))
         options = {**self.options, **(options or {})}
-        key = json.dumps([source, options], sort_keys=True, default=str)
+        key = (source, json.dumps(options, sort_keys=True, default=str))
         if key not in self._known:
             if len(self._known) >= 64:  # each row has values of its own
                 self._known.clear()

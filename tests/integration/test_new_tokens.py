@@ -198,3 +198,47 @@ def test_a_new_row_is_the_mean_of_its_pieces(tiny: Tiny, tmp_path: Path, tuning:
         plan = json.loads(create(recipe, tmp_path / "planned", 1).plan.read_text())
         assert plan["model"]["trainable_parameters"] == trained
         assert plan["model"]["parameters"] == sum(p.numel() for p in model.parameters()) - trained
+
+
+def test_merge_of_a_quantized_base(runs: Callable[[Job], Result], tmp_path: Path) -> None:
+    """Into the weights that were quantized, with the rows as they were trained."""
+    from transformers import AutoModelForCausalLM
+
+    from distft.train.merge import merge
+
+    run = RunDir(runs(alone("new tokens nf4")).run_dir)
+    assert merge(run, tmp_path / "merged").logits.difference < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    rows = load_file(run.final / "adapter_model.safetensors")
+    for layer, weight in (
+        ("model.embed_tokens", merged.get_input_embeddings().weight),
+        ("lm_head", merged.get_output_embeddings().weight),
+    ):
+        trained = rows[f"base_model.model.{layer}.token_adapter.trainable_tokens_delta"]
+        assert weight.shape == (NEW, HIDDEN)
+        torch.testing.assert_close(weight[[4, 320, 321]], trained, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_embeddings_that_are_scaled() -> None:
+    """Gemma's: rows beside the frozen layers give what a model with these rows in its layers gives."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    from distft.train.new_rows import NewRows
+
+    config = GemmaConfig(
+        vocab_size=NEW,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    models = [GemmaForCausalLM(config).eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    rows = NewRows(models[0], [320, 321])
+    changed = torch.randn(2, HIDDEN)
+    rows.input.rows.copy_(changed)
+    models[1].get_input_embeddings().weight[[320, 321]] = changed
+    torch.testing.assert_close(logits(models[0]), logits(models[1]))

@@ -18,6 +18,10 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("function_response", "function-response", "tool_response", "tool-response"), "tool"),
 }
 _CALL_ROLES = ("function_call", "function-call", "tool_call", "tool-call", "tool_calls")
+# What is made of a message's fields, with the names that they have in an example.
+MESSAGE_FIELDS = frozenset(
+    ["role", "content", "tool_calls", "name", "tool_call_id", "train", "reasoning_content", "reasoning", "thinking"]
+)
 _FLAGS = ("weight", "train", "training", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = {

@@ -20,13 +20,11 @@ from typing import Any, Literal
 
 from distft.config.recipe import Data
 from distft.data.conversations import Messages, from_json, parameters_of, read_tools, shown, strings_in
-from distft.data.layouts import CONTENTS, ROLES, Layout
+from distft.data.layouts import CONTENTS, MASKS, MEDIA, OPTIONS, ROLES, Layout
 from distft.data.problems import RowProblem, Untrained
 
 Kind = Literal["messages", "prompt_completion", "text", "tokens"]
 IGNORE = -100  # the label that the loss leaves out (torch.nn.CrossEntropyLoss)
-_OPTIONS = ("enable_thinking", "preserve_thinking", "reasoning_effort")  # variables of templates that rows give by name
-_MEDIA = {"images": "image", "image": "image", "videos": "video", "video": "video", "audios": "audio", "audio": "audio"}
 _OTHER_ROLES = ("system", "developer", "user", "tool")
 # Stanford's texts, as in the column `text` of its data set; a system prompt replaces the first sentence.
 _INSTRUCTION = (
@@ -129,14 +127,14 @@ class Formatter:
         options = from_json(row.get(column), column, "an object") or {}
         if not isinstance(options, dict):
             raise RowProblem("chat-template-kwargs", f"{column}: got {shown(options)}, need an object")
-        if options := {key: row[key] for key in _OPTIONS if key in row} | options:
+        if options := {key: row[key] for key in OPTIONS if key in row} | options:
             found["chat_template_kwargs"] = options
         return found
 
     def _conversation(
         self, row: Mapping[str, Any], layout: Layout, messages: list[dict[str, Any]], shared: dict[str, Any], where: str
     ) -> Example:
-        for name, media in _MEDIA.items():
+        for name, media in MEDIA.items():
             if row.get(name):
                 raise RowProblem(
                     media,
@@ -287,7 +285,7 @@ class Formatter:
                     f"{layout.column('labels')}[{n}]: got {label}, need {token}, which is the token there, or {IGNORE} "
                     "(labels are not shifted)",
                 )
-        for name in ("completion_mask", "assistant_masks", "assistant_mask"):  # trl's
+        for name in MASKS:
             if name in row:
                 mask = _integers(row, name, len(ids))
                 labels = [label if flag else IGNORE for label, flag in zip(labels, mask, strict=True)]

@@ -24,6 +24,11 @@ PAIRS = (
     ("inputs", "targets"),
     ("input", "output"),
 )
+# Fields with one name in all formats: variables of templates, what is refused, and masks of trl's.
+OPTIONS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
+MASKS = ("completion_mask", "assistant_masks", "assistant_mask")
+MEDIA = {"images": "image", "image": "image", "videos": "video", "video": "video", "audios": "audio", "audio": "audio"}
+_ALWAYS_READ = {"label", *OPTIONS, *MASKS, *MEDIA}
 _NEEDED = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
@@ -47,6 +52,10 @@ class Layout:
 
     def column(self, name: str) -> str:
         return self.columns.get(name, name)
+
+    def fields(self) -> set[str]:
+        """The fields of a row that something is made of, as far as the row has them."""
+        return {self.column(name) for name in FORMAT_COLUMNS[self.format]} | _ALWAYS_READ
 
     def has_needed(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has the fields without which no row of the format can be read."""
@@ -128,6 +137,13 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _unknown(samples: Mapping[str, Any]) -> NoReturn:
+    rows = next((name for name, value in samples.items() if value and isinstance(value, list)), None)
+    if rows and isinstance(samples[rows][0], dict):
+        raise RowProblem(
+            "format-unknown",
+            f"got the fields {', '.join(samples)}; if {rows} is a conversation, set data.columns: {{messages: {rows}}}"
+            ", and if it holds the rows, save that list as a file",
+        )
     raise RowProblem(
         "format-unknown",
         f"got the fields {', '.join(samples) or '(none)'}; need messages, prompt + completion, instruction + output, "

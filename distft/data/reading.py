@@ -21,6 +21,7 @@ from typing import Any
 from distft.config.paths import HUB_PAGE, data_is_there, locate_data
 from distft.config.recipe import Data, Recipe, Source
 from distft.config.schema_text import closest, did_you_mean
+from distft.data.conversations import MESSAGE_FIELDS
 from distft.data.files import Found, some
 from distft.data.formats import Example, Formatter
 from distft.data.hub import pinned as pinned_path
@@ -39,6 +40,8 @@ class Tally:
     rows: int = 0
     files: set[str] = field(default_factory=set)  # those that have rows
     fields: set[str] = field(default_factory=set)  # those that rows have
+    unused: set[str] = field(default_factory=set)  # those that their format has no use for
+    message_fields: set[str] = field(default_factory=set)
     layouts: Counter[str] = field(default_factory=Counter)  # how many rows have each format
     untrained: Problems = field(default_factory=Problems)
     problems: Problems = field(default_factory=Problems)
@@ -48,6 +51,8 @@ class Tally:
         self.rows += later.rows
         self.files |= later.files
         self.fields |= later.fields
+        self.unused |= later.unused
+        self.message_fields |= later.message_fields
         self.layouts += later.layouts
         self.untrained.merge(later.untrained)
         self.problems.merge(later.problems)
@@ -55,6 +60,16 @@ class Tally:
     def left_out(self) -> dict[str, tuple[int, str]]:
         """The rows that say themselves that they are not to be trained: kind → how many, and the first."""
         return {kind: (count, self.untrained.first[kind][0]) for kind, count in self.untrained.counts.items()}
+
+    def not_used(self) -> str:
+        """The fields that nothing is made of, to be printed; "" where all are used."""
+        more = self.message_fields - MESSAGE_FIELDS
+        return "; ".join(
+            [
+                *([", ".join(sorted(self.unused))] if self.unused else []),
+                *([f"in messages, unless the chat template prints them: {', '.join(sorted(more))}"] if more else []),
+            ]
+        )
 
     def check(self, what: str, found: Sequence[Found]) -> None:
         """Raises DataError for rows that do not fit, the first of each kind and how many there are, or for no rows."""
@@ -108,12 +123,14 @@ def _layout(batch: Batch, data: Data) -> Layout | None:
 
 def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -> Iterator[tuple[str, Example]]:
     """The examples in a batch, with their place. Rows that do not fit are counted in `tally`."""
+    used = layout.fields() | formatter.ignored
     for number, (place, row) in enumerate(batch.rows()):
         if not number:
             tally.files.add(place.rpartition(":")[0])
         tally.rows += 1
         if not isinstance(row, RowProblem):
             tally.fields.update(row)
+            tally.unused.update(row.keys() - used)
         try:
             example = formatter.example(row, layout)
         except Untrained as reason:
@@ -122,6 +139,8 @@ def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -
             tally.problems.add(problem.kind, place, problem.text)
         else:
             tally.layouts[str(layout)] += 1
+            if example.kind == "messages":
+                tally.message_fields.update(*example.fields["messages"])
             yield place, example
 
 
@@ -189,6 +208,7 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
         all_read = sum(tally.layouts.values()) != most
         first = "" if all_read else "the first "
         lines += [f"{what}: {first}{plural(count, 'row')} of {layout}" for layout, count in tally.layouts.items()]
+        lines += [f"{what}: not used: {names}" for names in [tally.not_used()] if names]
         lines += left_out_lines(use, tally.left_out())
         lines += [f"warning: {note}" for note in tally.notes(what, found, recipe.data) if all_read]
     return lines

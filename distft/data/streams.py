@@ -6,6 +6,7 @@ import bz2
 import codecs
 import gzip
 import io
+import itertools
 import lzma
 import tempfile
 import zlib
@@ -18,6 +19,15 @@ from distft.errors import DataError, MissingPartError, first_line
 
 BLOCK = 2**20  # bytes that are read at once
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}  # the first bytes
+
+
+def _check_not_compressed(file: DataFile, head: bytes) -> None:
+    for magic, suffix in _MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(f"{file.name}: is compressed, and its name does not say so; add {suffix} to its name")
 
 
 def _open(file: DataFile) -> AbstractContextManager[Any]:
@@ -56,7 +66,12 @@ def blocks(file: DataFile) -> Generator[bytes]:
     """
     try:
         with _open(file) as stream:
-            while block := stream.read(BLOCK):
+            for number in itertools.count():
+                block = stream.read(BLOCK)
+                if not block:
+                    return
+                if not number and file.compression is None:
+                    _check_not_compressed(file, block)
                 yield block
     except PermissionError:
         raise DataError(f"{file.name}: cannot be read (permission denied)") from None

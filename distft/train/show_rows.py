@@ -56,6 +56,7 @@ class SplitReport:
     """What becomes of the rows of a split. Lengths are those of whole documents, in tokens."""
 
     format: str = ""
+    not_used: str = ""  # fields that nothing is made of
     read: int = 0  # rows
     elsewhere: int = 0  # of them, those of the other split, where data.eval is a fraction
     all_read: bool = True  # whether those are all rows of the split
@@ -114,7 +115,7 @@ class _Reader:
                     continue
                 report.shown += shown[: SHOWN_ROWS - len(report.shown)]
         report.read, report.all_read = tally.rows, next(stream, None) is None
-        report.format = ", ".join(tally.layouts)
+        report.format, report.not_used = ", ".join(tally.layouts), tally.not_used()
         counts.layouts, counts.notes = dict(tally.layouts), self.rows.notes()
         if self.is_held_out:  # what concerns all rows is in the report of data.train
             tally.problems = Problems()

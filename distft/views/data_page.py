@@ -38,6 +38,8 @@ def _summary(split: str, report: dict[str, Any], width: int) -> Iterator[str]:
     counts = report["counts"] | {"rows": report["counts"]["documents"]}
     for line in data_lines({split: counts}):
         yield from _wrapped(line, width)
+    if report["not_used"]:
+        yield from _wrapped(f"data.{split}: not used: {report['not_used']}", width)
     yield from _histogram(report["lengths"], report["max_length"], width)
 
 

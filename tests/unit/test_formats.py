@@ -634,6 +634,27 @@ def test_names_that_are_mistyped_in_columns(tmp_path: Path) -> None:
     )
 
 
+def test_fields_that_are_not_used_are_told(tmp_path: Path) -> None:
+    chat = {"messages": [USER | {"id": 1}, ANSWER | {"learn": False, "weight": 1}], "source": "x", "tools": [], "n": 1}
+    assert check_files(recipe(train=str(write(tmp_path / "a.jsonl", [chat])), ignore_fields=["n"]))[-1] == (
+        "data.train: not used: source; in messages, unless the chat template prints them: id, learn"
+    )
+    row = {"question": "q", "answer": "a", "cot": "c", "context": "d", "label": True}
+    assert check_files(recipe(train=str(write(tmp_path / "b.jsonl", [row]))))[-1] == "data.train: not used: cot"
+    row = {"q": "q", "a": "a", "prompt": "p"}
+    columns = {"prompt": "q", "completion": "a"}
+    lines = check_files(recipe(train=str(write(tmp_path / "c.jsonl", [row])), columns=columns))
+    assert lines[-1] == "data.train: not used: prompt"
+
+
+def test_rows_that_are_in_a_list_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": 1, "data": [{"prompt": "q", "completion": "a"}]}))
+    assert refusal(path).startswith(
+        "a.json:1: got the fields version, data; if data is a conversation, set data.columns: "
+    )
+
+
 def test_roles_that_are_unknown(tmp_path: Path) -> None:
     """Without a turn of the assistant's: whose turns there are, and how the assistant's name is given."""
     rows = [{"messages": [{"role": "customer", "content": "q"}, {"role": "assistant_bot", "content": "a"}]}]

@@ -304,6 +304,8 @@ def test_rows_that_are_wrong_are_found_all_at_once(tmp_path: Path) -> None:
         ("a.csv", b"a,b,a\n1,2,3\n", ":1: two columns are called 'a'; rename one"),
         ("a.parquet", b"", ": not parquet, or damaged (Parquet file size is 0 bytes)"),
         ("a.arrow", b"not really", ": not Arrow, or damaged ("),
+        ("a.jsonl", gzip.compress(b"{}"), ": is compressed, and its name does not say so; add .gz to its name"),
+        ("a.csv", b"\x28\xb5\x2f\xfd\x00", ": is compressed, and its name does not say so; add .zst to its name"),
         ("a.parquet.gz", b"not gzip", ": cannot be decompressed (Not a gzipped file (b'no')); it is damaged, or only"),
         ("a.jsonl.zst", b"not zstd", ": cannot be decompressed (ZSTD decompress failed"),
         ("a.jsonl.xz", b"not xz", ": cannot be decompressed (Input format not supported by decoder)"),

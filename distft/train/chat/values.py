@@ -55,9 +55,11 @@ def check_message(messages: Sequence[Message], index: int) -> None:
     if not isinstance(role, str) or not role:
         raise RowProblem("role-unknown", f"messages[{index}].role: got {role!r}, need system, user, assistant or tool")
     if role in _OTHER_NAMES:
+        name = _OTHER_NAMES[role]
         raise RowProblem(
             "role-unknown",
-            f"messages[{index}].role: got {role!r}, which chat templates call {_OTHER_NAMES[role]!r}; rename it",
+            f"messages[{index}].role: got {role!r}, which chat templates call {name!r}; set data.roles: "
+            f"{{{role}: {name}}}",
         )
     for number, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict) and part.get("text") is None:

@@ -168,6 +168,14 @@ def _by_name(names: list[str], where: str) -> tuple[dict[str, list[str]], str]:
                 raise DataError(f"{where}: data/{split}-…: {split!r} cannot be the name of a split; rename the files")
         first = [split for split in (TRAIN, VALIDATION, TEST) if split in shards]
         return {split: shards[split] for split in (*first, *sorted(shards.keys() - first))}, "names of shards"
+    if found := _by_keyword(names):
+        return found
+    lower = _by_keyword([name.lower() for name in names])  # to `datasets`, Train.jsonl and Test.jsonl are one split
+    how = "no split in the names" + ", which count in lower case only" * bool(lower)
+    return {TRAIN: _select(names, ["**"])}, how
+
+
+def _by_keyword(names: list[str]) -> tuple[dict[str, list[str]], str] | None:
     for forms, how in ((_IN_FOLDER_NAMES, "names of folders"), (_IN_FILE_NAMES, "names of files")):
         found = {
             split: _select(names, [form.format(word=word, sep=_SEPARATORS) for word in words for form in forms])
@@ -175,7 +183,7 @@ def _by_name(names: list[str], where: str) -> tuple[dict[str, list[str]], str]:
         }
         if any(found.values()):
             return {split: files for split, files in found.items() if files}, how
-    return {TRAIN: _select(names, ["**"])}, "no split in the names"
+    return None
 
 
 def _select(names: list[str], patterns: list[str]) -> list[str]:

@@ -457,7 +457,7 @@ LONG = "a content that is longer than that"
         (SYSTEM_FIRST, SYSTEM_AMID, "out-of-order", "messages[2]"),
         (QUESTIONS_FIRST, MULTI, "out-of-order", "messages[2]"),
         (GEMMA, [user("x"), {"role": "model", "content": "y"}], "role-unknown", "'assistant'"),
-        (CHATML, [user("x"), {"role": "gpt", "content": "y"}], "role-unknown", "messages[1].role: got 'gpt'"),
+        (CHATML, [user("x"), {"role": "gpt", "content": "y"}], "role-unknown", "data.roles: {gpt: assistant}"),
         (CHATML, [{"role": "human", "content": "x"}, assistant("y")], "role-unknown", "messages[0].role"),
         (GEMMA, [system("be brief"), user("x"), assistant("y")], "template-refuses", "messages[0] (system)"),
         (GEMMA, [user("x"), assistant("y"), assistant("z")], "template-refuses", "messages[2] (assistant)"),
@@ -575,6 +575,9 @@ def test_template_without_end_of_turn() -> None:
     tokenizer = tokenizer_for(CHATML)
     tokenizer.chat_template = None
     assert [found.kind for found in check_template(ChatEncoder(tokenizer))[0]] == ["no-template"]
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    ((problem,), _) = check_template(ChatEncoder(tokenizer))
+    assert problem.kind == "no-template" and "chat templates are rag, tool_use, and none is the default" in problem.text
 
 
 def test_options_that_the_template_does_not_read() -> None:

@@ -134,6 +134,13 @@ def test_splits_are_those_of_datasets(tmp_path: Path, layout: str) -> None:
     assert our_splits(folder) == their_splits(folder)
 
 
+def test_upper_case_is_told(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data", "Train.jsonl TEST.jsonl")
+    assert find_splits(local_folder(folder).names, None, "").how == (
+        "no split in the names, which count in lower case only"
+    )
+
+
 CONFIGS = {
     "a pattern": "configs:\n- config_name: default\n  data_files: 'a*.jsonl'\n",
     "patterns": "configs:\n- config_name: default\n  data_files: ['a*.jsonl', 'x/*']\n",

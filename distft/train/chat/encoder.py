@@ -194,9 +194,14 @@ def check_template(encoder: ChatEncoder) -> tuple[list[RowProblem], list[str]]:
     try:
         habits = encoder.habits()
     except ValueError:  # transformers': no template, or named ones and none is the default
-        return [
-            RowProblem("no-template", "the tokenizer has no chat template; set data.chat_template to a Jinja file")
-        ], []
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        text = "the tokenizer has no chat template; set data.chat_template to a Jinja file"
+        if named:
+            text = (
+                f"the tokenizer's chat templates are {', '.join(named)}, and none is the default; set "
+                "data.chat_template to one of these names"
+            )
+        return [RowProblem("no-template", text)], []
     unread = [ignored_option(option) for option in encoder.options if option not in habits.variables]
     if unread:
         return unread, []

@@ -154,6 +154,7 @@ def report(**changes: Any) -> dict[str, Any]:
     counts = {"documents": 3, "tokens": 9, "trained_tokens": 4, "long_rows": 0, "cut_answers": 0, "thoughtless": 0}
     found = {
         "format": "messages (messages)",
+        "not_used": "",
         "read": 3,
         "elsewhere": 0,
         "mixed": False,

@@ -118,7 +118,7 @@ def test_what_truncation_takes_away_is_counted(tiny: Tiny, tmp_path: Any) -> Non
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**changes)))
     counts = load_prepared(load_recipe(tmp_path / "recipe.yaml")).counts
     assert (counts["train"]["documents"], counts["train"]["cut_answers"]) == (1, 1)
-    expected = f"warning: 1 of them lost all that is trained and are left out; the first: {tmp_path}/rows.jsonl:1"
+    expected = f"warning: 1 of them left out, with all that is trained cut off; the first: {tmp_path}/rows.jsonl:1"
     assert expected in data_lines(counts)
 
 

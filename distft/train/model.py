@@ -18,6 +18,7 @@ from distft.models.attention import no_flash_attention
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
+from distft.train.base_files import check_missing
 from distft.train.new_rows import add_new_rows, grow, new_rows
 from distft.train.special_tokens import new_tokens
 
@@ -88,7 +89,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
         eos_token_id: the tokenizer's, for the model's configs where the recipe names another than the model's.
 
     Raises:
-        DataError: the weights cannot be read.
+        DataError: the weights cannot be read, or some are missing.
     """
     model_dtype = compute_dtype(recipe) if recipe.lora else torch.float32
     quantization = quantization_config(recipe, strategy)
@@ -98,17 +99,22 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
         if KINDS[strategy].zero_stage != 3:  # zero.Init places parameters itself
             options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             recipe.model.name_or_path,
             revision=recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
             use_safetensors=True,
             dtype=model_dtype,
             attn_implementation=choose_attention(recipe),
+            output_loading_info=True,
             **options,
         )
     except OSError as error:
         raise DataError(f"model.name_or_path: {recipe.model.name_or_path} cannot be loaded ({error})") from error
+    model, loaded = found
+    check_missing(recipe, model, loaded["missing_keys"])
+    # Under ZeRO-3 transformers keeps all conversions it knows, also those that did nothing, and would undo them.
+    model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or () if c.was_used()]
     model.config.use_cache = False
     tokens = new_tokens(recipe)
     grow(model, tokens)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback
 
 from distft import extras
@@ -22,7 +21,7 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
-from distft.train import worker
+from distft.train import before_training, worker
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
@@ -59,7 +58,6 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     status.begin()
     checkpointer = Checkpointer(run, recipe, plan, ranks, status)
     start = checkpointer.start()
-    warnings = few_steps.warnings(recipe, prepared.counts)
     if status.writes:
         cut_metrics(run, start.position.step)
         status.write(
@@ -69,16 +67,18 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             started=read_status(run).started or time.time(),
             ended=None,
             data=prepared.counts,
-            warnings=warnings,
             identity=checkpointer.identity,
             versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
-        for text in warnings:
-            log.warning("warning: %s", text)
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
     model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id)
+    warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)
+    status.write(warnings=warnings)
+    if status.writes:
+        for text in warnings:
+            log.warning("warning: %s", text)
     trainer = RecipeTrainer(
         stream=_stream(recipe, prepared, start.position, steps),
         model=model,
@@ -121,17 +121,13 @@ def leave() -> None:
 def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, writes: bool) -> None:
     """Write final/ with its model card. Collective; the rank that `writes` does."""
     model = recipe.model
-    config = AutoConfig.from_pretrained(
-        model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    dtype = config.dtype or torch.float32  # a whole model keeps the dtype of its base
     card = model_card.text(run) if writes else None
     save_trained(
         trainer.model_wrapped,
         run.final,
         tokenizer=tokenizer,
         writes=writes,
-        dtype=dtype,
+        dtype=before_training.final_dtype(recipe),
         card=card,
         generation_config=model.eos_token is not None,
     )

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distft.errors import RunError
 from distft.models.lora import ADAPTER_WEIGHTS
+from distft.train.conversion import Conversion, Tensors, parameter_shapes, saves_as_published, twin
 from distft.train.new_rows import new_rows
-
-Tensors = dict[str, torch.Tensor]
+from distft.train.tensor_files import TensorFiles
 
 
 def save_trained(
@@ -53,8 +52,8 @@ def save_trained(
     else:
         trained = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.items()}
         base.config.dtype = dtype
-        base.save_pretrained(work, state_dict=trained, safe_serialization=True)
-        expected = trained
+        published = saves_as_published(base)
+        base.save_pretrained(work, state_dict=dict(trained), safe_serialization=True, save_original_format=published)
     tokenizer.save_pretrained(work)
     if adapter and generation_config:
         base.generation_config.save_pretrained(work)
@@ -62,7 +61,10 @@ def save_trained(
         (work / "README.md").write_text(card)  # replaces peft's, which has nothing in it
     for path in work.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
-    verify(work, expected)
+    if adapter:
+        verify(work, expected)
+    else:
+        verify_whole(work, base, {name: trained[name] for name in parameter_shapes(base)})
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
 
@@ -136,21 +138,44 @@ def verify(folder: Path, expected: Tensors) -> None:
     Raises:
         RunError: a tensor is missing, unexpected, empty, or has another shape or other values.
     """
-    found: set[str] = set()
-    problems = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                found.add(name)
-                want, have = expected.get(name), file.get_tensor(name)
-                if want is None:
-                    problems.append(f"{name}: was not trained")
-                elif want.shape != have.shape or want.numel() == 0:
-                    problems.append(f"{name}: shape {tuple(have.shape)}, in memory {tuple(want.shape)}")
-                elif not torch.equal(want, have):
-                    zero = bool(want.any()) and not bool(have.any())
-                    problems.append(f"{name}: {'all zeros' if zero else 'other values'} on disk")
-    problems += [f"{name}: missing" for name in sorted(expected.keys() - found)]
+    files = TensorFiles(sorted(folder.glob("*.safetensors")))
+    problems = [f"{name}: was not trained" for name in files if name not in expected]
+    for name, want in expected.items():
+        problems += _difference(name, files.get(name), want)
+    _report(folder, problems, expected)
+
+
+def verify_whole(folder: Path, model: Any, expected: Tensors) -> None:
+    """Compare what transformers would load from `folder` into such a `model` with its parameters, as they are expected.
+
+    Raises:
+        RunError: as `verify`.
+    """
+    files = TensorFiles(sorted(folder.glob("*.safetensors")))
+    conversion = Conversion(twin(model), files.shapes())
+    problems = [f"{name}: was not trained" for name in conversion.unused] + conversion.problems
+    for group in conversion.groups:
+        for name, have in conversion.load(group, files.__getitem__).items():
+            if name in expected:
+                problems += _difference(name, have, expected[name])
+            elif name not in conversion.tied:
+                problems.append(f"{name}: was not trained")
+    problems += [f"{name}: missing" for name in expected if name not in conversion.group_of]
+    _report(folder, problems, expected)
+
+
+def _difference(name: str, have: torch.Tensor | None, want: torch.Tensor) -> list[str]:
+    if have is None:
+        return [f"{name}: missing"]
+    if want.shape != have.shape or want.numel() == 0:
+        return [f"{name}: shape {tuple(have.shape)}, in memory {tuple(want.shape)}"]
+    if torch.equal(want, have):
+        return []
+    zero = bool(want.any()) and not bool(have.any())
+    return [f"{name}: {'all zeros' if zero else 'other values'} on disk"]
+
+
+def _report(folder: Path, problems: list[str], expected: Tensors) -> None:
     if problems or not expected:
         shown = "\n  ".join(problems[:5] or ["nothing was trained"])
         raise RunError(f"{folder}: what was saved is not what was trained ({len(problems)} tensors):\n  {shown}")

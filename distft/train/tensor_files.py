@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from distft.errors import DataError, RunError, first_line
-from distft.train.save import Tensors
+from distft.train.conversion import Shapes, Tensors
 
 
 class TensorFiles:
@@ -29,6 +29,18 @@ class TensorFiles:
         for path in paths:
             with _opened(path) as file:
                 self.path_of.update(dict.fromkeys(file.keys(), path))
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The tensor, or None."""
+        return self[name] if name in self.path_of else None
+
+    def shapes(self) -> Shapes:
+        """The shape of every tensor."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in dict.fromkeys(self.path_of.values()):
+            with _opened(path) as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.path_of)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from functools import cache
+from pathlib import Path
 
 from distft.errors import MissingPartError
 
@@ -51,6 +52,16 @@ def installed() -> dict[str, str]:
                 if match := re.fullmatch(r"(.+)-([0-9][^-]*)\.dist-info", name):
                     found.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), match[2])
     return found
+
+
+@cache
+def source(package: str, path: str) -> str | None:
+    """The text of a module of a package, None where it is not installed. Finding a package does not import it."""
+    import importlib.util  # only here: most commands need none of this
+
+    found = importlib.util.find_spec(package)
+    file = Path(found.origin).parent / path if found and found.origin else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else None
 
 
 def requirements() -> list[tuple[str, Bounds]]:

@@ -14,7 +14,7 @@ from distft.errors import PlanError
 from distft.jobs.target import Target
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner import calibrate, limits
-from distft.planner.plan import RecipePlan, make_plan
+from distft.planner.plan import RecipePlan, make_plan, refuse_other_kinds
 from distft.planner.search import Where
 
 # The GPU to plan for where neither --gpu nor --cluster names one: this machine's is used only when asked for.
@@ -76,6 +76,7 @@ def _simulated(recipe: Recipe, where: Where, measured: float | None) -> RecipePl
     logging.disable(logging.WARNING)
     from distft.simulation.simulate import model_shape, simulate
 
+    refuse_other_kinds(recipe, where)
     try:
         model: ModelShape = read_model_shape(recipe)
     except PlanError:

@@ -91,6 +91,17 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     return shape_of(recipe, tensors, tied, sizes, config, experts)
 
 
+def read_config(recipe: Recipe) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        PlanError: as read_model_shape.
+        MissingPartError: likewise.
+    """
+    folder = Path(recipe.model.name_or_path)
+    return _folder_config(folder) if folder.is_dir() else _read_hub(recipe, need_weights=False, config_only=True)[0]
+
+
 def _grown(
     recipe: Recipe, tensors: tuple[Tensor, ...], tied: tuple[Tensor, ...], sizes: Sizes
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Sizes]:
@@ -155,8 +166,7 @@ def _guess_kind(name: str, shape: tuple[int, ...]) -> str:
     return "output" if name in ("lm_head.weight", "embed_out.weight") else "embedding"
 
 
-def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shapes | None]:
-    """The config in a model folder, and the tensors of its weights; None where there are none."""
+def _folder_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -165,6 +175,12 @@ def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shap
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not a JSON object")
+    return config
+
+
+def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shapes | None]:
+    """The config in a model folder, and the tensors of its weights; None where there are none."""
+    config = _folder_config(folder)
     files, missing = _weight_files(folder)
     if (missing or not files) and not need_weights:
         return config, None
@@ -241,7 +257,7 @@ def check_start(folder: Path, lora: Lora, parameters: int) -> None:
         )
 
 
-def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict[str, Any], Shapes | None]:
+def _read_hub(recipe: Recipe, need_weights: bool, config_only: bool = False) -> tuple[dict[str, Any], Shapes | None]:
     """As _read_folder, from the hub's cache if the model is there, else from the hub itself, without the weights."""
     try:
         import huggingface_hub as hub
@@ -254,13 +270,15 @@ def _read_hub(recipe: Recipe, need_weights: bool) -> tuple[dict[str, Any], Shape
     try:
         cached = hub.try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
+            if config_only:
+                return _folder_config(Path(cached).parent), None
             config, header = _read_folder(Path(cached).parent, need_weights=False)
             if header is not None or (is_known(config) and not need_weights):
                 return config, header
         if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
         config = json.loads(Path(hub.hf_hub_download(name, "config.json", revision=revision)).read_text())
-        if is_known(config) and not need_weights:
+        if config_only or (is_known(config) and not need_weights):
             return config, None
         metadata = hub.get_safetensors_metadata(name, revision=revision)
     except PlanError:

@@ -13,7 +13,7 @@ from distft.config.recipe import Recipe, ScriptSettings
 from distft.errors import PlanError
 from distft.hardware.devices import GPUS, Device
 from distft.hardware.topology import Topology
-from distft.models.shapes import ModelShape, check_start, read_model_shape
+from distft.models.shapes import ModelShape, check_start, read_config, read_model_shape
 from distft.planner import speed
 from distft.planner.communication import LINK_EFFICIENCY
 from distft.planner.memory import Memory
@@ -117,7 +117,9 @@ def make_plan(
     Raises:
         PlanError: a combination that cannot train, a batch that cannot be divided, a model that cannot be read.
     """
-    model = model or read_model_shape(recipe, need_weights)
+    if model is None:
+        refuse_other_kinds(recipe, where)
+        model = read_model_shape(recipe, need_weights)
     if recipe.lora and recipe.lora.start_from:
         check_start(Path(recipe.lora.start_from), recipe.lora, model.trainable_parameters)
     search = Search.of(recipe, model, where, measured)
@@ -167,6 +169,28 @@ def make_plan(
         candidates=tuple(candidates),
         assumptions=_assumptions(recipe, search, chosen),
         simulated=count is not None,
+    )
+
+
+def refuse_other_kinds(recipe: Recipe, where: Where) -> None:
+    """Check what can be checked before the model's parameters are known, for which it may have the wrong ones.
+
+    Raises:
+        PlanError: it is no causal language model, or its own code would have to run.
+    """
+    config = read_config(recipe)
+    only_config = ModelShape(recipe.model.name_or_path, 0, 0, 0, config=config)
+    rules.apply(
+        rules.RecipeCase(
+            strategy="ddp",
+            offload="none",
+            shard_size=1,
+            topology=where.topology,
+            device=where.device,
+            settings=recipe,
+            model=only_config,
+        ),
+        of_config=True,
     )
 
 

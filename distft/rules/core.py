@@ -186,6 +186,7 @@ class Rule:
     versions: tuple[str, ...]  # such as "deepspeed<0.19.4": it holds for these only; () for all
     check: Callable[[Any], str | None]  # of a Case, or without for_scripts of a RecipeCase: see `rule`
     for_scripts: bool
+    of_config: bool = False  # it needs nothing of the model but config.json, and is checked before anything else
 
     @property
     def explanation(self) -> str:
@@ -218,10 +219,17 @@ def rule(
 ) -> Callable[[Check], Check]: ...
 @overload
 def rule(
-    when: str, source: str, fix: str, *, kind: str = "error", versions: Sequence[str] = ()
+    when: str, source: str, fix: str, *, kind: str = "error", versions: Sequence[str] = (), of_config: bool = False
 ) -> Callable[[RecipeCheck], RecipeCheck]: ...
 def rule(
-    when: str, source: str, fix: str, *, kind: str = "error", versions: Sequence[str] = (), for_scripts: bool = False
+    when: str,
+    source: str,
+    fix: str,
+    *,
+    kind: str = "error",
+    versions: Sequence[str] = (),
+    for_scripts: bool = False,
+    of_config: bool = False,
 ) -> Callable[[Any], Any]:
     """Register the function below as a rule of its name; its docstring is the explanation.
 
@@ -230,11 +238,12 @@ def rule(
         source: where this can be read, or how it was seen.
         fix: what to do instead, in half a sentence.
         for_scripts: it needs no recipe, and applies to your own scripts too.
+        of_config: it needs nothing of the model but config.json.
     """
 
     def register(check: Any) -> Any:
         name, family = check.__name__.replace("_", "-"), check.__module__.rpartition(".")[2]
-        RULES.append(Rule(name, kind, family, when, source, fix, tuple(versions), check, for_scripts))
+        RULES.append(Rule(name, kind, family, when, source, fix, tuple(versions), check, for_scripts, of_config))
         return check
 
     return register
@@ -250,17 +259,21 @@ def unwise(case: Case) -> list[tuple[Rule, str]]:
     return _applied(case, "warning")
 
 
-def _applied(case: Case, kind: str) -> list[tuple[Rule, str]]:
-    return [(rule, text) for rule in RULES if rule.kind == kind and (text := rule(case))]
+def _applied(case: Case, kind: str, of_config: bool = False) -> list[tuple[Rule, str]]:
+    rules = [rule for rule in RULES if rule.kind == kind and rule.of_config >= of_config]
+    return [(rule, text) for rule in rules if (text := rule(case))]
 
 
-def apply(case: Case) -> None:
+def apply(case: Case, of_config: bool = False) -> None:
     """Check a case against every rule.
+
+    Args:
+        of_config: only against those that need nothing of the model but config.json.
 
     Raises:
         PlanError: all rules that it breaks, one per line, with the fix and the rule's name.
     """
-    if found := broken(case):
+    if found := _applied(case, "error", of_config):
         raise PlanError("\n".join(sentences(found)))
 
 

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from distft.models.families import FAMILIES
+from distft.models import kinds
 from distft.rules import upstream
 from distft.rules.core import RecipeCase, rule
 
 
 @rule(
-    "a model type that AutoModelForCausalLM does not have",
-    "transformers models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "what is no causal language model: encoders, encoder-decoders, models of speech or images",
+    "transformers models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and the other tables; "
+    "models/bert/modeling_bert.py: If you want to use `BertLMHeadModel` as a standalone, add `is_decoder=True.`",
     "use a causal language model",
+    of_config=True,
 )
 def model_must_be_a_causal_lm(case: RecipeCase) -> str | None:
-    """Models are loaded with AutoModelForCausalLM, which fails on types that it has no class for: encoder-decoders such
-    as T5, vision models, or a type newer than the installed transformers. Checked where transformers is installed.
+    """Training predicts each token from those before it, with the class that AutoModelForCausalLM has for the model's
+    type. An encoder-decoder such as T5 has none; an encoder such as BERT has one that sees the token it predicts. What
+    config.json itself does not say is looked up in the installed transformers, where there is one.
     """
-    if _is_unknown(case) and not case.has_remote_code:
-        return f"model.name_or_path: the installed transformers has no causal language model of type {case.model_type}"
-    return None
+    found = kinds.not_causal(case.whole_config)
+    return f"model.name_or_path: {found}" if found else None
 
 
 @rule(
     "a model type that only the model's own code can build, without model.trust_remote_code",
     "transformers dynamic_module_utils.py, resolve_trust_remote_code",
     "read that code, and set model.trust_remote_code: true if you trust its source",
+    of_config=True,
 )
 def remote_code_must_be_trusted(case: RecipeCase) -> str | None:
     """A model that transformers has no class for, but that comes with its own (config.json has an auto_map), is loaded
-    by running that code; without permission transformers fails. Checked where transformers is installed.
+    by running that code; without permission transformers fails. Types that the installed transformers has are not
+    refused; where none is installed, those that are planned from config.json.
     """
-    if case.has_remote_code and not case.runs_remote_code and _is_unknown(case):
+    if case.has_remote_code and not case.runs_remote_code and not kinds.is_causal_type(case.model_type):
         return (
             f"model.trust_remote_code: got false, and {case.model_type} models are built by code that comes with them"
         )
@@ -282,14 +286,6 @@ def max_length_beyond_positions(case: RecipeCase) -> str | None:
     if type(most) is int and most < longest and "factor" not in scaling:
         return f"data.max_length: got {longest}, and the model has {most} positions"
     return None
-
-
-def _is_unknown(case: RecipeCase) -> bool:
-    """Whether the installed transformers has no causal language model of this type; types known here need no look."""
-    if not case.model_type or case.model_type in FAMILIES:
-        return False
-    types = upstream.causal_lm_types()
-    return types is not None and case.model_type not in types
 
 
 def _method(case: RecipeCase) -> str:

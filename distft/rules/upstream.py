@@ -7,8 +7,8 @@ show is read as text, so that it is right for the version that will run.
 from __future__ import annotations
 
 import re
-from functools import cache
-from pathlib import Path
+
+from distft.extras import source
 
 # Model types of transformers 5.17 to 5.23 in which a token of a packed row sees the document before its own, although
 # position ids start again there. Found with tiny models of every type: the first document was changed, and the outputs
@@ -346,30 +346,13 @@ FSDP1_KEYS = frozenset(
 
 def trainer_arguments() -> frozenset[str] | None:
     """Names of the arguments of the installed transformers' TrainingArguments; None where it is not installed."""
-    text = _source("transformers", "training_args.py")
+    text = source("transformers", "training_args.py")
     field = r"^    (\w+): [^\n]* = (?:field\(|[\w\"'\[])"
     return None if text is None else frozenset(re.findall(field, text, re.MULTILINE))
 
 
-def causal_lm_types() -> frozenset[str] | None:
-    """Model types that the installed transformers' AutoModelForCausalLM can build; None where it is not installed."""
-    text = _source("transformers", "models/auto/modeling_auto.py")
-    table = (text or "").partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)")[0]
-    return frozenset(re.findall(r'\("([\w-]+)", ', table)) or None
-
-
 def trackers() -> frozenset[str] | None:
     """Names that the installed transformers accepts in report_to; None where it is not installed."""
-    text = _source("transformers", "integrations/integration_utils.py")
+    text = source("transformers", "integrations/integration_utils.py")
     table = (text or "").partition("\nINTEGRATION_TO_CALLBACK = {")[2].partition("\n}")[0]
     return frozenset(re.findall(r'"(\w+)": ', table)) or None
-
-
-@cache
-def _source(package: str, path: str) -> str | None:
-    """The text of a module; finding a package does not import it."""
-    import importlib.util  # only here: most recipes need none of this
-
-    found = importlib.util.find_spec(package)
-    file = Path(found.origin).parent / path if found and found.origin else None
-    return file.read_text(encoding="utf-8") if file and file.is_file() else None

@@ -26,6 +26,7 @@ from distft.errors import PlanError
 from distft.hardware.devices import Device, named_device
 from distft.hardware.topology import Topology
 from distft.jobs.target import Target, plan_recipe, plan_script
+from distft.models import kinds
 from distft.models.architecture import Sizes
 from distft.models.attention import no_flash_attention, planned_attention
 from distft.models.layout import Tensor
@@ -633,12 +634,15 @@ def test_packages_that_are_not_installed_break_no_rule(pretend: Any, monkeypatch
         assert name in fired(breaks, pretend)
         assert name not in fired({**breaks, "installed": {package: None}}, pretend)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    upstream._source.cache_clear()
+    caches = (extras.source, kinds._table)
+    for cached in caches:
+        cached.cache_clear()
     try:
         for name in ("model-must-be-a-causal-lm", "trainer-arguments-must-exist", "trackers-must-be-known"):
             assert name not in fired(TABLE[name][0][0], pretend)
     finally:
-        upstream._source.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
 
 
 def test_quick_and_light() -> None:
@@ -659,7 +663,8 @@ recipe = group(
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
 sizes = group(tie_word_embeddings=False)
-model = group(config={}, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes)
+config = {"model_type": "llama"}
+model = group(config=config, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes)
 def case(checkpointing):
     return RecipeCase(strategy="zero3", offload="none", shard_size=2, topology=Topology(1, 2), settings=recipe,
                       device=Device("cuda", "H100", 2**36, 9.0), model=model,
@@ -742,7 +747,8 @@ def test_what_distft_writes_is_known() -> None:
 def test_model_types_are_transformers() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    assert set(NAMES) == upstream.causal_lm_types()
+    assert set(NAMES) == kinds._table("CAUSAL_LM")
+    assert kinds.CAUSAL_IF.keys() | kinds.NOT_TEXT.keys() <= set(NAMES)
     if newest(transformers="5.23"):
         for name in ("MIXES_BY_MASK", "MIXES_BY_STATE", "NO_ATTENTION", "NO_SDPA", "NO_FLASH", "NO_CHECKPOINTING"):
             assert getattr(upstream, name) <= set(NAMES), name

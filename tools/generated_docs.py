@@ -132,7 +132,8 @@ the packages that are installed where distft runs, and say nothing about a packa
 FAMILY_TITLES = {
     "combinations": "Strategy, offload, optimizer, precision, device",
     "models": "Models",
-    "overrides": "Overrides",
+    "overrides": "Overrides of DeepSpeed and FSDP",
+    "trainer_overrides": "Overrides of transformers' arguments",
     "advice": "Advice",
 }
 

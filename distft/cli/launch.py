@@ -61,7 +61,8 @@ def launch(
 ) -> None:
     """Train RECIPE, or run your own script, here or on a cluster.
 
-    SCRIPT is an unmodified accelerate or transformers.Trainer script, which runs under the strategy. For a run on this
+    SCRIPT is an unmodified accelerate or transformers.Trainer script, which runs under the strategy; -m MODULE and
+    installed programs (trl sft) work too. For a run on this
     machine, Ctrl-C saves at the next step and ends the run; a second Ctrl-C ends it at once. A job on a cluster keeps
     running. Exit status: 0 done, 1 the run failed, 2 the request is wrong.
     """
@@ -93,9 +94,9 @@ def launch(
         after = after and dependency(after, target.runs_dir(loaded))
         planned = RecipeLaunch(loaded, plan, target, after, detach)
     else:
-        settings, script_plan = plan_script(script, sets, target)
+        settings, script_plan, words = plan_script(script, sets, target)
         after = after and dependency(after, target.runs_dir(settings))
-        planned = ScriptLaunch(settings, script_plan, target, after, detach, script=script)
+        planned = ScriptLaunch(settings, script_plan, target, after, detach, script=words)
     if dry_run:
         _show(planned.job(planned.next_run()), planned.plan, as_json)
         return

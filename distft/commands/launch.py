@@ -175,7 +175,7 @@ class Launch(ABC):
             local.detach(run)
             say(console, [f"started; follow it with: distft logs -f {quote(str(run.path))}"])
             return run
-        with Follower(run, console, resumed=self.run is not None, warned=self.target.prepares_data()) as follower:
+        with Follower(run, console, resumed=self.run is not None, warned=self._warned()) as follower:
             local.supervise(run, watch=follower.poll)
         say(console, summary.result_lines(run))
         return run
@@ -194,8 +194,12 @@ class Launch(ABC):
         if self.detach:
             say(console, [f"next: distft status {name} · distft logs -f {name} · distft cancel {name}"])
             return run
-        follow(run, console, resumed=self.run is not None, warned=self.target.prepares_data())
+        follow(run, console, resumed=self.run is not None, warned=self._warned())
         return run
+
+    def _warned(self) -> bool:
+        """Whether all that status.json will warn of was said here."""
+        return self.target.prepares_data()
 
     def _named(self, run: RunDir) -> str:
         name = self.settings.name
@@ -243,6 +247,9 @@ class ScriptLaunch(Launch):
     def prepare(self, console: Console) -> None:
         if self.target.cluster is None:
             extras.require()
+
+    def _warned(self) -> bool:
+        return False  # they come from the ranks
 
 
 def dependency(word: str, runs_dir: str) -> str | None:

@@ -15,7 +15,7 @@ from distft.config.document import Document
 from distft.config.loading import DATA_FILES, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.data.reading import check_files, pinned
-from distft.errors import ClusterError, MissingPartError, RecipeError
+from distft.errors import ClusterError, MissingPartError
 from distft.hardware.devices import (
     GPUS,
     Device,
@@ -27,6 +27,7 @@ from distft.hardware.devices import (
     visible_gpus,
 )
 from distft.hardware.topology import Topology
+from distft.jobs.script import script_command
 from distft.planner.plan import RecipePlan, ScriptPlan, make_plan, script_plan
 from distft.planner.search import Where
 from distft.runs.directory import CLUSTER, RunDir
@@ -126,19 +127,18 @@ def plan_recipe(
 
 def plan_script(
     script: Sequence[str], sets: Sequence[str] = (), target: Target = HERE
-) -> tuple[ScriptSettings, ScriptPlan]:
-    """The same for your own script.
+) -> tuple[ScriptSettings, ScriptPlan, tuple[str, ...]]:
+    """The same for your own script; `script` is what stands after `--`.
 
     Raises:
         DistftError: the request is wrong.
     """
-    if not Path(script[0]).is_file():
-        raise RecipeError(f"script: no such file: {script[0]}")
+    command = script_command(script, here=target.cluster is None)
     document = Document("--set", ScriptSettings)
-    for text in (f"name={Path(script[0]).stem}", *sets):
+    for text in (f"name={json.dumps(command.name)}", *sets):  # quoted: a script may be called 1e3.py
         document.override(text)
     settings = validate(document)
-    return settings, script_plan(settings, target.where())
+    return settings, script_plan(settings, target.where()), command.words
 
 
 def cluster_device(cluster: Cluster, nproc_per_node: int) -> Device:

@@ -170,6 +170,8 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise PlanError(_is_adapter(folder)) from None
         raise PlanError(f"model.name_or_path: {folder} has no config.json; it is not a transformers model") from None
     except ValueError as error:
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not JSON ({error})") from None
@@ -196,6 +198,20 @@ def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shap
     for file in files:
         tensors |= read_safetensors_header(file)
     return config, tensors
+
+
+def _is_adapter(folder: Path) -> str:
+    """What to say of a peft adapter in the model's place."""
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    return (
+        f"model.name_or_path: {folder} is a peft adapter, not a model; to go on with it, name its base here"
+        + (f" ({base})" if base else "")
+        + f" and set lora.start_from: {folder}; to train on top of it, merge it first (distft merge, or peft's "
+        "merge_and_unload)"
+    )
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -243,6 +259,10 @@ def check_start(folder: Path, lora: Lora, parameters: int) -> None:
         header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, PlanError) as error:
         raise PlanError(f"lora.start_from: {folder} is not a peft adapter in safetensors ({error})") from None
+    if (kind := config.get("peft_type")) != "LORA":
+        raise PlanError(
+            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only LORA can be started from"
+        )
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if config.get(name) != getattr(lora, name):
             raise PlanError(

@@ -1,4 +1,4 @@
-"""What the overrides may contain: DeepSpeed's config, accelerate's fsdp_config, transformers' arguments."""
+"""What deepspeed.overrides and fsdp.overrides may contain: DeepSpeed's config, accelerate's fsdp_config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def deepspeed_keys_must_exist(case: Case) -> str | None:
     if not case.zero:
         return None
     unknown = case.deepspeed.keys() - upstream.DEEPSPEED_KEYS - upstream.DEEPSPEED_REMOVED
-    return _unknown("deepspeed.overrides", unknown, upstream.DEEPSPEED_KEYS)
+    return unknown_keys("deepspeed.overrides", unknown, upstream.DEEPSPEED_KEYS)
 
 
 @rule(
@@ -41,7 +41,7 @@ def zero_keys_must_exist(case: Case) -> str | None:
     section = case.zero_option()
     if not case.zero or not isinstance(section, dict):
         return None
-    return _unknown(ZERO, section.keys() - upstream.ZERO_KEYS, upstream.ZERO_KEYS)
+    return unknown_keys(ZERO, section.keys() - upstream.ZERO_KEYS, upstream.ZERO_KEYS)
 
 
 @rule(
@@ -317,7 +317,7 @@ def fsdp_keys_must_exist(case: Case) -> str | None:
     if not case.fsdp:
         return None
     keys = upstream.FSDP_KEYS | upstream.FSDP1_KEYS
-    return _unknown("fsdp.overrides", case.fsdp_config.keys() - keys, keys)
+    return unknown_keys("fsdp.overrides", case.fsdp_config.keys() - keys, keys)
 
 
 @rule(
@@ -457,94 +457,7 @@ def one_unit_gathers_all_weights(case: Case) -> str | None:
     return None
 
 
-# ---- transformers
-
-
-@rule(
-    "a key of trainer.overrides that TrainingArguments does not have",
-    "transformers training_args.py, TrainingArguments: a dataclass takes no other arguments",
-    "correct or remove it",
-)
-def trainer_arguments_must_exist(case: RecipeCase) -> str | None:
-    """Every rank fails on an argument that TrainingArguments does not have. Checked where transformers is installed."""
-    names = upstream.trainer_arguments() if case.trainer else None
-    return _unknown("trainer.overrides", case.trainer.keys() - names, names) if names else None
-
-
-# Arguments that distft derives or handles itself → where to set them.
-PLANNED = {
-    "output_dir": "output_dir",
-    "per_device_train_batch_size": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size",
-    "auto_find_batch_size": "training.micro_batch_size: auto",
-    "max_steps": "training.max_steps",
-    "num_train_epochs": "training.num_train_epochs",
-    "learning_rate": "training.learning_rate",
-    "max_grad_norm": "training.max_grad_norm",
-    "seed": "training.seed",
-    "bf16": "training.mixed_precision",
-    "fp16": "training.mixed_precision",
-    "use_cpu": "--gpus-per-node, or CUDA_VISIBLE_DEVICES=",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "activation_checkpointing": "training.gradient_checkpointing",
-    "use_liger_kernel": "training.use_liger_kernel",
-    "deepspeed": "parallelism.strategy and deepspeed.overrides",
-    "fsdp": "parallelism.strategy and fsdp.overrides",
-    "fsdp_config": "parallelism.strategy and fsdp.overrides",
-    "parallelism_config": "parallelism.strategy",
-    "save_strategy": "checkpoint.save_steps",
-    "save_steps": "checkpoint.save_steps",
-    "save_total_limit": "checkpoint.save_total_limit",
-    "load_best_model_at_end": "training.eval_steps, and choose among checkpoints/",
-    "eval_strategy": "training.eval_steps",
-    "eval_steps": "training.eval_steps",
-    "average_tokens_across_devices": "nothing: the loss is the mean over the whole global batch at every world size",
-    "remove_unused_columns": "nothing: the rows have exactly what is needed",
-    "report_to": "training.report_to",
-}
-
-
-@rule(
-    "trainer.overrides for what the recipe has a field for, or distft handles itself",
-    "distft/train/trainer.py, training_arguments: what the plan, the sampler and the saving rely on",
-    "set it in the recipe, and leave it out here",
-)
-def planned_arguments_belong_in_the_recipe(case: RecipeCase) -> str | None:
-    """Batch size, steps, precision, sharding and saving follow from the recipe, and the plan counts on them. With an
-    override, the run would not be what plan.json describes, or would fail (transformers' own saving does not work under
-    FSDP2 with adapters).
-    """
-    if not case.trainer:
-        return None
-    given = [f"{key} (set {PLANNED[key]})" for key in sorted(case.trainer.keys() & PLANNED.keys())]
-    return f"trainer.overrides: got {', '.join(given)}" if given else None
-
-
-@rule(
-    "trainer.overrides.tf32: true on a CPU or before Ampere",
-    "transformers 5.23 training_args.py:1682: --tf32 requires Ampere or a newer GPU arch",
-    "leave it out",
-)
-def tf32_needs_ampere(case: RecipeCase) -> str | None:
-    """TF32 is a mode of tensor cores of compute capability 8.0 and later; elsewhere transformers refuses it."""
-    if case.trainer.get("tf32") is True and (case.on_cpu or case.before_ampere):
-        return f"trainer.overrides.tf32: {case.device.name} has no TF32"
-    return None
-
-
-@rule(
-    "a tracker in training.report_to that transformers does not have",
-    "transformers 5.23 integrations/integration_utils.py:2674, get_reporting_integration_callbacks",
-    "use names that it has, or report_to: []",
-)
-def trackers_must_be_known(case: RecipeCase) -> str | None:
-    """transformers' Trainer fails on a tracker that it has no callback for. Checked where transformers is installed."""
-    wanted = case.recipe.training.report_to
-    if not wanted or wanted in (["all"], ["none"]):
-        return None
-    names = upstream.trackers() or frozenset()
-    unknown = sorted(set(wanted) - names) if names else []
-    return f"training.report_to: got {', '.join(unknown)}, not one of {', '.join(sorted(names))}" if unknown else None
+# ---- any of them
 
 
 @rule(
@@ -564,7 +477,7 @@ def overrides_of_another_strategy(case: Case) -> str | None:
     return f"{' and '.join(unread)}: not read under {case.strategy}" if unread else None
 
 
-def _unknown(where: str, unknown: Iterable[str], names: Iterable[str]) -> str | None:
+def unknown_keys(where: str, unknown: Iterable[str], names: Iterable[str]) -> str | None:
     """`where: unknown key a (did you mean b?)`, for all of them."""
     if not unknown:
         return None

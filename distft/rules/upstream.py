@@ -351,6 +351,19 @@ def trainer_arguments() -> frozenset[str] | None:
     return None if text is None else frozenset(re.findall(field, text, re.MULTILINE))
 
 
+def optimizers() -> frozenset[str] | None:
+    """Names that the installed transformers accepts for an optimizer; None where it is not installed."""
+    text = source("transformers", "training_args.py")
+    names = (text or "").partition("\nclass OptimizerNames(")[2].partition("\n\n\n")[0]
+    return frozenset(re.findall(r'^    \w+ = "(\w+)"', names, re.MULTILINE)) or None
+
+
+def is_installed(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
 def trackers() -> frozenset[str] | None:
     """Names that the installed transformers accepts in report_to; None where it is not installed."""
     text = source("transformers", "integrations/integration_utils.py")

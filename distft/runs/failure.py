@@ -6,11 +6,12 @@ import contextlib
 import json
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distft.extras import INSTALL
 from distft.runs.directory import RunDir
 
 LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
@@ -21,15 +22,18 @@ HINTS = (
         "out of memory: --set training.micro_batch_size=1, --set training.gradient_checkpointing=true, "
         "--set parallelism.strategy=zero3, or a shorter data.max_length",
     ),
-    (r"(?m)^ *(ModuleNotFoundError|ImportError): ", 'a package is missing: pip install "distft[train]"'),
+    (r"(?m)^ *(ModuleNotFoundError|ImportError): ", f"a package is missing: {INSTALL}"),
     (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
     (r"No space left on device", "the disk is full: free some space, or set another output_dir"),
     (r"DataError", "a row of the data is wrong or too long: fix it, or set data.long_rows"),
     (LOST_PEER, "a rank lost its peer: see the other ranks' logs"),
 )
+NO_MODULE = re.compile(r"(?m)^ *ModuleNotFoundError: No module named '([\w.]+)'")
+# Packages of distft[train]; another one is a matter of the user's script.
+TRAIN_PART = {"torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "datasets", "distft"}
 OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # on the GPU; on the host a rank gets SIGKILL
-KILLED = re.compile(
-    r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: -(\d+) \(pid: (\d+)\)"
+ENDED = re.compile(
+    r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: (-?\d+) +\(pid: (\d+)\)"
 )
 ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
 TAIL_LINES = 15
@@ -71,9 +75,9 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
     errors = rank_errors(run)
     logs = job_logs(run)
     log = "\n".join(path.read_text(errors="replace") for path in logs)
-    killed = _killed_rank(logs)
+    silent = _silent_rank(logs, {error["rank"] for error in errors})
     # A rank that was killed could write nothing; those that lost it recorded a network error.
-    own = [error for error in errors if not (killed and re.search(LOST_PEER, error["message"]))]
+    own = [error for error in errors if not (silent and re.search(LOST_PEER, error["message"]))]
     if own:
         first = own[0]
         rank_log = run.rank_log(first["rank"])
@@ -84,21 +88,22 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         if first["type"] == "SystemExit":
             reason = f"rank {first['rank']} exited by itself with status {first['message']}"
             where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
-        text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]))
+        text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]), run)
         host = "" if re.search(LOST_PEER, first["message"]) else first["host"]
         return Failure(reason, text, first["rank"], host, first["user_error"])
-    if killed:
-        rank, number, node = killed
-        reason = f"rank {rank} was killed by {_signal_name(number)}"
-        hint = " (the host ran out of memory, or someone killed it)" if number == signal.SIGKILL else ""
+    if silent:
+        rank, number, node = silent
+        how = f"was killed by {_signal_name(-number)}" if number < 0 else f"ended by itself with status {number}"
+        reason = f"rank {rank} {how}"
+        hint = " (the host ran out of memory, or someone killed it)" if number == -signal.SIGKILL else ""
         tail = _tail(run.rank_log(rank).read_text(errors="replace")) if run.rank_log(rank).exists() else ""
-        host = "" if number == signal.SIGABRT else None
-        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank)), rank, host, node=node)
+        host = "" if number == -signal.SIGABRT else None
+        return Failure(reason, _text(reason + hint, tail, tail, run.rank_log(rank), run), rank, host, node=node)
     if bad := preflight_report(run).get("bad"):
         lines = [f"preflight: bad node {name}: {why}" for name, why in bad.items()]
-        return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight))
+        return Failure("; ".join(lines), _text(lines[0], "\n".join(lines[1:]), "", run.preflight, run))
     reason = f"ended with status {returncode} before it was done"
-    return Failure(reason, _text(reason, _tail(log), log, logs[-1] if logs else run.logs))
+    return Failure(reason, _text(reason, _tail(log), log, logs[-1] if logs else run.logs, run))
 
 
 def preflight_report(run: RunDir) -> dict[str, Any]:
@@ -110,8 +115,9 @@ def preflight_report(run: RunDir) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
-    """Rank, signal and node number of the first rank that a signal ended, from torchrun's summaries on all nodes:
+def _silent_rank(logs: Sequence[Path], recorded: Collection[int]) -> tuple[int, int, int | None] | None:
+    """Rank, exit code (-N: signal N) and node number of the first rank that ended without a word, so that its error is
+    not `recorded`, from torchrun's summaries on all nodes:
 
           time      : 2026-01-31_23:59:59
           host      : node1
@@ -125,16 +131,31 @@ def _killed_rank(logs: Sequence[Path]) -> tuple[int, int, int | None] | None:
     for path in logs:
         node, log = re.fullmatch(r"torchrun-(\d+)", path.stem), path.read_text(errors="replace")
         ended = ENDED_BY_TORCHRUN.findall(log)
-        for time, rank, number, pid in KILLED.findall(log):
-            if int(number) != signal.SIGTERM and pid not in ended:
-                found.append((int(number) == signal.SIGABRT, time, int(rank), int(number), node and int(node[1])))
+        for time, rank, code, pid in ENDED.findall(log):
+            number = int(code)
+            spoke = number > 0 and int(rank) in recorded
+            if number != -signal.SIGTERM and pid not in ended and not spoke:
+                found.append((number == -signal.SIGABRT, time, int(rank), number, node and int(node[1])))
     return min(found)[2:] if found else None
 
 
-def _text(where: str, body: str, searched: str, log: object) -> str:
-    hint = next((fix for pattern, fix in HINTS if re.search(pattern, searched)), None)
+def _text(where: str, body: str, searched: str, log: object, run: RunDir) -> str:
+    hint = None if run.trains_recipe else _hint_for_script(searched)
+    hint = hint or next((fix for pattern, fix in HINTS if re.search(pattern, searched)), None)
     lines = [where, *(f"  {line}" for line in body.splitlines()), f"log: {log}"]
     return "\n".join([*lines, f"hint: {hint}"] if hint else lines)
+
+
+def _hint_for_script(searched: str) -> str | None:
+    """For a package that is not distft's: only the script knows what it needs."""
+    found = NO_MODULE.search(searched)
+    name = found and found[1].partition(".")[0]
+    if name is None or name in TRAIN_PART:
+        return None
+    return (
+        f"the script needs {name}, which the ranks' Python does not have: install it there (pip install {name}, if "
+        "that is its name); if it is a file of your own, put its folder on PYTHONPATH"
+    )
 
 
 def _first_line(text: str) -> str:

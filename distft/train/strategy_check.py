@@ -6,21 +6,24 @@ from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from distft.errors import RunError
 
 
-def describe(model: Any, optimizer: Any) -> dict[str, Any]:
-    """What runs, for status.json: wrapper and its details, optimizer, gradient checkpointing, backend, world size."""
+def describe(model: Any, optimizer: Any = None) -> dict[str, Any]:
+    """What runs, for status.json: wrapper and its details, optimizer, gradient checkpointing, backend, world size.
+
+    `optimizer` is None where a user's script has not shown it.
+    """
     kind, detail = _wrapper(model)
     initialized = dist.is_initialized()
     return {
         "wrapped": type(model).__name__,
         "kind": kind,
         **detail,
-        "optimizer": _optimizer_name(optimizer),
+        **({"optimizer": _optimizer_name(optimizer)} if optimizer is not None else {}),
         "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "world_size": dist.get_world_size() if initialized else 1,
         "backend": dist.get_backend() if initialized else None,
@@ -35,6 +38,9 @@ def _wrapper(model: Any) -> tuple[str, dict[str, Any]]:
         return f"zero{model.zero_optimization_stage()}", {"zero_optimizer": type(model.optimizer).__name__}
     if isinstance(model, FSDPModule):
         return _fsdp(model)
+    if isinstance(model, FullyShardedDataParallel):  # FSDP1, in a user's script
+        hybrid = model.sharding_strategy in (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+        return ("hsdp" if hybrid else "fsdp"), {}
     return "single", {}
 
 
@@ -60,11 +66,18 @@ def check(planned: dict[str, Any], found: dict[str, Any]) -> None:
     Raises:
         RunError: it is not what was planned.
     """
+    if problem := mismatch(planned, found):
+        raise RunError(f"{problem}: the strategy did not take effect")
+
+
+def mismatch(planned: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """How what runs differs from plan.json, None where it does not."""
     strategy, world = planned["strategy"], planned["topology"]["world_size"]
     # With one rank, ddp may or may not wrap the model: there is nothing to reduce.
     allowed = {strategy, "single"} if strategy == "ddp" and world == 1 else {strategy}
-    if found["kind"] not in allowed or found["world_size"] != world:
-        raise RunError(
-            f"the plan is {strategy} on {world} ranks, but {found['kind']} ({found['wrapped']}) runs on "
-            f"{found['world_size']}: the strategy did not take effect"
-        )
+    if found["kind"] in allowed and found["world_size"] == world:
+        return None
+    return (
+        f"the plan is {strategy} on {world} ranks, but {found['kind']} ({found['wrapped']}) runs on "
+        f"{found['world_size']}"
+    )

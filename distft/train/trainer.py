@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
+from distft.train.blocks import sharding_blocks
 from distft.train.sampler import StreamSampler
 from distft.train.step_state import set_schedule
 
@@ -89,6 +91,7 @@ class RecipeTrainer(Trainer):
     def __init__(self, *, stream: StreamSampler, **kwargs: Any):
         self.stream = stream
         super().__init__(**kwargs)
+        self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
         if not self.model_accepts_loss_kwargs:  # a model whose own loss is the mean of its micro-batch
             self.compute_loss_func = _token_mean_loss
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)

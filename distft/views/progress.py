@@ -5,6 +5,8 @@ Reads only the run directory, so any run can be followed from any host that sees
 
 from __future__ import annotations
 
+import codecs
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -13,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from distft.runs.directory import RunDir
-from distft.runs.files import BLOCK
+from distft.runs.files import BLOCK, read_blocks
 from distft.runs.metrics import metrics_inode, read_metrics
 from distft.runs.status import State, Status, read_status
 from distft.units import GIB
 
 PLAIN_SECONDS = 5.0  # between two plain lines, at least; the last one is always shown
+TRACEBACK = re.compile(r"^(\[rank\d+\]: *)?Traceback \(most recent call last\)", re.MULTILINE)
 BEFORE, AFTER = "eval_loss_before", "eval_loss_after"
 
 
@@ -36,6 +39,7 @@ class Follower:
         self.latest: dict[str, Any] = {}
         self.max_steps: int | None = None
         self.shown_step, self.shown_at = 0, 0.0
+        self.output = None if run.trains_recipe else ScriptOutput(run)
         self.shown = {BEFORE} if resumed else set()
         self.description = "starting"
         self.display: Progress | None = None
@@ -66,6 +70,8 @@ class Follower:
         status = read_status(self.run)
         self.max_steps = status.max_steps
         self._read_metrics()
+        if self.output:
+            say(self.console, self.output.lines(last))
         if status.checkpoint_problem:
             self._once(status.checkpoint_problem, f"warning: {status.checkpoint_problem}")
         for text in () if self.warned else status.warnings:
@@ -78,6 +84,8 @@ class Follower:
                 self._once(AFTER, f"eval loss after training: {status.eval_loss_after:.4f}")
             return
         description, step = self.description, self.latest.get("step", 0)
+        if self.output:
+            step = status.step or 0
         if step:
             description = "saving" if step == self.max_steps else "training"
         elif status.state is State.RUNNING and self.max_steps:
@@ -138,6 +146,33 @@ class Follower:
             seconds = (latest["time"] - first["time"]) / (latest["step"] - first["step"])
             parts.append(f"{clock(seconds * (self.max_steps - latest['step']))} left")
         return "  ".join(parts)
+
+
+class ScriptOutput:
+    """What rank 0 of a user's script prints, while it runs."""
+
+    def __init__(self, run: RunDir):
+        self.run, self.offset, self.rest, self.failed = run, 0, "", False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def lines(self, last: bool) -> list[str]:
+        """The lines that ended since the last call; at the `last` one, also one that has not ended.
+
+        Nothing from the traceback of a failed rank on: at the end that of the first one is shown.
+        """
+        log, text = self.run.rank_log(0), self.rest
+        if self.failed or not log.exists():
+            return []
+        failed = self.run.rank_error(0).exists()  # written before the traceback is printed
+        for block in read_blocks(log, self.offset):
+            self.offset += len(block)
+            text += self.decoder.decode(block)
+        if failed and (found := TRACEBACK.search(text)):
+            self.failed, text = True, text[: found.start()]
+        *lines, self.rest = text.split("\n")
+        if last and self.rest:
+            lines.append(self.rest)
+        return [line.rstrip("\r").rpartition("\r")[2] for line in lines]  # a progress bar: what it showed last
 
 
 def clock(seconds: float) -> str:

@@ -324,7 +324,11 @@ def test_the_first_failing_rank_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "hint"),
     [
-        ("import not_a_package", "a package is missing"),
+        ("import not_a_package.inner", "the script needs not_a_package, which the ranks' Python does not have"),
+        (
+            "raise ModuleNotFoundError(\"No module named 'peft.x'\")",
+            'a package is missing: pip install "distft[train]"',
+        ),
         ("raise OSError(28, 'No space left on device')", "the disk is full"),
         ("raise RuntimeError('EADDRINUSE: address already in use')", "the port is in use"),
         ("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')", "out of memory"),

@@ -41,11 +41,31 @@ def test_example(tiny: Tiny, tmp_path: Path, script: str, strategy: str) -> None
 def test_arguments_reach_the_script_as_they_are(tmp_path: Path) -> None:
     hostile = ["a b", "$(touch pwned)", "it's", 'a"b', "new\nline", "ümläut", "--", "-x", "*", "\\"]
     (tmp_path / "my script.py").write_text("import sys, json\nprint(json.dumps(sys.argv[1:]))\n")
-    done = distft("launch", "--set", "name=hostile", "--", "my script.py", *hostile, cwd=tmp_path)
+    done = distft("launch", "--gpus-per-node", "2", "--", "my script.py", *hostile, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(distft("logs", "hostile", cwd=tmp_path).stdout.splitlines()[-1]) == hostile
+    assert json.loads(distft("logs", "my-script", cwd=tmp_path).stdout.splitlines()[-1]) == hostile
+    assert json.dumps(hostile) in done.stdout.splitlines()  # shown while it ran
+    # It is no training as far as anybody can tell: that is said.
+    said = "warning: the plan is ddp on 2 ranks, but the script made no Accelerator"
+    assert done.stdout.count(said) == 1 and "each rank ran alone" in done.stdout
     assert not (tmp_path / "pwned").exists()
-    assert not list((tmp_path / "runs" / "hostile").glob("pwned"))
+    assert not list((tmp_path / "runs" / "my-script").glob("pwned"))
+
+
+def test_a_module(tmp_path: Path) -> None:
+    """As `python -m`: from the current folder, with its package."""
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "other.py").write_text("VALUE = 7\n")
+    (package / "train.py").write_text(
+        "import sys\nfrom .other import VALUE\nif __name__ == '__main__':\n    print(VALUE, __package__, sys.argv)\n"
+    )
+    done = distft("launch", "--", "-m", "pkg.train", "--a", "-m", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"7 pkg ['{package / 'train.py'}', '--a', '-m']" in done.stdout
+    assert "warning" not in done.stdout  # on one rank there is nothing to share
+    assert (tmp_path / "runs" / "train").is_dir()
 
 
 def test_a_script_that_exits_by_itself(tmp_path: Path) -> None:
@@ -59,6 +79,19 @@ def test_a_script_that_exits_by_itself(tmp_path: Path) -> None:
     assert "own.py: error: the following arguments are required: --output" in done.stderr
     assert "exited by itself with status 2" in done.stderr
     assert "To enable traceback" not in done.stderr
+
+
+def test_a_script_that_ends_its_process(tmp_path: Path) -> None:
+    """No hook sees it: the number is in torchrun's summary, not the error of the rank that lost it."""
+    (tmp_path / "own.py").write_text(
+        "import os, time\nprint('so far', flush=True)\nif os.environ['RANK'] == '1':\n    os._exit(5)\n"
+        "time.sleep(2)\nraise RuntimeError('Connection closed by peer')\n"
+    )
+    done = distft("launch", "--gpus-per-node", "2", "--", "own.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "rank 1 ended by itself with status 5" in done.stderr
+    status = json.loads((tmp_path / "runs" / "own" / "status.json").read_text())
+    assert status["reason"] == "rank 1 ended by itself with status 5"
 
 
 def test_an_abort_in_a_dying_interpreter(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from distft.planner.plan import make_plan
 from distft.planner.search import Where
 from distft.rules import upstream
 from distft.rules.core import Case, RecipeCase, Rule, ScriptCase
-from distft.rules.overrides import PLANNED
+from distft.rules.trainer_overrides import PLANNED, SCHEDULES, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
 NAMES = {rule.name: rule for rule in rules.RULES}
@@ -443,6 +443,48 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "planned-arguments-belong-in-the-recipe": [
         ({"trainer": over(per_device_train_batch_size=4)}, {"trainer": over(neftune_noise_alpha=5.0)}),
         ({"trainer": over(load_best_model_at_end=True)}, {"trainer": over()}),
+    ],
+    "trainer-arguments-must-have-an-effect": [
+        ({"trainer": over(train_sampling_strategy="group_by_length")}, {"trainer": over(dataloader_num_workers=2)}),
+        ({"trainer": over(push_to_hub=True)}, {"trainer": over()}),
+        ({**Z2, "trainer": over(ddp_bucket_cap_mb=50)}, {"strategy": "ddp"}),
+        ({**Z2, "trainer": over(ddp_timeout=50)}, FSDP),
+        ({"trainer": over(optim_args="a=1")}, {"trainer": over(optim_args="momentum=0.9", optim="sgd")}),
+        ({"trainer": over(optim_target_modules=["q"])}, {"trainer": over()}),
+        ({"trainer": over(liger_kernel_config={"rope": True})}, {"training__use_liger_kernel": True}),
+        (
+            {"trainer": over(gradient_checkpointing_kwargs={"use_reentrant": True}), "checkpointing": False},
+            {"checkpointing": True},
+        ),
+    ],
+    "trainer-optimizer-must-exist": [
+        ({"trainer": over(optim="muon")}, {"trainer": over(optim="sgd")}),
+        ({"trainer": over(optim="schedule_free_adamw")}, {"trainer": over(optim="lion_8bit")}),
+    ],
+    "trainer-schedule-must-exist": [
+        ({"trainer": over(lr_scheduler_type="wsd")}, {"trainer": over(lr_scheduler_type="inverse_sqrt")}),
+        ({"trainer": over(lr_scheduler_type="reduce_lr_on_plateau")}, {"trainer": over()}),
+        (
+            {"trainer": over(lr_scheduler_type="warmup_stable_decay")},
+            {"trainer": over(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 2})},
+        ),
+        (
+            {"trainer": over(lr_scheduler_kwargs={"min_lr": 1e-6})},
+            {"trainer": over(lr_scheduler_kwargs={"min_lr": 1e-6}, lr_scheduler_type="cosine_with_min_lr")},
+        ),
+        ({"trainer": over(lr_scheduler_kwargs="num_cycles=1")}, {"trainer": over(lr_scheduler_kwargs=None)}),
+    ],
+    "loader-arguments-need-workers": [
+        (
+            {"trainer": over(dataloader_prefetch_factor=4)},
+            {"trainer": over(dataloader_prefetch_factor=4, dataloader_num_workers=2)},
+        ),
+    ],
+    "accelerator-config-leaves-batches-alone": [
+        (
+            {"trainer": over(accelerator_config={"split_batches": True})},
+            {"trainer": over(accelerator_config={"non_blocking": True})},
+        ),
     ],
     "tf32-needs-ampere": [({"trainer": over(tf32=True), "device": "T4"}, {"device": "A10G"})],
     "trackers-must-be-known": [
@@ -896,7 +938,7 @@ def test_your_own_scripts(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"stage: got 2, and the strategy is zero3; .* \[the-strategy-sets-the-stage\]"):
         plan_script([str(script)], sets)
     saves = "deepspeed.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=false"
-    _, plan = plan_script([str(script)], [sets[0], saves], Target(1, 2))
+    _, plan, _ = plan_script([str(script)], [sets[0], saves], Target(1, 2))
     assert [text.rpartition("[")[2] for text in plan.warnings] == ["zero3-scripts-must-gather-to-save]"]
     done = run("launch", "--set", sets[0], "--set", saves, "--dry-run", "--", str(script))
     assert "warning: deepspeed.overrides.zero_optimization.stage3_gather" in done.output
@@ -950,3 +992,39 @@ def test_the_reference_has_every_rule() -> None:
     for rule in rules.RULES:
         assert f"\n### {rule.name}\n" in text
         assert rule.fix in text and rule.source in text
+
+
+# What a person may give in trainer.overrides, some of it with conditions.
+TAKEN = [
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha", "tf32"),
+    *("gradient_checkpointing_kwargs", "liger_kernel_config", "full_determinism", "torch_empty_cache_steps"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "accelerator_config"),
+    *("logging_steps", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm"),
+    *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("include_num_input_tokens_seen", "skip_memory_metrics", "debug", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout"),
+]
+
+
+def test_every_argument_of_transformers_is_decided() -> None:
+    """A new one of another version fails here, until it is decided."""
+    arguments = upstream.trainer_arguments()
+    decided = [*TAKEN, *PLANNED, *WITHOUT_EFFECT]
+    assert len(decided) == len(set(decided))
+    assert sorted(arguments - set(decided)) == []
+
+
+def test_schedules_and_their_arguments() -> None:
+    """The table is that of the installed transformers, and what it takes can be made."""
+    import inspect
+
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    of_distft = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for name, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        if name.value in ("reduce_lr_on_plateau", "greedy"):  # they follow evaluations of Trainer's
+            continue
+        assert inspect.signature(function).parameters.keys() - of_distft == SCHEDULES[name.value], name

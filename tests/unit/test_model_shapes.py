@@ -25,7 +25,7 @@ from distft.errors import PlanError
 from distft.models.architecture import describe
 from distft.models.families import FAMILIES
 from distft.models.lora import lora_parameters
-from distft.models.shapes import ModelShape, read_model_shape
+from distft.models.shapes import ModelShape, check_start, read_model_shape
 
 # Sizes that do not divide each other, so that none can be taken for another. No pad token: it would have to be < 101.
 BASE = {
@@ -557,3 +557,21 @@ def test_planning_takes_no_weights_and_launching_does(tiny: Tiny, folder: Path, 
     assert done.returncode == 2
     assert done.stderr == f"error: model.name_or_path: {folder} has no weights (*.safetensors); add them\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_adapters_in_the_wrong_place(tmp_path: Path) -> None:
+    """An adapter's folder as the model, and an adapter that is no LoRA to start from, are named for what they are."""
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "IA3", "r": None, "base_model_name_or_path": "owner/base"})
+    )
+    save_file({"base_model.model.k_proj.ia3_l": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
+    recipe = tmp_path / "recipe.yaml"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    recipe.write_text(f"{{name: a, model: {{name_or_path: {tmp_path}}}, data: {{train: rows.jsonl}}}}")
+    with pytest.raises(PlanError, match=r"is a peft adapter, not a model; .*\(owner/base\) and set lora.start_from: "):
+        read_model_shape(load_recipe(recipe))
+    with pytest.raises(PlanError, match="is an adapter of the kind IA3, and only LORA can be started from"):
+        check_start(tmp_path, Lora(), 4)

@@ -77,12 +77,9 @@ def lines(merged: dict[str, Any]) -> list[str]:
         f"compared: the output of every merged layer on random inputs in float32, largest difference "
         f"{merged['layers_difference']:.1e}, relative to its size",
     ]
-    if merged["logits_difference"] is None:
-        found.append(f"warning: logits were not compared: {merged['logits_unknown']}")
-    else:
-        what = "largest" if merged["dtype"] == "float32" else "root mean square"
-        found.append(
-            f"compared: the logits of the trained and of the written model, {what} difference "
-            f"{merged['logits_difference']:.1e}, relative to their size (allowed {merged['logits_tolerance']:.1e})"
-        )
+    what = "largest" if merged["dtype"] == "float32" else "root mean square"
+    found.append(
+        f"compared: the logits of the trained and of the written model, {what} difference "
+        f"{merged['logits_difference']:.1e}, relative to their size (allowed {merged['logits_tolerance']:.1e})"
+    )
     return [*found, f"done: {merged['output']}"]

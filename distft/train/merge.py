@@ -150,23 +150,25 @@ def _write(model: TrainedModel, work: Path) -> Weights:
     """
     writer = ShardWriter(work, SHARD_BYTES)
     worst, dtypes = 0.0, set()
-    for name in model.files:
-        tensor = model.files[name]
-        dtype = tensor.dtype
-        if name in model.adapted:
-            tensor, difference = model.merged(name)
-            worst = max(worst, difference)
-            check_layer(name, difference)
-        elif name in model.rows:
-            tensor = model.with_rows(name)
-        elif name in model.dequantized:
-            tensor = model.as_trained(model.dequantized[name])
-        if name in model.adapted or name in model.dequantized or name in model.rows:
-            tensor = tensor.to(dtype)
-            dtypes.add(dtype)
-            if not torch.isfinite(tensor).all():
-                raise RunError(f"{name}: the merged weight has values beyond {dtype}")
-        writer.add(name, tensor)
+    for group in model.conversion.groups:
+        stored = {name: model.files[name] for name in group.stored}
+        if model.changed.isdisjoint(group.parameters):
+            made = stored
+        else:
+            parameters = {}
+            for name, tensor in model.conversion.load(group, stored.__getitem__).items():
+                parameters[name], difference = model.final(name, tensor)
+                worst = max(worst, difference)
+                check_layer(name, difference)
+            made = model.conversion.store([group], parameters)
+            made = {name: tensor.to(stored[name].dtype) for name, tensor in made.items()}
+            dtypes |= {tensor.dtype for tensor in made.values()}
+        for name, tensor in made.items():
+            if made is not stored and not torch.isfinite(tensor).all():
+                raise RunError(f"{name}: the merged weight has values beyond {tensor.dtype}")
+            writer.add(name, tensor)
+    for name in model.conversion.unused:  # of parts that the language model lacks
+        writer.add(name, model.files[name])
     tensors = writer.finish()
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return Weights(len(model.adapted), len(model.dequantized), tensors, writer.bytes, coarsest, worst)

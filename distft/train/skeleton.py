@@ -13,8 +13,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distft.config.recipe import Recipe
-
-Read = Callable[[str], torch.Tensor]  # takes the name of a parameter in the whole model
+from distft.train.conversion import Conversion, Read
 
 
 def skeleton(folder: Path, recipe: Recipe, rows: int | None = None) -> Any:
@@ -37,6 +36,13 @@ def set_parameter(model: Any, name: str, parameter: Any) -> None:
     if not isinstance(parameter, torch.nn.Parameter):
         parameter = torch.nn.Parameter(parameter, requires_grad=False)
     model.get_submodule(path)._parameters[leaf] = parameter
+
+
+def fill_buffers(model: Any, conversion: Conversion, read: Read) -> None:
+    """Give a skeleton the buffers that are stored, such as the biases of a router."""
+    for name, buffer in model.named_buffers():
+        if name in conversion.group_of:
+            buffer.copy_(conversion.parameter(name, read))
 
 
 @contextmanager

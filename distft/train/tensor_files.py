@@ -52,19 +52,6 @@ class TensorFiles:
         with _opened(self.path_of[name]) as file:  # not kept open: what was read would stay mapped
             return file.get_tensor(name)
 
-    def stored_name(self, model: Any, name: str) -> str | None:
-        """The tensor that transformers loads a parameter of `model` from; None if it is not here under its name.
-
-        Files of a base model have its prefix before the names, or not. Of tied weights, one is stored.
-        """
-        name = getattr(model, "all_tied_weights_keys", {}).get(name, name)
-        prefix = f"{model.base_model_prefix}."
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in self), None)
-
-    def parameter(self, model: Any, name: str) -> torch.Tensor:
-        """The stored tensor of a parameter of `model`; KeyError if it is not here under its name."""
-        return self[self.stored_name(model, name) or name]
-
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:

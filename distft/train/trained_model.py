@@ -9,7 +9,6 @@ computed in float32.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,25 @@ import bitsandbytes
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from distft.config.recipe import Recipe
-from distft.errors import DataError, RecipeError, RunError, first_line
+from distft.errors import RecipeError, RunError
 from distft.models.quantization import NF4_BLOCK, NF4_DOUBLE_QUANTIZATION, NF4_QUANT_TYPE
 from distft.runs.checkpoints import Checkpoint
+from distft.train.base_files import base_config, base_files, is_quantized
+from distft.train.conversion import Conversion
 from distft.train.merge_check import largest_difference, layer_inputs
+from distft.train.mergeable import PEFT, adapted, obstacles, plain_name
 from distft.train.model import add_adapters, compute_dtype, quantization_config
 from distft.train.new_rows import new_rows
 from distft.train.ranges import read_weights
 from distft.train.save import adapter_tensors
-from distft.train.skeleton import filled, logits, set_parameter, skeleton
+from distft.train.skeleton import fill_buffers, filled, logits, set_parameter, skeleton
 from distft.train.special_tokens import new_tokens
 from distft.train.tensor_files import TensorFiles
-
-PEFT = "base_model.model."  # before every name in a peft model
 
 
 class TrainedModel:
@@ -49,50 +48,36 @@ class TrainedModel:
 
     def __init__(self, recipe: Recipe, folder: Path, source: Path | Checkpoint):
         self.recipe = recipe
-        self.files = _base_files(recipe)
+        self.files = base_files(recipe)
         self.tokens = new_tokens(recipe)
         self.base = skeleton(folder, recipe, self.tokens.rows)
+        self.conversion = Conversion(self.base, self.files.shapes())
+        if missing := self.conversion.missing():
+            raise RecipeError(f"model.name_or_path: {recipe.model.name_or_path} has no {missing[0]}")
+        fill_buffers(self.base, self.conversion, self.files.__getitem__)
         self.quantized = _quantized_layers(folder, recipe)
         with init_empty_weights(include_buffers=False):
             self.model = add_adapters(self.base, recipe, self.tokens.ids).eval()
         _load_adapter(self.model, source)
-        # Name and module of the layers with an adapter, by the stored name of their weight.
-        self.adapted: dict[str, tuple[str, LoraLayer]] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, LoraLayer):
-                self.adapted[self._stored(name)] = (name, module)
-        # Weight of the quantized layers without an adapter, by its stored name.
-        weights = {self._stored(name): f"{name}.weight" for name in self.quantized}
-        self.dequantized = {stored: name for stored, name in weights.items() if stored not in self.adapted}
-        # Rows of new tokens by the stored name of the weight that they are in. Of tied weights, both may be stored.
+        self.adapted = adapted(self.model)
+        if why := obstacles(self.conversion, self.adapted):
+            raise RecipeError(why)
+        # Weights of the quantized layers without an adapter.
+        self.dequantized = {name for layer in self.quantized if (name := f"{layer}.weight") not in self.adapted}
+        # Rows of new tokens by the weight that they are in. Of tied weights, both may be stored.
         self.rows: dict[str, torch.Tensor] = {}
         if rows := new_rows(self.model):
-            prefix = f"{self.base.base_model_prefix}."
             for side, layer in rows.names.items():
-                weight, trained = f"{layer}.weight", (rows.output if side == "output" else None) or rows.input
-                found = {weight, weight.removeprefix(prefix), prefix + weight}
-                self.rows |= {stored: trained.rows for stored in found if stored in self.files}
-
-    def _stored(self, name: str) -> str:
-        """The stored name of a layer's weight.
-
-        Raises:
-            RecipeError: it is not stored by itself.
-        """
-        weight = f"{name.removeprefix(PEFT)}.weight"
-        tied = getattr(self.base, "all_tied_weights_keys", {})
-        if weight in tied or weight in tied.values():
-            raise RecipeError(f"{weight} is tied to another weight, which a merge would change as well")
-        stored = self.files.stored_name(self.base, weight)
-        if stored is None:
-            raise RecipeError(f"{weight}: the base's files have no such tensor; transformers converts it on loading")
-        return stored
+                trained = (rows.output if side == "output" else None) or rows.input
+                self.rows[f"{layer}.weight"] = trained.rows
+        self.changed = {*self.adapted, *self.dequantized, *self.rows}
 
     def as_trained(self, name: str) -> torch.Tensor:
         """A parameter of the base in float32, as it was beside the adapter."""
-        clean = name.removeprefix(PEFT).replace(".base_layer.", ".")
-        stored = self.files.stored_name(self.base, clean)
-        tensor = self.grown(stored) if stored in self.rows else self.files.parameter(self.base, clean)
+        clean = plain_name(name)
+        tensor = self.conversion.parameter(clean, self.files.__getitem__)
+        if clean in self.rows:
+            tensor = self._grown(tensor)
         module, _, leaf = clean.rpartition(".")
         quantization = self.recipe.model.quantization
         if quantization is None or module not in self.quantized or leaf != "weight":
@@ -102,42 +87,53 @@ class TrainedModel:
         tensor = dequantized(tensor.to(compute_dtype(self.recipe)), quantization)
         return tensor.T.contiguous() if transposed else tensor
 
-    def grown(self, stored: str) -> torch.Tensor:
+    def _grown(self, tensor: torch.Tensor) -> torch.Tensor:
         """A weight of which new tokens have rows, these still empty."""
-        tensor = self.files[stored]
         return torch.nn.functional.pad(tensor, (0, 0, 0, max(0, (self.tokens.rows or 0) - len(tensor))))
-
-    def with_rows(self, stored: str) -> torch.Tensor:
-        """That weight with the rows as they were trained."""
-        tensor = self.grown(stored)
-        tensor[list(self.tokens.ids)] = self.rows[stored].detach().to(tensor.dtype)
-        return tensor
 
     def _base_layer(self, name: str) -> Any:
         module = self.model.get_submodule(PEFT + name)
         return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
     @torch.no_grad()
-    def merged(self, stored: str) -> tuple[torch.Tensor, float]:
-        """A weight with its adapter merged in, in float32, and how far the layer's outputs are from the trained one's.
+    def merged(self, name: str) -> tuple[torch.Tensor, float]:
+        """A weight with its adapter merged in, in float32, and how far it is from the trained one.
 
-        Both are peft's own arithmetic: that of its merge, and that of its forward pass. The difference is the largest
-        for random inputs, relative to the root mean square of the outputs.
+        Both are peft's own arithmetic: that of its merge, and that of its forward pass. Of a layer the outputs for
+        random inputs are compared; of the experts of a mixture, whose inputs a router makes, the weights themselves.
+        The difference is the largest, relative to the root mean square.
 
         Raises:
             RunError: the merged weight is not finite.
         """
-        name, layer = self.adapted[stored]
-        with filled(layer, name, self.as_trained):
-            base = layer.get_base_layer()
-            inputs = layer_inputs(base)
-            trained = layer(inputs)
+        path, layer = self.adapted[name]
+        with filled(layer, path, self.as_trained):
+            base, leaf = layer.get_base_layer(), name.rpartition(".")[2]
+            if isinstance(layer, ParamWrapper):
+                with layer._activate_lora(layer.active_adapters):
+                    trained = getattr(base, leaf).detach().clone()
+            else:
+                inputs = layer_inputs(base)
+                trained = layer(inputs)
             try:
                 layer.merge(safe_merge=True)
             except ValueError as error:  # not finite
-                raise RunError(f"{stored}: {error}") from None
+                raise RunError(f"{name}: {error}") from None
             layer.merged_adapters.clear()  # the next time this layer is filled, it holds the base's weight
-            return base.weight.data, largest_difference(base(inputs), trained)
+            weight = getattr(base, leaf).data
+            found = weight if isinstance(layer, ParamWrapper) else base(inputs)
+            return weight, largest_difference(found, trained)
+
+    def final(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """A parameter as it is in the merged model, from the base's, and the difference of `merged`."""
+        if name in self.adapted:
+            return self.merged(name)
+        if name in self.dequantized:
+            return self.as_trained(name), 0.0
+        if name in self.rows:
+            stored = self._grown(stored)
+            stored[list(self.tokens.ids)] = self.rows[name].detach().to(stored.dtype)
+        return stored, 0.0
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits (rows, tokens, vocabulary) for token rows."""
@@ -151,31 +147,10 @@ def base_folder(recipe: Recipe) -> Path:
         DataError: it cannot be read.
         RecipeError: the base is stored quantized.
     """
-    model = recipe.model
-    try:
-        config: Any = cached_file(model.name_or_path, "config.json", revision=model.revision)
-    except OSError as error:
-        raise DataError(f"model.name_or_path: {model.name_or_path} cannot be read ({first_line(error)})") from None
-    if "quantization_config" in json.loads(Path(config).read_text()):
-        raise RecipeError(
-            f"model.name_or_path: {model.name_or_path} is stored quantized: there are no weights to merge into"
-        )
-    return Path(config).parent
-
-
-def _base_files(recipe: Recipe) -> TensorFiles:
-    model = recipe.model
-    options: dict[str, Any] = {"revision": model.revision}
-    try:
-        single = cached_file(
-            model.name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **options
-        )
-        if single:
-            return TensorFiles([Path(single)])
-        index = cached_file(model.name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
-        return TensorFiles([Path(path) for path in get_checkpoint_shard_files(model.name_or_path, index, **options)[0]])
-    except OSError as error:
-        raise DataError(f"model.name_or_path: {model.name_or_path} has no weights ({first_line(error)})") from None
+    if is_quantized(recipe):
+        name = recipe.model.name_or_path
+        raise RecipeError(f"model.name_or_path: {name} is stored quantized: there are no weights to merge into")
+    return base_config(recipe).parent
 
 
 def _quantized_layers(folder: Path, recipe: Recipe) -> set[str]:

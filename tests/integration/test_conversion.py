@@ -18,6 +18,7 @@ from distft.config.loading import load_recipe
 from distft.errors import RunError
 from distft.runs.directory import RunDir
 from distft.train import before_training
+from distft.train.merge import merge
 from distft.train.ranks import RankGroup
 
 SIZES = {
@@ -44,7 +45,7 @@ ONES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_base(folder: Path, family: str) -> None:
+def make_base(folder: Path, family: str, dtype: str) -> None:
     """A random model of a family as it is published: saved by transformers in its original format."""
     import transformers
 
@@ -55,13 +56,16 @@ def make_base(folder: Path, family: str) -> None:
         config = {"text_config": SIZES, "vision_config": VISION | more, "mm_tokens_per_image": 4}
         config |= {"image_token_index": 319, "boi_token_index": 318, "eoi_token_index": 317}
     torch.manual_seed(0)
-    kind(kind.config_class(**config)).float().save_pretrained(folder)
+    kind(kind.config_class(**config)).to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
-def base(once: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda family: once(f"converted/{family}", lambda folder: make_base(folder, family))
+def base(once: Callable[..., Path]) -> Callable[..., Path]:
+    def made(family: str, dtype: str = "float32") -> Path:
+        return once(f"converted/{family}-{dtype}", lambda folder: make_base(folder, family, dtype))
+
+    return made
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def base(once: Callable[..., Path]) -> Callable[[str], Path]:
 def test_whole(
     family: str,
     strategies: tuple[tuple[str, int], ...],
-    base: Callable[[str], Path],
+    base: Callable[..., Path],
     tiny: Tiny,
     trained: Callable[..., Result],
 ) -> None:
@@ -92,6 +96,50 @@ def test_whole(
             torch.testing.assert_close(tensor, finals[0][name], atol=1e-4, rtol=0)
     moved = [name for name, tensor in finals[0].items() if not torch.equal(tensor, before[name])]
     assert any("experts" in name or "language_model" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "strategy", "weights"),
+    [
+        ("mixtral", "float32", "ddp", 14),  # with router and experts: two parameters a block
+        ("mixtral", "bfloat16", "ddp", 14),
+        ("qwen3_moe", "float32", "ddp", 14),
+        ("deepseek_v3", "float32", "ddp", 13),
+        ("gemma3", "float32", "zero3", None),
+    ],
+)
+def test_merge(
+    family: str,
+    dtype: str,
+    strategy: str,
+    weights: int | None,
+    base: Callable[..., Path],
+    tiny: Tiny,
+    trained: Callable[..., Result],
+    tmp_path: Path,
+) -> None:
+    """The default adapter, merged into tensors of the published names: the logits of base and adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = base(family, dtype)
+    changes = {"model__name_or_path": str(model), "training__max_steps": 3, "parallelism__strategy": strategy}
+    run = trained(tiny.recipe(**changes))
+    assert not any("merge" in text for text in run.status["warnings"])
+    answer = merge(RunDir(run.run_dir), tmp_path / "out")
+    assert weights in (None, answer.weights.merged)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert {name: (t.shape, t.dtype) for name, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    rows = torch.arange(64).view(2, 32)
+    load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # noqa: E731
+    with torch.no_grad():
+        found = load(tmp_path / "out")(rows).logits
+        plain = load(model)
+        untrained = plain(rows).logits
+        wanted = PeftModel.from_pretrained(plain, run.run_dir / "final").eval()(rows).logits
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    assert (found - wanted).abs().max() / wanted.abs().max() < tolerance
+    assert (untrained - wanted).abs().max() / wanted.abs().max() > 0.1
 
 
 # ---- a base that does not fit its config.json

@@ -414,23 +414,6 @@ def test_a_wrong_merge_is_found(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_of_converted_tensors(made: Callable[..., RunDir], tmp_path: Path) -> None:
-    """Experts are stored one by one and loaded as one tensor: logits cannot be compared, and the output says so."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(vocab_size=320, num_key_value_heads=2, num_local_experts=2, **sizes)
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
-    run = made(tmp_path / "base", lora__target_modules=["q_proj", "v_proj"])
-    answer = merge(run, tmp_path / "out")
-    assert answer.weights.merged == 4
-    assert answer.logits.difference is None
-    assert "transformers converts " in answer.logits.unknown
-    assert any("warning: logits were not compared" in line for line in merge_command.lines(answer.to_json()))
-    assert_same(logits(plain(tmp_path / "out")), logits(with_adapter(run.path, plain(tmp_path / "base"))))
-
-
 # ---- final/ and its card
 
 

@@ -5,4 +5,5 @@
 set -euo pipefail
 recipe=${1:?usage: 1node.sh RECIPE [options of distft launch]}
 shift
+command -v distft > /dev/null || { echo "distft is not on PATH: activate its environment" >&2; exit 2; }
 exec distft launch "$recipe" ${GPUS:+--gpus-per-node "$GPUS"} "$@"

@@ -5,6 +5,7 @@
 set -euo pipefail
 recipe=${1:?usage: NNODES= NODE_RANK= HEAD= RUN_DIR= multinode.sh RECIPE [options of distft render]}
 shift
+command -v distft > /dev/null || { echo "distft is not on PATH: activate its environment" >&2; exit 2; }
 : "${NNODES:?}" "${NODE_RANK:?}" "${HEAD:?HOST:PORT of node 0}" "${RUN_DIR:?a new folder that all machines see}"
 export NODE_RANK HEAD
 if [ "$NODE_RANK" -eq 0 ]; then

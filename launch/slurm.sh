@@ -8,4 +8,5 @@
 set -euo pipefail
 recipe=${1:?usage: sbatch --nodes=N --gpus-per-node=G slurm.sh RECIPE [options of distft launch]}
 shift
+command -v distft > /dev/null || { echo "distft is not on PATH: activate its environment" >&2; exit 2; }
 exec distft launch "$recipe" "$@"

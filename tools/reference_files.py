@@ -18,7 +18,7 @@ from distft.jobs.job import SlurmJob
 from distft.jobs.torchrun import RANK_ENVIRONMENT, torchrun_argv
 from distft.runs.directory import RECIPE, RunDir
 from distft.schedulers import slurm
-from distft.strategies.accelerate import accelerate_config
+from distft.strategies.accelerate import accelerate_config, needs
 from distft.strategies.deepspeed import portable_config
 from distft.strategies.kinds import KINDS
 
@@ -93,7 +93,7 @@ def _yaml(strategy: str, topology: Topology) -> str:
             "Run it in the root of the repository: the path below is relative. The script sets the precision, or",
             "--mixed_precision bf16; accelerate refuses it in a file that has a deepspeed_config_file.",
         ]
-    return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(config, sort_keys=False)
+    return "".join(f"# {line}\n" for line in head) + needs(config) + yaml.safe_dump(config, sort_keys=False)
 
 
 def main(argv: list[str] | None = None) -> int:

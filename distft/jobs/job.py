@@ -20,7 +20,7 @@ from distft.planner.plan import Plan, RecipePlan, ScriptPlan, plan_json
 from distft.runs import directory as names
 from distft.runs.directory import RunDir
 from distft.strategies import merge
-from distft.strategies.accelerate import accelerate_config
+from distft.strategies.accelerate import accelerate_config, needs
 from distft.strategies.deepspeed import deepspeed_config, portable_config
 from distft.strategies.kinds import KINDS
 
@@ -134,7 +134,7 @@ def _config_files(
     )
     files = {
         names.PLAN: json.dumps(plan_json(plan, name), indent=1) + "\n",
-        names.ACCELERATE: yaml.safe_dump(config, sort_keys=False),
+        names.ACCELERATE: needs(config) + yaml.safe_dump(config, sort_keys=False),
     }
     if ds_config:
         files[names.DS_CONFIG] = json.dumps(ds_config, indent=2) + "\n"

@@ -6,6 +6,7 @@ names, because a card is meant to be published.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from distft import __version__
 from distft.config.document import load_yaml
 from distft.config.loading import validate
 from distft.config.recipe import Recipe
+from distft.data.hub import parse_hub
 from distft.data.sources import as_sources
+from distft.errors import DataError
 from distft.models.quantization import NF4
 from distft.runs.directory import RunDir
 from distft.runs.metrics import last_metrics, read_metrics
@@ -43,19 +46,36 @@ def text(run: RunDir, *, merged: bool = False, step: int | None = None) -> str:
         "## Recipe\n\n```yaml\n" + _yaml(_shortened(recipe.model_dump(mode="json"))) + "```",
         "## Versions\n\n" + _table(_versions(run)),
     ]
-    return "---\n" + _yaml(_front_matter(recipe, adapter, merged)) + "---\n\n" + "\n\n".join(sections) + "\n"
+    return "---\n" + _yaml(_front_matter(run, recipe, adapter, merged)) + "---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-def _front_matter(recipe: Recipe, adapter: bool, merged: bool) -> dict[str, Any]:
+def _front_matter(run: RunDir, recipe: Recipe, adapter: bool, merged: bool) -> dict[str, Any]:
+    """What the hub reads: which model this is made of, under whose licence, and from which data."""
+    base, lora = dict(read_status(run).base), recipe.lora
+    if not _is_local(recipe.model.name_or_path):
+        base["id"] = recipe.model.name_or_path
     found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    base = recipe.model.name_or_path
-    if not _is_local(base):
-        found |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    return found | {"tags": ["distft", *(["lora"] if recipe.lora else []), *(["merged"] if merged else [])]}
+    if name := base.pop("id", None):
+        found |= {"base_model": name, "base_model_relation": "adapter" if adapter else "finetune"}
+    found |= base  # license, and the name and the address of one that is not on the hub's list
+    if datasets := _datasets(recipe):
+        found["datasets"] = datasets
+    tags = ["distft", "sft", *(["lora"] if lora else []), *(["dora"] if lora and lora.use_dora else [])]
+    return found | {"tags": [*tags, *(["qlora"] if lora and recipe.model.quantization else []), *["merged"] * merged]}
+
+
+def _datasets(recipe: Recipe) -> list[str]:
+    """The data sets of the hub that it was trained on."""
+    names = []
+    for source in as_sources(recipe.data.train):
+        with contextlib.suppress(DataError):
+            if not _is_local(source.path):
+                names.append(parse_hub(source.path)[0].repo)
+    return list(dict.fromkeys(names))
 
 
 def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:

@@ -107,6 +107,23 @@ def fsdp_config(*, offload: str, device_type: str, quantization: str | None = No
     }
 
 
+def needs(config: dict[str, Any]) -> str:
+    """A comment for the file: what `accelerate launch` needs for it.
+
+    Seen with accelerate 1.15: without GPUs every process is a world of 1, and nothing says so.
+    """
+    if config["use_cpu"]:
+        lines = ["For CPU processes, which distft alone starts as one job: with `accelerate launch` each would train a"]
+        lines.append("lone copy, and nothing would say so.")
+    else:
+        gpus = config["num_processes"] // config["num_machines"]
+        lines = [
+            f"Needs {gpus} NVIDIA GPU{'s' * (gpus > 1)} on each machine. Without, each process of `accelerate launch`"
+        ]
+        lines.append("would train a lone copy, and nothing would say so: use `distft launch` there.")
+    return "".join(f"# {line}\n" for line in lines)
+
+
 def accelerate_environment(config: dict[str, Any], mixed_precision: str | None = None) -> dict[str, str]:
     """The environment that `accelerate launch` gives the ranks for this config, for ranks that torchrun starts.
 

@@ -17,6 +17,7 @@ from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.data import few_steps
 from distft.runs import model_card
+from distft.runs.base_card import base_card
 from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
@@ -69,6 +70,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             data=prepared.counts,
             identity=checkpointer.identity,
             versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
+            base=base_card(recipe.model),
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
         if start.checkpoint:

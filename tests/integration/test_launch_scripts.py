@@ -40,6 +40,8 @@ def test_they_are_short_and_clean() -> None:
         done = subprocess.run([Path(sys.executable).parent / "shellcheck", script], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         assert os.access(script, os.X_OK)
+        lost = subprocess.run([script, "recipe.yaml"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+        assert (lost.returncode, lost.stdout) == (2, "") and "distft is not on PATH" in lost.stderr
         usage = subprocess.run([script], capture_output=True, text=True, env=environment())
         assert usage.returncode != 0
         assert "usage: " in usage.stderr

@@ -43,6 +43,7 @@ def lora(tiny: Tiny, once: Callable[..., Path], trained: Callable[..., Result]) 
         make_tokenizer(folder)
         AutoModelForCausalLM.from_pretrained(tiny.path / "model").save_pretrained(folder, max_shard_size="50KB")
         assert len(list(folder.glob("*.safetensors"))) > 3
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [theirs]\n---\n# A base\n")
 
     base = str(once("base-in-several-files/base", make))
     changes = {"lora__use_rslora": True, "data__eval": str(tiny.path / "heldout.jsonl"), "checkpoint__save_steps": 2}
@@ -425,6 +426,23 @@ def test_final_loads_with_plain_peft(lora: Result, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(final).eval()), expected)
 
 
+def test_programs_that_know_nothing_of_distft(lora: Result, tmp_path: Path) -> None:
+    """final/ in a pipeline with its tokenizer and on its base, and the merged folder, all with the same answer."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer, pipeline
+
+    final, out = lora.run_dir / "final", tmp_path / "merged"
+    merge(RunDir(lora.run_dir), out)
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    chat = [[{"role": "user", "content": "list the files"}]]
+    answers = [
+        pipeline("text-generation", model=made_by, tokenizer=tokenizer)(chat, **options)[0][0]["generated_text"][-1]
+        for made_by in (model, model.merge_and_unload(), str(out))
+    ]
+    assert answers[0]["role"] == "assistant" and answers[0] == answers[1] == answers[2]
+
+
 def card(folder: Path) -> tuple[dict[str, Any], str]:
     """Front matter and text of a README.md."""
     start, front, text = (folder / "README.md").read_text().split("---\n", 2)
@@ -434,7 +452,12 @@ def card(folder: Path) -> tuple[dict[str, Any], str]:
 
 def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     front, text = card(lora.run_dir / "final")
-    assert front == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["distft", "lora"]}
+    assert front == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",  # the base's; a folder has no name that others could look up
+        "tags": ["distft", "sft", "lora"],
+    }
     recipe = load_recipe(lora.run_dir / "recipe.yaml")
     status, metrics = lora.status, lora.metrics
     for line in (
@@ -462,17 +485,28 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     merge(RunDir(lora.run_dir), tmp_path / "out")
     front, text = card(tmp_path / "out")
     assert front["library_name"] == "transformers"
-    assert front["tags"] == ["distft", "lora", "merged"]
+    assert (front["tags"], front["license"]) == (["distft", "sft", "lora", "merged"], "apache-2.0")
     assert "from transformers import AutoModelForCausalLM\n" in text
     assert "merged into its weights." in text
 
 
 def test_card_of_a_hub_id(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     run = copied(lora, tmp_path)
-    run.recipe.write_text(yaml.safe_dump(tiny.recipe(model__name_or_path="owner/model", model__quantization="nf4")))
+    data = [
+        "owner/chats@1a2b3c:train",
+        str(tiny.path / "chat.jsonl"),
+        "hf://datasets/owner/texts/a.jsonl",
+        "owner/chats",
+    ]
+    changes = {"model__name_or_path": "owner/model", "model__quantization": "nf4", "data__train": data}
+    run.recipe.write_text(yaml.safe_dump(tiny.recipe(**changes)))
+    licence = {"license": "other", "license_name": "theirs", "license_link": "LICENSE"}
+    update_status(run, base={"id": "owner/model", **licence})
     for merged_in, relation in ((False, "adapter"), (True, "finetune")):
         front = yaml.safe_load(model_card.text(run, merged=merged_in).split("---\n")[1])
         assert (front["base_model"], front["base_model_relation"]) == ("owner/model", relation)
+        assert front["datasets"] == ["owner/chats", "owner/texts"] and front | licence == front
+        assert front["tags"] == ["distft", "sft", "lora", "qlora", *["merged"] * merged_in]
     run.metrics.unlink()
     run.status.write_text("{}")  # of a run from before there were cards
     text = model_card.text(run)

@@ -579,3 +579,15 @@ def test_strategies_import_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+def test_files_say_what_they_need(tmp_path: Path) -> None:
+    """accelerate itself says nothing where it trains lone copies."""
+    for path in sorted(ROOT.glob("launch/accelerate/*.yaml")):
+        assert "# Needs 8 NVIDIA GPUs on each machine. Without, each " in path.read_text()
+    (tmp_path / "own.py").write_text("")
+    from running import distft
+
+    shown = distft("launch", "--dry-run", "--json", "--gpus-per-node", "2", "--", "own.py", cwd=tmp_path)
+    made = json.loads(shown.stdout)["files"]["accelerate.yaml"]
+    assert made.startswith("# For CPU processes, which distft alone starts as one job: ")

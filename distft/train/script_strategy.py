@@ -15,6 +15,13 @@ from distft.strategies.kinds import KINDS
 from distft.train.imports import AfterImport
 from distft.train.status import StatusWriter
 
+# What wraps a model in a script without accelerate, by the module of the class; fully_shard is a function.
+WRAPPERS = {
+    "torch.nn.parallel.distributed": "DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel": "FullyShardedDataParallel",
+    "deepspeed.runtime.engine": "DeepSpeedEngine",
+}
+# What starts processes itself.
 LAUNCHERS = {
     "accelerate.commands.launch": ("launch_command", "accelerate launch"),
     "torch.distributed.run": ("run", "torchrun"),
@@ -34,7 +41,9 @@ class ScriptStrategy:
     def watch(self, imports: AfterImport) -> None:
         """Look at what the script uses, as soon as it imports it."""
         imports.add("accelerate.accelerator", self._watch_accelerate)
-        imports.add("torch.nn.parallel.distributed", self._watch_ddp)
+        for name, wrapper in WRAPPERS.items():
+            imports.add(name, functools.partial(self._watch_wrapper, name=wrapper))
+        imports.add("torch.distributed.fsdp", self._watch_fully_shard)
         imports.add("transformers.trainer_callback", self._watch_steps)
         if KINDS[self.strategy].engine == "deepspeed":
             from distft.train import script_clipping
@@ -108,20 +117,36 @@ class ScriptStrategy:
         self.ran = ran
         self.status.update(ran=ran)
 
-    def _watch_ddp(self, module: Any) -> None:
+    def _watch_wrapper(self, module: Any, name: str) -> None:
         """A script without an Accelerator that wraps its model itself."""
-        kind = module.DistributedDataParallel
+        kind = getattr(module, name)
         make = kind.__init__
 
         @functools.wraps(make)
         def init(wrapped: Any, *args: Any, **kwargs: Any) -> None:
-            from distft.train import strategy_check
-
             make(wrapped, *args, **kwargs)
-            if not self.has_accelerator:
-                self._found(strategy_check.describe(wrapped))
+            self._wrapped(wrapped)
 
         kind.__init__ = init
+
+    def _watch_fully_shard(self, module: Any) -> None:
+        """The same with FSDP2. A script calls it block by block, and at last for the model."""
+        shard = module.fully_shard
+
+        @functools.wraps(shard)
+        def fully_shard(wrapped: Any, *args: Any, **kwargs: Any) -> Any:
+            result = shard(wrapped, *args, **kwargs)
+            if not isinstance(wrapped, (list, tuple)):
+                self._wrapped(wrapped)
+            return result
+
+        module.fully_shard = fully_shard
+
+    def _wrapped(self, model: Any) -> None:
+        from distft.train import strategy_check
+
+        if not self.has_accelerator:
+            self._found(strategy_check.describe(model))
 
     def _watch_steps(self, module: Any) -> None:
         """Trainer's steps, for those who follow the run."""

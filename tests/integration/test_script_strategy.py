@@ -49,6 +49,21 @@ model(torch.ones(2, 4)).sum().backward()
 print("rank", dist.get_rank(), "of", dist.get_world_size(), "ärgert", flush=True)
 dist.destroy_process_group()
 """
+PLAIN_FSDP = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo")
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+for part in model:
+    fully_shard(part)
+fully_shard(model)
+model(torch.ones(2, 4)).sum().backward()
+dist.destroy_process_group()
+"""
+NESTED = """
+from accelerate.commands.launch import launch_command
+launch_command(None)
+"""
 BERT = """
 import torch
 from accelerate import Accelerator
@@ -115,6 +130,19 @@ def test_a_script_without_an_accelerator(tmp_path: Path) -> None:
     said = "the plan is fsdp on 2 ranks, but ddp (DistributedDataParallel) runs on 2: the script made no Accelerator"
     assert status["state"] == "completed" and status["ran"]["kind"] == "ddp" and said in status["warnings"][0]
     assert printed.count(said) == 1
+
+
+def test_a_script_that_shards_by_itself(tmp_path: Path) -> None:
+    printed, status = script(tmp_path, PLAIN_FSDP, "fsdp")
+    assert "warning" not in printed and "warnings" not in status
+    ran = status["ran"]
+    assert (ran["kind"], ran["world_size"], ran["units"]) == ("fsdp", 2, {"FSDPSequential": 1, "FSDPLinear": 2})
+
+
+def test_a_script_that_starts_processes(tmp_path: Path) -> None:
+    printed, _ = script(tmp_path, NESTED, "ddp", ranks=1, expect=1)
+    assert "the script calls accelerate launch, which starts processes for each of the ranks" in printed
+    assert "Traceback" not in printed
 
 
 def test_blocks_of_bert(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from distft.errors import PlanError
+from distft.models.adaptable import left_out, not_trained, reason
 from distft.models.layout import Tensor
 
 if TYPE_CHECKING:
@@ -45,18 +46,28 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     r x (in + out) elements per layer, and DoRA's magnitude vector of `out`; r x experts x (in + out) for the parameters
     of a mixture of experts, with twice the rank where two matrices became one. rsLoRA only changes the scale.
     `all-linear` is every linear layer but the output layer; a list has module names or their ends, and another string
-    is a regular expression for whole names, as in peft.
+    is a regular expression for whole names, as in peft. Layers that cannot have an adapter (models/adaptable.py) are
+    left out.
 
     Raises:
         PlanError: nothing matches, or what matches cannot have an adapter.
     """
-    tensors = list(tensors)
+    everywhere = list(tensors)
+    tensors, _ = _adaptable(everywhere)
     experts = EXPERTS.get(peft_experts or "", {})
     everything = lora.target_modules == "all-linear"
     if everything and not experts and any(tensor.is_linear for tensor in tensors):
         return [(tensor, _sizes(lora, tensor)) for tensor in tensors if tensor.is_linear]
     if isinstance(lora.target_modules, str) and not everything:
-        return _of_pattern(lora, tensors, lora.target_modules, experts)
+        found = _of_pattern(lora, tensors, lora.target_modules, experts)
+        if not found:
+            _refuse_what_is_left_out(lora, everywhere)
+            some = next((module_of(tensor) for tensor in tensors if tensor.is_linear), "none")
+            raise PlanError(
+                f"lora.target_modules: got {lora.target_modules}, which matches no layer; it must match a whole name, "
+                f"such as {some}"
+            )
+        return found
     targets = {*_names(tensors), *experts} if everything else set(lora.target_modules)
     merged: dict[str, set[str]] = {}  # parameter of the mixture → the old names that stand for it
     for target in sorted(targets):
@@ -80,6 +91,7 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
         number = tensor.shape[0] if tensor.kind == "experts" else 1
         found.append((tensor, tuple(lora.r * ranks * number * width for width in tensor.features)))
     if not found:
+        _refuse_what_is_left_out(lora, everywhere)
         raise PlanError(
             "lora.target_modules: the model has no linear layer"
             if everything
@@ -87,6 +99,40 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
             f"it has {', '.join([*_names(tensors), *experts])}"
         )
     return found
+
+
+def _adaptable(tensors: Iterable[Tensor]) -> tuple[list[Tensor], dict[str, str]]:
+    """The tensors of modules that can have an adapter, and the linear ones of the others, with the reason."""
+    tensors = list(tensors)
+    patterns = left_out(tensor.name for tensor in tensors)
+    if not patterns:
+        return tensors, {}
+    why = {module: reason(module, patterns) for module in {module_of(tensor) for tensor in tensors}}
+    return [t for t in tensors if why[module_of(t)] is None], {
+        module_of(t): text for t in tensors if t.is_linear and (text := why[module_of(t)]) is not None
+    }
+
+
+def without_adapter(lora: Lora, tensors: Iterable[Tensor]) -> dict[str, list[str]]:
+    """Linear layers that lora.target_modules would name and that cannot have an adapter, by the reason."""
+    matches: Callable[[str], object]
+    if lora.target_modules == "all-linear":
+        matches = bool
+    elif isinstance(lora.target_modules, str):
+        matches = re.compile(lora.target_modules).fullmatch
+    else:
+        ends = tuple(f".{target}" for target in lora.target_modules)
+        matches = lambda path: f".{path}".endswith(ends)  # noqa: E731
+    found: dict[str, list[str]] = {}
+    for path, why in _adaptable(tensors)[1].items():
+        if matches(path):
+            found.setdefault(why, []).append(path)
+    return found
+
+
+def _refuse_what_is_left_out(lora: Lora, tensors: Iterable[Tensor]) -> None:
+    for why, paths in without_adapter(lora, tensors).items():
+        raise PlanError(f"lora.target_modules: {paths[0]} cannot have an adapter ({why}); name other layers")
 
 
 def _of_pattern(lora: Lora, tensors: Sequence[Tensor], pattern: str, experts: Iterable[str]) -> list[Adapter]:
@@ -98,13 +144,7 @@ def _of_pattern(lora: Lora, tensors: Sequence[Tensor], pattern: str, experts: It
             f"name layers: {', '.join([*_names(tensors), *experts])}"
         )
     matches = re.compile(pattern).fullmatch
-    found = _of_modules(lora, tensors, lambda path: matches(path) is not None)
-    if not found:
-        some = next((module_of(tensor) for tensor in tensors if tensor.is_linear), "none")
-        raise PlanError(
-            f"lora.target_modules: got {pattern}, which matches no layer; it must match a whole name, such as {some}"
-        )
-    return found
+    return _of_modules(lora, tensors, lambda path: matches(path) is not None)
 
 
 def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str], bool]) -> list[Adapter]:
@@ -140,3 +180,10 @@ def module_of(tensor: Tensor) -> str:
 
 def _names(tensors: Iterable[Tensor]) -> list[str]:
     return sorted({module_of(tensor).rpartition(".")[2] for tensor in tensors if tensor.is_linear})
+
+
+def fixed_names(tensors: Iterable[Tensor]) -> frozenset[str]:
+    """The tensors that are not trained without adapters either: text does not go through them."""
+    names = [tensor.name for tensor in tensors]
+    patterns = not_trained(names)
+    return frozenset(name for name in names if patterns and reason(name.rpartition(".")[0], patterns))

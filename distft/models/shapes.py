@@ -18,7 +18,7 @@ from distft.config.recipe import Lora, Recipe
 from distft.errors import MissingPartError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.layout import Tensor
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parameters
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fixed_names, lora_parameters
 from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
 # A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
@@ -131,7 +131,7 @@ def shape_of(
         PlanError: lora.target_modules names none of its layers.
     """
     parameters = sum(tensor.size for tensor in tensors)
-    trained = parameters
+    trained = parameters - sum(tensor.size for tensor in tensors if tensor.name in fixed_names(tensors))
     if recipe.lora:
         rows = vocabulary_tensors(tensors, sizes.vocab_size)
         trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts)

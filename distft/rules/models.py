@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from distft.models import kinds
+from distft.models.lora import fixed_names, without_adapter
 from distft.rules import upstream
 from distft.rules.core import RecipeCase, rule
 
@@ -294,3 +297,42 @@ def _method(case: RecipeCase) -> str:
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         return "bitsandbytes"
     return str(found.get("quant_method") or "")
+
+
+@rule(
+    "layers that lora.target_modules names and that cannot have an adapter",
+    "distft/models/adaptable.py; peft 0.21.2 tuners/tuners_utils.py, _check_lora_target_modules_mamba",
+    "nothing needs to be done",
+    kind="warning",
+)
+def some_layers_get_no_adapter(case: RecipeCase) -> str | None:
+    """Parts of a model that text does not go through (image and audio encoders) get no gradients from it; routers that
+    return tuples and state-space mixers, whose weights are read by kernels, would fail or ignore the adapter.
+    """
+    lora, model = case.recipe.lora, case.model
+    if not lora:
+        return None
+    found = without_adapter(lora, (*model.tensors, *model.tied))
+    texts = [f"{_names(paths)}: {why}" for why, paths in found.items()]
+    return f"lora.target_modules: no adapter on {'; on '.join(texts)}" if texts else None
+
+
+@rule(
+    "all weights of a model with other inputs than text",
+    "distft/models/adaptable.py",
+    "nothing needs to be done",
+    kind="warning",
+)
+def only_the_language_model_is_trained(case: RecipeCase) -> str | None:
+    """Rows are text, so image and audio encoders get no gradients: they stay as they are."""
+    if case.recipe.lora:
+        return None
+    fixed = fixed_names(case.model.tensors)
+    size = sum(tensor.size for tensor in case.model.tensors if tensor.name in fixed)
+    return f"lora: {size / 1e6:,.0f} million weights, which text does not go through, are not trained" if size else None
+
+
+def _names(paths: list[str]) -> str:
+    """Their number, and where they are: the names that differ, with stars for numbers."""
+    found = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in paths})
+    return f"{len(paths)} layers ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"

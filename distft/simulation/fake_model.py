@@ -17,7 +17,7 @@ from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
 from distft.planner.sharding import Sizes, Unit
 from distft.strategies.deepspeed import PERSISTENT
-from distft.train.model import add_adapters, compute_dtype
+from distft.train.model import add_adapters, compute_dtype, freeze_other_inputs
 
 
 def build(
@@ -69,7 +69,9 @@ def build(
         keep = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
-    if recipe.lora:
+    if not recipe.lora:
+        freeze_other_inputs(model)
+    else:
         with torch.device("meta"), dequantized_for_dora():
             model = add_adapters(model, recipe, range(new_token_count(recipe)))
     if dtype_regime != "autocast":

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError
+from distft.models.adaptable import left_out, not_trained, reason
 from distft.models.attention import no_flash_attention
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
@@ -122,6 +123,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
         for config in (model.config.get_text_config(), model.generation_config):
             config.eos_token_id = eos_token_id
     if recipe.lora is None:
+        freeze_other_inputs(model)
         return model
     model = add_adapters(model, recipe, tokens.ids)
     if KINDS[strategy].zero_stage == 3:
@@ -131,6 +133,16 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(compute_dtype(recipe))
     return model
+
+
+def freeze_other_inputs(model: PreTrainedModel) -> None:
+    """Freeze what text does not go through. Without gradients, DDP would wait for them, and AdamW's decay would shrink
+    them."""
+    names = [name for name, _ in model.named_parameters()]
+    if patterns := not_trained(names):
+        for name, parameter in model.named_parameters():
+            if reason(name.rpartition(".")[0], patterns):
+                parameter.requires_grad_(False)
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = ()) -> Any:
@@ -160,6 +172,8 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+    if patterns := left_out(name for name, _ in model.named_parameters()):
+        config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in patterns)
     if tokens:
         add_new_rows(model, tokens)
     model = get_peft_model(model, config)

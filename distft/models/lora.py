@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distft.errors import PlanError
@@ -52,8 +52,9 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     Raises:
         PlanError: nothing matches, or what matches cannot have an adapter.
     """
-    everywhere = list(tensors)
-    tensors, _ = _adaptable(everywhere)
+    tensors = list(tensors)
+    without = left_out_layers(tensors)
+    tensors = [tensor for tensor in tensors if module_of(tensor) not in without]
     experts = EXPERTS.get(peft_experts or "", {})
     everything = lora.target_modules == "all-linear"
     if everything and not experts and any(tensor.is_linear for tensor in tensors):
@@ -61,12 +62,9 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     if isinstance(lora.target_modules, str) and not everything:
         found = _of_pattern(lora, tensors, lora.target_modules, experts)
         if not found:
-            _refuse_what_is_left_out(lora, everywhere)
             some = next((module_of(tensor) for tensor in tensors if tensor.is_linear), "none")
-            raise PlanError(
-                f"lora.target_modules: got {lora.target_modules}, which matches no layer; it must match a whole name, "
-                f"such as {some}"
-            )
+            text = f"got {lora.target_modules}, which matches no layer; it must match a whole name, such as {some}"
+            raise _nothing_matches(lora, without, text)
         return found
     targets = {*_names(tensors), *experts} if everything else set(lora.target_modules)
     merged: dict[str, set[str]] = {}  # parameter of the mixture → the old names that stand for it
@@ -91,30 +89,24 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
         number = tensor.shape[0] if tensor.kind == "experts" else 1
         found.append((tensor, tuple(lora.r * ranks * number * width for width in tensor.features)))
     if not found:
-        _refuse_what_is_left_out(lora, everywhere)
-        raise PlanError(
-            "lora.target_modules: the model has no linear layer"
-            if everything
-            else f"lora.target_modules: got {', '.join(lora.target_modules)}, and the model has no such layer; "
-            f"it has {', '.join([*_names(tensors), *experts])}"
-        )
+        names = ", ".join([*_names(tensors), *experts])
+        text = f"got {', '.join(lora.target_modules)}, and the model has no such layer; it has {names}"
+        raise _nothing_matches(lora, without, "the model has no linear layer" if everything else text)
     return found
 
 
-def _adaptable(tensors: Iterable[Tensor]) -> tuple[list[Tensor], dict[str, str]]:
-    """The tensors of modules that can have an adapter, and the linear ones of the others, with the reason."""
+def left_out_layers(tensors: Iterable[Tensor]) -> dict[str, str]:
+    """Names of the modules that cannot have an adapter, of those that peft would take, and why."""
     tensors = list(tensors)
     patterns = left_out(tensor.name for tensor in tensors)
     if not patterns:
-        return tensors, {}
-    why = {module: reason(module, patterns) for module in {module_of(tensor) for tensor in tensors}}
-    return [t for t in tensors if why[module_of(t)] is None], {
-        module_of(t): text for t in tensors if t.is_linear and (text := why[module_of(t)]) is not None
-    }
+        return {}
+    modules = {module_of(tensor): None for tensor in tensors if tensor.kind in ADAPTABLE}
+    return {module: why for module in modules if (why := reason(module, patterns))}
 
 
-def without_adapter(lora: Lora, tensors: Iterable[Tensor]) -> dict[str, list[str]]:
-    """Linear layers that lora.target_modules would name and that cannot have an adapter, by the reason."""
+def named_but_left_out(lora: Lora, layers: Mapping[str, str]) -> dict[str, list[str]]:
+    """Those of the left out layers that lora.target_modules names, by the reason."""
     matches: Callable[[str], object]
     if lora.target_modules == "all-linear":
         matches = bool
@@ -124,15 +116,16 @@ def without_adapter(lora: Lora, tensors: Iterable[Tensor]) -> dict[str, list[str
         ends = tuple(f".{target}" for target in lora.target_modules)
         matches = lambda path: f".{path}".endswith(ends)  # noqa: E731
     found: dict[str, list[str]] = {}
-    for path, why in _adaptable(tensors)[1].items():
+    for path, why in layers.items():
         if matches(path):
             found.setdefault(why, []).append(path)
     return found
 
 
-def _refuse_what_is_left_out(lora: Lora, tensors: Iterable[Tensor]) -> None:
-    for why, paths in without_adapter(lora, tensors).items():
-        raise PlanError(f"lora.target_modules: {paths[0]} cannot have an adapter ({why}); name other layers")
+def _nothing_matches(lora: Lora, layers: Mapping[str, str], otherwise: str) -> PlanError:
+    for why, paths in named_but_left_out(lora, layers).items():
+        return PlanError(f"lora.target_modules: {paths[0]} cannot have an adapter ({why}); name other layers")
+    return PlanError(f"lora.target_modules: {otherwise}")
 
 
 def _of_pattern(lora: Lora, tensors: Sequence[Tensor], pattern: str, experts: Iterable[str]) -> list[Adapter]:

@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from distft.config.recipe import Lora, Recipe
 from distft.errors import MissingPartError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.layout import Tensor
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fixed_names, lora_parameters
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fixed_names, left_out_layers, lora_parameters
 from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
 # A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
@@ -48,6 +49,16 @@ class ModelShape:
     @property
     def model_type(self) -> str | None:
         return self.config.get("model_type")
+
+    @cached_property
+    def left_out_layers(self) -> dict[str, str]:
+        """Modules that cannot have an adapter, and why."""
+        return left_out_layers((*self.tensors, *self.tied))
+
+    @cached_property
+    def fixed(self) -> frozenset[str]:
+        """Tensors that are never trained: text does not go through them."""
+        return fixed_names(self.tensors)
 
     @property
     def is_known(self) -> bool:
@@ -131,7 +142,8 @@ def shape_of(
         PlanError: lora.target_modules names none of its layers.
     """
     parameters = sum(tensor.size for tensor in tensors)
-    trained = parameters - sum(tensor.size for tensor in tensors if tensor.name in fixed_names(tensors))
+    fixed = fixed_names(tensors)
+    trained = sum(tensor.size for tensor in tensors if tensor.name not in fixed)
     if recipe.lora:
         rows = vocabulary_tensors(tensors, sizes.vocab_size)
         trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts)

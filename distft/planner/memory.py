@@ -14,7 +14,7 @@ from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
-from distft.models.lora import Adapter, adapters, fixed_names
+from distft.models.lora import Adapter, adapters
 from distft.models.quantization import stored_bytes
 from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
@@ -210,11 +210,9 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     low, quantization, optim = compute_bytes(recipe), recipe.model.quantization, recipe.training.optim
     added = {tensor.name: sizes for tensor, sizes in _adapters(recipe, model)}
 
-    fixed = fixed_names(model.tensors)
-
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
-            return 4 * tensor.size if tensor.name in fixed else 0
+            return 4 * tensor.size if tensor.name in model.fixed else 0
         if quantization and tensor.is_linear and model.model_type not in NOT_QUANTIZED:
             return stored_bytes(quantization, tensor.size, tensor.shape[0])
         return low * tensor.size
@@ -225,7 +223,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
 
     def trained(tensor: Tensor) -> tuple[int, ...]:
         if not recipe.lora:
-            return () if tensor.name in fixed else (tensor.size,)
+            return () if tensor.name in model.fixed else (tensor.size,)
         rows = (count * tensor.shape[1],) if count and tensor.name in vocabulary else ()
         return (*added.get(tensor.name, ()), *rows)
 
@@ -273,8 +271,7 @@ def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, in
     AdamW's two moments. Adafactor keeps one mean per row and one per column of a matrix (arXiv 1804.04235)."""
     optimizer = 8 * sizes.trained
     if recipe.training.optim == "adafactor":
-        fixed = fixed_names(model.tensors)
-        shapes = [tensor.shape for tensor in model.tensors if tensor.name not in fixed]
+        shapes = [tensor.shape for tensor in model.tensors if tensor.name not in model.fixed]
         if recipe.lora:
             shapes = [(recipe.lora.r, s // recipe.lora.r) for _, added in _adapters(recipe, model) for s in added]
             if count := new_token_count(recipe):

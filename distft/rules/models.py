@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from distft.models import kinds
-from distft.models.lora import fixed_names, without_adapter
+from distft.models.lora import named_but_left_out
 from distft.rules import upstream
 from distft.rules.core import RecipeCase, rule
 
@@ -302,7 +302,7 @@ def _method(case: RecipeCase) -> str:
 @rule(
     "layers that lora.target_modules names and that cannot have an adapter",
     "distft/models/adaptable.py; peft 0.21.2 tuners/tuners_utils.py, _check_lora_target_modules_mamba",
-    "nothing needs to be done",
+    "the others have theirs",
     kind="warning",
 )
 def some_layers_get_no_adapter(case: RecipeCase) -> str | None:
@@ -312,24 +312,22 @@ def some_layers_get_no_adapter(case: RecipeCase) -> str | None:
     lora, model = case.recipe.lora, case.model
     if not lora:
         return None
-    found = without_adapter(lora, (*model.tensors, *model.tied))
-    texts = [f"{_names(paths)}: {why}" for why, paths in found.items()]
+    texts = [f"{_names(paths)}: {why}" for why, paths in named_but_left_out(lora, model.left_out_layers).items()]
     return f"lora.target_modules: no adapter on {'; on '.join(texts)}" if texts else None
 
 
 @rule(
-    "all weights of a model with other inputs than text",
+    "lora: null with a model that has other inputs than text",
     "distft/models/adaptable.py",
-    "nothing needs to be done",
+    "they stay as they are",
     kind="warning",
 )
 def only_the_language_model_is_trained(case: RecipeCase) -> str | None:
     """Rows are text, so image and audio encoders get no gradients: they stay as they are."""
     if case.recipe.lora:
         return None
-    fixed = fixed_names(case.model.tensors)
-    size = sum(tensor.size for tensor in case.model.tensors if tensor.name in fixed)
-    return f"lora: {size / 1e6:,.0f} million weights, which text does not go through, are not trained" if size else None
+    size = sum(tensor.size for tensor in case.model.tensors if tensor.name in case.model.fixed)
+    return f"lora: {size:,} weights, which text does not go through, are not trained" if size else None
 
 
 def _names(paths: list[str]) -> str:

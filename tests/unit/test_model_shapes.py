@@ -22,6 +22,7 @@ from tiny import Tiny
 from distft.config.loading import load_recipe
 from distft.config.recipe import Lora
 from distft.errors import PlanError
+from distft.models.adaptable import left_out
 from distft.models.architecture import describe
 from distft.models.families import FAMILIES
 from distft.models.lora import lora_parameters
@@ -145,12 +146,12 @@ def peft_count(config: dict[str, Any], lora: Lora) -> int:
     """peft's own count of trainable parameters."""
     from peft import LoraConfig, get_peft_model
 
-    options = lora.model_dump(exclude={"start_from"})
+    model, options = meta_model(config), lora.model_dump(exclude={"start_from"})
+    if patterns := left_out(name for name, _ in model.named_parameters()):
+        options["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in patterns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D's fan_in_fan_out, and of tied embeddings
-        wrapped = get_peft_model(
-            meta_model(config), LoraConfig(task_type="CAUSAL_LM", **options), low_cpu_mem_usage=True
-        )
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options), low_cpu_mem_usage=True)
     return wrapped.get_nb_trainable_parameters()[0]
 
 
@@ -307,7 +308,7 @@ def test_what_peft_refuses_is_refused(family: str, options: dict[str, Any], said
     with pytest.raises(PlanError) as error:
         our_count(config, Lora(**options))
     assert said in str(error.value)
-    with pytest.raises(ValueError, match=r"not found|not supported|Cannot convert|does not work"):
+    with pytest.raises(ValueError, match=r"not found|not supported|Cannot convert|does not work|excluded modules"):
         peft_count(config, Lora(**options))
 
 

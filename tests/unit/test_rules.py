@@ -51,6 +51,9 @@ PLAIN_LAYERS = (
 )
 
 
+IMAGES = (*PLAIN_LAYERS, Tensor("model.visual.blocks.0.attn.qkv.weight", (96, 32), "linear"))
+
+
 def gpu(name: str) -> Device:
     return named_device(name, 1)
 
@@ -558,6 +561,11 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"tied": True, "lora__target_modules": ["q_proj", "lm_head"]}, {"tied": False}),
         ({"tied": True, "lora__target_modules": ["model.embed_tokens"]}, {"lora__target_modules": "all-linear"}),
     ],
+    "some-layers-get-no-adapter": [
+        ({"tensors": IMAGES}, {"tensors": PLAIN_LAYERS}),
+        ({"tensors": IMAGES, "lora__target_modules": ["qkv", "q_proj"]}, {"lora__target_modules": ["q_proj"]}),
+    ],
+    "only-the-language-model-is-trained": [({"tensors": IMAGES, "lora": None}, {"tensors": PLAIN_LAYERS})],
     "adapters-gain-little-from-8-bit": [
         ({"training__optim": "adamw_bnb_8bit"}, {"training__optim": "adamw_torch"}),
         ({"training__optim": "paged_adamw_8bit"}, {"trained": 400_000_000}),
@@ -706,7 +714,8 @@ recipe = group(
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
 sizes = group(tie_word_embeddings=False)
 config = {"model_type": "llama"}
-model = group(config=config, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes)
+model = group(config=config, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes,
+              left_out_layers={}, fixed=frozenset(), tensors=())
 def case(checkpointing):
     return RecipeCase(strategy="zero3", offload="none", shard_size=2, topology=Topology(1, 2), settings=recipe,
                       device=Device("cuda", "H100", 2**36, 9.0), model=model,

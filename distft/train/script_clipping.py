@@ -12,9 +12,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from distft.errors import RunError
+
+_wrappers: list[Any] = []  # accelerate's engine wrappers, one for each Accelerator of the script
 
 
 def watch_accelerator(kind: Any) -> None:
@@ -32,6 +35,7 @@ def watch_accelerator(kind: Any) -> None:
         wrapper = accelerator.deepspeed_engine_wrapped
         if getattr(plugin, "script_clips", False) and wrapper is not None:
             wrapper.script_clips, wrapper.waits = True, False
+            _wrappers.append(wrapper)
             for optimizer in accelerator._optimizers:
                 optimizer.engine_wrapper = wrapper
         return result
@@ -40,12 +44,28 @@ def watch_accelerator(kind: Any) -> None:
     def clip_grad_norm_(accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         wrapper = accelerator.deepspeed_engine_wrapped
         if getattr(wrapper, "script_clips", False):
-            if norm_type != 2:
-                raise RunError(f"clip_grad_norm_(norm_type={norm_type}): DeepSpeed clips by the 2-norm only")
-            _step(wrapper, float(max_norm))
+            _clip(wrapper, max_norm, norm_type)
         return clip(accelerator, parameters, max_norm, norm_type)
 
     kind._prepare_deepspeed, kind.clip_grad_norm_ = prepare_deepspeed, clip_grad_norm_
+
+
+def watch_torch() -> None:
+    """Change torch.nn.utils.clip_grad_norm_: under ZeRO parameters have no gradients, and it would clip nothing."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    @functools.wraps(clip)
+    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
+        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        ids = {id(parameter) for parameter in given}
+        for wrapper in _wrappers:
+            if wrapper.waits and any(id(parameter) in ids for parameter in wrapper.engine.module.parameters()):
+                _clip(wrapper, max_norm, norm_type)
+                return torch.tensor(wrapper.get_global_grad_norm())
+        return clip(given, max_norm, norm_type, *args, **kwargs)
+
+    for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+        vars(module)["clip_grad_norm_"] = clip_grad_norm_
 
 
 def watch_engine(module: Any) -> None:
@@ -68,6 +88,12 @@ def watch_engine(module: Any) -> None:
             _step(wrapper, 0.0)
 
     kind.backward, module.DeepSpeedOptimizerWrapper.step = backward, step
+
+
+def _clip(wrapper: Any, max_norm: float, norm_type: float) -> None:
+    if norm_type != 2:
+        raise RunError(f"clip_grad_norm_(norm_type={norm_type}): DeepSpeed clips by the 2-norm only")
+    _step(wrapper, float(max_norm))
 
 
 def _step(wrapper: Any, max_norm: float) -> None:

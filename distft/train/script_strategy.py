@@ -48,6 +48,7 @@ class ScriptStrategy:
         if KINDS[self.strategy].engine == "deepspeed":
             from distft.train import script_clipping
 
+            script_clipping.watch_torch()  # imports torch, as DeepSpeed's ranks do next anyway (cpu_ranks)
             imports.add("accelerate.utils.deepspeed", script_clipping.watch_engine)
         for module, (function, name) in LAUNCHERS.items():
             imports.add(module, functools.partial(_refuse_launcher, function=function, name=name))

@@ -14,7 +14,7 @@ from tiny import Tiny
 CLIPS = """
 import torch
 from accelerate import Accelerator
-for clip in (None, 0.5):
+for clip in (None, 0.5, 0.25):
     accelerator = Accelerator()
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
@@ -25,7 +25,10 @@ for clip in (None, 0.5):
     for x, y in loader:
         loss = (model(x) - y).abs().mean()
         accelerator.backward(loss)
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), clip)) if clip else 0
+        if clip == 0.25:  # not by accelerate's own
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+        else:
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), clip)) if clip else 0
         optimizer.step()
         optimizer.zero_grad()
         accelerator.print("at", clip, round(accelerator.reduce(loss.detach(), "mean").item(), 3), round(norm, 3))
@@ -110,7 +113,7 @@ def test_a_script_is_clipped_as_it_asks(tmp_path: Path) -> None:
     assert "warnings" not in status
     under_ddp, status = script(tmp_path, CLIPS, "ddp")
     assert (status["ran"]["kind"], status["ran"]["world_size"]) == ("ddp", 2)
-    assert len(lines(printed)) == 8  # shown while it ran
+    assert len(lines(printed)) == 12  # shown while it ran
     for zero, ddp in zip(lines(printed), lines(under_ddp), strict=True):
         assert zero == pytest.approx(ddp, rel=1e-3)
     assert lines(printed)[-1][2] > 10  # norms that 0.5 cuts

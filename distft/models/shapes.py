@@ -20,6 +20,7 @@ from distft.errors import MissingPartError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.layout import Tensor
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fixed_names, left_out_layers, lora_parameters
+from distft.models.quantization import disk_quantization, method
 from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
 # A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
@@ -87,8 +88,14 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     if is_known(config):
         model = describe(config)
         sizes, tensors, tied, experts = model.sizes, model.tensors, model.tied, model.peft_experts
-        if header and "quantization_config" not in config:  # quantized weights are packed into other shapes
+        if header and not disk_quantization(config):  # quantized weights are packed into other shapes
             tensors = tuple(t._replace(shape=header.get(t.name, t.shape)) for t in tensors)
+    elif header is not None and (stored := method(config)):
+        raise PlanError(
+            f"model.name_or_path: {name} is stored quantized ({stored}), which hides the sizes of its weights, and "
+            f"model_type {config.get('model_type')} is not known here; take the unquantized repository, with "
+            "model.quantization: nf4 where memory is short"
+        )
     elif header is not None:
         sizes, tensors = guess_sizes(config), tuple(Tensor(n, s, _guess_kind(n, s)) for n, s in header.items())
     else:

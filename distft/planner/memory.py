@@ -14,8 +14,8 @@ from typing import Any
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
-from distft.models.lora import Adapter, adapters
-from distft.models.quantization import stored_bytes
+from distft.models.lora import Adapter, adapters, module_of
+from distft.models.quantization import is_kept, stored_bytes
 from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
 from distft.planner import activations, sharding
@@ -213,8 +213,9 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
             return 4 * tensor.size if tensor.name in model.fixed else 0
-        if quantization and tensor.is_linear and model.model_type not in NOT_QUANTIZED:
-            return stored_bytes(quantization, tensor.size, tensor.shape[0])
+        plain = model.model_type in NOT_QUANTIZED or is_kept(model.config, module_of(tensor))
+        if quantization and tensor.is_linear and not plain:
+            return stored_bytes(quantization, tensor.size, tensor.shape[0], model.config)
         return low * tensor.size
 
     # Rows of new tokens, which are trained beside adapters.

@@ -13,6 +13,7 @@ from distft.config.recipe import Recipe, ScriptSettings
 from distft.errors import PlanError
 from distft.hardware.devices import GPUS, Device
 from distft.hardware.topology import Topology
+from distft.models.quantization import bits_in_memory
 from distft.models.shapes import ModelShape, check_start, read_config, read_model_shape
 from distft.planner import speed
 from distft.planner.communication import LINK_EFFICIENCY
@@ -120,6 +121,7 @@ def make_plan(
     if model is None:
         refuse_other_kinds(recipe, where)
         model = read_model_shape(recipe, need_weights)
+    recipe = as_stored(recipe, model)
     if recipe.lora and recipe.lora.start_from:
         check_start(Path(recipe.lora.start_from), recipe.lora, model.trainable_parameters)
     search = Search.of(recipe, model, where, measured)
@@ -192,6 +194,14 @@ def refuse_other_kinds(recipe: Recipe, where: Where) -> None:
         ),
         of_config=True,
     )
+
+
+def as_stored(recipe: Recipe, model: ModelShape) -> Recipe:
+    """The recipe with the quantization that its model is stored in, so that its bytes are counted as they are."""
+    bits = bits_in_memory(model.config)
+    if bits is None or recipe.model.quantization:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": bits})})
 
 
 def misfit(chosen: Candidate) -> str:

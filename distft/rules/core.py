@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from distft import extras
 from distft.errors import PlanError
 from distft.models.attention import AMPERE, no_flash_attention
+from distft.models.quantization import disk_quantization
 from distft.strategies.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -165,8 +166,7 @@ class RecipeCase(Case):
     @property
     def disk_quantization(self) -> Mapping[str, Any]:
         """How the weights on disk are quantized already; {} for plain weights."""
-        found = self.whole_config.get("quantization_config")
-        return found if isinstance(found, Mapping) else {}
+        return disk_quantization(self.whole_config)
 
 
 Check = Callable[[Case], "str | None"]

@@ -6,6 +6,7 @@ import re
 
 from distft.models import kinds
 from distft.models.lora import named_but_left_out
+from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
 from distft.rules import upstream
 from distft.rules.core import RecipeCase, rule
 
@@ -202,44 +203,83 @@ def all_linear_fails_on_merged_experts(case: RecipeCase) -> str | None:
     return None
 
 
+UNQUANTIZED = "take the unquantized repository, with model.quantization: nf4 where memory is short"
+
+
 @rule(
     "weights that are quantized on disk, without lora",
     "transformers 5.23 trainer_utils.py:131, validate_quantization_for_training",
-    "add `lora:`, or take the model in full precision",
+    "add `lora:`, or take the unquantized repository",
+    of_config=True,
 )
 def quantized_checkpoints_need_lora(case: RecipeCase) -> str | None:
-    """Weights that are quantized on disk (config.json has a quantization_config) have no gradient. Methods that
-    transformers dequantizes on loading where it must (mxfp4, fp8) are not refused.
+    """Weights that are quantized on disk (config.json has a quantization_config) have no gradient. Those that could be
+    dequantized first (mxfp4, fp8) would be saved as what they are not: the config still says that they are quantized.
     """
-    if _method(case) in upstream.NEEDS_ADAPTERS and not case.recipe.lora:
-        return f"model.name_or_path: its weights are quantized ({_method(case)}) and cannot be trained"
+    stored = method(case.whole_config)
+    if stored and not case.recipe.lora:
+        return f"model.name_or_path: its weights are quantized ({stored}) and cannot be trained"
     return None
 
 
 @rule(
     "model.quantization with weights that are quantized another way on disk",
     "transformers 5.23 quantizers/auto.py:263, merge_quantization_configs",
-    "leave model.quantization out, or take the model in full precision",
+    "leave model.quantization out, or take the unquantized repository",
+    of_config=True,
 )
 def weights_are_quantized_once(case: RecipeCase) -> str | None:
     """Weights that are quantized on disk cannot be quantized another way on loading. transformers fails on configs of
     two classes, and of two bitsandbytes configs it takes the one on disk, whatever the recipe says.
     """
-    wanted = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}.get(case.quantization or "")
-    if wanted and _method(case) and not case.disk_quantization.get(wanted):
-        return f"model.quantization: got {case.quantization}, but the weights on disk are quantized ({_method(case)})"
+    stored = method(case.whole_config)
+    if case.quantization and stored and case.quantization != bits_in_memory(case.whole_config):
+        return f"model.quantization: got {case.quantization}, but the weights on disk are quantized ({stored})"
     return None
 
 
 @rule(
-    "weights quantized on disk by a method that nothing can be trained on top of",
-    "transformers 5.23 trainer_utils.py:137 and quantizers/*.py, is_trainable",
-    "take the model in full precision",
+    "weights quantized on disk by another method than bitsandbytes, mxfp4 or fp8",
+    "transformers 5.23 quantizers/*.py, is_trainable; quantizers/auto.py: Unknown quantization type, ... Hence, we "
+    "will skip the quantization (modelopt's FP8 values were trained on without their scales)",
+    UNQUANTIZED,
+    of_config=True,
 )
 def quantized_checkpoints_must_be_trainable(case: RecipeCase) -> str | None:
-    """On top of weights quantized by some methods, transformers does not even train adapters."""
-    if _method(case) in upstream.UNTRAINABLE:
-        return f"model.name_or_path: transformers does not train on top of {_method(case)} weights"
+    """Adapters are trained on bitsandbytes' weights as they are, and on mxfp4 and fp8 dequantized. The others (AWQ,
+    GPTQ, compressed-tensors, ...) need packages that distft does not install, and no strategy that shards parameters
+    takes their packed integers. Of methods that it does not know, transformers loads the numbers without the scales.
+    """
+    stored = method(case.whole_config)
+    if stored and stored not in (*AS_STORED, *DEQUANTIZED):
+        return f"model.name_or_path: its weights are quantized ({stored}), and nothing is trained on top of these"
+    return None
+
+
+@rule(
+    "fp8 weights with a training.mixed_precision other than bf16",
+    "seen with transformers 5.23: what is not in fp8 stays in bfloat16 whatever dtype is asked for, and RuntimeError: "
+    "expected m1 and m2 to have the same dtype",
+    "use training.mixed_precision: bf16",
+    of_config=True,
+)
+def fp8_checkpoints_need_bf16(case: RecipeCase) -> str | None:
+    """fp8 weights are dequantized on loading, beside norms and embeddings that are stored in bfloat16."""
+    if method(case.whole_config) == "fp8" and case.mixed_precision != "bf16":
+        return f"training.mixed_precision: got {case.mixed_precision}, and beside fp8 weights are bf16 ones"
+    return None
+
+
+@rule(
+    "weights that are dequantized on loading: mxfp4, fp8",
+    "transformers 5.23 quantizers/quantizer_mxfp4.py and quantizer_finegrained_fp8.py: dequantize",
+    "expect them at 16 bit",
+    kind="warning",
+)
+def checkpoints_are_dequantized(case: RecipeCase) -> str | None:
+    """Weights in mxfp4 and fp8 are dequantized as they are loaded, since their kernels have no backward pass."""
+    if (stored := method(case.whole_config)) in DEQUANTIZED:
+        return f"model.name_or_path: its {stored} weights are trained on in the compute dtype"
     return None
 
 
@@ -289,14 +329,6 @@ def max_length_beyond_positions(case: RecipeCase) -> str | None:
     if type(most) is int and most < longest and "factor" not in scaling:
         return f"data.max_length: got {longest}, and the model has {most} positions"
     return None
-
-
-def _method(case: RecipeCase) -> str:
-    """How the weights on disk are quantized, by transformers' name; empty for plain weights."""
-    found = case.disk_quantization
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
-        return "bitsandbytes"
-    return str(found.get("quant_method") or "")
 
 
 @rule(

@@ -176,12 +176,6 @@ NO_CHECKPOINTING = frozenset(
     ["cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"]
 )
 
-# Weights that are quantized on disk, by transformers' quant_method (quantizers/*.py). On top of these only adapters
-# can be trained, ...
-NEEDS_ADAPTERS = frozenset(["aqlm", "awq", "bitsandbytes", "eetq", "gptq", "hqq"])
-# ... and on top of these, nothing. (mxfp4, metal and fp8 are dequantized on loading where there is no kernel.)
-UNTRAINABLE = frozenset(["auto-round", "fbgemm_fp8", "gemma", "higgs", "nvfp4", "quark", "spqr", "vptq"])
-
 # Types whose layers have classes of their own, which transformers 5 does not quantize (integrations/bitsandbytes.py,
 # replace_with_bnb_linear: `type(module) is nn.Linear`).
 NOT_QUANTIZED = ("falcon",)

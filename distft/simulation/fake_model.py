@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distft.config.recipe import Recipe
 from distft.errors import PlanError
 from distft.models.attention import planned_attention
-from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, stored_bytes
+from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, is_kept, stored_bytes
 from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
 from distft.planner.sharding import Sizes, Unit
@@ -66,7 +66,12 @@ def build(
         four = recipe.model.quantization == "nf4"
         stored = {**NF4, "bnb_4bit_compute_dtype": dtype} if four else {"load_in_8bit": True}
         settings = BitsAndBytesConfig(**stored)
-        keep = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        stored_config = config.to_dict()
+        keep = [
+            name
+            for name, module in model.named_modules()
+            if module is model.get_output_embeddings() or is_kept(stored_config, name)
+        ]
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
     if not recipe.lora:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError, first_line
+from distft.models.quantization import disk_quantization
 from distft.train.conversion import Conversion
 from distft.train.tensor_files import TensorFiles
 
@@ -34,9 +36,9 @@ def base_config(recipe: Recipe) -> Path:
         raise DataError(f"model.name_or_path: {model.name_or_path} cannot be read ({first_line(error)})") from None
 
 
-def is_quantized(recipe: Recipe) -> bool:
-    """Whether the base's weights are stored quantized."""
-    return "quantization_config" in json.loads(base_config(recipe).read_text())
+def stored_quantization(recipe: Recipe) -> Mapping[str, Any]:
+    """How the base's weights are stored quantized; {} for plain weights."""
+    return disk_quantization(json.loads(base_config(recipe).read_text()))
 
 
 def base_files(recipe: Recipe) -> TensorFiles:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from distft.config.recipe import Recipe
 from distft.errors import DistftError, RunError
 from distft.runs.directory import RunDir
-from distft.train.base_files import base_files, check_unused, is_quantized
+from distft.train.base_files import base_files, check_unused, stored_quantization
 from distft.train.conversion import Conversion, on_meta, parameter_shapes, saves_as_published, twin
 from distft.train.mergeable import adapted, obstacles
 from distft.train.ranks import RankGroup
@@ -56,7 +56,7 @@ def _warnings(recipe: Recipe, model: Any, run: RunDir) -> list[str]:
         _check_names(model)
     else:
         _check_adapter_names(model)
-    if is_quantized(recipe):
+    if stored_quantization(recipe):
         return ["distft merge will not be able to merge the adapter: the base is stored quantized"]
     conversion = Conversion(twin(base), base_files(recipe).shapes())
     unused = check_unused(recipe, conversion)

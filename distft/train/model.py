@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.utils.quantization_config import Mxfp4Config
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError
@@ -19,7 +26,7 @@ from distft.models.attention import no_flash_attention
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
-from distft.train.base_files import check_missing
+from distft.train.base_files import check_missing, stored_quantization
 from distft.train.new_rows import add_new_rows, grow, new_rows
 from distft.train.special_tokens import new_tokens
 
@@ -61,8 +68,8 @@ def _flash_attn_missing() -> str | None:
     return None
 
 
-def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings, None without quantization.
+def quantization_config(recipe: Recipe, strategy: str) -> Any:
+    """bitsandbytes' settings; for a base that is stored in mxfp4 or FP8, to dequantize it; None for plain weights.
 
     Strategies that shard parameters need all of them in one dtype, so there the 4-bit weights are stored in the compute
     dtype (peft docs, "bnb_4bit_quant_storage"; accelerate#3983 for what uint8 does under FSDP2).
@@ -76,7 +83,11 @@ def quantization_config(recipe: Recipe, strategy: str) -> BitsAndBytesConfig | N
         )
     if recipe.model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return None
+    # Whether transformers dequantizes these by itself depends on the GPU and on packages.
+    stored = stored_quantization(recipe).get("quant_method")
+    if stored == "mxfp4":
+        return Mxfp4Config(dequantize=True)
+    return FineGrainedFP8Config(dequantize=True) if stored == "fp8" else None
 
 
 def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) -> PreTrainedModel | Any:

@@ -24,7 +24,7 @@ from distft.config.recipe import Recipe
 from distft.errors import RecipeError, RunError
 from distft.models.quantization import NF4_BLOCK, NF4_DOUBLE_QUANTIZATION, NF4_QUANT_TYPE
 from distft.runs.checkpoints import Checkpoint
-from distft.train.base_files import base_config, base_files, is_quantized
+from distft.train.base_files import base_config, base_files, stored_quantization
 from distft.train.conversion import Conversion
 from distft.train.merge_check import largest_difference, layer_inputs
 from distft.train.mergeable import PEFT, adapted, obstacles, plain_name
@@ -147,7 +147,7 @@ def base_folder(recipe: Recipe) -> Path:
         DataError: it cannot be read.
         RecipeError: the base is stored quantized.
     """
-    if is_quantized(recipe):
+    if stored_quantization(recipe):
         name = recipe.model.name_or_path
         raise RecipeError(f"model.name_or_path: {name} is stored quantized: there are no weights to merge into")
     return base_config(recipe).parent

@@ -260,10 +260,11 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"merged": "names", "installed": {"peft": "0.19.1"}}, {"lora__target_modules": ["q_proj"]}),
     ],
     "quantized-checkpoints-need-lora": [
-        ({"config": {"quantization_config": {"quant_method": "gptq"}}, "lora": None}, {"lora": {}})
+        ({"config": {"quantization_config": {"quant_method": name}}, "lora": None}, {"lora": {}})
+        for name in ("mxfp4", "fp8", "compressed-tensors")
     ],
     "weights-are-quantized-once": [
-        ({**QLORA, "config": {"quantization_config": {"quant_method": "gptq"}}}, {"model__quantization": None}),
+        ({**QLORA, "config": {"quantization_config": {"quant_method": "fp8"}}}, {"model__quantization": None}),
         (
             {**INT8, "config": {"quantization_config": {"load_in_4bit": True}}},
             {"config": {"quantization_config": {"load_in_8bit": True}}},
@@ -271,8 +272,21 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "quantized-checkpoints-must-be-trainable": [
         (
-            {"config": {"quantization_config": {"quant_method": "higgs"}}},
-            {"config": {"quantization_config": {"quant_method": "gptq"}}},
+            {"config": {"quantization_config": {"quant_method": name}}},
+            {"config": {"quantization_config": {"quant_method": "mxfp4"}}},
+        )
+        for name in ("awq", "gptq", "compressed-tensors", "modelopt", "higgs")
+    ],
+    "fp8-checkpoints-need-bf16": [
+        (
+            {"config": {"quantization_config": {"quant_method": "fp8"}}, "training__mixed_precision": "no"},
+            {"training__mixed_precision": "bf16"},
+        )
+    ],
+    "checkpoints-are-dequantized": [
+        (
+            {"config": {"quantization_config": {"quant_method": "mxfp4"}}},
+            {"config": {"quantization_config": {"load_in_4bit": True}}},
         )
     ],
     "fsdp-does-not-shard-uint8": [

@@ -49,7 +49,7 @@ def script_command(words: Sequence[str], here: bool = True) -> ScriptCommand:
         return ScriptCommand(("-m", f"trl.scripts.{rest[0]}", *rest[1:]), f"trl-{rest[0]}")
     path = first if Path(first).is_file() else None if "/" in first else shutil.which(first)
     if path is None:
-        raise RecipeError(f"script: got {first}, no such file, and no program of that name{_near(first)}")
+        raise RecipeError(f"script: no such file: {first}{_near(first)}")
     if not (path.endswith(".py") or _is_python(Path(path))):
         raise RecipeError(
             f"script: {first} is no Python program; name the Python script that it starts: distft launch ... -- "
@@ -116,7 +116,11 @@ def _is_python(path: Path) -> bool:
 
 
 def _near(name: str) -> str:
-    return f"; for a module: -- -m {name}" if re.fullmatch(r"\w+(\.\w+)+", name) and not name.endswith(".py") else ""
+    """What else a word could be that names no file."""
+    if "/" in name or name.endswith(".py"):
+        return ""
+    module = f"; a module is named with -m: -- -m {name}" if re.fullmatch(r"\w+(\.\w+)+", name) else ""
+    return f", and no program of that name on PATH{module}"
 
 
 def _name(stem: str) -> str:

@@ -170,7 +170,7 @@ class ScriptOutput:
         if failed and (found := TRACEBACK.search(text)):
             self.failed, text = True, text[: found.start()]
         *lines, self.rest = text.split("\n")
-        if last and self.rest:
+        if (last or self.failed) and self.rest:
             lines.append(self.rest)
         return [line.rstrip("\r").rpartition("\r")[2] for line in lines]  # a progress bar: what it showed last
 

@@ -43,10 +43,19 @@ NOT_TEXT = {
     "musicgen_melody": "it makes music",
     "trocr": "it reads images",
 }
+# Types of images and text whose class writes text alone as well, each token seeing those before it (tests/unit/
+# test_kinds.py tries each). Those that AutoModelForCausalLM has, such as gemma3, are not among them.
+IMAGES_AND_TEXT = frozenset(
+    (
+        *("aya_vision", "cohere2_vision", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "idefics2", "idefics3"),
+        *("internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3", "ovis2"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava"),
+    )
+)
 # The other auto classes (modeling_auto.py), and what their models are; the first that has the type says it.
 OTHERS = {
     "SPEECH_SEQ_2_SEQ": "a speech model",
-    "IMAGE_TEXT_TO_TEXT": "a model of images and text, which AutoModelForCausalLM does not load",
+    "IMAGE_TEXT_TO_TEXT": "a model of images and text, which is not known to write text alone",
     "MULTIMODAL_LM": "a model of audio or images and text, which AutoModelForCausalLM does not load",
     "SEQ_TO_SEQ_CAUSAL_LM": "an encoder-decoder",
     "MASKED_LM": "an encoder, which sees the tokens that it would predict",
@@ -73,7 +82,7 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
             return None
         return f"{kind} is an encoder, which sees the tokens that it would predict (no {key} in its config.json)"
     types = _table("CAUSAL_LM")
-    if kind in types or _has_own_code(config):
+    if kind in types or _has_own_code(config) or (kind in IMAGES_AND_TEXT and kind in _table("IMAGE_TEXT_TO_TEXT")):
         return None
     found = next((text for name, text in OTHERS.items() if kind in _table(name)), None)
     if found:
@@ -87,6 +96,8 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
 
 def is_causal_type(model_type: str) -> bool:
     """Whether the installed transformers has a causal language model of this type; those of families.py are known."""
+    if model_type in IMAGES_AND_TEXT:
+        return model_type in _table("IMAGE_TEXT_TO_TEXT")
     return model_type in FAMILIES or model_type in _table("CAUSAL_LM")
 
 

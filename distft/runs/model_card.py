@@ -39,7 +39,7 @@ def text(run: RunDir, *, merged: bool = False, step: int | None = None) -> str:
     sections = [
         f"# {recipe.name}",
         _what(recipe, adapter, merged, step),
-        "## Use\n\n" + _use(recipe, adapter),
+        "## Use\n\n" + _use(recipe, adapter, read_status(run).base.get("class", "AutoModelForCausalLM")),
         "## Result\n\n" + _table(_result(run, step)),
         "## Data\n\n" + _table(_data(run, recipe)),
         "## Plan\n\n" + _table(_plan(run, recipe)),
@@ -56,6 +56,7 @@ def _yaml(value: Any) -> str:
 def _front_matter(run: RunDir, recipe: Recipe, adapter: bool, merged: bool) -> dict[str, Any]:
     """What the hub reads: which model this is made of, under whose licence, and from which data."""
     base, lora = dict(read_status(run).base), recipe.lora
+    base.pop("class", None)
     if not _is_local(recipe.model.name_or_path):
         base["id"] = recipe.model.name_or_path
     found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
@@ -93,9 +94,17 @@ def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
     return f"{what}{at}. Made with distft {__version__}."
 
 
-def _use(recipe: Recipe, adapter: bool) -> str:
-    kind, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
-    code = f'```python\nfrom {package} import {kind}\nmodel = {kind}.from_pretrained("FOLDER")\n```'
+def _use(recipe: Recipe, adapter: bool, kind: str) -> str:
+    """`kind`: transformers' class of the base."""
+    package, load = "transformers", f'model = {kind}.from_pretrained("FOLDER")'
+    if adapter and kind == "AutoModelForCausalLM":
+        package, kind = "peft", "AutoPeftModelForCausalLM"
+        load = f'model = {kind}.from_pretrained("FOLDER")'
+    elif adapter:
+        base = json.dumps(_name(recipe.model.name_or_path))
+        load = f"from peft import PeftModel\nmodel = {kind}.from_pretrained({base})\n"
+        load += 'model = PeftModel.from_pretrained(model, "FOLDER")'
+    code = f"```python\nfrom {package} import {kind}\n{load}\n```"
     if adapter and recipe.model.add_tokens:
         code += (
             "\n\nThe tokenizer in FOLDER has tokens that the base's may lack. AutoPeftModelForCausalLM makes room for "

@@ -104,7 +104,7 @@ class Status:
     data: Mapping[str, Any] = field(default_factory=dict)  # documents, rows and tokens of each split
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must have in common to continue it
     versions: Mapping[str, str | None] = field(default_factory=dict)  # of the training stack
-    base: Mapping[str, str] = field(default_factory=dict)  # the base model's id on the hub and its licence
+    base: Mapping[str, str] = field(default_factory=dict)  # the base's id on the hub, licence and class
     ran: Mapping[str, Any] = field(default_factory=dict)  # what was really wrapped: engine, mesh, backend
     accepted: Sequence[str] = ()  # differences from the checkpoint's identity that `resume --force` accepted
     owner: str | None = None  # first rank of the newest attempt: an older one that still runs ends when it reads this

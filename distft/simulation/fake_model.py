@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
 from distft.errors import PlanError
@@ -17,6 +17,7 @@ from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
 from distft.planner.sharding import Sizes, Unit
 from distft.strategies.deepspeed import PERSISTENT
+from distft.train.auto_class import auto_class
 from distft.train.model import add_adapters, compute_dtype, freeze_other_inputs
 
 
@@ -43,7 +44,7 @@ def build(
             text = config.get_text_config()
             text.vocab_size = rows_needed(recipe, text.vocab_size)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config.model_type).from_config(
                 config,
                 dtype=dtype if recipe.lora else torch.float32,
                 attn_implementation=_attention(attn_implementation),

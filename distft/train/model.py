@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    FineGrainedFP8Config,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedModel, set_seed
 from transformers.utils.quantization_config import Mxfp4Config
 
 from distft.config.recipe import Recipe
@@ -26,6 +20,7 @@ from distft.models.attention import no_flash_attention
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
+from distft.train.auto_class import auto_class
 from distft.train.base_files import check_missing, stored_quantization
 from distft.train.new_rows import add_new_rows, grow, new_rows
 from distft.train.special_tokens import new_tokens
@@ -110,11 +105,13 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
         options["quantization_config"] = quantization
         if KINDS[strategy].zero_stage != 3:  # zero.Init places parameters itself
             options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    name = recipe.model.name_or_path
+    source = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            recipe.model.name_or_path,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
+        config = AutoConfig.from_pretrained(name, **source)
+        found: Any = auto_class(config.model_type).from_pretrained(
+            name,
+            **source,
             use_safetensors=True,
             dtype=model_dtype,
             attn_implementation=choose_attention(recipe),
@@ -122,7 +119,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
             **options,
         )
     except OSError as error:
-        raise DataError(f"model.name_or_path: {recipe.model.name_or_path} cannot be loaded ({error})") from error
+        raise DataError(f"model.name_or_path: {name} cannot be loaded ({error})") from error
     model, loaded = found
     check_missing(recipe, model, loaded["missing_keys"])
     # Under ZeRO-3 transformers keeps all conversions it knows, also those that did nothing, and would undo them.

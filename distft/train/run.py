@@ -23,6 +23,7 @@ from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
 from distft.train import before_training, worker
+from distft.train.auto_class import auto_class
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
@@ -70,14 +71,15 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             data=prepared.counts,
             identity=checkpointer.identity,
             versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
-            base=base_card(recipe.model),
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
     model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id)
     warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)
-    status.write(warnings=warnings)
+    status.write(
+        warnings=warnings, base=base_card(recipe.model) | {"class": auto_class(model.config.model_type).__name__}
+    )
     if status.writes:
         for text in warnings:
             log.warning("warning: %s", text)

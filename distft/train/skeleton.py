@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
+from distft.train.auto_class import auto_class
 from distft.train.conversion import Conversion, Read
 
 
@@ -26,7 +27,7 @@ def skeleton(folder: Path, recipe: Recipe, rows: int | None = None) -> Any:
     if rows is not None:
         config.get_text_config().vocab_size = rows
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
+        model = auto_class(config.model_type).from_config(config, dtype=torch.float32, trust_remote_code=trust)
     return model.eval()
 
 

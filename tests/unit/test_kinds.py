@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_models import small_model
 
 from distft import extras
 from distft.models import kinds
@@ -23,7 +24,7 @@ WHAT = {
     "bart": ({"model_type": "bart"}, "bart is an encoder-decoder"),
     "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
     "without a type": ({"is_encoder_decoder": True}, "it is an encoder-decoder"),
-    "images": ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl is a model of images and text"),
+    "images": ({"model_type": "paligemma"}, "paligemma is a model of images and text"),
     "ocr": ({"model_type": "got_ocr2"}, "got_ocr2 is no language model: it reads images"),
     "audio": ({"model_type": "qwen2_audio"}, "qwen2_audio is a model of audio or images and text"),
     "too new": ({"model_type": "llama9"}, "the installed transformers has no causal language model of type llama9"),
@@ -102,3 +103,26 @@ def test_encoders_see_the_future(kind: str) -> None:
         with torch.no_grad():
             change = (model(input_ids=ids).logits - model(input_ids=other).logits)[:, :-1].abs().max()
         assert (change.item() < 1e-6) is decoder
+
+
+@pytest.mark.parametrize("kind", sorted(kinds.IMAGES_AND_TEXT))
+def test_images_and_text_write_text_alone(kind: str) -> None:
+    """No token sees those after it, and all that is trained without images gets a gradient."""
+    import torch
+
+    from distft.train.model import freeze_other_inputs
+
+    assert kinds.not_causal({"model_type": kind}) is None
+    assert kinds.is_causal_type(kind)
+    model, ids = small_model(kind), torch.arange(5, 21)[None]
+    other = ids.clone()
+    other[0, -1] = 50
+    with torch.no_grad():
+        change = (model.eval()(input_ids=ids).logits - model(input_ids=other).logits)[:, :-1].abs().max()
+    assert change.item() < 1e-6
+    freeze_other_inputs(model)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    without = [name for name in trained if model.get_parameter(name).grad is None]
+    assert trained and not without
+    assert not any("vis" in name or "image" in name for name in trained)

@@ -42,6 +42,10 @@ class NoTokenizerError(DataError):
     """The model's tokenizer cannot be read here."""
 
 
+class SimulationError(PlanError):
+    """A model whose memory cannot be counted on fake tensors."""
+
+
 class MissingPartError(DistftError):
     """An optional part of distft is not installed; the message has the pip command."""
 

@@ -68,6 +68,7 @@ def launch(
     """
     from distft.commands.follow import describe_run
     from distft.commands.launch import Launch, RecipeLaunch, ScriptLaunch, dependency, must_fit
+    from distft.commands.planned import plan_any
     from distft.jobs.target import plan_recipe, plan_script
     from distft.runs.directory import RunDir
 
@@ -88,7 +89,7 @@ def launch(
         return
     planned: Launch
     if recipe:
-        loaded, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True)
+        loaded, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True, make=plan_any)
         if not (dry_run or force):
             must_fit(plan)
         after = after and dependency(after, target.runs_dir(loaded))
@@ -160,12 +161,13 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
 
     from distft.commands.launch import RecipeLaunch
     from distft.commands.launch import render as rendered
+    from distft.commands.planned import plan_any
     from distft.jobs.target import plan_recipe
     from distft.runs import attempts
     from distft.runs.directory import RunDir
     from distft.shell import quote
 
-    loaded, plan = plan_recipe(recipe, sets, target)
+    loaded, plan = plan_recipe(recipe, sets, target, make=plan_any)
     folder = Path(output).absolute()
     planned = RecipeLaunch(loaded, plan, target)
     rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong

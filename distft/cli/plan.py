@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="A GPU (h100-80gb, rtx4090, ...), a memory size (48GiB), or `local`. Default: the profile's, or H100.",
 )
-@click.option("--simulate", is_flag=True, help="Count the memory of the chosen candidate on fake tensors, in seconds.")
+@click.option("--simulate", is_flag=True, help="Count the memory on fake tensors, also where a formula is known.")
 @click.option("--calibrate", metavar="RUN", help="Use the speed that RUN reached instead of a typical one.")
 @options.JSON
 @click.pass_context
@@ -39,8 +39,8 @@ def plan(
 ) -> None:
     """Show whether RECIPE fits, under which strategy, and how fast.
 
-    Only the model's config.json is read; no GPU, weights or data are needed. Exit status: 0 it fits, 1 it does not fit,
-    2 the request is wrong.
+    Only the model's config.json is read; no GPU, weights or data are needed. Exit status: 0 it fits, 1 it does not fit
+    or that is not known, 2 the request is wrong.
     """
     from distft.commands.plan import plan as planned
     from distft.planner.plan import plan_json

@@ -88,7 +88,7 @@ def prepare_data(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
 
 def must_fit(plan: RecipePlan) -> None:
     """Raises PlanError for a plan that will run out of memory, with what would fit."""
-    if plan.fits:
+    if plan.fits is not False:
         return
     from distft.planner import limits
     from distft.planner.plan import misfit

@@ -198,7 +198,7 @@ def _trial(path: str, sets: Sequence[str], strategy: str, ranks: int, usual: boo
         raise PlanError(NOTHING_TO_SHARD)
     if usual and ranks == 1 and not KINDS[made.strategy].replicates and made.offload == "none":
         raise PlanError(NOTHING_TO_SHARD)
-    if not made.fits:
+    if made.fits is False:
         raise PlanError(misfit(made.chosen))
     return Trial(recipe, made)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,7 +104,12 @@ def cluster_python(cluster: Cluster) -> str:
 
 
 def plan_recipe(
-    path: str, sets: Sequence[str] = (), target: Target = HERE, need_weights: bool = False, for_launch: bool = False
+    path: str,
+    sets: Sequence[str] = (),
+    target: Target = HERE,
+    need_weights: bool = False,
+    for_launch: bool = False,
+    make: Callable[[Recipe, Where, bool], RecipePlan] = make_plan,
 ) -> tuple[Recipe, RecipePlan]:
     """Load and plan a recipe, and check the rows of its data that is on this machine.
 
@@ -112,6 +117,7 @@ def plan_recipe(
         need_weights: refuse a model without weights; planning alone needs only its config.json.
         for_launch: refuse data that is not on this machine where a launch would read it from here. Otherwise, and for
             all other data, that is a warning of the plan.
+        make: plans it; commands/planned.py counts the memory of models that are not known.
 
     Raises:
         DistftError: the request is wrong.
@@ -119,7 +125,7 @@ def plan_recipe(
     loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
     # A data set of the hub may change while a run goes on, so the run's recipe names its commit.
     recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() else loaded.recipe
-    plan = make_plan(recipe, target.where(), need_weights)
+    plan = make(recipe, target.where(), need_weights)
     # Where this machine prepares the data, or nothing is started, some rows are enough.
     data = check_files(recipe, None if for_launch and not target.prepares_data() else CHECKED_ROWS)
     return recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings), data=tuple(data))

@@ -240,6 +240,8 @@ def guess_sizes(config: Config) -> Sizes:
 
     hidden, heads = first("hidden_size", "n_embd", "d_model"), first("num_attention_heads", "n_head", "n_heads")
     tied = text.get("tie_word_embeddings")
+    experts = first("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    active = first("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
     return Sizes(
         hidden_size=hidden,
         num_hidden_layers=first("num_hidden_layers", "n_layer", "n_layers"),
@@ -250,4 +252,5 @@ def guess_sizes(config: Config) -> Sizes:
         vocab_size=first("vocab_size"),
         tie_word_embeddings=tied if isinstance(tied, bool) else None,
         sliding_window=first("sliding_window"),
+        experts=Experts(experts, active, first("moe_intermediate_size") or 0) if experts and active else None,
     )

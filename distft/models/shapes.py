@@ -102,8 +102,8 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
         kind = config.get("model_type")
         raise PlanError(
             f"model.name_or_path: {name} has no weights (*.safetensors), and "
-            + (f"model_type {kind} is not known here" if kind else "its config.json has no model_type")
-            + "; add the weights, or plan with --simulate, which works for any transformers model"
+            f"model_type {kind} is not one of those that are planned from config.json by formula; add the weights, or "
+            "plan where distft[train] is installed, which counts any transformers model"
         )
     tensors, tied, sizes = _grown(recipe, tensors, tied, sizes)
     return shape_of(recipe, tensors, tied, sizes, config, experts)

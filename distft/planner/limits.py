@@ -37,7 +37,8 @@ def limits(search: Search, chosen: Candidate) -> Limits:
         batch = Batch(micro * world, micro, 1)
         return search.candidate(setting.strategy, setting.offload, checkpointing, batch, length).fits
 
-    length = _largest(lambda n: fits(1, 64 * n), LONGEST // 64)
+    # Counted memory is for rows of the recipe's length.
+    length = 0 if search.estimator.is_counted else _largest(lambda n: fits(1, 64 * n), LONGEST // 64)
     return Limits(fewest_gpus(search), 64 * length if length else None, _largest(fits, LARGEST) or None)
 
 
@@ -106,7 +107,7 @@ def would_fit(search: Search) -> list[str]:
         parallelism = type(recipe.parallelism)()
         changes.append(("parallelism.strategy: auto", recipe.model_copy(update={"parallelism": parallelism})))
     for name, changed in changes:
-        other = Search.of(changed, search.model, search.where, search.measured)
+        other = search.changed(changed)
         try:
             chosen = _choice(other)
         except PlanError:
@@ -115,7 +116,8 @@ def would_fit(search: Search) -> list[str]:
             host = f", {gib(chosen.memory.host_per_node)} of host memory" if chosen.memory.host_per_node else ""
             found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)} per rank{host})")
     here = search.where.topology
-    if shorter := _largest(lambda n: _fits_on(search, here, 64 * n), recipe.data.max_length // 64):
+    shorter = recipe.data.max_length // 64 if not search.estimator.is_counted else 0
+    if shorter := _largest(lambda n: _fits_on(search, here, 64 * n), shorter):
         found.append(f"data.max_length: {64 * shorter}")
     if fewest := fewest_gpus(search):
         found.append(f"--nodes {fewest.nnodes} --gpus-per-node {fewest.nproc_per_node}")

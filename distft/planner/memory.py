@@ -7,10 +7,10 @@ latter by counting, and shares the former and put_together; benchmarks/plan_accu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
@@ -67,13 +67,28 @@ class Memory:
         return self.peak + self.overhead
 
 
+class Estimates(Protocol):
+    """Memory of a recipe's ranks, by formula (Estimator) or counted (simulation/simulate.py)."""
+
+    sizes: Sizes
+    is_counted: bool  # then for rows of the recipe's length only
+
+    def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
+        """Memory of a rank; `max_length` instead of the recipe's."""
+
+    def exactly(self, setting: Setting) -> Memory:
+        """The same for the setting that was chosen; may take longer."""
+
+
 class Estimator:
     """Memory of a recipe's ranks by formula; whatever does not depend on the setting is computed once."""
+
+    is_counted = False
 
     def __init__(self, recipe: Recipe, model: ModelShape):
         self.recipe, self.model = recipe, model
         self.sizes = sizes_of(recipe, model)
-        self.states = _ddp_states(recipe, model, self.sizes)
+        self.states = ddp_states(recipe, self.sizes, _trained_shapes(recipe, model))
         self.chosen = frozenset(tensor.name for tensor, _ in _adapters(recipe, model))
         self.block = max(blocks(model.tensors), key=len, default=[])
         self.zero: dict[tuple[str, str, int], dict[str, Any] | None] = {}
@@ -85,6 +100,9 @@ class Estimator:
         if key not in self.zero:
             self.zero[key] = zero_section(self.recipe, setting, self.sizes)
         return put_together(self.recipe, self.sizes, self.states, peaks, setting, self.zero[key])
+
+    def exactly(self, setting: Setting) -> Memory:
+        return self.memory(setting)
 
     def step(self, setting: Setting, length: int) -> Peaks:
         """What a step keeps, besides the states and the strategy's buffers."""
@@ -267,17 +285,28 @@ def _adapters(recipe: Recipe, model: ModelShape) -> list[Adapter]:
     return adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
 
 
-def _ddp_states(recipe: Recipe, model: ModelShape, sizes: Sizes) -> dict[str, int]:
+def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
+    """Shapes of the trained tensors."""
+    if not recipe.lora:
+        return [tensor.shape for tensor in model.tensors if tensor.name not in model.fixed]
+    shapes: list[tuple[int, ...]] = [
+        (recipe.lora.r, size // recipe.lora.r) for _, added in _adapters(recipe, model) for size in added
+    ]
+    if count := new_token_count(recipe):
+        shapes += [(count, t.shape[1]) for t in vocabulary_tensors(model.tensors, model.vocab_size)]
+    return shapes
+
+
+def ddp_states(recipe: Recipe, sizes: Sizes, trained: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Bytes of the states under DDP. Under autocast trained parameters are float32, and so are their gradients and
-    AdamW's two moments. Adafactor keeps one mean per row and one per column of a matrix (arXiv 1804.04235)."""
+    AdamW's two moments. Adafactor keeps one mean per row and one per column of a matrix (arXiv 1804.04235).
+
+    Args:
+        trained: shapes of the trained tensors.
+    """
     optimizer = 8 * sizes.trained
     if recipe.training.optim == "adafactor":
-        shapes = [tensor.shape for tensor in model.tensors if tensor.name not in model.fixed]
-        if recipe.lora:
-            shapes = [(recipe.lora.r, s // recipe.lora.r) for _, added in _adapters(recipe, model) for s in added]
-            if count := new_token_count(recipe):
-                shapes += [(count, t.shape[1]) for t in vocabulary_tensors(model.tensors, model.vocab_size)]
-        optimizer = sum(4 * (sum(s) if len(s) == 2 else prod(s)) for s in shapes)
+        optimizer = sum(4 * (sum(shape) if len(shape) == 2 else prod(shape)) for shape in trained)
     return {
         "parameters": sizes.frozen_bytes + 4 * sizes.trained,
         "gradients": 4 * sizes.trained,
@@ -299,12 +328,12 @@ def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tu
     for moment, (rest, logits) in kept.items():
         found[segments[moment]] = Counter(activations=rest, logits=logits, gradients=gradients[moment])
     found["optimizer", None] = Counter(
-        gradients=trained, activations=_optimizer_step_bytes(recipe.training.optim, sizes)
+        gradients=trained, activations=optimizer_step_bytes(recipe.training.optim, sizes)
     )
     return found
 
 
-def _optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
+def optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
     """Temporaries of an optimizer step: torch's foreach AdamW has the square roots of all second moments at once
     (torch/optim/adam.py, _multi_tensor_adam), the fused one none; Adafactor has three copies of a tensor's update."""
     if optim == "adamw_torch":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,18 @@ from distft.models.quantization import bits_in_memory
 from distft.models.shapes import ModelShape, check_start, read_config, read_model_shape
 from distft.planner import speed
 from distft.planner.communication import LINK_EFFICIENCY
-from distft.planner.memory import Memory
-from distft.planner.search import ABOUT, USUAL_BANDWIDTH, Candidate, Search, Where, choose, fixed_offload, shard_size
-from distft.planner.setting import Setting
+from distft.planner.memory import Estimator, Memory
+from distft.planner.search import (
+    ABOUT,
+    USUAL_BANDWIDTH,
+    Candidate,
+    Estimate,
+    Search,
+    Where,
+    choose,
+    fixed_offload,
+    shard_size,
+)
 from distft.planner.speed import Speed
 from distft.strategies.kinds import KINDS
 from distft.units import gib, short
@@ -58,7 +66,15 @@ class RecipePlan(Plan):
     data: tuple[str, ...] = ()  # which files are read, and in which format: sentences for people
 
     @property
-    def fits(self) -> bool:
+    def guessed(self) -> bool:
+        """Whether its memory rests on another family's activations."""
+        return not self.simulated and not self.model.is_known
+
+    @property
+    def fits(self) -> bool | None:
+        """None: not known. A guess may only say that it does not fit, where the states alone are too much."""
+        if self.guessed and self.memory.states <= self.device.memory:
+            return None
         return self.chosen.fits
 
     @property
@@ -102,8 +118,8 @@ def make_plan(
     need_weights: bool = False,
     *,
     compare: bool = False,
-    count: Callable[[Recipe, Setting], Memory] | None = None,
     model: ModelShape | None = None,
+    estimate: Estimate = Estimator,
     measured: float | None = None,
 ) -> RecipePlan:
     """Derive everything that the recipe leaves open.
@@ -111,8 +127,8 @@ def make_plan(
     Args:
         need_weights: refuse a model that has only a config.json.
         compare: also look at other strategies where the recipe names one.
-        count: counts the memory of what is chosen (simulation/simulate.py); takes seconds, and needs torch.
         model: the recipe's, if it has been read already.
+        estimate: what counts the memory instead of the formula (simulation/simulate.py); takes seconds, needs torch.
         measured: FLOP/s of a rank in an earlier run (calibrate.py).
 
     Raises:
@@ -124,13 +140,14 @@ def make_plan(
     recipe = as_stored(recipe, model)
     if recipe.lora and recipe.lora.start_from:
         check_start(Path(recipe.lora.start_from), recipe.lora, model.trainable_parameters)
-    search = Search.of(recipe, model, where, measured)
+    search = Search.of(recipe, model, where, measured, estimate)
     reasons: list[str] = []
     warnings = _warnings(where.topology, where.device)
-    if model.model_type and not model.is_known:
-        counted = "only the chosen option was counted" if count else "--simulate counts those of the chosen option"
+    counted = search.estimator.is_counted
+    if not counted and not model.is_known:
         warnings.append(
-            f"model_type {model.model_type} is not known here: activations are estimated as Llama's; {counted}"
+            f"what {model.model_type} models keep of a training step is not known here: their memory is a guess, and "
+            "may be far too low"
         )
     strategy = _fixed_strategy(recipe, where.topology, reasons)
     if strategy:
@@ -147,17 +164,15 @@ def make_plan(
         if best is None:
             raise PlanError("\n".join(candidates[0].broken))
         chosen = best
-    if count:
+    if counted:
         if recipe.training.use_liger_kernel:
             warnings.append("training.use_liger_kernel: the simulation runs transformers' own kernels, which keep more")
-        chosen, candidates = _simulate(recipe, chosen, candidates, count, free=not strategy)
+        chosen, candidates = _exactly(search, chosen, candidates, free=not strategy)
     if not strategy:
         reasons += _reasons(chosen, candidates)
     reasons += _details(recipe, chosen, search)
     warnings += rules.warnings(search.case_of(chosen))
-    if not chosen.fits:
-        warnings.append(misfit(chosen))
-    return RecipePlan(
+    plan = RecipePlan(
         topology=where.topology,
         device=where.device,
         strategy=chosen.setting.strategy,
@@ -170,8 +185,9 @@ def make_plan(
         chosen=chosen,
         candidates=tuple(candidates),
         assumptions=_assumptions(recipe, search, chosen),
-        simulated=count is not None,
+        simulated=counted,
     )
+    return plan if plan.fits is not False else replace(plan, warnings=(*plan.warnings, misfit(chosen)))
 
 
 def refuse_other_kinds(recipe: Recipe, where: Where) -> None:
@@ -216,12 +232,8 @@ def misfit(chosen: Candidate) -> str:
     return f"will run out of memory: {'; '.join(found)}"
 
 
-def _simulate(
-    recipe: Recipe,
-    chosen: Candidate,
-    candidates: list[Candidate],
-    count: Callable[[Recipe, Setting], Memory],
-    free: bool,
+def _exactly(
+    search: Search, chosen: Candidate, candidates: list[Candidate], free: bool
 ) -> tuple[Candidate, list[Candidate]]:
     """The choice with its memory counted, or the next fastest one where that does not fit after all."""
     order = [chosen]
@@ -231,7 +243,7 @@ def _simulate(
         ]
     counted = {}
     for candidate in order:
-        found = replace(candidate, memory=count(recipe, candidate.setting))
+        found = replace(candidate, memory=search.estimator.exactly(candidate.setting))
         counted[id(candidate)] = found
         if found.fits:
             break

@@ -3,7 +3,7 @@ choice among those that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from distft.models.attention import planned_attention
 from distft.models.shapes import ModelShape
 from distft.planner import speed
 from distft.planner.communication import Links
-from distft.planner.memory import Estimator, Memory
+from distft.planner.memory import Estimates, Estimator, Memory
 from distft.planner.setting import Setting
 from distft.planner.speed import Speed
 from distft.strategies.kinds import KINDS
@@ -42,6 +42,9 @@ ABOUT = 1.03  # estimates of time that differ by less count as equal
 ROOMY, TIGHT = 0.95, 1.1  # a candidate that fills more of the memory is taken only if it is a tenth faster
 # GB/s of a node to other nodes, where the profile does not say: 200 Gb/s.
 USUAL_BANDWIDTH = 25.0
+
+
+Estimate = Callable[[Recipe, ModelShape], Estimates]
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,24 @@ class Search:
     recipe: Recipe
     model: ModelShape
     where: Where
-    estimator: Estimator
+    estimator: Estimates
     measured: float | None = None  # FLOP/s of a rank in an earlier run
+    estimate: Estimate = Estimator
 
     @classmethod
-    def of(cls, recipe: Recipe, model: ModelShape, where: Where, measured: float | None = None) -> Search:
-        return cls(recipe, model, where, Estimator(recipe, model), measured)
+    def of(
+        cls,
+        recipe: Recipe,
+        model: ModelShape,
+        where: Where,
+        measured: float | None = None,
+        estimate: Estimate = Estimator,
+    ) -> Search:
+        return cls(recipe, model, where, estimate(recipe, model), measured, estimate)
+
+    def changed(self, recipe: Recipe) -> Search:
+        """The same search for another recipe with this model."""
+        return Search.of(recipe, self.model, self.where, self.measured, self.estimate)
 
     def on(self, topology: Topology) -> Search:
         """The same search on more or fewer ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
-from distft.errors import PlanError
+from distft.errors import PlanError, SimulationError
 from distft.models.attention import planned_attention
 from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, is_kept, stored_bytes
 from distft.models.vocabulary import new_token_count, rows_needed
@@ -21,17 +22,13 @@ from distft.train.auto_class import auto_class
 from distft.train.model import add_adapters, compute_dtype, freeze_other_inputs
 
 
-def build(
-    recipe: Recipe, dtype_regime: str, attn_implementation: str, depth: int | None = None, plain: bool = False
-) -> Any:
-    """The model as distft/train/model.py makes it, on the meta device.
+def build(recipe: Recipe, dtype_regime: str, attn_implementation: str) -> Any:
+    """The model as distft/train/model.py makes it, on the meta device; see `base` and `finish`."""
+    return finish(recipe, base(recipe, attn_implementation), dtype_regime)
 
-    Args:
-        dtype_regime: what the strategy computes in. `autocast` (DDP): trained parameters are float32, and autocast
-            casts on the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, with autocast on as well
-            (accelerate). `zero`: DeepSpeed casts the module to the compute dtype, without autocast.
-        depth: build only this many blocks.
-        plain: the base model without quantization and adapters.
+
+def base(recipe: Recipe, attn_implementation: str) -> Any:
+    """The base model on the meta device, without quantization and adapters.
 
     Raises:
         PlanError: the config cannot be read, or transformers cannot build the model.
@@ -50,16 +47,39 @@ def build(
                 attn_implementation=_attention(attn_implementation),
                 trust_remote_code=trust,
             )
-    except KeyError:  # Falcon has its own table of attention classes
+    except KeyError as error:  # Falcon has its own table of attention classes
+        if str(error) != "'distft_unmasked'":
+            raise failure(recipe, error) from error
         why = f"{config.model_type} has no {attn_implementation} that runs without its kernel"
-        raise PlanError(f"model.name_or_path: {name} cannot be simulated ({why})") from None
-    except (OSError, ValueError) as error:
-        raise PlanError(f"model.name_or_path: {name} cannot be simulated ({str(error).splitlines()[0]})") from None
+        raise SimulationError(f"model.name_or_path: {name} cannot be simulated ({why})") from None
+    except Exception as error:  # transformers' own, those of configs that it checks, and those of a model's own code
+        if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+            return base(recipe, "eager")  # `auto`, of a class that has FlashAttention only; eager keeps more
+        raise failure(recipe, error) from error
     model.config.use_cache = False
-    if depth is not None:
-        del blocks_of(model)[depth:]
-    if plain:
-        return model
+    return model
+
+
+def failure(recipe: Recipe, error: Exception) -> SimulationError:
+    """An error that says why a model cannot be simulated."""
+    lines = str(error).strip().splitlines()
+    why = lines[-1].strip() if type(error).__name__.startswith("Strict") else lines[0] if lines else ""
+    text = why if isinstance(error, (OSError, ValueError)) and why else f"{type(error).__name__}: {why}"
+    return SimulationError(f"model.name_or_path: {recipe.model.name_or_path} cannot be simulated ({text})")
+
+
+def finish(recipe: Recipe, model: Any, dtype_regime: str) -> Any:
+    """Quantize a base model, add adapters and cast it.
+
+    Args:
+        dtype_regime: what the strategy computes in. `autocast` (DDP): trained parameters are float32, and autocast
+            casts on the way. `fsdp`: FSDP2 gathers every parameter in the compute dtype, with autocast on as well
+            (accelerate). `zero`: DeepSpeed casts the module to the compute dtype, without autocast.
+
+    Raises:
+        PlanError: the adapters of the recipe cannot be added.
+    """
+    dtype = compute_dtype(recipe)
     if recipe.model.quantization:
         from transformers import BitsAndBytesConfig
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -67,7 +87,7 @@ def build(
         four = recipe.model.quantization == "nf4"
         stored = {**NF4, "bnb_4bit_compute_dtype": dtype} if four else {"load_in_8bit": True}
         settings = BitsAndBytesConfig(**stored)
-        stored_config = config.to_dict()
+        stored_config = model.config.to_dict()
         keep = [
             name
             for name, module in model.named_modules()
@@ -78,8 +98,11 @@ def build(
     if not recipe.lora:
         freeze_other_inputs(model)
     else:
-        with torch.device("meta"), dequantized_for_dora():
-            model = add_adapters(model, recipe, range(new_token_count(recipe)))
+        try:
+            with torch.device("meta"), dequantized_for_dora():
+                model = add_adapters(model, recipe, range(new_token_count(recipe)))
+        except ValueError as error:  # peft's, such as a layer that cannot have an adapter
+            raise PlanError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
     if dtype_regime != "autocast":
         for parameter in model.parameters():
             if parameter.is_floating_point() and _stored_bytes(parameter) is None:
@@ -123,23 +146,6 @@ def blocks_of(model: Any) -> Any:
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     return max(lists, key=lambda blocks: (type(blocks[0]).__name__ in whole, len(blocks)))
-
-
-def alike(blocks: Any) -> bool:
-    """Whether all blocks have the same modules, shapes, dtypes and settings, so that one represents them all."""
-
-    def signature(block: Any) -> list[Any]:
-        shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
-        settings = [
-            (name, type(module).__name__, key, value)
-            for name, module in block.named_modules()
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, (bool, int, float, str)) and key not in ("layer_idx", "layer_id", "layer_number")
-        ]
-        return shapes + settings
-
-    first = signature(blocks[0])
-    return all(signature(block) == first for block in blocks)
 
 
 def materialize(model: Any) -> None:
@@ -233,6 +239,20 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         small_bytes=low * sum(p.numel() for p in everything if p.numel() < PERSISTENT),
         bnb_bytes=sum(memory.bnb_state_bytes(recipe.training.optim, p.numel(), p is embedding.weight) for p in trained),
         tied=tied,
+    )
+
+
+def states_of(recipe: Recipe, model: Any, sizes: Sizes) -> Counter[str]:
+    """Bytes of the states under DDP, of buffers, and of what an optimizer's step needs besides (planner/memory.py)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    buffers = {id(b): b.numel() * b.element_size() for b in model.buffers()}
+    shapes = [tuple(p.shape) for p in trained]
+    return Counter(
+        {
+            **memory.ddp_states(recipe, sizes, shapes),
+            "buffers": sum(buffers.values()),
+            "optimizer step": memory.optimizer_step_bytes(recipe.training.optim, sizes),
+        }
     )
 
 

@@ -34,6 +34,7 @@ class Trace:
 
     peaks: dict[Segment, Counter[str]]
     states: Counter[str]  # bytes of all parameters, gradients, optimizer states and buffers
+    starts: dict[Segment, Counter[str]]  # live bytes where a segment begins
 
     def total(self, segment: Segment) -> int:
         return sum(self.peaks[segment].values())
@@ -53,6 +54,7 @@ class Ledger(TorchDispatchMode):
         self.total = 0
         self.segment: Segment = ("forward", None)
         self.peaks: dict[Segment, tuple[int, Counter[str]]] = {}
+        self.starts: dict[Segment, Counter[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -88,6 +90,7 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, moment: str, block: int | None = None) -> None:
         self.segment = (moment, block)
+        self.starts[self.segment] = Counter(self.bytes)
         self.look()
 
     def look(self, workspace: int = 0) -> None:
@@ -154,7 +157,8 @@ def _attention(
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     query, key, value = (t.to(dtype) for t in (query, key, value))
     aten, scale = torch.ops.aten, rest.get("scale")
-    if attn_mask is None and dtype is not torch.float32 and value.shape[-1] <= 256:
+    one_size = query.shape[-1] == value.shape[-1] <= 256  # MLA's values are smaller, which FlashAttention refuses
+    if attn_mask is None and dtype is not torch.float32 and one_size:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if rest.get("enable_gqa"):
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
@@ -269,9 +273,9 @@ def trace(
         book.enter("backward")
         # As loss.backward(), which would turn the function mode off; checkpointed blocks are recomputed in here.
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+        book.enter("end")
         del loss, batch, ids, optimizer
-        book.segment = ("end", None)
-    return Trace({segment: bytes for segment, (_, bytes) in book.peaks.items()}, states)
+    return Trace({segment: bytes for segment, (_, bytes) in book.peaks.items()}, states, book.starts)
 
 
 def _loss(forward: Any, batch: dict[str, Any], tokens: Any) -> Any:
@@ -302,6 +306,11 @@ def _optimizer_step(recipe: Recipe, trained: list[Any], book: Any) -> Any | None
     return optimizer
 
 
+def block_number(position: int, count: int) -> int:
+    """A block's number in a Segment, of `count` blocks."""
+    return position if position < 2 else position - count
+
+
 def _watch_blocks(model: Any, book: Any) -> None:
     """Tell the ledger which block runs: forward by a hook before it, backward by a hook on its output's gradient."""
 
@@ -327,7 +336,7 @@ def _watch_blocks(model: Any, book: Any) -> None:
         return hook
 
     for position, block in enumerate(blocks):
-        index = position if position < 2 else position - len(blocks)
+        index = block_number(position, len(blocks))
         block.register_forward_pre_hook(before(index))
         block.register_forward_hook(after(index, block is blocks[-1]))
 

@@ -27,7 +27,8 @@ def lines(plan: RecipePlan, limits: Limits, fixes: Sequence[str], width: int) ->
     """The page, `width` columns wide. `fixes`: changes that make a plan fit that does not."""
     first, *more = _wrapped(_verdict(plan), width)
     word, colon, rest = first.partition(":")
-    yield click.style(word, fg="green" if plan.fits else "red", bold=True) + colon + rest
+    colour = "yellow" if plan.fits is None else "green" if plan.fits else "red"
+    yield click.style(word, fg=colour, bold=True) + colon + rest
     yield from more
     for fix in fixes:
         yield from _wrapped(f"would fit: {fix}", width, "  ")
@@ -54,12 +55,14 @@ def lines(plan: RecipePlan, limits: Limits, fixes: Sequence[str], width: int) ->
 
 def _verdict(plan: RecipePlan) -> str:
     where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
-    how = "counted" if plan.simulated else "estimated"
+    how = "counted" if plan.simulated else "a guess" if plan.guessed else "estimated"
     need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} per rank"
     if host := plan.memory.host_per_node:
         known = plan.chosen.host_memory
         need += f", {gib(host)}{f' of {gib(known)}' if known else ''} of host memory per node"
     verdict = "does not fit" if not plan.fits else "fits" if plan.chosen.roomy else "fits tightly"
+    if plan.fits is None:
+        verdict = "not known whether it fits"
     return f"{verdict}: {plan.chosen.name} on {where}, {need} ({how})"
 
 

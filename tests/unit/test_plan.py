@@ -20,7 +20,7 @@ from tiny import Tiny
 from distft.config.loading import dump_recipe, load_recipe
 from distft.config.recipe import ScriptSettings
 from distft.errors import ClusterError, PlanError
-from distft.hardware.devices import GPUS, known_gpu, named_device, visible_gpus
+from distft.hardware.devices import GPUS, Device, known_gpu, named_device, visible_gpus
 from distft.hardware.topology import Topology
 from distft.jobs.target import Target
 from distft.models.architecture import describe
@@ -442,19 +442,51 @@ def test_no_gpu_is_looked_for_unless_asked(folder: Path, tmp_path: Path) -> None
     assert asked.exists()
 
 
-def test_a_family_that_is_not_known(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def glm(folder: Path) -> tuple[str, ...]:
+    """Arguments for a small model of a family that has no formula."""
     (folder / "glm").mkdir()
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = {"model_type": "glm4", **sizes, "intermediate_size": 600, "vocab_size": 4000, "num_hidden_layers": 3}
     (folder / "glm" / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
-    arguments = ("8b.yaml", "--set", "model.name_or_path=glm", "--set", "data.max_length=256")
-    done = run(folder, *arguments)
-    assert done.returncode == 2
-    assert "model_type glm4 is not known here; add the weights, or plan with --simulate" in done.stderr
-    done = run(folder, *arguments, "--simulate", "--json")
+    return "8b.yaml", "--set", "model.name_or_path=glm", "--set", "data.max_length=256", "--json"
+
+
+def test_a_family_without_a_formula_is_counted(folder: Path, glm: tuple[str, ...]) -> None:
+    done = run(folder, *glm)
+    assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert (found["memory"]["simulated"], found["memory"]["fits"]) == (True, True)
     assert found["model"]["parameters"] > 2 * 4000 * 256
+    assert not found["warnings"]
+
+
+def test_a_guess_never_says_that_it_fits(
+    folder: Path, glm: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tiny: Tiny
+) -> None:
+    """As on a login node without distft[train]."""
+    from distft.commands import planned
+    from distft.errors import MissingPartError, PlanError
+
+    def missing() -> None:
+        raise MissingPartError("training needs torch")
+
+    monkeypatch.setattr(planned.extras, "require", missing)
+    recipe = load_recipe(folder / "8b.yaml", ["model.name_or_path=glm", "data.max_length=256"])
+    where = Where(Topology(1, 1), named_device("H100", 1))
+    with pytest.raises(PlanError, match="plan where distft\\[train\\] is installed"):
+        planned.plan_any(recipe, where)
+    weights = (tiny.path / "model" / "model.safetensors").read_bytes()
+    (folder / "glm" / "model.safetensors").write_bytes(weights)
+    try:
+        plan = planned.plan_any(recipe, where)
+        small = planned.plan_any(recipe, Where(Topology(1, 1), Device("cuda", "GPU", 2**16, 9.0)))
+    finally:
+        (folder / "glm" / "model.safetensors").unlink()
+    assert (plan.fits, plan_json(plan, "")["memory"]["fits"]) == (None, None)
+    assert "their memory is a guess" in plan.warnings[0]
+    assert "could not be counted: training needs torch" in plan.warnings[-1]
+    assert small.fits is False  # the states alone are too much, which is no guess
 
 
 def test_the_simulation_agrees_with_the_formula(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from transformers import GPT2Config, LlamaConfig
 from distft.config.loading import load_recipe
 from distft.planner.memory import Memory
 from distft.planner.setting import Setting
-from distft.simulation.fake_model import build, sizes_of
-from distft.simulation.simulate import simulate
+from distft.simulation import depth
+from distft.simulation.depth import sample
+from distft.simulation.fake_model import base, build, sizes_of
+from distft.simulation.simulate import Counted, simulate
 from distft.simulation.trace import Trace, trace
 
 TOKENS, VOCABULARY, HIDDEN = 2 * 64, 480, 64
@@ -111,16 +114,54 @@ def test_the_peak_of_fake_tensors_is_that_of_real_ones(folder: Path, sets: list[
         ("ddp", ["training.mixed_precision=bf16"], True),
         ("fsdp", ["training.mixed_precision=bf16"], False),
         ("zero2", ["training.mixed_precision=bf16", "lora=null"], True),
+        ("ddp", ["lora=null", "training.global_batch_size=8"], False),
     ],
 )
-def test_two_depths_continued_are_the_full_depth(
+def test_some_blocks_are_all_of_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, sets: list[str], checkpointing: bool
 ) -> None:
     options = {"strategy": strategy, "gradient_checkpointing": checkpointing, "world_size": 2, "shard_size": 2}
     sets = [*sets, f"model.name_or_path={folder / 'deep'}"]
-    continued = run(folder, *sets, **options)
-    monkeypatch.setattr("distft.simulation.simulate.DEPTHS", (7, 7))
-    assert continued == run(folder, *sets, **options)
+    assert sample(base(recipe(folder, *sets), "sdpa")).chosen == (0, 1, 5, 6)
+    some = run(folder, *sets, **options)
+    monkeypatch.setattr(depth, "sample", depth.whole)
+    assert some == run(folder, *sets, **options)
+
+
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+# Linear attention in three of four blocks; experts in all blocks but two; layers whose type is in the config.
+MIXED = {
+    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 4, **EXPERTS},
+    "glm4_moe": {"first_k_dense_replace": 2, "n_routed_experts": 4, **EXPERTS},
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_one_block_of_each_kind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, strategy: str
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": kind, **sizes, "vocab_size": 480, "num_hidden_layers": 12, "pad_token_id": 0, **MIXED[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sets = [f"model.name_or_path={tmp_path}", "training.mixed_precision=bf16", "data.packing=false"]
+    setting = Setting(strategy, micro_batch_size=2, world_size=2, shard_size=2 if strategy == "zero3" else 1)
+    some = Counted(recipe(folder, *sets))
+    found = some.exactly(setting)
+    assert not some.sample.is_whole
+    monkeypatch.setattr(depth, "sample", depth.whole)
+    every = simulate(recipe(folder, *sets), setting)
+    assert found.peak == pytest.approx(every.peak, rel=0.01)
+    assert found.states == every.states
+    assert (found.model_parameters, found.trainable_parameters) == (every.model_parameters, every.trainable_parameters)
+
+
+def test_the_line_is_what_is_traced(folder: Path) -> None:
+    counted = Counted(recipe(folder, "training.mixed_precision=bf16", "training.global_batch_size=64"))
+    for strategy in ("ddp", "zero3"):
+        setting = Setting(strategy, micro_batch_size=16, world_size=2, shard_size=2 if strategy == "zero3" else 1)
+        assert counted.memory(setting).peak == pytest.approx(counted.exactly(setting).peak, rel=0.02)
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer(folder: Path) -> None:
@@ -209,5 +250,5 @@ def test_time(folder: Path, model: str, limit: float) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, distft.simulation.simulate, distft.planner.sharding; sys.exit('torch' in sys.modules)"
+    code = "import sys, distft.commands.planned, distft.planner.sharding; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

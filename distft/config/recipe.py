@@ -115,7 +115,9 @@ class Lora(Group):
 
     start_from: NonEmpty | None = None
     """Folder of a peft adapter to start from instead of a new one. Only its weights are used: optimizer, schedule and
-    data start from the beginning. (To start from a fully fine-tuned model, name its folder in model.name_or_path.)"""
+    data start from the beginning. An adapter that needs more than its tensors (PiSSA and OLoRA, which change the base;
+    rank_pattern, alpha_pattern, modules_to_save) is refused: merge it first. (To start from a fully fine-tuned model,
+    name its folder in model.name_or_path.)"""
 
 
 class Source(Group):

@@ -11,15 +11,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from distft.config.recipe import Lora, Recipe
+from distft.config.recipe import Recipe
 from distft.errors import MissingPartError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.layout import Tensor
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fixed_names, left_out_layers, lora_parameters
+from distft.models.lora import ADAPTER_CONFIG, fixed_names, left_out_layers, lora_parameters
 from distft.models.quantization import disk_quantization, method
 from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
@@ -265,35 +264,6 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"model.name_or_path: {path} is not a complete safetensors file ({error})") from None
-
-
-def check_start(folder: Path, lora: Lora, parameters: int) -> None:
-    """Check the adapter in `folder`, which `lora.start_from` names.
-
-    Raises:
-        PlanError: it is not an adapter like this recipe's, which has this many parameters.
-    """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, PlanError) as error:
-        raise PlanError(f"lora.start_from: {folder} is not a peft adapter in safetensors ({error})") from None
-    if (kind := config.get("peft_type")) != "LORA":
-        raise PlanError(
-            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only LORA can be started from"
-        )
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if config.get(name) != getattr(lora, name):
-            raise PlanError(
-                f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
-                f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
-            )
-    found = sum(prod(shape) for shape in header.values())
-    if found != parameters:
-        raise PlanError(
-            f"lora.start_from: the adapter has {found:,} parameters, and this recipe's would have {parameters:,}: "
-            "it is for another model, or has other lora.target_modules"
-        )
 
 
 def _read_hub(recipe: Recipe, need_weights: bool, config_only: bool = False) -> tuple[dict[str, Any], Shapes | None]:

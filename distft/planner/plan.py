@@ -13,7 +13,8 @@ from distft.errors import PlanError
 from distft.hardware.devices import GPUS, Device
 from distft.hardware.topology import Topology
 from distft.models.quantization import bits_in_memory
-from distft.models.shapes import ModelShape, check_start, read_config, read_model_shape
+from distft.models.shapes import ModelShape, read_config, read_model_shape
+from distft.models.start import check_start
 from distft.planner import speed
 from distft.planner.communication import LINK_EFFICIENCY
 from distft.planner.memory import Estimator, Memory
@@ -139,7 +140,7 @@ def make_plan(
         model = read_model_shape(recipe, need_weights)
     recipe = as_stored(recipe, model)
     if recipe.lora and recipe.lora.start_from:
-        check_start(Path(recipe.lora.start_from), recipe.lora, model.trainable_parameters)
+        check_start(Path(recipe.lora.start_from), recipe, model)
     search = Search.of(recipe, model, where, measured, estimate)
     reasons: list[str] = []
     warnings = _warnings(where.topology, where.device)

@@ -26,7 +26,8 @@ from distft.models.adaptable import left_out
 from distft.models.architecture import describe
 from distft.models.families import FAMILIES
 from distft.models.lora import lora_parameters
-from distft.models.shapes import ModelShape, check_start, read_model_shape
+from distft.models.shapes import ModelShape, read_model_shape
+from distft.models.start import check_start
 
 # Sizes that do not divide each other, so that none can be taken for another. No pad token: it would have to be < 101.
 BASE = {
@@ -573,4 +574,4 @@ def test_adapters_in_the_wrong_place(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"is a peft adapter, not a model; .*\(owner/base\) and set lora.start_from: "):
         read_model_shape(load_recipe(recipe))
     with pytest.raises(PlanError, match="is an adapter of the kind IA3, and only LORA can be started from"):
-        check_start(tmp_path, Lora(), 4)
+        check_start(tmp_path, load_recipe(recipe), ModelShape("owner/base", 0, 4, 0))

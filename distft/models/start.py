@@ -1,0 +1,98 @@
+"""The adapter that lora.start_from names: whether its weights mean the same in this recipe's adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from distft.config.recipe import Recipe
+from distft.errors import PlanError
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPERTS
+from distft.models.shapes import ModelShape, read_safetensors_header
+
+# Fields of peft's LoraConfig that say where an adapter came from, how it was trained or which layers it is on: the last
+# is told by its tensors. Any other field that is set changes what the same tensors compute.
+HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type"),
+    *("inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "fan_in_fan_out", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+DEFAULTS = {"bias": "none"}  # of fields whose default is something
+SAME = ("r", "lora_alpha", "use_rslora", "use_dora")
+# Initial weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the adapter's part out of
+# it, and such an adapter belongs to what was left (peft tuners/lora/layer.py, pissa_init, olora_init, ...).
+INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+MERGE = "merge it into its base (distft merge, or peft's merge_and_unload) and train on the result"
+
+
+def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
+    """Check the adapter in `folder`, which `lora.start_from` names.
+
+    Raises:
+        PlanError: it is not an adapter like this recipe's, or computes something else than peft would with it.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, PlanError) as error:
+        raise PlanError(f"lora.start_from: {folder} is not a peft adapter in safetensors ({error})") from None
+    if (kind := config.get("peft_type")) != "LORA":
+        raise PlanError(
+            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only LORA can be started from"
+        )
+    lora = recipe.lora
+    assert lora is not None
+    for name in SAME:
+        if config.get(name, False) != getattr(lora, name):
+            raise PlanError(
+                f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
+                f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
+            )
+    _check_fields(config, recipe, model)
+    found, parameters = sum(prod(shape) for shape in header.values()), model.trainable_parameters
+    if found != parameters:
+        layers = config.get("layers_to_transform")
+        some = f" (it is on the blocks {json.dumps(layers)}: a regular expression can name these)" if layers else ""
+        raise PlanError(
+            f"lora.start_from: the adapter has {found:,} parameters, and this recipe's would have {parameters:,}: "
+            f"it is for another model, or has other lora.target_modules{some}"
+        )
+
+
+def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) -> None:
+    """Raises PlanError for a field that this recipe's adapter would not have."""
+    expected = _expert_fields(recipe, model)
+    for name, value in config.items():
+        if name in HARMLESS or name in SAME or value == DEFAULTS.get(name) or not (value or name in DEFAULTS):
+            continue
+        if name == "trainable_token_indices" and recipe.model.add_tokens:
+            continue  # compared when they are loaded (train/new_rows.py)
+        if name == "init_lora_weights" and value in INITIAL:
+            continue
+        if name in expected and (expected[name] is None or expected[name] == value):
+            continue
+        fix = "name its tokens in model.add_tokens, or " if name == "trainable_token_indices" else ""
+        raise PlanError(
+            f"lora.start_from: the adapter has {name} {json.dumps(value)[:80]}, which adapters here do not have; "
+            f"{fix}{MERGE}"
+        )
+
+
+def _expert_fields(recipe: Recipe, model: ModelShape) -> dict[str, Any]:
+    """What peft itself writes for the experts of a mixture: two old layers in one parameter have twice the rank."""
+    lora, experts = recipe.lora, EXPERTS.get(model.peft_experts or "", {})
+    if lora is None or not experts:
+        return {}
+    twice = [new for new, number in Counter(experts.values()).items() if number > 1]
+    patterns = {rf".*\.{re.escape(new)}" for new in twice}
+    return {
+        "target_parameters": None,  # told by the tensors
+        "rank_pattern": dict.fromkeys(patterns, 2 * lora.r),
+        "alpha_pattern": dict.fromkeys(patterns, 2 * lora.lora_alpha),
+    }

@@ -1,0 +1,79 @@
+"""lora.start_from: the model that peft makes of an adapter, or a refusal."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from running import launch
+from tiny import Tiny, make_tokenizer
+
+from distft.errors import PlanError
+from distft.jobs.target import plan_recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, 'has init_lora_weights "pissa", which adapters here do not have; merge it'),
+        ({"init_lora_weights": "olora"}, 'has init_lora_weights "olora"'),
+        ({"rank_pattern": {"q_proj": 8}}, 'has rank_pattern {"q_proj": 8}'),
+        ({"alpha_pattern": {"q_proj": 64}}, 'has alpha_pattern {"q_proj": 64}'),
+        ({"modules_to_save": ["lm_head"]}, 'has modules_to_save ["lm_head"]'),
+        ({"trainable_token_indices": [3, 4]}, "name its tokens in model.add_tokens, or merge it"),
+        ({"bias": "lora_only"}, 'has bias "lora_only"'),
+        ({"layers_to_transform": [1]}, "it is on the blocks [1]: a regular expression can name these"),
+        ({"init_lora_weights": "gaussian"}, None),
+    ],
+)
+def test_an_adapter_that_would_mean_something_else(
+    tiny: Tiny, tmp_path: Path, options: dict[str, Any], said: str | None
+) -> None:
+    """The same tensors with another scale, or beside a base that was changed: refused before anything starts."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.path / "model")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names, **options)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    recipe = tiny.recipe()
+    recipe["lora"]["start_from"] = "adapter"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PlanError, match=re.escape(said)) if said else contextlib.nullcontext():
+        plan_recipe(str(tmp_path / "recipe.yaml"))
+
+
+def test_starts_as_peft_loads_it(tiny: Tiny, tmp_path: Path) -> None:
+    """An adapter of peft's on some blocks: the loss before training is that of the model that peft merges."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny.path / "model")
+
+    names = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}
+    model = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, use_rslora=True, **names))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(base(), tmp_path / "adapter").merge_and_unload()
+    with torch.no_grad():
+        rows = torch.arange(64).view(2, 32)
+        assert (merged(rows).logits - base()(rows).logits).abs().max() > 0.1
+    merged.save_pretrained(tmp_path / "merged")
+    make_tokenizer(tmp_path / "merged")
+    recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__max_steps=1)
+    where = {"target_modules": r".*layers\.1\..*(q_proj|down_proj)", "lora_alpha": 32, "use_rslora": True}
+    recipe["lora"] |= where | {"start_from": str(tmp_path / "adapter")}
+    started = launch(recipe, tmp_path / "started", ranks=1)
+    recipe["lora"]["start_from"] = None
+    recipe["model"]["name_or_path"] = str(tmp_path / "merged")
+    whole = launch(recipe, tmp_path / "whole", ranks=1)
+    assert started.status["eval_loss_before"] == pytest.approx(whole.status["eval_loss_before"], abs=1e-5)

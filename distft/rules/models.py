@@ -64,6 +64,7 @@ def quantization_needs_plain_layers(case: RecipeCase) -> str | None:
     "transformers 5.23 modeling_utils.py:1667: does not support an attention implementation through "
     "torch.nn.functional.scaled_dot_product_attention yet",
     "use model.attn_implementation: eager",
+    of_config=True,
 )
 def sdpa_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     """Some of transformers' model classes are not written for SDPA and fail when it is requested, as `auto` does where
@@ -80,6 +81,7 @@ def sdpa_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     "transformers 5.21 models/gemma2/modeling_gemma2.py: _supports_sdpa = False  # sdpa does not support softcapping",
     "use model.attn_implementation: eager",
     versions=["transformers>=5.21"],
+    of_config=True,
 )
 def sdpa_has_no_softcapping(case: RecipeCase) -> str | None:
     """Gemma 2 and VaultGemma cap the logits of their attention, which SDPA cannot do. From 5.21 on transformers refuses
@@ -94,6 +96,7 @@ def sdpa_has_no_softcapping(case: RecipeCase) -> str | None:
     "flash_attention_2 with a model type that has none",
     "transformers 5.23 modeling_utils.py:1594: does not support Flash Attention 2 yet",
     "use model.attn_implementation: auto, sdpa or eager",
+    of_config=True,
 )
 def flash_attention_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     """Some of transformers' model classes are not written for FlashAttention-2 and fail when it is requested."""

@@ -1,0 +1,125 @@
+"""Every model type of transformers' AutoModelForCausalLM, planned with the sizes of its config class.
+
+python benchmarks/plan_sweep.py [TYPE...] [--out FILE.json]      some seconds a type, no weights and no GPU
+
+The truth is an independent count: what transformers builds and peft wraps on the meta device. A type is
+  formula   known by its layout: parameters and adapters are those of the truth
+  counted   a step was traced on fake tensors; likewise
+  refused   it is no causal language model, or a rule forbids it; the reason is printed
+  gap       its memory is only a guess (and the plan says so), or a count is wrong: the reason is printed
+tests/unit/test_sweep.py runs it for some types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+from distft.commands.planned import plan_any
+from distft.config.loading import load_recipe
+from distft.errors import DistftError
+from distft.hardware.devices import named_device
+from distft.hardware.topology import Topology
+from distft.models.adaptable import left_out
+from distft.planner.search import Where
+from distft.rules import upstream
+
+NO_SDPA = upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21
+KINDS = ("formula", "counted", "refused", "gap")
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Found:
+    """One type: a name in KINDS, and why."""
+
+    kind: str
+    why: str = ""
+
+
+def look_at(model_type: str) -> Found:
+    """Plan a type with the sizes of its config class, on eight H100."""
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception as error:  # each config class checks itself
+        return Found("gap", f"its config class has no defaults: {_line(error)}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config.save_pretrained(folder)
+        (folder / "data.jsonl").write_text('{"text": "a"}\n')
+        wanted = {
+            "name": "sweep",
+            "model": {"name_or_path": name, "attn_implementation": "eager" if model_type in NO_SDPA else "auto"},
+            "lora": {"r": RANK},
+            "data": {"train": str(folder / "data.jsonl"), "max_length": 64, "packing": False},
+            "training": {"global_batch_size": 16, "micro_batch_size": 2, "gradient_checkpointing": False},
+            "parallelism": {"strategy": "ddp"},
+        }
+        (folder / "recipe.yaml").write_text(json.dumps(wanted))
+        try:
+            recipe = load_recipe(folder / "recipe.yaml")
+            plan = plan_any(recipe, Where(Topology(1, 8), named_device("H100", 8)))
+        except DistftError as error:
+            kind = "gap" if "cannot be simulated" in str(error) else "refused"
+            return Found(kind, _line(error).replace(name, model_type))
+    if plan.guessed:
+        return Found("gap", plan.warnings[-1].replace(name, model_type))
+    have, truth = (plan.model.parameters, plan.memory.trainable_parameters), count(config)
+    if have != truth:
+        return Found("gap", f"{have[0]:,} parameters and {have[1]:,} trained, not {truth[0]:,} and {truth[1]:,}")
+    return Found("counted" if plan.simulated else "formula")
+
+
+def count(config: Any) -> tuple[int, int]:
+    """Parameters and trained parameters of all-linear adapters, as transformers and peft make them."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        parameters = sum(p.numel() for p in model.parameters())
+        excluded = "|".join(left_out(name for name, _ in model.named_parameters())) or None
+        adapters = LoraConfig(r=RANK, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM")
+        wrapped = get_peft_model(model, adapters)
+    return parameters, sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("types", nargs="*", default=sorted(NAMES))
+    parser.add_argument("--out", help="also write the result here")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = {}
+    for model_type in arguments.types:
+        logging.disable(logging.ERROR)
+        found[model_type] = look_at(model_type)
+        print(f"{model_type:24} {found[model_type].kind:8} {found[model_type].why}", flush=True)
+    total = Counter(one.kind for one in found.values())
+    print(f"{len(found)} types: " + ", ".join(f"{total[kind]} {kind}" for kind in KINDS))
+    if arguments.out:
+        text = {name: [one.kind, one.why] for name, one in found.items()}
+        Path(arguments.out).write_text(json.dumps(text, indent=1))
+
+
+if __name__ == "__main__":
+    main()

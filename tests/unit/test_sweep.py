@@ -1,0 +1,24 @@
+"""Some of transformers' model types, planned with the sizes of their config classes, held against what transformers and
+peft count: benchmarks/plan_sweep.py does so for all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.plan_sweep import Found, look_at
+
+COUNTED = ("arcee", "ernie4_5_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_5_text", "xglm")
+FORMULA = ("llama", "qwen3_moe", "gpt_oss")
+REFUSED = {"bert": "an encoder", "whisper": "a speech model", "trocr": "it reads images", "bart": "an encoder-decoder"}
+
+
+@pytest.mark.parametrize("model_type", [*FORMULA, *COUNTED])
+def test_is_planned_rightly(model_type: str) -> None:
+    assert look_at(model_type) == Found("formula" if model_type in FORMULA else "counted")
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_is_refused_for_what_it_is(model_type: str) -> None:
+    found = look_at(model_type)
+    assert found.kind == "refused"
+    assert REFUSED[model_type] in found.why

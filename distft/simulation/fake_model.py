@@ -55,17 +55,17 @@ def base(recipe: Recipe, attn_implementation: str) -> Any:
     except Exception as error:  # transformers' own, those of configs that it checks, and those of a model's own code
         if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
             return base(recipe, "eager")  # `auto`, of a class that has FlashAttention only; eager keeps more
-        raise failure(recipe, error) from error
+        raise failure(recipe, error, "built by the installed transformers") from error
     model.config.use_cache = False
     return model
 
 
-def failure(recipe: Recipe, error: Exception) -> SimulationError:
-    """An error that says why a model cannot be simulated."""
+def failure(recipe: Recipe, error: Exception, what: str = "simulated") -> SimulationError:
+    """An error that says why a model cannot be simulated, or built."""
     lines = str(error).strip().splitlines()
     why = lines[-1].strip() if type(error).__name__.startswith("Strict") else lines[0] if lines else ""
     text = why if isinstance(error, (OSError, ValueError)) and why else f"{type(error).__name__}: {why}"
-    return SimulationError(f"model.name_or_path: {recipe.model.name_or_path} cannot be simulated ({text})")
+    return SimulationError(f"model.name_or_path: {recipe.model.name_or_path} cannot be {what} ({text})")
 
 
 def finish(recipe: Recipe, model: Any, dtype_regime: str) -> Any:

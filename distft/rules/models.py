@@ -220,7 +220,7 @@ def quantized_checkpoints_need_lora(case: RecipeCase) -> str | None:
     dequantized first (mxfp4, fp8) would be saved as what they are not: the config still says that they are quantized.
     """
     stored = method(case.whole_config)
-    if stored and not case.recipe.lora:
+    if stored in (*AS_STORED, *DEQUANTIZED) and not case.recipe.lora:
         return f"model.name_or_path: its weights are quantized ({stored}) and cannot be trained"
     return None
 

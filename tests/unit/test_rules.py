@@ -261,7 +261,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "quantized-checkpoints-need-lora": [
         ({"config": {"quantization_config": {"quant_method": name}}, "lora": None}, {"lora": {}})
-        for name in ("mxfp4", "fp8", "compressed-tensors")
+        for name in ("mxfp4", "fp8", "bitsandbytes")
     ],
     "weights-are-quantized-once": [
         ({**QLORA, "config": {"quantization_config": {"quant_method": "fp8"}}}, {"model__quantization": None}),

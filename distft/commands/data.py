@@ -83,7 +83,7 @@ def check_sample(
     counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
     for split, count in counts.items():
         if split in checked_whole(recipe):
-            count["untrained"] = {}
+            count |= {"untrained": {}, "empty": []}
     which = "all rows" if all(report["all_read"] for report in found.values()) else f"the first {sample:,} rows"
     mixed = ", before they are mixed" if any(report["mixed"] for report in found.values()) else ""
     lines = [line for line in data_lines(counts) if line not in said]

@@ -83,7 +83,7 @@ def prepare_data(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
                 raise DataError(problem.read_text())
         if done.returncode:
             raise RunError(f"the data could not be prepared:\n{done.stderr.strip()}")
-    return data_cache.read_counts(folder)
+    return data_cache.read_counts(folder, recipe)
 
 
 def must_fit(plan: RecipePlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from distft.config.recipe import Recipe, Source
 from distft.data.hub import pinned
 from distft.data.sources import as_sources, find_data
 
-# Increase it when train/data.py starts to make different rows from the same input.
-PREPARATION_VERSION = 3
+# Increase it when train/data.py starts to make different rows or counts from the same input.
+PREPARATION_VERSION = 4
 COUNTS = "counts.json"
 PROGRESS_FD = "DISTFT_PROGRESS_FD"  # the descriptor of the terminal where a preparation shows how far it is
 
@@ -101,7 +102,47 @@ def is_prepared(folder: Path) -> bool:
     return (folder / COUNTS).is_file()
 
 
-def read_counts(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the preparation counted, per split (Counts in train/data.py)."""
+def write_counts(folder: Path, counts: Mapping[str, dict[str, Any]], recipe: Recipe) -> None:
+    """What the preparation counted, per split (Counts in train/encoding.py). Files are named by their number: those of
+    another recipe may have the same content, and other names."""
+    numbers = {name: number for number, name in _names(recipe).items()}
+    text = json.dumps({split: _renamed(count, numbers) for split, count in counts.items()})
+    (folder / COUNTS).write_text(text)
+
+
+def read_counts(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The same, with the names that sources and files have in this recipe."""
+    names = _names(recipe)
     counts: dict[str, dict[str, Any]] = json.loads((folder / COUNTS).read_text())
+    for split, count in counts.items():
+        sources = as_sources(getattr(recipe.data, split))
+        mix = [[source.path, have, taken] for source, (_, have, taken) in zip(sources, count["mix"], strict=False)]
+        counts[split] = _renamed(count, names) | {"mix": mix}
     return counts
+
+
+def _names(recipe: Recipe) -> dict[str, str]:
+    """The names of a recipe's files on this machine, by their number. Those on the hub are the same in all recipes."""
+    return {
+        f"{use}/{number}": file.name
+        for use, several in find_data(recipe.data, lambda source: Path(source.path).is_absolute()).items()
+        for number, file in enumerate(file for found in several for file in found.files)
+    }
+
+
+def _renamed(count: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """One split's counts with other names for its files."""
+
+    def name(old: str) -> str:
+        return names.get(old, old)
+
+    def place(old: str) -> str:
+        file, _, row = old.rpartition(":")
+        return f"{name(file)}:{row}"
+
+    return count | {
+        "examples": [(place(where), tokens) for where, tokens in count["examples"]],
+        "cut_examples": [place(where) for where in count["cut_examples"]],
+        "untrained": {kind: (rows, place(where), text) for kind, (rows, where, text) in count["untrained"].items()},
+        "empty": [name(file) for file in count["empty"]],
+    }

@@ -29,13 +29,13 @@ class Problems:
     """How many rows have a problem of each kind, and the first of each with their place."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[str]] = field(default_factory=dict)
+    first: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # place, what is wrong there
 
     def add(self, kind: str, place: str, text: str) -> None:
         self.counts[kind] += 1
         shown = self.first.setdefault(kind, [])
         if len(shown) < SHOWN:
-            shown.append(f"{place}: {text}")
+            shown.append((place, text))
 
     def merge(self, later: Problems) -> None:
         """Add those of rows that come after these."""
@@ -48,7 +48,7 @@ class Problems:
         lines: list[str] = []
         for kind, count in self.counts.most_common():
             more = count - len(self.first[kind])
-            lines += self.first[kind]
-            lines += [f"... and {more} more of this kind ({kind})"] if more else []
-        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common())
-        return [*lines, f"{what}: {self.counts.total()} of {rows} rows do not fit ({kinds})"]
+            lines += [f"{place}: {text}" for place, text in self.first[kind]]
+            lines += [f"... and {more:,} more of this kind ({kind})"] if more else []
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.counts.most_common())
+        return [*lines, f"{what}: {self.counts.total():,} of {rows:,} rows do not fit ({kinds})"]

@@ -32,6 +32,8 @@ from distft.data.sources import as_sources, find_data
 from distft.errors import DataError
 from distft.units import plural
 
+LeftOutRows = Mapping[str, tuple[int, str, str]]  # kind → how many, and the first: its place, and what it says
+
 
 @dataclass
 class Tally:
@@ -57,9 +59,9 @@ class Tally:
         self.untrained.merge(later.untrained)
         self.problems.merge(later.problems)
 
-    def left_out(self) -> dict[str, tuple[int, str]]:
-        """The rows that say themselves that they are not to be trained: kind → how many, and the first."""
-        return {kind: (count, self.untrained.first[kind][0]) for kind, count in self.untrained.counts.items()}
+    def left_out(self) -> LeftOutRows:
+        """The rows that say themselves that they are not to be trained."""
+        return {kind: (count, *self.untrained.first[kind][0]) for kind, count in self.untrained.counts.items()}
 
     def not_used(self) -> str:
         """The fields that nothing is made of, to be printed; "" where all are used."""
@@ -76,23 +78,20 @@ class Tally:
         if self.problems.counts:
             raise DataError("\n".join(self.problems.lines(what, self.rows)))
         if not self.rows:
-            raise DataError(f"{what}: no rows in {some(self._empty(found))}")
+            raise DataError(f"{what}: no rows in {some(self.empty(found))}")
 
-    def notes(self, what: str, found: Sequence[Found], data: Data) -> list[str]:
-        """What may not be meant, once all rows are read and fit: files without rows, and columns that no row has."""
+    def notes(self, what: str, data: Data) -> list[str]:
+        """What may not be meant, once all rows are read and fit: columns that no row has."""
         if self.problems.counts or not self.rows:
             return []
         columns = {name: column for name, column in data.columns.items() if name not in ("role", "content")}
         return [
-            *(f"{what}: no rows in {some(empty)}" for empty in [self._empty(found)] if empty),
-            *(
-                f"data.columns: {name}: no row of {what} has {column}{did_you_mean(closest(column, list(self.fields)))}"
-                for name, column in columns.items()
-                if column not in self.fields
-            ),
+            f"data.columns: {name}: no row of {what} has {column}{did_you_mean(closest(column, list(self.fields)))}"
+            for name, column in columns.items()
+            if column not in self.fields
         ]
 
-    def _empty(self, found: Sequence[Found]) -> list[str]:
+    def empty(self, found: Sequence[Found]) -> list[str]:
         return [file.name for source in found for file in source.files if file.name not in self.files]
 
 
@@ -210,16 +209,23 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
         lines += [f"{what}: {first}{plural(count, 'row')} of {layout}" for layout, count in tally.layouts.items()]
         lines += [f"{what}: not used: {names}" for names in [tally.not_used()] if names]
         lines += left_out_lines(use, tally.left_out())
-        lines += [f"warning: {note}" for note in tally.notes(what, found, recipe.data) if all_read]
+        if all_read:
+            lines += empty_lines(use, tally.empty(found))
+            lines += [f"warning: {note}" for note in tally.notes(what, recipe.data)]
     return lines
 
 
-def left_out_lines(split: str, left_out: Mapping[str, tuple[int, str]]) -> list[str]:
+def left_out_lines(split: str, left_out: LeftOutRows) -> list[str]:
     """What Tally.left_out found, to be printed."""
     return [
-        f"data.{split}: {plural(count, 'row')} left out ({kind}); the first: {row}"
-        for kind, (count, row) in left_out.items()
+        f"data.{split}: {plural(count, 'row')} left out ({kind}); the first: {place}: {text}"
+        for kind, (count, place, text) in left_out.items()
     ]
+
+
+def empty_lines(split: str, empty: Sequence[str]) -> list[str]:
+    """What Tally.empty found, to be printed."""
+    return [f"warning: data.{split}: no rows in {some(empty)}"] if empty else []
 
 
 def _is_here(source: Source) -> bool:

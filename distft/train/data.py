@@ -7,7 +7,6 @@ The launcher runs this module before it starts anything, so that a bad row costs
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -80,7 +79,7 @@ def load_prepared(recipe: Recipe) -> Prepared:
         for name in ("train", "eval")
         if (folder / f"{name}.arrow").is_file()
     }
-    return Prepared(splits["train"], splits.get("eval"), cache.read_counts(folder))
+    return Prepared(splits["train"], splits.get("eval"), cache.read_counts(folder, recipe))
 
 
 def _not_writable(folder: Path, error: OSError) -> str:
@@ -99,7 +98,7 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
         except TokensDifferError as error:
             rows.tokenization.slow_down(str(error))
             counts = _prepare_splits(rows, found, work)
-        (work / cache.COUNTS).write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
+        cache.write_counts(work, {name: asdict(count) for name, count in counts.items()}, recipe)
         try:
             work.rename(folder)
         except OSError:  # another node was faster on a shared file system; the name says that the content is the same
@@ -167,7 +166,8 @@ def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: P
                 progress.show(tally.rows)
         tally.check(what, found)
         counts[use].layouts, counts[use].untrained = dict(tally.layouts), tally.left_out()
-        counts[use].notes += tally.notes(what, found, recipe.data)
+        counts[use].empty = tally.empty(found)
+        counts[use].notes += tally.notes(what, recipe.data)
         for split in splits:
             check_lengths(recipe, f"data.{split}", counts[split])
             check_left(recipe, f"data.{split}", counts[split])
@@ -252,17 +252,19 @@ def check_lengths(recipe: Recipe, what: str, counts: Counts) -> None:
         choices = "truncate, drop or split" if counts.can_split else "truncate or drop"
         number = plural(counts.long_rows, "row") + (" is" if counts.long_rows == 1 else " are")
         total = (
-            f"{what}: {number} longer than data.max_length ({limit} tokens), the longest has {counts.longest}; raise "
-            f"data.max_length, or set data.long_rows: {choices}"
+            f"{what}: {number} longer than data.max_length ({limit:,} tokens), the longest has {counts.longest:,}; "
+            f"raise data.max_length, or set data.long_rows: {choices}"
         )
-        raise DataError("\n".join([*counts.examples, total]))
+        raise DataError(
+            "\n".join([*(f"{place}: {plural(tokens, 'token')}" for place, tokens in counts.examples), total])
+        )
 
 
 def check_left(recipe: Recipe, what: str, counts: Counts) -> None:
     """Raises DataError where no row of a split is left to train on, once all are read."""
     limit = recipe.data.max_length
     if not counts.documents and counts.long_rows:
-        raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit} tokens)")
+        raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit:,} tokens)")
     if not counts.documents and isinstance(recipe.data.eval, float):
         raise DataError(
             f"data.eval: a fraction of {recipe.data.eval} leaves no row for data.{what.removeprefix('data.')}; "

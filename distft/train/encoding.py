@@ -20,7 +20,7 @@ from distft.data.formats import IGNORE, Example, Formatter
 from distft.data.layouts import Layout
 from distft.data.problems import SHOWN, RowProblem
 from distft.data.readers import Batch
-from distft.data.reading import Tally, examples
+from distft.data.reading import LeftOutRows, Tally, examples
 from distft.data.sources import Use
 from distft.errors import DataError, RunError
 from distft.runs.processes import die_with_parent
@@ -47,13 +47,14 @@ class Counts:
     can_split: bool = True  # whether data.long_rows: split could be done to all of them
     longest: int = 0
     done: str = ""  # what was done to the long rows
-    examples: list[str] = field(default_factory=list)  # the first long rows, with their place and length
+    examples: list[tuple[str, int]] = field(default_factory=list)  # the first long rows: their place and length
     cut_answers: int = 0  # long rows that are not trained at all: what is left of them has no token to train on
     cut_examples: list[str] = field(default_factory=list)
     thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
     notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
     layouts: dict[str, int] = field(default_factory=dict)  # rows by their format
-    untrained: dict[str, tuple[int, str]] = field(default_factory=dict)  # rows that say so: how many, and the first
+    untrained: LeftOutRows = field(default_factory=dict)  # rows that say so
+    empty: list[str] = field(default_factory=list)  # files without rows
     mix: list[tuple[str, int, int]] = field(default_factory=list)  # of each source: its path, its rows, and those taken
 
     @classmethod
@@ -255,7 +256,7 @@ def fit(place: str, tokens: Tokens, recipe: Recipe, counts: Counts) -> Iterator[
         counts.long_rows += 1
         counts.longest = max(counts.longest, len(ids))
         if len(counts.examples) < SHOWN:
-            counts.examples.append(f"{place}: {len(ids)} tokens")
+            counts.examples.append((place, len(ids)))
         if how in ("drop", "error"):
             return
         if how == "split":

@@ -121,7 +121,9 @@ class _Reader:
             tally.problems = Problems()
         else:
             counts.untrained = tally.left_out()
-            counts.notes += tally.notes(self.what, self.found, self.recipe.data) if report.all_read else []
+            if report.all_read:
+                counts.empty = tally.empty(self.found)
+                counts.notes += tally.notes(self.what, self.recipe.data)
         report.counts = asdict(counts)
         tally.problems.merge(own.problems)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.data.reading import left_out_lines
+from distft.data.reading import empty_lines, left_out_lines
 from distft.planner.plan import Plan, RecipePlan
 from distft.runs import measured
 from distft.runs.directory import RunDir
@@ -80,11 +80,13 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
             for path, have, taken in count["mix"]
         ]
         lines += left_out_lines(split, count["untrained"])
-        if count["long_rows"]:
-            were = "was" if count["long_rows"] == 1 else "were"
+        lines += empty_lines(split, count["empty"])
+        if count["long_rows"] and count["done"]:  # else they are an error
+            were, (place, tokens) = "was" if count["long_rows"] == 1 else "were", count["examples"][0]
             lines.append(
                 f"warning: {plural(count['long_rows'], 'row')} of {split} {were} longer than max_length (the longest "
-                f"{plural(count['longest'], 'token')}) and {count['done']}; the first: {count['examples'][0]}"
+                f"{plural(count['longest'], 'token')}) and {count['done']}; the first: {place}: "
+                f"{plural(tokens, 'token')}"
             )
         if count["cut_answers"]:
             lines.append(

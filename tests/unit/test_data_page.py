@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_a_summary_of_a_sample(tiny: Tiny, tmp_path: Path) -> None:
     assert (report["read"], report["all_read"], report["format"]) == (2, True, "messages (messages)")
     assert len(report["lengths"]) == 2 and report["counts"]["documents"] == 1
     assert report["shown"][0]["roles"][1] == ["assistant", True]
+
+
+def test_rows_that_are_too_long_are_an_error_alone(tiny: Tiny, tmp_path: Path) -> None:
+    done = run(tiny, tmp_path, [CHAT, [user("read " * 600), assistant("file " * 600)]])
+    assert done.exit_code == 2 and "warning" not in done.output and "longer than max_length" not in done.output
+    assert re.search(
+        r"rows.jsonl:2: 1,\d{3} tokens\ndata.train: 1 row is longer .*, the longest has 1,\d{3};", done.stderr
+    )
 
 
 def test_problems_by_kind(tiny: Tiny, tmp_path: Path) -> None:
@@ -164,7 +173,7 @@ def report(**changes: Any) -> dict[str, Any]:
     }
     return {
         "train": found
-        | {"counts": counts | {"notes": [], "mix": [], "untrained": {}}, "problems": [], "shown": [row]}
+        | {"counts": counts | {"notes": [], "mix": [], "untrained": {}, "empty": []}, "problems": [], "shown": [row]}
         | changes
     }
 

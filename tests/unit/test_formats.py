@@ -681,7 +681,7 @@ def test_tallies_are_merged_in_order() -> None:
         parts.append(tally)
     parts[0].merge(parts[1])
     assert (parts[0].rows, parts[0].problems.counts["kind"]) == (8, 8)
-    assert parts[0].problems.first["kind"] == ["row 0: text", "row 1: text", "row 2: text"]
+    assert parts[0].problems.first["kind"] == [(f"row {n}", "text") for n in range(3)]
     assert Problems().lines("data.train", 0) == ["data.train: 0 of 0 rows do not fit ()"]
 
 

@@ -22,6 +22,7 @@ from distft.data.formats import IGNORE, Example
 from distft.errors import DataError
 from distft.train.data import Prepared, load_prepared
 from distft.train.progress import SECONDS, Progress
+from distft.views.summary import data_lines
 
 WORDS = ["read", "file", "list", "dict", "node", "open", "path", "rank", "step"]
 
@@ -96,8 +97,8 @@ def test_rows_that_say_so_are_left_out_and_counted(tiny: Tiny, tmp_path: Path) -
     rows = [{"prompt": "read ", "completion": "file", "label": label} for label in (True, False, False, True)]
     found = prepared(tiny, tmp_path, rows)
     assert len(found.train) == 2
-    [(kind, (number, first))] = found.counts["train"]["untrained"].items()
-    assert (kind, number) == ("label-false", 2) and first.startswith(f"{tmp_path}/rows.jsonl:2: label: false")
+    [(kind, (number, place, text))] = found.counts["train"]["untrained"].items()
+    assert (kind, number, place) == ("label-false", 2, f"{tmp_path}/rows.jsonl:2") and text.startswith("label: false")
 
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -109,10 +110,37 @@ def test_a_file_without_rows_and_a_column_that_no_row_has_are_told(tiny: Tiny, t
     write_jsonl(tmp_path / "some.jsonl", [{"messages": chat("read", "file"), "system_promt": "list"}] * 2)
     files = [str(tmp_path / name) for name in ("empty.jsonl", "some.jsonl")]
     found = prepared(tiny, tmp_path, data__train=files, data__columns={"system": "system_prompt"})
+    assert found.counts["train"]["empty"] == files[:1]
     assert found.counts["train"]["notes"] == [
-        f"data.train: no rows in {files[0]}",
         "data.columns: system: no row of data.train has system_prompt; did you mean system_promt?",
     ]
+
+
+def test_prepared_data_of_another_recipe_is_told_with_the_names_of_this_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache knows content alone. What it says must not name the files of the recipe that came first."""
+    rows = {
+        "long": [{"prompt": "read " * 100, "completion": "file"}, {"prompt": "read", "completion": "file " * 100}],
+        "untrained": [{"prompt": "read ", "completion": "file", "label": label} for label in (True, False)],
+        "empty": [],
+    }
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+    said = []
+    for name in ("one", "two"):
+        (folder := tmp_path / name).mkdir()
+        for file, content in rows.items():
+            write_jsonl(folder / f"{file}-{name}.jsonl", content)
+        sources = [{"path": str(folder / f"{file}-{name}.jsonl"), "epochs": 1} for file in rows]
+        sources[0]["epochs"] = 2
+        counts = prepared(tiny, folder, data__train=sources, data__long_rows="truncate").counts
+        said.append("\n".join(data_lines(counts)))
+    assert len(list(tmp_path.glob("cache/data/*/counts.json"))) == 1
+    assert said[1] == said[0].replace("one", "two")
+    for what in ("two/long-two.jsonl:1: 1", "the first: {0}/two/long-two.jsonl:1", "two/untrained-two.jsonl:2: label"):
+        assert what.format(tmp_path) in said[1]
+    assert f"no rows in {tmp_path}/two/empty-two.jsonl" in said[1]
+    assert f"of {tmp_path}/two/untrained-two.jsonl: 1 taken" in said[1]
 
 
 def test_a_fraction_is_held_out_by_content(tiny: Tiny, tmp_path: Path) -> None:
@@ -231,7 +259,7 @@ def test_many_rows_in_parallel_processes_are_the_same(
     assert str(raised.value).splitlines() == [
         *[f"{tmp_path}/rows.jsonl:{n + 1}: completion: empty" for n in (7, 500, 1000)],
         "... and 1 more of this kind (empty)",
-        "data.train: 4 of 40000 rows do not fit (empty 4)",
+        "data.train: 4 of 40,000 rows do not fit (empty 4)",
     ]
 
 

@@ -99,7 +99,9 @@ def test_rows_that_would_train_something_else_are_counted_by_kind(tiny: Tiny, tm
     assert [line.split(": ")[0] for line in lines[:3]] == [f"{tmp_path}/rows.jsonl:{n}" for n in (2, 3, 4)]
     assert "messages[1] (tool): the chat template leaves out messages of this role" in lines[0]
     assert lines[3] == "... and 2 more of this kind (role-dropped)"
-    assert lines[4] == f"{tmp_path}/rows.jsonl:7: messages: no assistant turn, so nothing to train on"
+    assert (
+        lines[4] == f"{tmp_path}/rows.jsonl:7: messages: no assistant turn, so nothing to train on; got the role user"
+    )
     assert lines[5:] == ["data.train: 6 of 8 rows do not fit (role-dropped 5, no-assistant-turn 1)"]
 
 

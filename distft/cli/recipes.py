@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def validate(recipe: str, sample: int, sets: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Check RECIPE, its model and its data, without torch.
 
-    All problems of the recipe are listed at once, then all kinds of problems of the rows: the first rows of each split
+    All problems of the recipe are listed at once, then all kinds of problems of the rows: the first rows of each file
     are rendered and tokenized as they are trained. `launch` does this to all rows.
     """
     from distft.commands.data import check_sample

@@ -17,6 +17,7 @@ from distft.config.loading import DATA_FILES, dump_recipe, read_recipe
 from distft.config.recipe import Recipe
 from distft.data.reading import are_here, checked_whole
 from distft.errors import DataError, MissingPartError, NoTokenizerError, RunError
+from distft.views.data_page import UNKNOWN_MIX
 from distft.views.summary import data_lines
 
 SAMPLE = 1000  # rows that are read for a summary
@@ -25,7 +26,7 @@ SAMPLE = 1000  # rows that are read for a summary
 def show_rows(
     path: str, sets: Sequence[str] = (), row: int | None = None, sample: int = SAMPLE, only_eval: bool = False
 ) -> dict[str, Any]:
-    """What becomes of row `row` of the training data (counted from 1), or of the first `sample` rows of each split.
+    """What becomes of row `row` of the training data (counted from 1), or of `sample` rows of each split.
 
     With `only_eval`, the same of the evaluation data: of data.eval, or of what is held out.
 
@@ -64,7 +65,7 @@ class SampleCheck:
 def check_sample(
     path: str, sets: Sequence[str], recipe: Recipe, sample: int, said: Collection[str] = ()
 ) -> SampleCheck:
-    """Encode the first `sample` rows of each split, where the data and the tokenizer are on this machine.
+    """Encode `sample` rows of each split, the first of each file, where the data and the tokenizer are on this machine.
 
     Args:
         said: what check_files found, which is printed too: nothing is said twice.
@@ -84,9 +85,13 @@ def check_sample(
     for split, count in counts.items():
         if split in checked_whole(recipe):
             count |= {"untrained": {}, "empty": []}
-    which = "all rows" if all(report["all_read"] for report in found.values()) else f"the first {sample:,} rows"
+    rows = {split: report["which"] for split, report in found.items()}
+    each = "; ".join(f"{split}: {which}" for split, which in rows.items()) if len(rows) > 1 else rows["train"]
+    which = "all rows" if all(report["all_read"] for report in found.values()) else each
     mixed = ", before they are mixed" if any(report["mixed"] for report in found.values()) else ""
     lines = [line for line in data_lines(counts) if line not in said]
+    if any(report["mixed"] and not report["all_read"] for report in found.values()):
+        lines.append(UNKNOWN_MIX)
     return SampleCheck([f"as they are trained, {which}{mixed}:", *lines], [])
 
 

@@ -28,6 +28,11 @@ def mixed_counts(counts: Sequence[int], sources: Sequence[Source]) -> list[int]:
     ]
 
 
+def taken(sources: Sequence[Source], counts: Sequence[int]) -> list[tuple[str, int, int]]:
+    """Of each source its path, the rows that it has, and those that the mix takes."""
+    return list(zip([source.path for source in sources], counts, mixed_counts(counts, sources), strict=True))
+
+
 def drawn(count: int, wanted: int, seed: int) -> list[int]:
     """Indices of `wanted` of `count` rows, in order: each row as often as all can be, and a sample by the seed beyond.
 

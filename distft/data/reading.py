@@ -11,8 +11,9 @@ the batches.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from distft.config.paths import HUB_PAGE, data_is_there, locate_data
 from distft.config.recipe import Data, Recipe, Source
 from distft.config.schema_text import closest, did_you_mean
+from distft.data.batches import Objects
 from distft.data.conversations import MESSAGE_FIELDS
 from distft.data.files import Found, some
 from distft.data.formats import Example, Formatter
@@ -109,6 +111,64 @@ def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[int, Batch, La
                 yield number, batch, layout or Layout("text", {})  # no row of the batch can be read at all
 
 
+class FirstRows:
+    """The first rows of each file, at most `most` in all (None: all rows), in batches as above.
+
+    Each source has the same share, and each of its files on this machine; what a file does not have is left to those
+    after it. Of a source on the hub, files are downloaded until its share is full. Once all is read, `is_whole` says
+    whether these are all rows there are.
+    """
+
+    def __init__(self, found: Sequence[Found], data: Data, most: int | None):
+        self.found, self.data = found, data
+        self.left = sys.maxsize // 2 if most is None else most
+        self.is_whole = True
+
+    def __iter__(self) -> Iterator[tuple[int, Batch, Layout]]:
+        for number, source in enumerate(self.found):
+            own = _share(self.left, len(self.found) - number)
+            self.left -= own
+            parts = _parts(source)
+            for n, part in enumerate(parts):
+                share = _share(own, len(parts) - n)
+                own -= share - (yield from self._read(number, part, share))
+            self.left += own
+
+    def _read(self, number: int, part: Found, share: int) -> Generator[tuple[int, Batch, Layout], None, int]:
+        """Yields no more rows than its share, and returns how many are left of that."""
+        for _, batch, layout in batches([part], self.data):
+            rows = list(islice(batch.rows(), share + 1))
+            if rows[:share]:
+                yield number, Objects(rows[:share]), layout
+            if len(rows) > share:
+                self.is_whole = False
+                return 0
+            share -= len(rows)
+        return share
+
+    def which(self, count: int, of: str = "") -> str:
+        """`the first 200 rows of text`, to be printed once all is read; `of` is what they are."""
+        rows = plural(count, "row") + of
+        parts = [len(_parts(source)) for source in self.found]
+        if self.is_whole:
+            return "all " * (count > 1) + rows
+        if sum(parts) == 1:
+            return f"the first {rows}"
+        each = "file" if sum(parts) == sum(len(source.files) for source in self.found) else "source"
+        return f"{rows}, the first of each {each}"
+
+
+def _share(rows: int, number: int) -> int:
+    return -(-rows // number)
+
+
+def _parts(source: Found) -> list[Found]:
+    """Each file on this machine; those on the hub together."""
+    if any(file.path is None for file in source.files):
+        return [source]
+    return [replace(source, files=(file,)) for file in source.files]
+
+
 def _layout(batch: Batch, data: Data) -> Layout | None:
     rows = [(place, row) for place, row in islice(batch.rows(), SAMPLE) if not isinstance(row, RowProblem)]
     if not rows:
@@ -144,16 +204,16 @@ def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -
 
 
 def read_examples(
-    found: Sequence[Found], data: Data, what: str, has_chat_template: bool = True, tally: Tally | None = None
+    found: Sequence[Found], data: Data, what: str, tally: Tally | None = None, rows: FirstRows | None = None
 ) -> Iterator[tuple[str, Example]]:
-    """All examples in the files, in order, in this process.
+    """All examples in the files, or those of the first rows, in order, in this process.
 
     Raises:
         DataError: a file that cannot be read; at the end, rows that do not fit, or no rows.
     """
     tally = Tally() if tally is None else tally
-    formatter = Formatter.of(data, has_chat_template)
-    for _, batch, layout in batches(found, data):
+    formatter = Formatter.of(data)
+    for _, batch, layout in rows or batches(found, data):
         yield from examples(batch, layout, formatter, tally)
     tally.check(what, found)
 
@@ -196,20 +256,19 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
         ]
         if not found:
             continue
-        tally, what = Tally(), f"data.{use}"
-        for _, example in islice(read_examples(found, recipe.data, what, tally=tally), most):
+        tally, what, rows = Tally(), f"data.{use}", FirstRows(found, recipe.data, most)
+        for _, example in read_examples(found, recipe.data, what, tally, rows):
             if recipe.data.long_rows == "split" and not example.can_split:
                 raise DataError(
                     f"data.long_rows: split needs rows of text, and data.{use} has {example.kind}; use error, "
                     "truncate or drop"
                 )
         lines += [f"{what}: {line}" for source in found for line in source.lines()]
-        all_read = sum(tally.layouts.values()) != most
-        first = "" if all_read else "the first "
-        lines += [f"{what}: {first}{plural(count, 'row')} of {layout}" for layout, count in tally.layouts.items()]
+        which = [rows.which(count, f" of {layout}").removeprefix("all ") for layout, count in tally.layouts.items()]
+        lines += [f"{what}: {several}" for several in which]
         lines += [f"{what}: not used: {names}" for names in [tally.not_used()] if names]
         lines += left_out_lines(use, tally.left_out())
-        if all_read:
+        if rows.is_whole:
             lines += empty_lines(use, tally.empty(found))
             lines += [f"warning: {note}" for note in tally.notes(what, recipe.data)]
     return lines

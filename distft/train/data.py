@@ -23,7 +23,7 @@ from distft.config.recipe import Data, Recipe, Source
 from distft.data import cache, reading
 from distft.data.files import Found
 from distft.data.formats import IGNORE
-from distft.data.mixing import drawn, is_mix, mixed_counts
+from distft.data.mixing import drawn, is_mix, taken
 from distft.data.reading import Tally, batches
 from distft.data.sources import Use, find_data
 from distft.errors import DataError, DistftError, first_line
@@ -196,17 +196,17 @@ def _mixed(what: str, documents: Documents, sources: Sequence[Source], seed: int
         begins = own[numpy.diff(documents.rows[own], prepend=-1) != 0]
         edges.append(numpy.append(begins, own[-1:] + 1))
     have = [max(0, len(one) - 1) for one in edges]
-    wanted = mixed_counts(have, sources)
-    counts.mix = list(zip([source.path for source in sources], have, wanted, strict=True))
+    counts.mix = taken(sources, have)
+    wanted = [number for _, _, number in counts.mix]
     if not any(wanted):
-        shares = ", ".join(f"{taken} of {rows} of {path}" for path, rows, taken in counts.mix)
+        shares = ", ".join(f"{number:,} of {rows:,} of {path}" for path, rows, number in counts.mix)
         raise DataError(f"{what}: the mix takes no row ({shares}); change the weights, rows or epochs")
-    taken = [
+    chosen = [
         numpy.arange(starts[row], starts[row + 1])
         for number, starts in enumerate(edges)
         for row in drawn(have[number], wanted[number], seed + number)
     ]
-    return numpy.concatenate(taken) if taken else numpy.empty(0, numpy.int64)
+    return numpy.concatenate(chosen) if chosen else numpy.empty(0, numpy.int64)
 
 
 def _write(documents: Documents, which: Numbers, data: Data, counts: Counts, path: Path) -> None:

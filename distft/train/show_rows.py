@@ -20,9 +20,9 @@ from distft.data.batches import Objects, Row
 from distft.data.files import Found
 from distft.data.formats import IGNORE, Example
 from distft.data.layouts import Layout
-from distft.data.mixing import is_mix
+from distft.data.mixing import is_mix, taken
 from distft.data.problems import Problems, RowProblem
-from distft.data.reading import Tally, batches, examples
+from distft.data.reading import FirstRows, Tally, batches, examples
 from distft.data.sources import Use, find_data
 from distft.errors import DataError, DistftError, NoTokenizerError
 from distft.train import worker
@@ -59,7 +59,8 @@ class SplitReport:
     not_used: str = ""  # fields that nothing is made of
     read: int = 0  # rows
     elsewhere: int = 0  # of them, those of the other split, where data.eval is a fraction
-    all_read: bool = True  # whether those are all rows of the split
+    which: str = ""  # which of the split's rows those are, to be printed
+    all_read: bool = True  # whether all
     lengths: list[int] = field(default_factory=list)
     max_length: int = 0
     mixed: bool = False  # whether the training takes more or fewer of a source's rows; here each counts once
@@ -100,11 +101,12 @@ class _Reader:
         return report
 
     def sample(self, size: int) -> SplitReport:
-        """The first `size` rows that are read. Their problems are in the report."""
-        report, counts, stream = self._report(), Counts.of(self.recipe), self._read()
+        """The first rows of each file, `size` in all. Their problems are in the report."""
+        report, counts, first = self._report(), Counts.of(self.recipe), FirstRows(self.found, self.recipe.data, size)
         tally, own = Tally(), Tally()  # of all rows that are read, and of those of this split
-        for row, layout in islice(stream, size):
-            for place, example in examples(Objects([row]), layout, self.rows.formatter, tally):
+        have = [0] * len(self.found)  # rows of each source that are trained
+        for number, batch, layout in first:
+            for place, example in examples(batch, layout, self.rows.formatter, tally):
                 if self.rows.held_out and self._holds_out(example) != self.is_held_out:
                     report.elsewhere += 1
                     continue
@@ -114,7 +116,10 @@ class _Reader:
                     own.problems.add(problem.kind, place, problem.text)
                     continue
                 report.shown += shown[: SHOWN_ROWS - len(report.shown)]
-        report.read, report.all_read = tally.rows, next(stream, None) is None
+                have[number] += bool(shown)
+        report.read, report.all_read, report.which = tally.rows, first.is_whole, first.which(tally.rows)
+        if report.mixed and report.all_read:
+            counts.mix = taken([one.source for one in self.found], have)
         report.format, report.not_used = ", ".join(tally.layouts), tally.not_used()
         counts.layouts, counts.notes = dict(tally.layouts), self.rows.notes()
         if self.is_held_out:  # what concerns all rows is in the report of data.train

@@ -13,6 +13,7 @@ from distft.units import plural
 from distft.views.summary import data_lines
 
 BINS = 8
+UNKNOWN_MIX = "what the mix takes of each source is known once all rows are read; --sample N reads more"
 SHOWN_CHARACTERS = 2000  # of a row in a summary
 
 
@@ -30,14 +31,15 @@ def lines(found: dict[str, Any], width: int, coloured: bool, whole: bool) -> Ite
 
 
 def _summary(split: str, report: dict[str, Any], width: int) -> Iterator[str]:
-    number = plural(report["read"], "row")
-    which = ("all " * (report["read"] > 1) + number) if report["all_read"] else f"the first {number}, more follow"
+    which = report["which"] + ", more follow" * (not report["all_read"])
     elsewhere = f", {report['elsewhere']:,} of them in the other split" if report["elsewhere"] else ""
     elsewhere += ", before they are mixed" if report["mixed"] else ""
     yield from _wrapped(f"data.{split}: {which}{elsewhere}; {report['format'] or 'no format'}", width)
     counts = report["counts"] | {"rows": report["counts"]["documents"]}
     for line in data_lines({split: counts}):
         yield from _wrapped(line, width)
+    if report["mixed"] and not report["all_read"]:
+        yield from _wrapped(f"data.{split}: {UNKNOWN_MIX}", width)
     if report["not_used"]:
         yield from _wrapped(f"data.{split}: not used: {report['not_used']}", width)
     yield from _histogram(report["lengths"], report["max_length"], width)

@@ -16,6 +16,8 @@ from tiny import Tiny, write_jsonl
 
 from distft.cli import main
 from distft.config.loading import load_recipe
+from distft.config.recipe import Data, Recipe
+from distft.data.reading import check_files
 from distft.errors import DataError
 from distft.train.show_rows import show
 from distft.views import data_page
@@ -165,6 +167,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "format": "messages (messages)",
         "not_used": "",
         "read": 3,
+        "which": "all 3 rows",
         "elsewhere": 0,
         "mixed": False,
         "all_read": True,
@@ -207,3 +210,37 @@ def test_a_mix_is_counted_before_it_is_mixed_and_says_so(tiny: Tiny, tmp_path: P
         assert done.exit_code == 0 and line in done.stdout, done.output
     counts = {"train": report()["train"]["counts"] | {"rows": 3, "mix": [["a", 4, 10], ["b", 4, 2]]}}
     assert data_lines(counts)[1:] == ["  4 rows of a: 10 taken, some more than once", "  4 rows of b: 2 taken"]
+
+
+def test_the_sample_is_shared_among_sources_and_files(tiny: Tiny, tmp_path: Path) -> None:
+    """A second source that cannot be trained is found, however many rows the first one has."""
+    (tmp_path / "folder").mkdir()
+    for name in ("a.jsonl", "folder/b.jsonl", "folder/c.jsonl"):
+        write_jsonl(tmp_path / name, [{"messages": CHAT}] * 50)
+    sources = [{"path": "a.jsonl", "weight": 1}, {"path": "folder", "weight": 2}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train=sources)))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    report = show(recipe, ["train"], None, 40)["train"]
+    assert (report["which"], report["all_read"]) == ("40 rows, the first of each file", False)
+    assert len(report["lengths"]) == 40 and report["counts"]["mix"] == []
+    everything = show(recipe, ["train"], None, 150)["train"]
+    assert (everything["which"], everything["all_read"]) == ("all 150 rows", True)
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "folder")]
+    assert everything["counts"]["mix"] == [(paths[0], 50, 50), (paths[1], 100, 100)]
+    for name in ("a.jsonl", "folder/c.jsonl"):
+        whole = (tmp_path / name).read_text()
+        write_jsonl(tmp_path / name, [{"messages": CHAT}, {"messages": [user("read"), assistant("file " * 90)]}])
+        problems = show(recipe, ["train"], None, 8)["train"]["problems"]
+        assert problems[0].startswith(f"{tmp_path}/{name}:2: ")
+        (tmp_path / name).write_text(whole)
+
+
+def test_rows_are_checked_in_every_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "read"}] * 30)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "read"}, {"text": 5}])
+    data = Data(train=[str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")])
+    with pytest.raises(DataError, match=r"b.jsonl:2: text: got 5, need a string"):
+        check_files(Recipe(name="x", model={"name_or_path": "x"}, data=data), 10)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "read"}])
+    lines = check_files(Recipe(name="x", model={"name_or_path": "x"}, data=data), 10)
+    assert lines[-1] == "data.train: 6 rows of text (text), the first of each file"

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distft.commands.planned import plan_any
 from distft.config.loading import load_recipe
-from distft.errors import DistftError
+from distft.errors import DistftError, SimulationError
 from distft.hardware.devices import named_device
 from distft.hardware.topology import Topology
 from distft.models.adaptable import left_out
@@ -75,7 +75,7 @@ def look_at(model_type: str) -> Found:
             recipe = load_recipe(folder / "recipe.yaml")
             plan = plan_any(recipe, Where(Topology(1, 8), named_device("H100", 8)))
         except DistftError as error:
-            kind = "gap" if "cannot be simulated" in str(error) else "refused"
+            kind = "gap" if isinstance(error, SimulationError) else "refused"
             return Found(kind, _line(error).replace(name, model_type))
     if plan.guessed:
         return Found("gap", plan.warnings[-1].replace(name, model_type))

@@ -142,12 +142,15 @@ class Counted:
 def _tensors(model: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The parameters of a base model, and those that are tied to one of them."""
     head = model.get_output_embeddings()
-    tensors = []
+    tensors, seen = [], set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = _kind(module, path, name, tuple(parameter.shape))
             if module is head and name == "weight":
                 kind = "output"
+            elif id(parameter) in seen:  # blocks that share their weights (Zamba)
+                continue
+            seen.add(id(parameter))
             tensors.append(Tensor(f"{path}.{name}" if path else name, tuple(parameter.shape), kind))
     is_tied = head is not None and head.weight is model.get_input_embeddings().weight
     tied = tuple(t for t in tensors if t.kind == "output" and is_tied)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.plan_sweep import Found, look_at
 
-COUNTED = ("arcee", "ernie4_5_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_5_text", "xglm")
+COUNTED = ("arcee", "ernie4_5_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_5_text", "xglm", "zamba2")
 FORMULA = ("llama", "qwen3_moe", "gpt_oss")
 REFUSED = {"bert": "an encoder", "whisper": "a speech model", "trocr": "it reads images", "bart": "an encoder-decoder"}
 

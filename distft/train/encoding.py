@@ -198,7 +198,6 @@ def encode_all(work: Iterable[Work], rows: RowEncoder) -> Iterator[Answer]:
     number = processes()
     # Each process tokenizes one text at a time; threads of the tokenizer's own would not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    rows.tokenization.speed_up()
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _start, (rows,))
     waiting: deque[Future[Answer]] = deque()
     try:
@@ -222,6 +221,7 @@ def _start(rows: RowEncoder) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its processes
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rows.tokenization.speed_up()  # in each process its own: the one that reads and writes has no use for it
     _encoder.append(rows)
 
 

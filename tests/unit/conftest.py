@@ -34,4 +34,5 @@ def imported(tmp_path: Path) -> Import:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it
     return tmp_path

@@ -84,7 +84,7 @@ def check_sample(
     counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
     for split, count in counts.items():
         if split in checked_whole(recipe):
-            count |= {"untrained": {}, "empty": []}
+            count |= {"untrained": {}, "odd": {}, "empty": []}
     rows = {split: report["which"] for split, report in found.items()}
     each = "; ".join(f"{split}: {which}" for split, which in rows.items()) if len(rows) > 1 else rows["train"]
     which = "all rows" if all(report["all_read"] for report in found.values()) else each

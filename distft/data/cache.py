@@ -143,6 +143,9 @@ def _renamed(count: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return count | {
         "examples": [(place(where), tokens) for where, tokens in count["examples"]],
         "cut_examples": [place(where) for where in count["cut_examples"]],
-        "untrained": {kind: (rows, place(where), text) for kind, (rows, where, text) in count["untrained"].items()},
+        **{
+            name: {kind: (rows, place(where), text) for kind, (rows, where, text) in count[name].items()}
+            for name in ("untrained", "odd")
+        },
         "empty": [name(file) for file in count["empty"]],
     }

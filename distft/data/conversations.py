@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from distft.config.schema_text import closest, did_you_mean
+from distft.config.schema_text import closest
 from distft.data.problems import RowProblem
 
 Message = dict[str, Any]
@@ -22,6 +22,9 @@ _CALL_ROLES = ("function_call", "function-call", "tool_call", "tool-call", "tool
 MESSAGE_FIELDS = frozenset(
     ["role", "content", "tool_calls", "name", "tool_call_id", "train", "reasoning_content", "reasoning", "thinking"]
 )
+# Names that other tools give to the two sides of a message.
+_ROLE_NAMES = ("from", "speaker", "author", "sender", "participant", "name")
+_CONTENT_NAMES = ("value", "text", "message", "body", "utterance")
 _FLAGS = ("weight", "train", "training", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = {
@@ -86,6 +89,7 @@ class Messages:
         messages = from_json(value, where, need)
         if not isinstance(messages, list) or not messages:
             raise RowProblem("no-messages", f"{where}: got {shown(value)}, need {need}")
+        self._check_names(messages, where)
         found: list[Message] = []
         problems: list[RowProblem] = []
         for index, message in enumerate(messages):
@@ -97,6 +101,31 @@ class Messages:
             raise RowProblem(problems[0].kind, "; ".join(problem.text for problem in problems[:3]))
         return found
 
+    def _check_names(self, messages: list[Any], where: str) -> None:
+        """Raises RowProblem where no message has a role or a content under the names that are looked for, or where
+        ShareGPT's roles are others: for all messages at once, with the line that mends it."""
+        objects = [message for message in messages if isinstance(message, dict) and len(message) > 1]
+        keys = list(dict.fromkeys(key for message in objects for key in message))
+        if keys and (self.role not in keys or not {self.content, "tool_calls", "function_call"} & {*keys}):
+            role, content = _name_in(keys, self.role, _ROLE_NAMES), _name_in(keys, self.content, _CONTENT_NAMES)
+            fix = f"; set data.columns: {{role: {role}, content: {content}}}" if role and content else ""
+            missing = self.role if self.role not in keys else self.content
+            kind = "role" if self.role not in keys else "content"
+            raise RowProblem(kind, f"{where}: no message has {missing}; they have {', '.join(keys)}{fix}")
+        if not self.is_sharegpt:
+            return
+        names = [name for message in objects if isinstance(name := message.get(self.role), str) and name]
+        unknown = [name for name in dict.fromkeys(names) if not self._is_role(name)]
+        if unknown:
+            raise RowProblem(
+                "role-unknown",
+                f"{where}: got the role{'s' * (len(unknown) > 1)} {', '.join(map(shown, unknown))}, need some of "
+                f"{', '.join(SHAREGPT_ROLES)}; if that is who they are, set {roles_line(self.roles, unknown, names)}",
+            )
+
+    def _is_role(self, name: str) -> bool:
+        return name in self.roles or name.lower() in SHAREGPT_ROLES or name.lower() in _CALL_ROLES
+
     def _message(self, value: Any, where: str, parameters: Mapping[str, frozenset[str]]) -> Message:
         message = from_json(value, where, f"{{{self.role}, {self.content}}}")
         if not isinstance(message, dict):
@@ -104,9 +133,8 @@ class Messages:
         message = {key: value for key, value in message.items() if value is not None and key not in self.ignored}
         name = message.pop(self.role, None)
         if not isinstance(name, str) or not name:
-            has = f"; the message has {', '.join(message)}" if name is None and message else ""
-            near = did_you_mean(closest(self.role, list(message))) if has else ""
-            raise RowProblem("role", f"{where}.{self.role}: got {shown(name)}, need a string{has}{near}")
+            has = _instead(self.role, message) if name is None else ""
+            raise RowProblem("role", f"{where}.{self.role}: got {shown(name)}, need a string{has}")
         content, flags = message.pop(self.content, None), {key: message.pop(key, None) for key in _FLAGS}
         if "train_detail" in message:
             raise RowProblem("flag-unsupported", f"{where}.train_detail: a turn is trained or not; split the message")
@@ -115,34 +143,26 @@ class Messages:
             role, calls, content = "assistant", from_json(content, f"{where}.{self.content}", "a call"), None
             calls = calls if isinstance(calls, list) else [calls]
         else:
-            role = self._role(name, where)
+            role = self._role(name)
         if role == "assistant" and (old := message.pop("function_call", None)):  # OpenAI's form of 2023
             calls = [old]
         result: Message = {"role": role, "content": self._content(content, message, role, where)}
         if calls := _calls(calls, f"{where}.tool_calls", parameters):
             result["tool_calls"] = calls
         elif result["content"] is None:
-            has = f"; the message has {', '.join(message)}" if message else ""
-            near = did_you_mean(closest(self.content, list(message)))
-            raise RowProblem("content", f"{where}.{self.content}: got nothing, need a string{has}{near}")
+            has = _instead(self.content, message)
+            raise RowProblem("content", f"{where}.{self.content}: got nothing, need a string{has}")
         result |= message
         if not _is_trained(flags, role, where):
             result["train"] = False
         return result
 
-    def _role(self, name: str, where: str) -> str:
+    def _role(self, name: str) -> str:
         if name in self.roles:
             return self.roles[name]
         if not self.is_sharegpt:
             return "tool" if name == "function" else name  # OpenAI's name of 2023
-        role = SHAREGPT_ROLES.get(name.lower())
-        if role is None:
-            raise RowProblem(
-                "role-unknown",
-                f"{where}.{self.role}: got {shown(name)}, need one of {', '.join(SHAREGPT_ROLES)}; data.roles gives "
-                f"roles other names: {{{name}: assistant}}",
-            )
-        return role
+        return SHAREGPT_ROLES[name.lower()]
 
     def _content(self, content: Any, message: Message, role: str, where: str) -> str | None:
         """The text of a message. Thoughts among its parts are put into the message."""
@@ -161,6 +181,35 @@ class Messages:
         if thoughts and not any(key in message for key in ("reasoning_content", "reasoning", "thinking")):
             message["reasoning_content"] = "".join(thoughts)
         return "".join(texts) if texts else None
+
+
+def _name_in(keys: Sequence[str], name: str, usual: Sequence[str]) -> str | None:
+    """The key that is most likely meant by a name."""
+    return next((key for key in (name, *usual) if key in keys), None) or closest(name, keys)
+
+
+def _instead(name: str, message: Mapping[str, Any]) -> str:
+    """What a message without the key `name` has, and which of its keys may be a mistyped one."""
+    near = closest(name, list(message))
+    fix = f"; rename {near} to {name}" if near else ""
+    return f"; the message has {', '.join(message)}{fix}" if message else ""
+
+
+def roles_line(given: Mapping[str, str], unknown: Sequence[str], names: Sequence[str]) -> str:
+    """data.roles with the names that are unknown: their usual roles; else the assistant's for the last one that
+    speaks, and the user's.
+
+    Args:
+        given: data.roles as it is.
+        names: all roles of a conversation, in order.
+    """
+    roles = {name: SHAREGPT_ROLES.get(name.lower()) for name in unknown}
+    known = {role for name in names for role in [roles.get(name) or given.get(name) or SHAREGPT_ROLES.get(name)]}
+    last = next((name for name in reversed(names) if name in unknown and not roles[name]), None)
+    answers = last if "assistant" not in known else None
+    roles = {name: role or ("assistant" if name == answers else "user") for name, role in roles.items()}
+    both = {name: role for name, role in {**given, **roles}.items() if name != role}
+    return f"data.roles: {{{', '.join(f'{name}: {role}' for name, role in both.items())}}}"
 
 
 def _has_types(parts: list[Any]) -> bool:

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distft.config.recipe import Data
-from distft.data.conversations import Messages, from_json, parameters_of, read_tools, shown, strings_in
+from distft.data.conversations import Messages, from_json, parameters_of, read_tools, roles_line, shown, strings_in
 from distft.data.layouts import CONTENTS, MASKS, MEDIA, OPTIONS, ROLES, Layout
 from distft.data.problems import RowProblem, Untrained
 
 Kind = Literal["messages", "prompt_completion", "text", "tokens"]
 IGNORE = -100  # the label that the loss leaves out (torch.nn.CrossEntropyLoss)
+_SAID = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # what a turn may be beside its content
 _OTHER_ROLES = ("system", "developer", "user", "tool")
 # Stanford's texts, as in the column `text` of its data set; a system prompt replaces the first sentence.
 _INSTRUCTION = (
@@ -155,16 +156,23 @@ class Formatter:
         if not answers:
             raise self._no_answer(where, messages)
         self._check_label(row, layout)
-        if not any(message.get("train", True) for message in answers):
+        trained = [number for number, message in enumerate(answers, 1) if message.get("train", True)]
+        if not trained:
             raise Untrained("no-turn-to-train", f"{where}: all assistant turns are marked not to be trained")
+        for number in trained:
+            if _is_empty(answers[number - 1]):
+                turn = f"assistant turn {number} of {len(answers)}" if len(answers) > 1 else "the assistant's turn"
+                fix = 'write its answer, mark the turn "train": false, or remove the row'
+                raise RowProblem("empty", f"{where}: {turn} is empty; {fix}")
         return Example("messages", {"messages": messages, **shared})
 
     def _no_answer(self, where: str, messages: Sequence[Mapping[str, Any]]) -> RowProblem:
         """For messages without one of the assistant's: whose they are, and how a role gets its name."""
         roles = list(dict.fromkeys(str(message["role"]) for message in messages))
-        other = next((role for role in reversed(roles) if role not in _OTHER_ROLES), None)
-        given = next((name for name, role in self.roles.items() if role == other), other)
-        fix = f"; if {given} is the assistant, set data.roles: {{{given}: assistant}}" if other else ""
+        own = {role: name for name, role in self.roles.items()}  # as the rows have them
+        names = [own.get(message["role"], message["role"]) for message in messages]
+        unknown = [own.get(role, role) for role in roles if role not in _OTHER_ROLES]
+        fix = f"; if that is who they are, set {roles_line(self.roles, unknown, names)}" if unknown else ""
         text = f"no assistant turn, so nothing to train on; got the role{'s' * (len(roles) > 1)} {', '.join(roles)}"
         return RowProblem("no-assistant-turn", f"{where}: {text}{fix}")
 
@@ -306,6 +314,10 @@ _KINDS = {
     "text": Formatter._plain_text,
     "tokens": Formatter._tokens,
 }
+
+
+def _is_empty(turn: Mapping[str, Any]) -> bool:
+    return not any(turn.get(key) for key in _SAID) and not (turn["content"] or "").strip()
 
 
 def _text(row: Mapping[str, Any], layout: Layout, name: str, needed: bool = True) -> str:

@@ -76,7 +76,8 @@ class Layout:
         if other and self.seen_at and not self.format.startswith(other):
             fix = "a file is read in one format, so put these rows into a file of their own"
             return RowProblem("other-format", f"{text}, which is {other}, and {self.seen_at} is {self.format}; {fix}")
-        return RowProblem("missing", text + did_you_mean(closest(column, list(row))))
+        near = closest(column, list(row))
+        return RowProblem("missing", text + (f"; rename {near} to {column}" if near else ""))
 
     def __str__(self) -> str:
         """`alpaca (instruction: question, output: answer)`, to be printed."""
@@ -102,13 +103,37 @@ def find_layout(rows: Sequence[Mapping[str, Any]], data_format: str, columns: Ma
             if samples.get(name) is None:
                 samples[name] = value
     fields = [name for name, value in samples.items() if value is not None]
+    asked = data_format
     if data_format == "auto":
         found_format = _format_of_columns(columns) or _format_of_fields(fields, samples)
         data_format = found_format or _format_of_fields(list(samples), samples) or _unknown(samples)
     found = dict(_guessed("messages" if data_format == "sharegpt" else data_format, fields, samples)) | dict(columns)
-    if data_format not in ("messages", "sharegpt"):
-        return Layout(data_format, found)
-    return Layout("messages", found, data_format == "sharegpt" or found.get("role") == "from")
+    layout = Layout(data_format, found)
+    if data_format in ("messages", "sharegpt"):
+        layout = Layout("messages", found, data_format == "sharegpt" or found.get("role") == "from")
+    if asked != "auto" or columns:
+        _check_given(layout, asked, fields, samples)
+    return layout
+
+
+def _check_given(layout: Layout, asked: str, fields: Sequence[str], samples: Mapping[str, Any]) -> None:
+    """Raises RowProblem for preference data, and where no row has a field that data.format or data.columns makes it
+    need: once, for the setting may be wrong and not the rows."""
+    needed = [name for name in _NEEDED[layout.format] if name != "instruction" or layout.column("input") not in fields]
+    missing = [layout.column(name) for name in needed if layout.column(name) not in fields]
+    if not missing:
+        return
+    other = _format_of_fields(fields, samples)
+    setting, fix = f"data.format: {asked}", f"set data.format: {other}, or auto"
+    if asked == "auto" or not {*missing} <= {*_NEEDED[layout.format]}:
+        setting, fix = "data.columns", "remove data.columns, or name columns that the rows have"
+    near = next(filter(None, (closest(column, fields) for column in missing)), None)
+    is_other = other is not None and other != layout.format
+    raise RowProblem(
+        "missing",
+        f"{setting}: no row has {' or '.join(missing)}; they have {', '.join(samples) or 'nothing'}"
+        + (f", which is {other}; {fix}" if is_other else did_you_mean(near)),
+    )
 
 
 def _format_of_columns(columns: Mapping[str, str]) -> str | None:

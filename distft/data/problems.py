@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SHOWN = 3  # rows of each kind
+
+
+Summary = Mapping[str, tuple[int, str, str]]  # kind → how many rows, the place of the first, and what is said of it
 
 
 class RowProblem(Exception):
@@ -42,6 +46,9 @@ class Problems:
         self.counts += later.counts
         for kind, shown in later.first.items():
             self.first[kind] = [*self.first.get(kind, ()), *shown][:SHOWN]
+
+    def summary(self) -> Summary:
+        return {kind: (count, *self.first[kind][0]) for kind, count in self.counts.items()}
 
     def lines(self, what: str, rows: int) -> list[str]:
         """The first rows of each kind, the most frequent kind first, and how many of `what`'s rows it concerns."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,13 +28,11 @@ from distft.data.files import Found, some
 from distft.data.formats import Example, Formatter
 from distft.data.hub import pinned as pinned_path
 from distft.data.layouts import SAMPLE, Layout, find_layout
-from distft.data.problems import Problems, RowProblem, Untrained
+from distft.data.problems import Problems, RowProblem, Summary, Untrained
 from distft.data.readers import Batch, read_batches
 from distft.data.sources import as_sources, find_data
 from distft.errors import DataError
 from distft.units import plural
-
-LeftOutRows = Mapping[str, tuple[int, str, str]]  # kind → how many, and the first: its place, and what it says
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Tally:
     message_fields: set[str] = field(default_factory=set)
     layouts: Counter[str] = field(default_factory=Counter)  # how many rows have each format
     untrained: Problems = field(default_factory=Problems)
+    odd: Problems = field(default_factory=Problems)  # rows that are trained, and may not be meant
     problems: Problems = field(default_factory=Problems)
 
     def merge(self, later: Tally) -> None:
@@ -59,11 +58,12 @@ class Tally:
         self.message_fields |= later.message_fields
         self.layouts += later.layouts
         self.untrained.merge(later.untrained)
+        self.odd.merge(later.odd)
         self.problems.merge(later.problems)
 
-    def left_out(self) -> LeftOutRows:
+    def left_out(self) -> Summary:
         """The rows that say themselves that they are not to be trained."""
-        return {kind: (count, *self.untrained.first[kind][0]) for kind, count in self.untrained.counts.items()}
+        return self.untrained.summary()
 
     def not_used(self) -> str:
         """The fields that nothing is made of, to be printed; "" where all are used."""
@@ -200,6 +200,8 @@ def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -
             tally.layouts[str(layout)] += 1
             if example.kind == "messages":
                 tally.message_fields.update(*example.fields["messages"])
+                if not any(message["role"] == "user" for message in example.fields["messages"]):
+                    tally.odd.add("no-user-turn", place, "without a user turn")
             yield place, example
 
 
@@ -267,18 +269,26 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
         which = [rows.which(count, f" of {layout}").removeprefix("all ") for layout, count in tally.layouts.items()]
         lines += [f"{what}: {several}" for several in which]
         lines += [f"{what}: not used: {names}" for names in [tally.not_used()] if names]
-        lines += left_out_lines(use, tally.left_out())
+        lines += [*left_out_lines(use, tally.left_out()), *odd_lines(use, tally.odd.summary())]
         if rows.is_whole:
             lines += empty_lines(use, tally.empty(found))
             lines += [f"warning: {note}" for note in tally.notes(what, recipe.data)]
     return lines
 
 
-def left_out_lines(split: str, left_out: LeftOutRows) -> list[str]:
+def left_out_lines(split: str, left_out: Summary) -> list[str]:
     """What Tally.left_out found, to be printed."""
     return [
         f"data.{split}: {plural(count, 'row')} left out ({kind}); the first: {place}: {text}"
         for kind, (count, place, text) in left_out.items()
+    ]
+
+
+def odd_lines(split: str, odd: Summary) -> list[str]:
+    """What Tally.odd counted, to be printed."""
+    return [
+        f"warning: data.{split}: {plural(count, 'row')} {text}; the first: {place}"
+        for count, place, text in odd.values()
     ]
 
 

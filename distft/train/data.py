@@ -166,6 +166,7 @@ def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: P
                 progress.show(tally.rows)
         tally.check(what, found)
         counts[use].layouts, counts[use].untrained = dict(tally.layouts), tally.left_out()
+        counts[use].odd = tally.odd.summary()
         counts[use].empty = tally.empty(found)
         counts[use].notes += tally.notes(what, recipe.data)
         for split in splits:

@@ -18,9 +18,9 @@ import numpy
 from distft.config.recipe import Recipe
 from distft.data.formats import IGNORE, Example, Formatter
 from distft.data.layouts import Layout
-from distft.data.problems import SHOWN, RowProblem
+from distft.data.problems import SHOWN, RowProblem, Summary
 from distft.data.readers import Batch
-from distft.data.reading import LeftOutRows, Tally, examples
+from distft.data.reading import Tally, examples
 from distft.data.sources import Use
 from distft.errors import DataError, RunError
 from distft.runs.processes import die_with_parent
@@ -53,7 +53,8 @@ class Counts:
     thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
     notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
     layouts: dict[str, int] = field(default_factory=dict)  # rows by their format
-    untrained: LeftOutRows = field(default_factory=dict)  # rows that say so
+    untrained: Summary = field(default_factory=dict)  # rows that say so
+    odd: Summary = field(default_factory=dict)  # rows that may not be meant
     empty: list[str] = field(default_factory=list)  # files without rows
     mix: list[tuple[str, int, int]] = field(default_factory=list)  # of each source: its path, its rows, and those taken
 

@@ -105,7 +105,9 @@ class _Reader:
         report, counts, first = self._report(), Counts.of(self.recipe), FirstRows(self.found, self.recipe.data, size)
         tally, own = Tally(), Tally()  # of all rows that are read, and of those of this split
         have = [0] * len(self.found)  # rows of each source that are trained
+        seen = set[str]()  # the formats of files, whether their rows fit or not
         for number, batch, layout in first:
+            seen |= {str(layout)} if layout.seen_at else set()
             for place, example in examples(batch, layout, self.rows.formatter, tally):
                 if self.rows.held_out and self._holds_out(example) != self.is_held_out:
                     report.elsewhere += 1
@@ -120,12 +122,12 @@ class _Reader:
         report.read, report.all_read, report.which = tally.rows, first.is_whole, first.which(tally.rows)
         if report.mixed and report.all_read:
             counts.mix = taken([one.source for one in self.found], have)
-        report.format, report.not_used = ", ".join(tally.layouts), tally.not_used()
+        report.format, report.not_used = ", ".join(tally.layouts or sorted(seen)), tally.not_used()
         counts.layouts, counts.notes = dict(tally.layouts), self.rows.notes()
         if self.is_held_out:  # what concerns all rows is in the report of data.train
             tally.problems = Problems()
         else:
-            counts.untrained = tally.left_out()
+            counts.untrained, counts.odd = tally.left_out(), tally.odd.summary()
             if report.all_read:
                 counts.empty = tally.empty(self.found)
                 counts.notes += tally.notes(self.what, self.recipe.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.data.reading import empty_lines, left_out_lines
+from distft.data.reading import empty_lines, left_out_lines, odd_lines
 from distft.planner.plan import Plan, RecipePlan
 from distft.runs import measured
 from distft.runs.directory import RunDir
@@ -80,6 +80,7 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
             for path, have, taken in count["mix"]
         ]
         lines += left_out_lines(split, count["untrained"])
+        lines += odd_lines(split, count["odd"])
         lines += empty_lines(split, count["empty"])
         if count["long_rows"] and count["done"]:  # else they are an error
             were, (place, tokens) = "was" if count["long_rows"] == 1 else "were", count["examples"][0]

@@ -174,11 +174,8 @@ def report(**changes: Any) -> dict[str, Any]:
         "lengths": [3, 250, 999],
         "max_length": 1024,
     }
-    return {
-        "train": found
-        | {"counts": counts | {"notes": [], "mix": [], "untrained": {}, "empty": []}, "problems": [], "shown": [row]}
-        | changes
-    }
+    counts |= {"notes": [], "mix": [], "untrained": {}, "odd": {}, "empty": []}
+    return {"train": found | {"counts": counts, "problems": [], "shown": [row]} | changes}
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
@@ -233,6 +230,12 @@ def test_the_sample_is_shared_among_sources_and_files(tiny: Tiny, tmp_path: Path
         problems = show(recipe, ["train"], None, 8)["train"]["problems"]
         assert problems[0].startswith(f"{tmp_path}/{name}:2: ")
         (tmp_path / name).write_text(whole)
+
+
+def test_the_format_is_told_where_no_row_fits(tiny: Tiny, tmp_path: Path) -> None:
+    done = run(tiny, tmp_path, [[user("x")]] * 3)
+    assert "data.train: all 3 rows; messages (messages)" in done.stdout
+    assert "no-assistant-turn 3" in done.stderr
 
 
 def test_rows_are_checked_in_every_file(tmp_path: Path) -> None:

@@ -393,7 +393,11 @@ def test_roles() -> None:
     assert found == [{"role": "system", "content": "S"}, USER, ANSWER]
     row = {"conversations": [{"from": "npc", "value": "q"}, {"from": "gpt", "value": "a"}]}
     assert messages(row, roles={"npc": "user"}) == [USER, ANSWER]
-    assert problem(row).startswith('role-unknown: conversations[0].from: got "npc", need one of human, user, gpt')
+    row = {"conversations": [{"from": name, "value": "q"} for name in ("npc", "gpt", "boss")]}
+    said = problem(row, roles={"boss": "user"})
+    assert said.startswith('role-unknown: conversations: got the role "npc", need some of human, user, gpt')
+    assert said.endswith("; if that is who they are, set data.roles: {boss: user, npc: user}")
+    assert problem(row).endswith("data.roles: {npc: user, boss: user}")
 
 
 def test_the_most_specific_format_is_taken() -> None:
@@ -445,12 +449,49 @@ def test_rows_may_lack_what_others_have() -> None:
             {},
             "missing: completion: got nothing, need a string; the row has prompt",
         ),
-        ({"text": "x"}, {"format": "messages"}, "missing: messages: got nothing, need a list of {role, content}"),
-        ({"text": "x"}, {"format": "sharegpt"}, "missing: messages: got nothing, need a list of {role, content}"),
-        ({"text": "x"}, {"format": "alpaca"}, "missing: instruction: got nothing, need a string; the row has text"),
-        ({"text": "x"}, {"format": "prompt_completion"}, "missing: prompt: got nothing, need a string"),
-        ({"prompt": "x"}, {"format": "text"}, "missing: text: got nothing, need a string; the row has prompt"),
-        ({"text": "x"}, {"format": "tokens"}, "missing: input_ids: got nothing, need a list of integers"),
+        (
+            {"text": "x"},
+            {"format": "messages"},
+            "missing: data.format: messages: no row has messages; they have text, which is text; set data.format: text",
+        ),
+        ({"text": "x"}, {"format": "sharegpt"}, "missing: data.format: sharegpt: no row has messages; they have text"),
+        ({"text": "x"}, {"format": "alpaca"}, "missing: data.format: alpaca: no row has instruction or output; they"),
+        ({"text": "x"}, {"format": "prompt_completion"}, "no row has prompt or completion; they have text, which is"),
+        ({"prompt": "x"}, {"format": "text"}, "missing: data.format: text: no row has text; they have prompt"),
+        ({"text": "x"}, {"format": "tokens"}, "missing: data.format: tokens: no row has input_ids; they have text"),
+        (
+            {"instruction": "x", "output": "y"},
+            {"columns": {"prompt": "question", "completion": "answer"}},
+            "missing: data.columns: no row has question or answer; they have instruction, output, which is alpaca; "
+            "remove data.columns, or name columns that the rows have",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            {},
+            "empty: messages: the assistant's turn is empty; write its answer, mark the turn",
+        ),
+        (
+            {"prompt": [USER, {"role": "assistant", "content": ""}, USER], "completion": [ANSWER | {"content": ""}]},
+            {},
+            "empty: prompt: assistant turn 2 of 2 is empty",
+        ),
+        (
+            {"messages": [{"speaker": "user", "text": "x"}, {"speaker": "assistant", "text": "y"}]},
+            {},
+            "role: messages: no message has role; they have speaker, text; set data.columns: {role: speaker, content: "
+            "text}",
+        ),
+        (
+            {"messages": [{"role": "user", "body": "x"}, {"role": "assistant", "body": "y"}]},
+            {},
+            "content: messages: no message has content; they have role, body; set data.columns: {role: role, content: "
+            "body}",
+        ),
+        (
+            {"messages": [{"rol": "user", "content": "x"}, ANSWER]},
+            {},
+            "role: messages[0].role: got nothing, need a string; the message has rol, content; rename rol to role",
+        ),
         ({"text": 5}, {}, "not-a-string: text: got 5, need a string"),
         ({"prompt": "x", "completion": ""}, {}, "empty: completion: empty"),
         ({"instruction": " ", "output": "a"}, {}, "empty: instruction: empty"),
@@ -622,12 +663,13 @@ def test_names_that_are_mistyped_in_columns(tmp_path: Path) -> None:
     )
     names = {"messages": "dialog", "role": "speaker", "content": "says"}
     for name, column, said in (
-        ("messages", "dialogg", "a.jsonl:1: dialogg: got nothing, need a list of {speaker, says}; the row has dialog"),
-        ("role", "speakr", "a.jsonl:1: dialog[0].speakr: got nothing, need a string; the message has speaker, says"),
-        ("content", "say", "a.jsonl:1: dialog[0].say: got nothing, need a string; the message has says"),
+        ("messages", "dialogg", "a.jsonl:1: data.columns: no row has dialogg; they have dialog; did you mean dialog?"),
+        ("role", "speakr", "a.jsonl:1: dialog: no message has speakr; they have speaker, says; set data.columns: "),
+        ("content", "say", "a.jsonl:1: dialog: no message has say; they have speaker, says; set data.columns: "),
     ):
         changed = {"columns": names | {name: column}, "roles": {"bot": "assistant"}}
-        assert f"{said}; did you mean {names[name]}?" in refusal(path, **changed)
+        found = refusal(path, **changed)
+        assert said in found and (name == "messages" or "{role: speaker, content: says}" in found)
     more = {"columns": names | {"system": "dialogs"}, "roles": {"bot": "assistant"}}  # one that a row need not have
     assert check_files(recipe(train=str(path), **more))[-1] == (
         "warning: data.columns: system: no row of data.train has dialogs; did you mean dialog?"
@@ -647,6 +689,13 @@ def test_fields_that_are_not_used_are_told(tmp_path: Path) -> None:
     assert lines[-1] == "data.train: not used: prompt"
 
 
+def test_conversations_without_the_user_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER]}, *[{"messages": [ANSWER]}] * 2])
+    assert check_files(recipe(train=str(path)))[-1] == (
+        f"warning: data.train: 2 rows without a user turn; the first: {path}:2"
+    )
+
+
 def test_rows_that_are_in_a_list_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"version": 1, "data": [{"prompt": "q", "completion": "a"}]}))
@@ -660,12 +709,15 @@ def test_roles_that_are_unknown(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "customer", "content": "q"}, {"role": "assistant_bot", "content": "a"}]}]
     path = write(tmp_path / "a.jsonl", rows)
     nothing = "a.jsonl:1: messages: no assistant turn, so nothing to train on; got the roles customer, "
-    assert refusal(path).startswith(
-        f"{nothing}assistant_bot; if assistant_bot is the assistant, set data.roles: {{assistant_bot: assistant}}\n"
-    )
-    assert refusal(path, roles={"assistant_bot": "assitant"}).startswith(
-        f"{nothing}assitant; if assistant_bot is the assistant, set data.roles: {{assistant_bot: assistant}}\n"
-    )
+    whole = "if that is who they are, set data.roles: {customer: user, assistant_bot: assistant}\n"
+    assert refusal(path).startswith(f"{nothing}assistant_bot; {whole}")
+    assert "customer: user" in (said := refusal(path, roles={"assistant_bot": "assitant"}))
+    assert said.startswith(f"{nothing}assitant; ") and "assistant_bot: assistant" in said
+    others = [{"role": role, "content": "x"} for role in ("developer", "human", "bot")]
+    said = refusal(write(path, [{"messages": others}]))
+    assert "; if that is who they are, set data.roles: {human: user, bot: assistant}\n" in said
+    others = [{"role": role, "content": "x"} for role in ("User", "Assistant")]
+    assert "set data.roles: {User: user, Assistant: assistant}\n" in refusal(write(path, [{"messages": others}]))
     said = refusal(write(path, [{"messages": [USER]}]))
     assert said.startswith("a.jsonl:1: messages: no assistant turn, so nothing to train on; got the role user\n")
     said = refusal(write(path, [{"prompt": "q", "completion": [{"role": "agent", "content": "a"}]}]))

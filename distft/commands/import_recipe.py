@@ -12,6 +12,11 @@ from distft.importers.draft import Draft, in_words
 from distft.importers.kinds import read_command, read_file
 
 STANDARD_OUTPUT = "-"
+_FILL_IN = {
+    "name": "what the run is called",
+    "model.name_or_path": "a folder, or a hub id: owner/name",
+    "data.train": "a file, a folder, or a hub id: owner/name",
+}
 
 
 def import_recipe(
@@ -20,7 +25,7 @@ def import_recipe(
     """What becomes of a file, or of a command line (several words), as a recipe in the folder of `output`.
 
     Args:
-        partial: what comes of it must be a recipe, even if options are refused.
+        partial: what comes of it is written even if options are refused, with comments for what it lacks.
 
     Raises:
         RecipeError: it cannot be read, or is no training file; or what comes of it is no recipe.
@@ -36,7 +41,7 @@ def import_recipe(
     if cluster_out and draft.cluster is None:
         raise RecipeError(f"--cluster-out: {draft.kind}'s file says nothing of the machines")
     if partial or not draft.refused:
-        draft.check()
+        draft.check(partial and bool(draft.refused))
     if output == STANDARD_OUTPUT and draft.template is not None:
         draft.warn(f"data.chat_template: {draft.template_file} is written beside a recipe alone: name a file with -o")
     return draft
@@ -95,6 +100,9 @@ def recipe_text(draft: Draft) -> str:
     if draft.refused:
         lines.append("Not the same training: this recipe lacks")
         lines += [f"  {in_words(item.option, item.value)} ({item.why})" for item in draft.refused]
+    if draft.refused and draft.lacks() and not draft.is_part:
+        lines.append("To be filled in, before it is a recipe")
+        lines += [f"  {name}: {_FILL_IN[name]}" for name in draft.lacks()]
     return "".join(map(_comment, lines)) + dump_data(draft.recipe())
 
 

@@ -42,7 +42,10 @@ def read(options: Options) -> None:
         options.set("data.train_on", "train_on_inputs", "all")
     data_sets = options.groups("datasets")
     if any(options.is_on(name) for name in ("rl", "reward_model", "process_reward_model")):
-        options.taken |= {"test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "chat_template"}
+        if data_sets:
+            options.drop("datasets", "its rows are not examples; name others in data.train")
+        of_rows = ("test_datasets", "val_set_size", "eval_steps", "evals_per_epoch", "chat_template")
+        options.drop_all(dict.fromkeys(of_rows, "concerns rows that are not trained on"))
         return  # refused as a whole
     if not data_sets and not options.is_on("pretraining_dataset"):
         draft.problems.append(f"datasets is missing ({draft.file.name})")

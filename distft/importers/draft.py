@@ -18,6 +18,8 @@ from distft.config.recipe import Recipe
 from distft.config.schema_text import show
 
 ANCESTORS = 4  # how many folders above a file are searched for what it names
+# Without these there is no recipe, and what stands for them while the rest is checked.
+_NEEDED = {"name": "part", "model.name_or_path": "a-model", "data.train": "owner/name"}
 _DATA_FIELD = next(field for field in PATH_FIELDS if field.steps == ("data", "train"))
 _MODEL_FIELD = next(field for field in PATH_FIELDS if field.steps == ("model", "name_or_path"))
 
@@ -169,28 +171,33 @@ class Draft:
 
     # ---- the result
 
-    def recipe(self) -> dict[str, Any]:
-        """The recipe as nested groups, in the order of the recipe's fields."""
+    def lacks(self) -> list[str]:
+        """The fields that the recipe needs and does not have."""
+        return [name for name in _NEEDED if name not in self.fields]
+
+    def recipe(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The recipe as nested groups, in the order of the recipe's fields. `more`: further fields."""
+        fields = self.fields | dict(more or {})
         result: dict[str, Any] = {}
-        for name in sorted(self.fields, key=_order):
+        for name in sorted(fields, key=_order):
             *groups, last = name.split(".")
             group = result
             for step in groups:
                 if not isinstance(group.get(step), dict):
                     group[step] = {}
                 group = group[step]
-            group[last] = self.fields[name]
+            group[last] = fields[name]
         return result
 
-    def check(self) -> None:
-        """Load the recipe as `validate` would.
+    def check(self, partial: bool = False) -> None:
+        """Load the recipe as `validate` would. `partial`: it may lack the fields that it needs.
 
         Raises:
             RecipeError: it is not one. Models that are not on this machine are warnings here.
         """
         document = Document("recipe.yaml", Recipe)
-        rest = {"name": "part", "model": {"name_or_path": "a-model"}, "data": {"train": "owner/name"}}
-        document.parse(dump_data((rest if self.is_part else {}) | self.recipe()).encode())
+        rest = {name: _NEEDED[name] for name in self.lacks()} if self.is_part or partial else {}
+        document.parse(dump_data(self.recipe(rest)).encode())
         for steps in (("model", "name_or_path"), ("lora", "start_from")):
             text = document.get(steps)
             if isinstance(text, str) and not (self.target / Path(text).expanduser()).exists():

@@ -13,6 +13,7 @@ from importing import AXOLOTL, run, write_tokenizer
 
 from distft import importers
 from distft.config.loading import load_recipe
+from distft.errors import RecipeError
 from distft.models.vocabulary import control_tokens
 
 
@@ -49,12 +50,21 @@ def test_refused_options_write_nothing(here: Path) -> None:
     assert all(line.startswith("#") for line in head)
 
 
-def test_a_part_that_is_no_recipe_is_not_written(here: Path) -> None:
-    (here / "x.yml").write_text(yaml.safe_dump({**AXOLOTL, "rl": "dpo"}))  # its data sets are not those of examples
-    status, _, error = run("x.yml", "--gpus", "1", "--partial")
-    assert status == 2
-    assert "data.train: missing, need a string" in error
-    assert not Path("recipe.yaml").exists()
+def test_what_a_part_of_a_recipe_lacks_stands_at_its_top(here: Path) -> None:
+    options = {**AXOLOTL, "rl": "dpo", "chat_template": "chatml"}  # its data sets are not those of examples
+    (here / "x.yml").write_text(yaml.safe_dump(options))
+    status, out, error = run("x.yml", "--gpus", "1", "--partial")
+    assert status == 0, error
+    mapped, left = out.split("dropped, and what that means:")
+    assert "datasets" not in mapped and "chat_template" not in mapped and "datasets" in left
+    head = [line for line in Path("recipe.yaml").read_text().splitlines() if line.startswith("#")]
+    assert head[-2:] == [
+        "# To be filled in, before it is a recipe",
+        "#   data.train: a file, a folder, or a hub id: owner/name",
+    ]
+    with pytest.raises(RecipeError, match=r"data\.train: missing"):
+        load_recipe("recipe.yaml")
+    assert load_recipe("recipe.yaml", ["data.train=owner/name"]).model.name_or_path == "owner/model"
 
 
 def test_json(here: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 from distft.data.batches import BATCH, Objects, Row
 from distft.data.files import DataFile
@@ -29,6 +31,8 @@ def _csv_rows(file: DataFile) -> Iterator[Row]:
     with closing(blocks(file)) as data:
         lines = io.TextIOWrapper(io.BufferedReader(BlockStream(data)), encoding="utf-8-sig", newline="")
         first = lines.readline()
+        if first.lstrip().startswith(("{", "[")) and isinstance(_json(first), (dict, list)):
+            raise DataError(f"{file.name}: is JSON and no CSV; give it a name that ends in .jsonl")
         reader = csv.reader(itertools.chain([first], lines), delimiter=_separator(file, first), strict=True)
         number = 1
         try:
@@ -49,6 +53,13 @@ def _csv_rows(file: DataFile) -> Iterator[Row]:
                     yield place, RowProblem("fields-differ", text)
         except csv.Error as error:
             raise DataError(f"{file.name}:{number}: not CSV ({error})") from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _separator(file: DataFile, header: str) -> str:

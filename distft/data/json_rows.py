@@ -62,6 +62,9 @@ def read_json(file: DataFile) -> Iterator[Lines | Objects]:
     head = head.removeprefix(codecs.BOM_UTF8)
     start = head.lstrip()
     line = start.partition(b"\n")[0]
+    if file.kind == "jsonl" and line.strip() == b"{":  # the first line of an object that is spread over several
+        fix = "give it a name that ends in .json" if b"\n}" in start else "write each object on one line"
+        raise DataError(f"{file.name}: is JSON with objects over several lines, and .jsonl has one on each; {fix}")
     if start.startswith(b"[") or (file.kind == "json" and isinstance(_parse(line), RowProblem)):
         with closing(data):
             rows = _read_values(_Text(file, itertools.chain([head], data)))

@@ -166,14 +166,27 @@ def _unknown(samples: Mapping[str, Any]) -> NoReturn:
     if rows and isinstance(samples[rows][0], dict):
         raise RowProblem(
             "format-unknown",
-            f"got the fields {', '.join(samples)}; if {rows} is a conversation, set data.columns: {{messages: {rows}}}"
-            ", and if it holds the rows, save that list as a file",
+            f"got the fields {', '.join(samples)}; "
+            + (
+                f"{rows} holds the rows: save that list as a file"
+                if _is_list_of_rows(samples[rows])
+                else f"if {rows} is a conversation, set data.columns: {{messages: {rows}}}, and if it holds the rows, "
+                "save that list as a file"
+            ),
         )
     raise RowProblem(
         "format-unknown",
         f"got the fields {', '.join(samples) or '(none)'}; need messages, prompt + completion, instruction + output, "
         "text or input_ids; data.columns gives them other names, such as {messages: dialog} or {text: content}",
     )
+
+
+def _is_list_of_rows(values: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are rows in a format that is known."""
+    try:
+        return _format_of_fields(list(values[0]), values[0]) is not None
+    except RowProblem:  # preference data
+        return True
 
 
 def preference(row: Mapping[str, Any]) -> RowProblem:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from distft.config.paths import is_pattern, locate_data, matches
 from distft.config.recipe import Data, Source
+from distft.config.schema_text import closest
 from distft.data import splits
 from distft.data.files import COMPRESSIONS, KINDS, SUFFIXES, DataFile, Found, LeftOut, kind_of, named_file, why_not
 from distft.data.folder import Folder, local_folder
@@ -125,7 +126,9 @@ def _choose(files: Mapping[str, list[str]], wanted: str | None, use: Use, where:
     names = ", ".join(present)
     what = f"no split {wanted}" if wanted else "no split train" if use == "train" else "no split validation or test"
     base = re.sub(r":[^/:]*$", "", where)
-    raise DataError(f"{where}: {what}; it has {names}: name one after a colon, as in {base}:{present[0]}")
+    near = next((split for split in present if wanted and wanted in splits.KEYWORDS.get(split, ())), None)
+    near = near or (closest(wanted, present) if wanted else None) or present[0]
+    raise DataError(f"{where}: {what}; it has {names}: name one after a colon, as in {base}:{near}")
 
 
 def _find_on_hub(source: Source, use: Use) -> Found:

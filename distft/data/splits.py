@@ -21,7 +21,7 @@ IGNORED = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json"
 
 _SHARDS = re.compile(r"data/(?P<split>[^/]+)-[0-9]{5}-of-[0-9]{5}[^/]*\.[^/]*")
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
-_KEYWORDS = {
+KEYWORDS = {
     TRAIN: ("train", "training"),
     VALIDATION: ("validation", "valid", "dev", "val"),
     TEST: ("test", "testing", "eval", "evaluation"),
@@ -179,7 +179,7 @@ def _by_keyword(names: list[str]) -> tuple[dict[str, list[str]], str] | None:
     for forms, how in ((_IN_FOLDER_NAMES, "names of folders"), (_IN_FILE_NAMES, "names of files")):
         found = {
             split: _select(names, [form.format(word=word, sep=_SEPARATORS) for word in words for form in forms])
-            for split, words in _KEYWORDS.items()
+            for split, words in KEYWORDS.items()
         }
         if any(found.values()):
             return {split: files for split, files in found.items() if files}, how

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from distft.data.files import DataFile
+from distft.data.files import COMPRESSIONS, DataFile
 from distft.errors import DataError, MissingPartError, first_line
 
 BLOCK = 2**20  # bytes that are read at once
@@ -28,6 +28,18 @@ def _check_not_compressed(file: DataFile, head: bytes) -> None:
     for magic, suffix in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{file.name}: is compressed, and its name does not say so; add {suffix} to its name")
+
+
+def _check_compressed(file: DataFile) -> None:
+    """Raises DataError where a file is not compressed as its name says."""
+    if file.compression is None:
+        return
+    with file.local().open("rb") as stream:
+        head = stream.read(8)
+    own = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), None)
+    if head and (own is None or COMPRESSIONS[own] != file.compression):
+        fix = f"name it {own} instead" if own else "remove the last suffix of its name"
+        raise DataError(f"{file.name}: is not compressed with {file.compression}; {fix}")
 
 
 def _open(file: DataFile) -> AbstractContextManager[Any]:
@@ -76,6 +88,7 @@ def blocks(file: DataFile) -> Generator[bytes]:
     except PermissionError:
         raise DataError(f"{file.name}: cannot be read (permission denied)") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        _check_compressed(file)
         what = "cannot be decompressed" if file.compression else "cannot be read"
         fix = "; it is damaged, or only a part of it was copied" if file.compression else ""
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -700,7 +700,7 @@ def test_rows_that_are_in_a_list_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"version": 1, "data": [{"prompt": "q", "completion": "a"}]}))
     assert refusal(path).startswith(
-        "a.json:1: got the fields version, data; if data is a conversation, set data.columns: "
+        "a.json:1: got the fields version, data; data holds the rows: save that list as a file"
     )
 
 

@@ -306,10 +306,17 @@ def test_rows_that_are_wrong_are_found_all_at_once(tmp_path: Path) -> None:
         ("a.arrow", b"not really", ": not Arrow, or damaged ("),
         ("a.jsonl", gzip.compress(b"{}"), ": is compressed, and its name does not say so; add .gz to its name"),
         ("a.csv", b"\x28\xb5\x2f\xfd\x00", ": is compressed, and its name does not say so; add .zst to its name"),
-        ("a.parquet.gz", b"not gzip", ": cannot be decompressed (Not a gzipped file (b'no')); it is damaged, or only"),
-        ("a.jsonl.zst", b"not zstd", ": cannot be decompressed (ZSTD decompress failed"),
-        ("a.jsonl.xz", b"not xz", ": cannot be decompressed (Input format not supported by decoder)"),
-        ("a.jsonl.bz2", b"not bz2", ": cannot be decompressed (Invalid data stream)"),
+        ("a.parquet.gz", b"not gzip", ": is not compressed with gzip; remove the last suffix of its name"),
+        ("a.jsonl.gz", b"\x28\xb5\x2f\xfd\x00", ": is not compressed with gzip; name it .zst instead"),
+        ("a.jsonl.zst", b"not zstd", ": is not compressed with zstd; remove the last suffix of its name"),
+        ("a.jsonl.xz", b"not xz", ": is not compressed with xz; remove the last suffix of its name"),
+        ("a.jsonl.bz2", b"not bz2", ": is not compressed with bz2; remove the last suffix of its name"),
+        ("a.csv", b'{"text": "a"}\n{"text": "b"}\n', ": is JSON and no CSV; give it a name that ends in .jsonl"),
+        (
+            "a.jsonl",
+            b'{\n "text": "a"\n}\n',
+            ": is JSON with objects over several lines, and .jsonl has one on each; g",
+        ),
     ],
 )
 def test_files_that_are_wrong(tmp_path: Path, name: str, data: bytes, expected: str) -> None:

@@ -289,6 +289,8 @@ def test_the_split_that_is_taken(tmp_path: Path, names: str, use: Any, after: st
     [
         ("test.jsonl dev.jsonl", "train", "", "no split train; it has validation, test: name one after a colon"),
         ("train.jsonl", "train", ":test", "no split test; it has train"),
+        ("train.jsonl dev.jsonl", "train", ":valid", ":validation$"),
+        ("data/train-00000-of-00001.jsonl data/extra-00000-of-00001.jsonl", "train", ":extras", ":extra$"),
         ("a/sft.jsonl a/x.txt", "train", "@big", "no configuration big; it has none"),
         ("notes.txt", "train", "", "no data file in this folder; need .jsonl, .ndjson"),
         ("data/a+b-00000-of-00001.parquet", "train", "", "cannot be the name of a split"),

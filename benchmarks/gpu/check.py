@@ -309,7 +309,7 @@ def build(row: Row, size: Size, device: torch.device) -> tuple[Any, int]:
             config, dtype=torch.float32 if full else compute_dtype(recipe), attn_implementation=row.attention
         )
     parameters = sum(parameter.numel() for parameter in model.parameters()) - model.model.embed_tokens.weight.numel()
-    settings = quantization_config(recipe, "ddp")
+    settings = quantization_config(recipe, "ddp") if recipe.model.quantization else None
     if settings is not None:
         quantize(model, settings, device)
     if not full:

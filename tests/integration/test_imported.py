@@ -62,5 +62,6 @@ def test_what_was_imported_is_trained(tiny: Tiny, tmp_path: Path) -> None:
         count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     assert names == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
     assert plan["model"]["trainable_parameters"] == count
-    counts = cache.read_counts(cache.cache_folder(load_recipe(result.run_dir / "recipe.yaml")))["train"]
+    recipe = load_recipe(result.run_dir / "recipe.yaml")
+    counts = cache.read_counts(cache.cache_folder(recipe), recipe)["train"]
     assert counts["trained_tokens"] == counts["tokens"] - counts["documents"]  # nothing predicts a first token

@@ -75,7 +75,7 @@ def symbols(sizes: Any, tokens: int, row: int, rank: int) -> dict[str, int]:
             found[f"h·{name}"] = one["h"] * one[name]
             found[f"r·{name}"] = rank * one[name]
     if sizes.experts:
-        found |= {f"e·{name}": one["e"] * found[name] for name in ("h·m", "r·h", "r·m")}
+        found |= {f"e·{name}": one["e"] * found[name] for name in ("h·m", "r·h", "r·m") if name in found}
     return found
 
 

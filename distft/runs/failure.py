@@ -135,8 +135,10 @@ def _silent_rank(logs: Sequence[Path], recorded: Collection[int]) -> tuple[int, 
             number = int(code)
             spoke = number > 0 and int(rank) in recorded
             if number != -signal.SIGTERM and pid not in ended and not spoke:
-                found.append((number == -signal.SIGABRT, time, int(rank), number, node and int(node[1])))
-    return min(found)[2:] if found else None
+                # What waits for a lost rank aborts or exits later than that rank ended.
+                late = number > 0 or number == -signal.SIGABRT
+                found.append((late, time, number > 0, int(rank), number, node and int(node[1])))
+    return min(found)[3:] if found else None
 
 
 def _text(where: str, body: str, searched: str, log: object, run: RunDir) -> str:

@@ -373,7 +373,8 @@ def test_files_that_are_damaged_or_have_changed(lora: Result, tiny: Tiny, tmp_pa
     make_model(tmp_path / "gone", initializer_range=0.03)
     fails(RecipeError, "model.weights: its content has changed since the run was trained")
     config = json.loads((tmp_path / "gone" / "config.json").read_text())
-    (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    config["quantization_config"] = {"quant_method": "awq"}
+    (tmp_path / "gone" / "config.json").write_text(json.dumps(config))
     fails(RecipeError, "is stored quantized")
 
 

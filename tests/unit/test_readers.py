@@ -24,6 +24,8 @@ from distft.errors import DataError
 
 ROWS = [{"prompt": f"read {n} ", "completion": f'open, "path"\n{n} ünï 🙂'} for n in range(5)]
 
+GZIP = gzip.compress(b"{}", mtime=0)  # the time would be in the test's id
+
 
 def rows(path: Path) -> list[Any]:
     return [row for _, row in read_files([named_file(path)])]
@@ -304,7 +306,7 @@ def test_rows_that_are_wrong_are_found_all_at_once(tmp_path: Path) -> None:
         ("a.csv", b"a,b,a\n1,2,3\n", ":1: two columns are called 'a'; rename one"),
         ("a.parquet", b"", ": not parquet, or damaged (Parquet file size is 0 bytes)"),
         ("a.arrow", b"not really", ": not Arrow, or damaged ("),
-        ("a.jsonl", gzip.compress(b"{}", mtime=0), ": is compressed, and its name does not say so; add .gz to its name"),
+        ("a.jsonl", GZIP, ": is compressed, and its name does not say so; add .gz to its name"),
         ("a.csv", b"\x28\xb5\x2f\xfd\x00", ": is compressed, and its name does not say so; add .zst to its name"),
         ("a.parquet.gz", b"not gzip", ": is not compressed with gzip; remove the last suffix of its name"),
         ("a.jsonl.gz", b"\x28\xb5\x2f\xfd\x00", ": is not compressed with gzip; name it .zst instead"),

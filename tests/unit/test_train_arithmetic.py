@@ -240,7 +240,7 @@ def test_a_row_of_17_tokens_where_8_are_allowed(tiny: Tiny, how: str, documents:
     counts = Counts()
     found = list(fit("rows.jsonl:3", (list(range(17)), [True] * 17), recipe, counts))
     assert [ids for ids, _ in found] == documents
-    assert (counts.long_rows, counts.longest, counts.examples) == (1, 17, ["rows.jsonl:3: 17 tokens"])
+    assert (counts.long_rows, counts.longest, counts.examples) == (1, 17, [("rows.jsonl:3", 17)])
 
 
 # ---- numbers

@@ -141,22 +141,26 @@ def shape_of(
     sizes: Sizes,
     config: Mapping[str, Any],
     peft_experts: str | None = None,
+    trained: int | None = None,
 ) -> ModelShape:
     """A model with these parameters, counted.
+
+    Args:
+        trained: how many are trained, where that was counted on the model itself.
 
     Raises:
         PlanError: lora.target_modules names none of its layers.
     """
-    parameters = sum(tensor.size for tensor in tensors)
-    fixed = fixed_names(tensors)
-    trained = sum(tensor.size for tensor in tensors if tensor.name not in fixed)
-    if recipe.lora:
+    if trained is None and recipe.lora:
         rows = vocabulary_tensors(tensors, sizes.vocab_size)
         trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts)
         trained += new_token_count(recipe) * sum(tensor.shape[1] for tensor in rows)
+    elif trained is None:
+        fixed = fixed_names(tensors)
+        trained = sum(tensor.size for tensor in tensors if tensor.name not in fixed)
     return ModelShape(
         name=recipe.model.name_or_path,
-        parameters=parameters,
+        parameters=sum(tensor.size for tensor in tensors),
         trainable_parameters=trained,
         linear_parameters=sum(tensor.size for tensor in tensors if tensor.is_linear),
         hidden_size=sizes.hidden_size,

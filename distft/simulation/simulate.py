@@ -28,7 +28,7 @@ from distft.errors import SimulationError
 from distft.models.architecture import guess_sizes
 from distft.models.attention import planned_attention
 from distft.models.layout import Tensor
-from distft.models.shapes import ModelShape
+from distft.models.shapes import ModelShape, shape_of
 from distft.planner.memory import Memory, Peaks, put_together, zero_section
 from distft.planner.setting import Setting
 from distft.simulation import depth
@@ -170,20 +170,5 @@ def _kind(module: Any, path: str, name: str, shape: tuple[int, ...]) -> str:
 def _shape(
     recipe: Recipe, named: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], model: Any, trained: int
 ) -> ModelShape:
-    tensors, tied = named
     config = model.config.to_dict()
-    sizes = guess_sizes(config)
-    return ModelShape(
-        name=recipe.model.name_or_path,
-        parameters=sum(tensor.size for tensor in tensors),
-        trainable_parameters=trained,
-        linear_parameters=sum(tensor.size for tensor in tensors if tensor.is_linear),
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        vocab_size=sizes.vocab_size,
-        head_dim=sizes.head_dim,
-        sizes=sizes,
-        tensors=tensors,
-        config=config,
-        tied=tied,
-    )
+    return shape_of(recipe, *named, guess_sizes(config), config, trained=trained)

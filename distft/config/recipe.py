@@ -6,6 +6,7 @@ from it (schema_text.documented_schema). A field by itself is checked here; what
 
 from __future__ import annotations
 
+import re
 from math import ceil
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,12 @@ RunName = Annotated[
     StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100),
     Field(json_schema_extra={"x-pattern": "of letters, digits, `.`, `_` and `-`, not starting with `.` or `-`"}),
 ]
+
+
+def run_name(text: str, otherwise: str) -> str:
+    """A name for the run from any text (`my script` gives my-script), or `otherwise` where nothing is left of it."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:100] or otherwise
+
 
 # At most one field of each line may be set; an override of one replaces the file's value of another.
 EXCLUSIVE_FIELDS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -215,11 +214,6 @@ class Draft:
         lists = {name: [asdict(item) for item in getattr(self, name)] for name in ("mapped", "dropped", "refused")}
         cluster = {} if self.cluster is None else {"cluster": self.cluster}
         return {"kind": self.kind, "recipe": self.recipe(), **lists, "warnings": self.warnings, **cluster}
-
-
-def run_name(text: str) -> str:
-    """A name for the run from any text: what RunName allows."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:100] or "imported"
 
 
 def _order(name: str) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.document import MAX_BYTES
+from distft.config.recipe import run_name
 from distft.config.schema_text import Steps
 from distft.errors import RecipeError
 from distft.importers import (
@@ -20,7 +21,7 @@ from distft.importers import (
     torchtune,
     trl,
 )
-from distft.importers.draft import Draft, run_name
+from distft.importers.draft import Draft
 from distft.importers.options import Options, read_yaml
 
 Reader = Callable[[Options], None]
@@ -82,7 +83,7 @@ def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "re
             f"{', '.join(list(document.data)[:6])}{', ...' * (len(document.data) > 6)}"
         )
     draft = Draft(kind, path, target, gpus, stem)
-    draft.fields["name"] = run_name(path.stem)
+    draft.fields["name"] = run_name(path.stem, "imported")
     _READERS[kind](Options(draft, document.data, document.places))
     return _finished(draft)
 
@@ -110,7 +111,7 @@ def _command(words: Sequence[str], draft: Draft) -> Draft:
         lines = {steps: line for steps, line in document.places.items() if steps and steps[0] not in data}
         data = document.data | data
         draft.file = path
-    draft.fields["name"] = run_name(draft.file.stem)
+    draft.fields["name"] = run_name(draft.file.stem, "imported")
     options = Options(draft, data, lines)
     if command.config_file:
         _launcher(draft, command.config_file)

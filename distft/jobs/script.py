@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from distft.config.recipe import run_name
 from distft.errors import RecipeError
 from distft.shell import command_line
 
@@ -55,7 +56,7 @@ def script_command(words: Sequence[str], here: bool = True) -> ScriptCommand:
             f"script: {first} is no Python program; name the Python script that it starts: distft launch ... -- "
             "SCRIPT.py ARGS, or -- -m MODULE ARGS"
         )
-    return ScriptCommand((path, *rest), _name(Path(path).stem))
+    return ScriptCommand((path, *rest), run_name(Path(path).stem, "script"))
 
 
 def _without_python(python: str, rest: list[str], here: bool) -> ScriptCommand:
@@ -78,7 +79,7 @@ def _module(rest: list[str], here: bool) -> ScriptCommand:
         raise RecipeError(f"script: got -m {' '.join(rest[:1])}, need the name of a module: -m package.module ARGS")
     if here and (problem := _missing(rest[0])):
         raise RecipeError(f"script: -m {rest[0]}: {problem}")
-    return ScriptCommand(("-m", *rest), _name(rest[0].rpartition(".")[2]))
+    return ScriptCommand(("-m", *rest), run_name(rest[0].rpartition(".")[2], "script"))
 
 
 def _missing(module: str) -> str | None:
@@ -121,8 +122,3 @@ def _near(name: str) -> str:
         return ""
     module = f"; a module is named with -m: -- -m {name}" if re.fullmatch(r"\w+(\.\w+)+", name) else ""
     return f", and no program of that name on PATH{module}"
-
-
-def _name(stem: str) -> str:
-    """A run's name from a script's: `my script` gives my-script."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:100] or "script"

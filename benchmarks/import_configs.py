@@ -33,7 +33,6 @@ import yaml
 from model_configs import CONFIGS
 
 from distft.commands.import_recipe import recipe_text
-from distft.commands.planned import plan_any
 from distft.errors import DistftError, first_line
 from distft.importers.draft import Draft
 from distft.importers.kinds import KINDS, read_file
@@ -191,7 +190,7 @@ def plan(draft: Draft, name: str, gpus: int, target: Path, result: Result) -> No
     try:
         ranks = math.gcd(gpus, recipe["training"]["global_batch_size"])
         nodes = math.ceil(ranks / 8)
-        _, planned = plan_recipe(str(file), (), Target(nodes, ranks // nodes, gpu="H100"), make=plan_any)
+        _, planned = plan_recipe(str(file), (), Target(nodes, ranks // nodes, gpu="H100"))
     except DistftError as error:
         result.plan_errors[name] = first_line(error)
         return

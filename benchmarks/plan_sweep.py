@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-from distft.commands.planned import plan_any
 from distft.config.loading import load_recipe
 from distft.errors import DistftError, SimulationError
 from distft.hardware.devices import named_device
 from distft.hardware.topology import Topology
+from distft.jobs.planned import plan_any
 from distft.models.adaptable import left_out
 from distft.planner.search import Where
 from distft.rules import upstream

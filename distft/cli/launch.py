@@ -68,7 +68,6 @@ def launch(
     """
     from distft.commands.follow import describe_run
     from distft.commands.launch import Launch, RecipeLaunch, ScriptLaunch, dependency, must_fit
-    from distft.commands.planned import plan_any
     from distft.jobs.target import plan_recipe, plan_script
     from distft.runs.directory import RunDir
 
@@ -89,7 +88,7 @@ def launch(
         return
     planned: Launch
     if recipe:
-        loaded, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True, make=plan_any)
+        loaded, plan = plan_recipe(recipe, sets, target, need_weights=not dry_run, for_launch=True)
         if not (dry_run or force):
             must_fit(plan)
         after = after and dependency(after, target.runs_dir(loaded))
@@ -161,13 +160,12 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
 
     from distft.commands.launch import RecipeLaunch
     from distft.commands.launch import render as rendered
-    from distft.commands.planned import plan_any
     from distft.jobs.target import plan_recipe
     from distft.runs import attempts
     from distft.runs.directory import RunDir
     from distft.shell import quote
 
-    loaded, plan = plan_recipe(recipe, sets, target, make=plan_any)
+    loaded, plan = plan_recipe(recipe, sets, target)
     folder = Path(output).absolute()
     planned = RecipeLaunch(loaded, plan, target)
     rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong

@@ -34,11 +34,10 @@ def validate(recipe: str, sample: int, sets: tuple[str, ...], target: Target, as
     are rendered and tokenized as they are trained. `launch` does this to all rows.
     """
     from distft.commands.data import check_sample
-    from distft.commands.planned import plan_any
     from distft.data.reading import are_here
     from distft.jobs.target import plan_recipe
 
-    loaded, plan = plan_recipe(recipe, sets, target, make=plan_any)
+    loaded, plan = plan_recipe(recipe, sets, target)
     checked = check_sample(recipe, sets, loaded, sample, plan.data)
     plan = replace(plan, warnings=(*plan.warnings, *checked.warnings), data=(*plan.data, *checked.lines))
     if as_json:

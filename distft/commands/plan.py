@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distft.commands.planned import plan_any
 from distft.config.loading import read_recipe
+from distft.jobs.planned import plan_any
 from distft.jobs.target import Target
 from distft.planner import calibrate, limits
 from distft.planner.plan import RecipePlan

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distft.commands.launch import RecipeLaunch, must_fit
-from distft.commands.planned import plan_any
 from distft.errors import RecipeError
 from distft.jobs.target import Target, plan_recipe, target_of
 from distft.runs import checkpoints
@@ -42,7 +41,7 @@ def plan(run: RunDir, sets: Sequence[str], target: Target, force: bool = False, 
     if status.state and not status.finished:
         raise RecipeError(f"RUN: {run.path.name} is {status.state}; end it first with: distft cancel {run.path}")
     target = target_of(run, target)
-    recipe, planned = plan_recipe(str(run.recipe), sets, target, need_weights=True, for_launch=True, make=plan_any)
+    recipe, planned = plan_recipe(str(run.recipe), sets, target, need_weights=True, for_launch=True)
     if not force:
         must_fit(planned)
     newest = next(iter(checkpoints.complete(run)), None)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from distft.commands.follow import FOLLOW_SECONDS, Pace
 from distft.commands.launch import RecipeLaunch, render
-from distft.commands.planned import plan_any
 from distft.errors import RecipeError, RunError
 from distft.jobs.job import SlurmJob
 from distft.jobs.target import Target, plan_recipe
@@ -137,7 +136,7 @@ def plan(
     chosen = combinations(sweeps)
     launches = []
     for combination in chosen:
-        loaded = plan_recipe(recipe, [*sets, *combination], target, need_weights, for_launch=True, make=plan_any)
+        loaded = plan_recipe(recipe, [*sets, *combination], target, need_weights, for_launch=True)
         launches.append(RecipeLaunch(*loaded, target, after))
     return Sweep(launches[0].settings.name, cluster, chosen, launches)
 

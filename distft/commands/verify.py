@@ -20,9 +20,10 @@ from distft.config.recipe import Recipe, Strategy
 from distft.config.schema_text import closest, did_you_mean
 from distft.data.reading import check_files
 from distft.errors import DistftError, PlanError, RunError
+from distft.jobs.planned import plan_any
 from distft.jobs.target import CHECKED_ROWS, Target
 from distft.models.shapes import ModelShape, read_model_shape
-from distft.planner.plan import RecipePlan, make_plan, misfit
+from distft.planner.plan import RecipePlan, misfit
 from distft.runs.comparison import Comparison, LeftOut, Outcome, on_ranks
 from distft.runs.directory import RunDir
 from distft.runs.metrics import read_metrics
@@ -193,7 +194,7 @@ def _short(steps: int) -> list[str]:
 def _trial(path: str, sets: Sequence[str], strategy: str, ranks: int, usual: bool) -> Trial:
     """Raises PlanError where the run is not possible, or would repeat another."""
     recipe = load_recipe(path, [*sets, f"parallelism.strategy={strategy}"])
-    made = make_plan(recipe, Target(1, ranks).where(), need_weights=True)
+    made = plan_any(recipe, Target(1, ranks).where(), need_weights=True)
     if strategy not in ("auto", made.strategy):  # fsdp on one rank is planned as ddp
         raise PlanError(NOTHING_TO_SHARD)
     if usual and ranks == 1 and not KINDS[made.strategy].replicates and made.offload == "none":

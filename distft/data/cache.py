@@ -27,7 +27,7 @@ def cache_root() -> Path:
 def cache_folder(recipe: Recipe, root: str | None = None) -> Path:
     """The folder of a recipe's prepared data, under `root` or cache_root(). Its name digests all that goes into it."""
     versions = (_version(package) for package in ("transformers", "tokenizers", "trl"))
-    name = _digest(PREPARATION_VERSION, content_digest(recipe), *versions)
+    name = digest(PREPARATION_VERSION, content_digest(recipe), *versions)
     return (Path(root) if root else cache_root()) / "data" / name
 
 
@@ -60,14 +60,15 @@ def content_digest(recipe: Recipe) -> str:
     if data.chat_template:
         template = Path(data.chat_template)
         words.append(template.read_bytes() if template.is_absolute() else data.chat_template)
-    return _digest(*words)
+    return digest(*words)
 
 
 def _share(source: Source) -> list[object]:
     return [source.weight, source.rows, source.epochs]
 
 
-def _digest(*words: object) -> str:
+def digest(*words: object) -> str:
+    """A name for what these words say."""
     import hashlib  # only here: it loads OpenSSL, which takes longer than a plan
 
     digest = hashlib.sha256()

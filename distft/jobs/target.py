@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,9 @@ from distft.hardware.devices import (
     visible_gpus,
 )
 from distft.hardware.topology import Topology
+from distft.jobs.planned import plan_any
 from distft.jobs.script import script_command
-from distft.planner.plan import RecipePlan, ScriptPlan, make_plan, script_plan
+from distft.planner.plan import RecipePlan, ScriptPlan, script_plan
 from distft.planner.search import Where
 from distft.runs.directory import CLUSTER, RunDir
 from distft.runs.status import job_ids
@@ -109,7 +110,6 @@ def plan_recipe(
     target: Target = HERE,
     need_weights: bool = False,
     for_launch: bool = False,
-    make: Callable[[Recipe, Where, bool], RecipePlan] = make_plan,
 ) -> tuple[Recipe, RecipePlan]:
     """Load and plan a recipe, and check the rows of its data that is on this machine.
 
@@ -117,7 +117,6 @@ def plan_recipe(
         need_weights: refuse a model without weights; planning alone needs only its config.json.
         for_launch: refuse data that is not on this machine where a launch would read it from here. Otherwise, and for
             all other data, that is a warning of the plan.
-        make: plans it; commands/planned.py counts the memory of models that are not known.
 
     Raises:
         DistftError: the request is wrong.
@@ -125,7 +124,7 @@ def plan_recipe(
     loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
     # A data set of the hub may change while a run goes on, so the run's recipe names its commit.
     recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() else loaded.recipe
-    plan = make(recipe, target.where(), need_weights)
+    plan = plan_any(recipe, target.where(), need_weights)
     # Where this machine prepares the data, or nothing is started, some rows are enough.
     data = check_files(recipe, None if for_launch and not target.prepares_data() else CHECKED_ROWS)
     return recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings), data=tuple(data))

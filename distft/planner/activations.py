@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distft.config.recipe import Recipe
+    from distft.models.architecture import Sizes
     from distft.models.layout import Tensor
     from distft.models.shapes import ModelShape
     from distft.planner.setting import Setting
@@ -77,6 +78,23 @@ def symbols(sizes: Any, tokens: int, row: int, rank: int) -> dict[str, int]:
     if sizes.experts:
         found |= {f"e·{name}": one["e"] * found[name] for name in ("h·m", "r·h", "r·m") if name in found}
     return found
+
+
+def filled(sizes: Sizes) -> Sizes:
+    """The sizes of an unknown family, with a usual value for each that its config.json does not say: what is planned
+    with them is a guess."""
+    h, experts = sizes.hidden_size or 0, sizes.experts
+    heads = sizes.num_attention_heads or max(1, h // 128)
+    return replace(
+        sizes,
+        num_attention_heads=heads,
+        num_key_value_heads=sizes.num_key_value_heads or heads,
+        head_dim=sizes.head_dim or h // heads,
+        intermediate_size=sizes.intermediate_size
+        or (experts and experts.num_experts_per_tok * experts.intermediate_size)
+        or 4 * h,
+        vocab_size=sizes.vocab_size or 1,
+    )
 
 
 def kept_in_backward(saved: Polynomial, checkpointing: bool) -> Polynomial:
@@ -171,9 +189,9 @@ def peaks(
         chosen: names of the weights that have adapters.
         block: tensors of one block.
     """
-    sizes = model.sizes
-    if not (sizes.hidden_size and sizes.num_hidden_layers and sizes.num_attention_heads and sizes.vocab_size):
+    if not (model.sizes.hidden_size and model.sizes.num_hidden_layers):
         return {}
+    sizes: Any = model.sizes if model.is_known else filled(model.sizes)
     mode = mode_of(recipe, setting)
     table = polynomials(model.model_type or "", mode)
     value = symbols(sizes, setting.micro_batch_size * row, row, recipe.lora.r if recipe.lora else 1)

@@ -28,7 +28,10 @@ class Limits:
 
 
 def limits(search: Search, chosen: Candidate) -> Limits:
-    """The limits of the chosen strategy, with gradient checkpointing where the recipe leaves that open."""
+    """The limits of the chosen strategy, with gradient checkpointing where the recipe leaves that open; none are known
+    where the memory is a guess."""
+    if search.guesses:
+        return Limits(None, None, None)
     setting, world = chosen.setting, search.where.topology.world_size
     asked = search.recipe.training.gradient_checkpointing
     checkpointing = True if asked == "auto" else asked
@@ -88,7 +91,10 @@ def _fits_on(search: Search, topology: Topology, length: int | None = None) -> b
 
 
 def would_fit(search: Search) -> list[str]:
-    """For a recipe that does not fit: single changes to it with which it does, the most useful ones first."""
+    """For a recipe that does not fit: single changes to it with which it does, the most useful ones first. None where
+    that would be a guess."""
+    if search.guesses:
+        return []
     recipe, found = search.recipe, []
     changes: list[tuple[str, Recipe]] = []
     if recipe.lora is None:

@@ -250,10 +250,11 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         elements = sum(sum(trained(tensor)) for tensor in tensors)
         return Unit(sum(map(frozen, tensors)) + low * elements, elements)
 
-    embedding = next(tensor for tensor in model.tensors if tensor.kind == "embedding")
+    embedding = next((tensor for tensor in model.tensors if tensor.kind == "embedding"), None)
     tied = not any(tensor.kind == "output" for tensor in model.tensors)
     stack = blocks(model.tensors)
-    inside = {tensor.name for block in stack for tensor in block} | (set() if tied else {embedding.name})
+    first = [embedding] if embedding and not tied else []
+    inside = {tensor.name for block in stack for tensor in block} | {tensor.name for tensor in first}
     modules: Counter[str] = Counter()
     for tensor in model.tensors:
         modules[tensor.name.rpartition(".")[0]] += frozen(tensor) or low * tensor.size
@@ -267,13 +268,13 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         parameters=model.parameters,
         frozen_bytes=sum(map(frozen, model.tensors)),
         trained=sum(everything),
-        largest_trained=max(everything),
+        largest_trained=max(everything, default=0),
         low=low,
-        largest_module=max(modules.values()),
+        largest_module=max(modules.values(), default=0),
         bnb_bytes=sum(
             bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
         ),
-        embedding=unit([] if tied else [embedding]),
+        embedding=unit(first),
         block=max(map(unit, stack), key=lambda unit: unit.bytes, default=Unit(0, 0)),
         tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
         small_bytes=low * small,

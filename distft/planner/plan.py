@@ -69,14 +69,24 @@ class RecipePlan(Plan):
     @property
     def guessed(self) -> bool:
         """Whether its memory rests on another family's activations."""
-        return not self.simulated and not self.model.is_known
+        return self.search.guesses
+
+    @property
+    def how(self) -> str:
+        """How its memory is known, in words."""
+        return "counted" if self.simulated else "a guess" if self.guessed else "estimated"
 
     @property
     def fits(self) -> bool | None:
-        """None: not known. A guess may only say that it does not fit, where the states alone are too much."""
-        if self.guessed and self.memory.states <= self.device.memory:
+        """None: not known."""
+        return self.verdict(self.chosen)
+
+    def verdict(self, candidate: Candidate) -> bool | None:
+        """Whether a candidate fits; None: not known. A guess may only say that it does not fit, where the states alone
+        are too much."""
+        if self.guessed and candidate.memory.states <= self.device.memory:
             return None
-        return self.chosen.fits
+        return candidate.fits
 
     @property
     def recipe(self) -> Recipe:
@@ -145,7 +155,7 @@ def make_plan(
     reasons: list[str] = []
     warnings = _warnings(where.topology, where.device)
     counted = search.estimator.is_counted
-    if not counted and not model.is_known:
+    if search.guesses:
         warnings.append(
             f"what {model.model_type} models keep of a training step is not known here: their memory is a guess, and "
             "may be far too low"
@@ -169,9 +179,10 @@ def make_plan(
         if recipe.training.use_liger_kernel:
             warnings.append("training.use_liger_kernel: the simulation runs transformers' own kernels, which keep more")
         chosen, candidates = _exactly(search, chosen, candidates, free=not strategy)
-    if not strategy:
-        reasons += _reasons(chosen, candidates)
-    reasons += _details(recipe, chosen, search)
+    if search.guesses:
+        reasons.append(f"{chosen.name}, micro_batch_size {chosen.batch.micro_batch_size}: by a guess of the memory")
+    else:
+        reasons += [*(_reasons(chosen, candidates) if not strategy else ()), *_details(recipe, chosen, search)]
     warnings += rules.warnings(search.case_of(chosen))
     plan = RecipePlan(
         topology=where.topology,
@@ -429,7 +440,7 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
         },
         "communication": _values(speed and speed.communication, "bytes_per_step", "seconds"),
         "time": _values(speed, "step_seconds", "tokens_per_second_per_gpu", "assumed_mfu", "flops_per_token"),
-        "candidates": [_candidate_json(candidate) for candidate in known.candidates] if known else [],
+        "candidates": [_candidate_json(c, known.verdict(c)) for c in known.candidates] if known else [],
         "reasons": list(plan.reasons),
         "warnings": list(plan.warnings),
         "assumptions": list(known.assumptions) if known else [],
@@ -437,11 +448,11 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, fits: bool | None) -> dict[str, Any]:
     return {
         **_values(candidate.setting, "strategy", "offload", "gradient_checkpointing", "micro_batch_size"),
         **_values(candidate.memory, "peak", "process", "host_per_node"),
-        "fits": candidate.fits,
+        "fits": fits,
         "step_seconds": candidate.speed.step_seconds,
         "rejected": candidate.rejected,
     }

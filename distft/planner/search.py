@@ -147,6 +147,11 @@ class Search:
         """The same search on more or fewer ranks."""
         return replace(self, where=replace(self.where, topology=topology))
 
+    @property
+    def guesses(self) -> bool:
+        """Whether the memory rests on another family's activations."""
+        return not self.estimator.is_counted and not self.model.is_known
+
     @cached_property
     def flops_per_token(self) -> float:
         return speed.flops_per_token(self.recipe, self.model, self.estimator.sizes)

@@ -55,7 +55,6 @@ def lines(plan: RecipePlan, limits: Limits, fixes: Sequence[str], width: int) ->
 
 def _verdict(plan: RecipePlan) -> str:
     where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
-    how = "counted" if plan.simulated else "a guess" if plan.guessed else "estimated"
     need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} per rank"
     if host := plan.memory.host_per_node:
         known = plan.chosen.host_memory
@@ -63,7 +62,7 @@ def _verdict(plan: RecipePlan) -> str:
     verdict = "does not fit" if not plan.fits else "fits" if plan.chosen.roomy else "fits tightly"
     if plan.fits is None:
         verdict = "not known whether it fits"
-    return f"{verdict}: {plan.chosen.name} on {where}, {need} ({how})"
+    return f"{verdict}: {plan.chosen.name} on {where}, {need} ({plan.how})"
 
 
 def _job(plan: RecipePlan, width: int) -> Iterator[str]:
@@ -180,6 +179,8 @@ def _memory(plan: RecipePlan, width: int) -> Iterator[str]:
 
 
 def _limits(plan: RecipePlan, limits: Limits) -> Iterator[str]:
+    if plan.guessed:
+        return
     f = limits.fewest_gpus
     if f:
         shape = f"{f.world_size} ({f.nnodes} x {f.nproc_per_node})"
@@ -200,7 +201,7 @@ def _limits(plan: RecipePlan, limits: Limits) -> Iterator[str]:
 def _changes(plan: RecipePlan) -> Iterator[str]:
     """Faster candidates that miss by little, and by how much."""
     chosen = plan.chosen
-    for c in plan.candidates:
+    for c in plan.candidates if not plan.guessed else ():
         faster = c.speed.step_seconds and chosen.speed.step_seconds and c.seconds < chosen.seconds / ABOUT
         if faster and not c.rejected and not c.host_excess and 0 < c.excess < c.capacity / 2:
             yield f"with {gib(c.excess)} more per rank {c.name} would fit, at about {short(c.seconds)} s per step"

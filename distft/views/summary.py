@@ -27,7 +27,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  {m.parameters:,} parameters, {m.trainable_parameters:,} trained")
         host = f", {gib(memory.host_per_node)} of host memory per node" if memory.host_per_node else ""
         lines.append(
-            f"  estimated: {gib(memory.process)} of {gib(plan.device.memory)} per rank{host}"
+            f"  {plan.how}: {gib(memory.process)} of {gib(plan.device.memory)} per rank{host}"
             + (f", {short(speed)} s per step" if speed else "")
         )
         lines += [f"  {line}" for line in plan.data]

@@ -465,8 +465,8 @@ def test_a_guess_never_says_that_it_fits(
     folder: Path, glm: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tiny: Tiny
 ) -> None:
     """As on a login node without distft[train]."""
-    from distft.commands import planned
     from distft.errors import MissingPartError, PlanError
+    from distft.jobs import planned
 
     def missing() -> None:
         raise MissingPartError("training needs torch")

@@ -13,12 +13,13 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from distft.config.loading import load_recipe
+from distft.planner.counting import Counted
 from distft.planner.memory import Memory
 from distft.planner.setting import Setting
 from distft.simulation import depth
 from distft.simulation.depth import sample
 from distft.simulation.fake_model import base, build, sizes_of
-from distft.simulation.simulate import Counted, simulate
+from distft.simulation.simulate import Traced, simulate
 from distft.simulation.trace import Trace, trace
 
 TOKENS, VOCABULARY, HIDDEN = 2 * 64, 480, 64
@@ -147,8 +148,8 @@ def test_one_block_of_each_kind(
     (tmp_path / "config.json").write_text(json.dumps(config))
     sets = [f"model.name_or_path={tmp_path}", "training.mixed_precision=bf16", "data.packing=false"]
     setting = Setting(strategy, micro_batch_size=2, world_size=2, shard_size=2 if strategy == "zero3" else 1)
-    some = Counted(recipe(folder, *sets))
-    found = some.exactly(setting)
+    some = Traced(wanted := recipe(folder, *sets))
+    found = Counted(wanted, some).exactly(setting)
     assert not some.sample.is_whole
     monkeypatch.setattr(depth, "sample", depth.whole)
     every = simulate(recipe(folder, *sets), setting)
@@ -158,7 +159,8 @@ def test_one_block_of_each_kind(
 
 
 def test_the_line_is_what_is_traced(folder: Path) -> None:
-    counted = Counted(recipe(folder, "training.mixed_precision=bf16", "training.global_batch_size=64"))
+    wanted = recipe(folder, "training.mixed_precision=bf16", "training.global_batch_size=64")
+    counted = Counted(wanted, Traced(wanted))
     for strategy in ("ddp", "zero3"):
         setting = Setting(strategy, micro_batch_size=16, world_size=2, shard_size=2 if strategy == "zero3" else 1)
         assert counted.memory(setting).peak == pytest.approx(counted.exactly(setting).peak, rel=0.02)
@@ -250,5 +252,5 @@ def test_time(folder: Path, model: str, limit: float) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, distft.commands.planned, distft.planner.sharding; sys.exit('torch' in sys.modules)"
+    code = "import sys, distft.jobs.planned, distft.planner.sharding; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

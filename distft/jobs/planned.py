@@ -11,7 +11,8 @@ from distft.config.recipe import Recipe
 from distft.errors import MissingPartError, PlanError, SimulationError
 from distft.models.architecture import is_known
 from distft.models.shapes import ModelShape, read_config, read_model_shape
-from distft.planner.memory import Estimates
+from distft.planner.counting import Counted, Counts
+from distft.planner.kept_counts import Kept
 from distft.planner.plan import RecipePlan, make_plan, refuse_other_kinds
 from distft.planner.search import Where
 
@@ -41,31 +42,38 @@ def plan_any(
     if need_weights:
         read_model_shape(recipe, need_weights)
     model: ModelShape | None = None
-    try:
-        extras.require()
-        # transformers and bitsandbytes warn about what does not matter here, and torch logs errors that are caught.
+    # transformers and bitsandbytes warn about what does not matter here, and torch logs errors that are caught.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
-        from distft.simulation.simulate import Counted
+        try:
+            counts = Kept(recipe, lambda: _count(recipe))
+            model = counts.model
 
-        counted = Counted(recipe)
-        model = counted.model
+            def estimate(wanted: Recipe, _: ModelShape) -> Counted:
+                return Counted(wanted, counts if wanted is recipe else Kept(wanted, lambda: _count(wanted)))
 
-        def estimate(wanted: Recipe, _: ModelShape) -> Estimates:
-            return counted if wanted is recipe else Counted(wanted)
-
-        return make_plan(recipe, where, compare=compare, measured=measured, model=model, estimate=estimate)
-    except (MissingPartError, SimulationError) as error:
-        if simulate:
+            return make_plan(recipe, where, compare=compare, measured=measured, model=model, estimate=estimate)
+        except (MissingPartError, SimulationError) as error:
+            why = error
+        finally:
+            logging.disable(logging.NOTSET)
+    if simulate:
+        raise why
+    if model is None:
+        try:
+            model = read_model_shape(recipe)
+        except PlanError:
+            if isinstance(why, SimulationError):
+                raise why from None
             raise
-        if model is None:
-            try:
-                model = read_model_shape(recipe)
-            except PlanError:
-                if isinstance(error, SimulationError):
-                    raise error from None
-                raise
-        made = make_plan(recipe, where, compare=compare, measured=measured, model=model)
-        return replace(made, warnings=(*made.warnings, f"the memory could not be counted: {error}"))
-    finally:
-        logging.disable(logging.NOTSET)
+    made = make_plan(recipe, where, compare=compare, measured=measured, model=model)
+    return replace(made, warnings=(*made.warnings, f"the memory could not be counted: {why}"))
+
+
+def _count(recipe: Recipe) -> Counts:
+    """Raises MissingPartError without distft[train], and SimulationError where the model cannot be counted."""
+    extras.require()
+    from distft.simulation.simulate import Traced
+
+    return Traced(recipe)

@@ -219,6 +219,7 @@ def _check_together(document: Document[Recipe]) -> None:
         document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")
     _check_columns(document, kind)
     _check_targets(document)
+    _check_train_only(document)
     for name in ("train", "eval"):
         _check_sources(document, ("data", name))
 
@@ -253,8 +254,21 @@ def _check_targets(document: Document[Recipe]) -> None:
         hint = near or f"; for layers of that name, write [{value}]"
         document.problem(steps, f"got {show(value)}, need all-linear, a list or a regular expression{hint}")
         return
+    _check_pattern(document, steps, value)
+
+
+def _check_train_only(document: Document[Recipe]) -> None:
+    steps: Steps = ("training", "train_only")
+    value = document.get(steps)
+    for n, pattern in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(pattern, str):
+            _check_pattern(document, (*steps, n), pattern, f"(?:{pattern})")
+
+
+def _check_pattern(document: Document[Recipe], steps: Steps, value: str, used: str | None = None) -> None:
+    """Check that a value, as it is `used`, is a regular expression."""
     try:
-        re.compile(value)
+        re.compile(used or value)
     except (re.error, RecursionError, OverflowError) as error:
         document.problem(steps, f"got {show(value)}, which is no regular expression ({error})")
 

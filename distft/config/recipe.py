@@ -244,6 +244,11 @@ class Training(Group):
     optim: Optim = "adamw_torch_fused"
     """Optimizer, by transformers' name. The 8-bit and paged ones come from bitsandbytes."""
 
+    train_only: list[NonEmpty] = []
+    """The part of the model that is trained, with `lora: null`; the rest is frozen, and comes out as it went in.
+    Regular expressions for whole names of parameters or modules: `[model\\.layers\\.-[12], lm_head]` trains the last
+    two layers, which can be counted from the end, and the output layer. Empty: all weights are trained."""
+
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """`bf16` needs Ampere or later (or a CPU), `fp16` needs a GPU, `no` is float32 throughout."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distft.errors import PlanError
-from distft.models.adaptable import left_out, not_trained, reason
+from distft.models.adaptable import left_out, reason
 from distft.models.layout import Tensor
 
 if TYPE_CHECKING:
@@ -173,10 +173,3 @@ def module_of(tensor: Tensor) -> str:
 
 def _names(tensors: Iterable[Tensor]) -> list[str]:
     return sorted({module_of(tensor).rpartition(".")[2] for tensor in tensors if tensor.is_linear})
-
-
-def fixed_names(tensors: Iterable[Tensor]) -> frozenset[str]:
-    """The tensors that are not trained without adapters either: text does not go through them."""
-    names = [tensor.name for tensor in tensors]
-    patterns = not_trained(names)
-    return frozenset(name for name in names if patterns and reason(name.rpartition(".")[0], patterns))

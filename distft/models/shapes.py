@@ -17,8 +17,9 @@ from typing import Any
 from distft.config.recipe import Recipe
 from distft.errors import MissingPartError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
-from distft.models.layout import Tensor
-from distft.models.lora import ADAPTER_CONFIG, fixed_names, left_out_layers, lora_parameters
+from distft.models.freezing import frozen, named, other_inputs
+from distft.models.layout import Tensor, blocks
+from distft.models.lora import ADAPTER_CONFIG, left_out_layers, lora_parameters
 from distft.models.quantization import disk_quantization, method
 from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
@@ -45,6 +46,7 @@ class ModelShape:
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json
     peft_experts: str | None = None  # see families.Family
     tied: tuple[Tensor, ...] = field(default=(), repr=False)  # weights shared with one of `tensors`
+    train_only: frozenset[str] | None = field(default=None, repr=False)  # tensors that training.train_only names
 
     @property
     def model_type(self) -> str | None:
@@ -56,9 +58,28 @@ class ModelShape:
         return left_out_layers((*self.tensors, *self.tied))
 
     @cached_property
-    def fixed(self) -> frozenset[str]:
+    def other_inputs(self) -> frozenset[str]:
         """Tensors that are never trained: text does not go through them."""
-        return fixed_names(self.tensors)
+        return other_inputs(tensor.name for tensor in self.tensors)
+
+    @cached_property
+    def fixed(self) -> frozenset[str]:
+        """Tensors that are not trained where there is no adapter."""
+        return frozen([tensor.name for tensor in self.tensors], self.train_only)
+
+    @cached_property
+    def backward_blocks(self) -> int:
+        """Blocks that gradients go through where there is no adapter: from the lowest that is trained, or has trained
+        embeddings below it, to the top."""
+        stack = blocks(tensor for tensor in self.tensors if tensor.name not in self.other_inputs)
+        inside = {tensor.name for block in stack for tensor in block}
+        if any(
+            tensor.name not in inside | self.fixed and (tensor.kind == "embedding" or "embed" in tensor.name)
+            for tensor in self.tensors
+        ):
+            return len(stack)
+        trained = (n for n, block in enumerate(stack) if any(tensor.name not in self.fixed for tensor in block))
+        return len(stack) - next(trained, len(stack))
 
     @property
     def is_known(self) -> bool:
@@ -149,14 +170,19 @@ def shape_of(
         trained: how many are trained, where that was counted on the model itself.
 
     Raises:
-        PlanError: lora.target_modules names none of its layers.
+        PlanError: lora.target_modules names none of its layers, or training.train_only none of its parameters.
     """
+    chosen = None
+    if recipe.lora is None:
+        names = [tensor.name for tensor in tensors]
+        embedding = next((tensor.name for tensor in tensors if tensor.kind == "embedding"), "")
+        chosen = named(names, recipe.training.train_only, {tensor.name: embedding for tensor in tied})
     if trained is None and recipe.lora:
         rows = vocabulary_tensors(tensors, sizes.vocab_size)
         trained = lora_parameters(recipe.lora, (*tensors, *tied), peft_experts)
         trained += new_token_count(recipe) * sum(tensor.shape[1] for tensor in rows)
     elif trained is None:
-        fixed = fixed_names(tensors)
+        fixed = frozen(names, chosen)
         trained = sum(tensor.size for tensor in tensors if tensor.name not in fixed)
     return ModelShape(
         name=recipe.model.name_or_path,
@@ -172,6 +198,7 @@ def shape_of(
         config=config,
         peft_experts=peft_experts,
         tied=tied,
+        train_only=chosen,
     )
 
 

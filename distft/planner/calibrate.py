@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from distft.config.document import load_yaml
+from distft.config.loading import validate
+from distft.config.recipe import Recipe
 from distft.errors import DistftError, PlanError
 from distft.hardware.devices import known_gpu
 from distft.planner import speed
@@ -36,7 +39,7 @@ def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
         )
     # This includes communication: a plan for another world size adds its own to it, and errs on the slow side.
     per_rank = found.tokens_per_second / plan["topology"]["world_size"]
-    lora = plan["model"]["trainable_parameters"] < plan["model"]["parameters"]
+    lora = validate(load_yaml(run.recipe, Recipe)).lora is not None
     return float(per_rank * per_token * speed.checkpointing_factor(lora, plan["gradient_checkpointing"]))
 
 

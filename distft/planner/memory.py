@@ -230,7 +230,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
 
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
-            return 4 * tensor.size if tensor.name in model.fixed else 0
+            return low * tensor.size if tensor.name in model.fixed else 0
         plain = model.model_type in NOT_QUANTIZED or is_kept(model.config, module_of(tensor))
         if quantization and tensor.is_linear and not plain:
             return stored_bytes(quantization, tensor.size, tensor.shape[0], model.config)
@@ -275,7 +275,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
             bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
         ),
         embedding=unit(first),
-        block=max(map(unit, stack), key=lambda unit: unit.bytes, default=Unit(0, 0)),
+        block=max(map(unit, stack), key=lambda unit: (unit.bytes, unit.trained), default=Unit(0, 0)),
         tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
         small_bytes=low * small,
         tied=tied,

@@ -50,18 +50,21 @@ class Speed:
 
 def flops_per_token(recipe: Recipe, model: ModelShape, sizes: Sizes) -> float:
     """Model FLOPs per trained token. For each weight that multiplies it: 2 forward and 4 backward, or 2 backward if the
-    weight is frozen (LoRA: no weight gradients). For attention: scores and values over half of the row, and
-    twice that backward (PaLM, arXiv 2204.02311, appendix B)."""
+    weight is frozen (LoRA, training.train_only: no weight gradients). For attention: scores and values over half of the
+    row, and twice that backward (PaLM, arXiv 2204.02311, appendix B). That nothing goes back below the lowest trained
+    layer is not counted: such a step takes less."""
     s = model.sizes
-    matmul = sum(_used(tensor, s) for tensor in model.tensors if len(tensor.shape) > 1 and tensor.kind != "embedding")
+    used = {t.name: _used(t, s) for t in model.tensors if len(t.shape) > 1 and t.kind != "embedding"}
     if sizes.tied and s.vocab_size and s.hidden_size:
-        matmul += s.vocab_size * s.hidden_size
-    adapters = sizes.trained if recipe.lora else 0
+        embedding = next((tensor.name for tensor in model.tensors if tensor.kind == "embedding"), "")
+        used[embedding] = s.vocab_size * s.hidden_size
+    matmul = sum(used.values())
+    trained = sum(size for name, size in used.items() if name not in model.fixed)
     attention = 0.0
     if s.num_attention_heads and s.head_dim and s.num_hidden_layers:
         length = min(recipe.data.max_length, s.sliding_window or recipe.data.max_length)
         attention = 2 * length * s.num_attention_heads * s.head_dim * s.num_hidden_layers
-    weights = (4 if recipe.lora else 6) * matmul + 6 * adapters
+    weights = 4 * matmul + (6 * sizes.trained if recipe.lora else 2 * trained)
     return weights + 3 * attention
 
 

@@ -58,6 +58,52 @@ def int8_has_no_dora(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "training.train_only with lora",
+    "distft/train/model.py, add_adapters: beside adapters the model is frozen",
+    "write lora: null, or leave training.train_only out",
+)
+def train_only_needs_no_lora(case: RecipeCase) -> str | None:
+    """Adapters are trained instead of the model's own weights. training.train_only names those of the model's own that
+    are trained, so it would have no effect.
+    """
+    return "training.train_only: got both it and lora" if case.recipe.lora and case.recipe.training.train_only else None
+
+
+@rule(
+    "training.train_only with reentrant gradient checkpointing",
+    "torch utils/checkpoint.py: None of the inputs have requires_grad=True. Gradients will be None; axolotl's "
+    "utils/schemas/validation.py refuses unfrozen_parameters with it",
+    "leave trainer.overrides.gradient_checkpointing_kwargs out",
+)
+def train_only_needs_plain_checkpointing(case: RecipeCase) -> str | None:
+    """Reentrant checkpointing looks only at the inputs of a block. Where all below it is frozen these need no gradient,
+    and the trained weights in the block would get none.
+    """
+    if not case.recipe.training.train_only or case.gradient_checkpointing is False:
+        return None
+    if look(case.trainer, "gradient_checkpointing_kwargs", "use_reentrant"):
+        return "trainer.overrides.gradient_checkpointing_kwargs: use_reentrant trains nothing above frozen layers"
+    return None
+
+
+@rule(
+    "model.add_tokens with a training.train_only that leaves out the embeddings or the output layer",
+    "distft/train/new_rows.py: rows of new tokens are part of these layers where there is no adapter",
+    "name these layers in training.train_only, too",
+)
+def new_tokens_must_be_trained(case: RecipeCase) -> str | None:
+    """A new token's rows start as the mean of its pieces', and would stay so: the model could not learn what the token
+    stands for, nor when to write it.
+    """
+    model = case.model
+    if case.recipe.lora or not case.recipe.model.add_tokens or model.train_only is None:
+        return None
+    rows = vocabulary_tensors(model.tensors, model.vocab_size)
+    frozen = ", ".join(module_of(tensor) for tensor in rows if tensor.name in model.fixed)
+    return f"training.train_only: it leaves out {frozen}, which have rows for model.add_tokens" if frozen else None
+
+
+@rule(
     "model.add_tokens with lora.target_modules that name the embeddings or the output layer",
     "peft 0.21.2 utils/other.py, TrainableTokensWrapper: it takes the place of the layer that the adapter is on",
     "name other layers, or train all weights with lora: null",
@@ -301,7 +347,7 @@ def liger_needs_a_gpu(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "gradient checkpointing with lora under zero3, unless it is reentrant",
+    "gradient checkpointing with lora or training.train_only under zero3, unless it is reentrant",
     "https://github.com/deepspeedai/DeepSpeed/pull/8148 and https://github.com/huggingface/transformers/issues/47254; "
     "fixed in 0.19.4 (runtime/zero/partitioned_param_coordinator.py:389)",
     "install deepspeed>=0.19.4, use zero2, or set trainer.overrides: {gradient_checkpointing_kwargs: "
@@ -315,6 +361,7 @@ def zero3_frees_frozen_weights_too_early(case: RecipeCase) -> str | None:
     reentrant one, as trl does.
     """
     reentrant = look(case.trainer, "gradient_checkpointing_kwargs", "use_reentrant")
-    if case.zero_stage == 3 and case.recipe.lora and case.gradient_checkpointing and not reentrant:
-        return "training.gradient_checkpointing: fails with lora under zero3 of this deepspeed"
+    frozen = case.recipe.lora or case.recipe.training.train_only
+    if case.zero_stage == 3 and frozen and case.gradient_checkpointing and not reentrant:
+        return "training.gradient_checkpointing: fails with frozen weights under zero3 of this deepspeed"
     return None

@@ -359,10 +359,13 @@ def some_layers_get_no_adapter(case: RecipeCase) -> str | None:
 )
 def only_the_language_model_is_trained(case: RecipeCase) -> str | None:
     """Rows are text, so image and audio encoders get no gradients: they stay as they are."""
-    if case.recipe.lora:
+    model = case.model
+    if case.recipe.lora or not model.other_inputs:
         return None
-    size = sum(tensor.size for tensor in case.model.tensors if tensor.name in case.model.fixed)
-    return f"lora: {size:,} weights, which text does not go through, are not trained" if size else None
+    names = model.other_inputs if model.train_only is None else model.other_inputs & model.train_only
+    size = sum(tensor.size for tensor in model.tensors if tensor.name in names)
+    field = "lora" if model.train_only is None else "training.train_only"
+    return f"{field}: {size:,} weights, which text does not go through, are not trained" if size else None
 
 
 def _names(paths: list[str]) -> str:

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 SAMPLE = 2**16  # bytes at both ends of a weights file, which identify it
 # What is stored in a checkpoint depends on these: not even --force makes another adapter fit it.
-FIXED = ("model", "lora", "training.optim")
+FIXED = ("model", "lora", "training.train_only", "training.optim")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
             else {"lora": None}
         ),
         **({"data": content_digest(recipe)} if with_data else {}),
+        "training.train_only": training.train_only or None,
         **{
             f"training.{name}": getattr(training, name)
             for name in (

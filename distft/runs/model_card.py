@@ -83,6 +83,8 @@ def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
     base, lora = f"`{_name(recipe.model.name_or_path)}`", recipe.lora
     if lora is None:
         what = f"All weights of {base}, fine-tuned"
+        if recipe.training.train_only:
+            what = f"{base}, fine-tuned in part (training.train_only below says in which; the rest is as it was)"
     else:
         kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
         on = f", trained on {recipe.model.quantization} weights" if recipe.model.quantization else ""

@@ -45,7 +45,10 @@ def whole(model: Any) -> Sample:
 def sample(model: Any) -> Sample:
     """One block of each kind, and the outermost ones."""
     blocks = list(blocks_of(model))
-    kinds = [_signature(block) for block in blocks]
+    kinds, goes_back = [], any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    for block in blocks:  # a frozen block keeps something where gradients go through it to what is below
+        kinds.append((goes_back, *_signature(block)))
+        goes_back = goes_back or any(p.requires_grad for p in block.parameters())
     depth = len(blocks)
     chosen = {0, min(1, depth - 1), max(0, depth - 2), depth - 1}
     chosen |= {_first(kinds, kind) for kind in kinds}
@@ -124,7 +127,11 @@ def extend(steps: Trace, wanted: Sample, extra: Counter[str]) -> Peaks:
     count, like = len(wanted.chosen), wanted.like
     numbers = [block_number(position, count) for position in range(count)]
     forward = [steps.starts["forward", number] for number in numbers] + [steps.starts["loss", None]]
-    backward = [steps.starts["end", None]] + [steps.starts["backward", number] for number in numbers]
+    end = steps.starts["end", None]
+    reached = [number for number in numbers if ("backward", number) in steps.starts]
+    if reached != numbers[count - len(reached) :]:
+        raise KeyError("a block above others has no gradient")
+    backward = [end] + [steps.starts.get(("backward", number), end) for number in numbers]
     saved = [forward[position + 1]["activations"] - forward[position]["activations"] for position in range(count)]
     kept = [backward[position + 1]["activations"] - backward[position]["activations"] for position in range(count)]
     added = [backward[position]["gradients"] - backward[position + 1]["gradients"] for position in range(count)]
@@ -152,6 +159,8 @@ def extend(steps: Trace, wanted: Sample, extra: Counter[str]) -> Peaks:
         position = like[block]
         number = numbers[position]
         found["forward", block] = more(steps.peaks["forward", number], beyond(saved, block, position), early)
+        if number not in reached:
+            continue
         above = sum(added[like[k]] for k in range(block + 1, depth)) - sum(added[position + 1 :])
         found["backward", block] = more(steps.peaks["backward", number], beyond(kept, block, position), early or above)
     return found

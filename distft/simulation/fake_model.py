@@ -19,7 +19,7 @@ from distft.planner import memory
 from distft.planner.sharding import Sizes, Unit
 from distft.strategies.deepspeed import PERSISTENT
 from distft.train.auto_class import auto_class
-from distft.train.model import add_adapters, compute_dtype, freeze_other_inputs
+from distft.train.model import add_adapters, compute_dtype, freeze
 
 
 def build(recipe: Recipe, dtype_regime: str, attn_implementation: str) -> Any:
@@ -28,7 +28,7 @@ def build(recipe: Recipe, dtype_regime: str, attn_implementation: str) -> Any:
 
 
 def base(recipe: Recipe, attn_implementation: str) -> Any:
-    """The base model on the meta device, without quantization and adapters.
+    """The base model on the meta device, without quantization and adapters; frozen where these are not asked for.
 
     Raises:
         PlanError: the config cannot be read, or transformers cannot build the model.
@@ -57,6 +57,8 @@ def base(recipe: Recipe, attn_implementation: str) -> Any:
             return base(recipe, "eager")  # `auto`, of a class that has FlashAttention only; eager keeps more
         raise failure(recipe, error, "built by the installed transformers") from error
     model.config.use_cache = False
+    if recipe.lora is None:
+        freeze(model, recipe)
     return model
 
 
@@ -95,9 +97,7 @@ def finish(recipe: Recipe, model: Any, dtype_regime: str) -> Any:
         ]
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
-    if not recipe.lora:
-        freeze_other_inputs(model)
-    else:
+    if recipe.lora:
         try:
             with torch.device("meta"), dequantized_for_dora():
                 model = add_adapters(model, recipe, range(new_token_count(recipe)))
@@ -233,7 +233,7 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         largest_trained=max(p.numel() for p in trained),
         low=low,
         embedding=unit([] if tied else list(embedding.parameters())),
-        block=max((unit(list(block.parameters())) for block in blocks), key=lambda unit: unit.bytes),
+        block=max((unit(list(block.parameters())) for block in blocks), key=lambda unit: (unit.bytes, unit.trained)),
         tail=unit([p for p in everything if id(p) not in inside]),
         largest_module=max(sum(size(p) for p in module.parameters(recurse=False)) for module in model.modules()),
         small_bytes=low * sum(p.numel() for p in everything if p.numel() < PERSISTENT),

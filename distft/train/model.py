@@ -15,8 +15,9 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError
-from distft.models.adaptable import left_out, not_trained, reason
+from distft.models.adaptable import left_out
 from distft.models.attention import no_flash_attention
+from distft.models.freezing import frozen, named
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
@@ -131,7 +132,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
         for config in (model.config.get_text_config(), model.generation_config):
             config.eos_token_id = eos_token_id
     if recipe.lora is None:
-        freeze_other_inputs(model)
+        freeze(model, recipe)
         return model
     model = add_adapters(model, recipe, tokens.ids)
     if KINDS[strategy].zero_stage == 3:
@@ -143,14 +144,19 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
     return model
 
 
-def freeze_other_inputs(model: PreTrainedModel) -> None:
-    """Freeze what text does not go through. Without gradients, DDP would wait for them, and AdamW's decay would shrink
-    them."""
-    names = [name for name, _ in model.named_parameters()]
-    if patterns := not_trained(names):
-        for name, parameter in model.named_parameters():
-            if reason(name.rpartition(".")[0], patterns):
-                parameter.requires_grad_(False)
+def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Freeze what training.train_only leaves out, and what text does not go through: DDP would wait for gradients of
+    the latter, and AdamW's decay would shrink them.
+
+    Raises:
+        PlanError: training.train_only names nothing of this model.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    shared = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    for name in frozen(parameters, named(parameters, recipe.training.train_only, shared)):
+        parameter = parameters[name].requires_grad_(False)
+        parameter.data = parameter.data.to(compute_dtype(recipe))
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = ()) -> Any:

@@ -24,6 +24,7 @@ from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
 from distft.train import before_training, worker
 from distft.train.auto_class import auto_class
+from distft.train.base_files import base_files
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
@@ -134,4 +135,5 @@ def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: A
         dtype=before_training.final_dtype(recipe),
         card=card,
         generation_config=model.eos_token is not None,
+        base_files=lambda: base_files(recipe),
     )

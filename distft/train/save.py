@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ def save_trained(
     dtype: torch.dtype | None,
     card: str | None = None,
     generation_config: bool = False,
+    base_files: Callable[[], TensorFiles] | None = None,
 ) -> None:
     """Gather what was trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
 
-    A whole model's generation config is beside it, an adapter's where asked for: it says which token ends a text.
+    What of a whole model is frozen comes from `base_files`, as it is there: a strategy may hold it in fewer bits. Its
+    generation config is beside it, an adapter's where asked for: it says which token ends a text.
 
     Collective: all ranks call it with the wrapped model; the one that `writes` writes. The folder appears complete or
     not at all.
@@ -39,7 +41,7 @@ def save_trained(
     """
     base = unwrapped(model)
     adapter = hasattr(base, "peft_config")
-    trained = dict(_gather(base, model, only_trained=adapter, keep=writes))
+    trained = dict(_gather(base, model, keep=writes))
     if not writes:
         return
     work = folder.with_name(f".{folder.name}.partial")
@@ -51,6 +53,7 @@ def save_trained(
             raise RunError(f"{folder}: peft saves {len(expected)} of the {len(trained)} trained tensors")
     else:
         trained = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.items()}
+        trained |= _frozen(base, base_files)
         base.config.dtype = dtype
         published = saves_as_published(base)
         base.save_pretrained(work, state_dict=dict(trained), safe_serialization=True, save_original_format=published)
@@ -105,8 +108,20 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and full tensor on the CPU of each parameter, one at a time; for a whole model, of persistent buffers too.
+def _frozen(model: Any, base_files: Callable[[], TensorFiles] | None) -> Tensors:
+    """The parameters of a whole model that are not trained, as they are in the base's files."""
+    names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if not names:
+        return {}
+    assert base_files is not None
+    files = base_files()
+    conversion = Conversion(twin(model), files.shapes())
+    return {name: conversion.parameter(name, files.__getitem__) for name in names}
+
+
+def _gather(base: Any, model: Any, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and full tensor on the CPU of each trained parameter, one at a time; for a whole model, of persistent
+    buffers too.
 
     Collective: every rank iterates, and only the one that `keep`s the tensors gets any. Tied weights come once, as
     transformers saves them.
@@ -115,9 +130,9 @@ def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterato
     if zero:
         from deepspeed.utils import safe_get_full_fp32_param
     for name, parameter in base.named_parameters():
-        if only_trained and not parameter.requires_grad:
+        if not parameter.requires_grad:
             continue
-        if zero and parameter.requires_grad:
+        if zero:
             tensor = safe_get_full_fp32_param(parameter)  # the float32 master, not the 16-bit working copy
         elif hasattr(parameter, "full_tensor"):
             tensor = parameter.full_tensor()
@@ -125,7 +140,7 @@ def _gather(base: Any, model: Any, *, only_trained: bool, keep: bool) -> Iterato
             tensor = parameter
         if keep:
             yield name, tensor.detach().to("cpu", copy=True)
-    if keep and not only_trained:
+    if keep and not hasattr(base, "peft_config"):
         persistent = base.state_dict().keys()
         for name, buffer in base.named_buffers():
             if name in persistent:

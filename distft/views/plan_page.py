@@ -68,6 +68,8 @@ def _verdict(plan: RecipePlan) -> str:
 def _job(plan: RecipePlan, width: int) -> Iterator[str]:
     m, b, recipe = plan.model, plan.batch, plan.recipe
     adapters = f"LoRA r {recipe.lora.r}" if recipe.lora else "full fine-tuning"
+    if recipe.training.train_only:
+        adapters = "fine-tuning of a part"
     quantized = f" on {recipe.model.quantization}" if recipe.model.quantization else ""
     yield from _wrapped(
         f"{m.name}: {m.parameters:,} parameters, {m.trainable_parameters:,} trained "

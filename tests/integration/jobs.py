@@ -23,9 +23,12 @@ NEW = {
     "data__chat_template": "chatml.jinja",
     "data__max_length": 96,
 }
+PART = {**FULL, "training__train_only": [r"model\.layers\.-1", r"model\.layers\.0\.mlp\.down_proj", "lm_head"]}
 TUNINGS = {
     "lora": {},
     "full": FULL,
+    "part full": PART,
+    "part full bf16": {**PART, **BF16},
     "nf4": {"model__quantization": "nf4"},
     "int8": {"model__quantization": "int8"},
     "dora": {"lora": {"r": 4, "use_dora": True}},

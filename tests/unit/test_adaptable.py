@@ -6,8 +6,9 @@ import pytest
 
 from distft.config.recipe import Lora
 from distft.errors import PlanError
+from distft.models.freezing import other_inputs
 from distft.models.layout import Tensor
-from distft.models.lora import adapters, fixed_names, left_out_layers, module_of, named_but_left_out
+from distft.models.lora import adapters, left_out_layers, module_of, named_but_left_out
 
 LAYERS = {
     "text": ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head"],
@@ -55,7 +56,8 @@ def tensors(model: str) -> list[Tensor]:
 def test_layers(model: str, adapted: list[int], fixed: list[int]) -> None:
     found = [module_of(tensor) for tensor, _ in adapters(Lora(), tensors(model))]
     assert found == [LAYERS[model][n] for n in adapted]
-    kept = {module_of(t) for t in tensors(model) if t.name in fixed_names(tensors(model)) and t.is_linear}
+    untrained = other_inputs(tensor.name for tensor in tensors(model))
+    kept = {module_of(t) for t in tensors(model) if t.name in untrained and t.is_linear}
     assert kept == {LAYERS[model][n] for n in fixed}
 
 

@@ -289,6 +289,29 @@ def test_formula_is_the_simulation(folder: Path, model: str, sets: list[str], op
 
 
 @pytest.mark.parametrize(
+    ("sets", "options"),
+    [
+        ([], {}),
+        ([BF16], {"micro_batch_size": 4, "gradient_checkpointing": True}),
+        ([BF16], {"strategy": "fsdp", "world_size": 2, "shard_size": 2}),
+    ],
+)
+def test_frozen_layers_keep_nothing_below_the_trained_ones(
+    folder: Path, sets: list[str], options: dict[str, Any]
+) -> None:
+    """The formula takes each layer above for a trained one, so that it may count a little more."""
+    from distft.simulation.simulate import simulate
+
+    sets = [FULL, *sets, r"training.train_only=['model\.layers\.-[12]', lm_head]"]
+    setting = Setting(**{"strategy": "ddp"} | options)
+    simulated = simulate(load_recipe(folder / "recipe.yaml", sets), setting)
+    found = estimate(folder, *sets, **vars(setting))
+    assert found.states == pytest.approx(simulated.states, rel=1e-6)
+    assert 0.985 < found.peak / simulated.peak < 1.03
+    assert found.peak < 0.9 * estimate(folder, FULL, *sets[1:-1], **vars(setting)).peak
+
+
+@pytest.mark.parametrize(
     ("family", "mode"),
     [
         ("llama", Mode("autocast", "lora", "flash", False)),

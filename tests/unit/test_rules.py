@@ -86,6 +86,7 @@ def make_case(
     micro: int | None = None,
     accumulation: int | None = None,
     tensors: tuple[Tensor, ...] = (),
+    train_only: list[str] | None = None,
     **recipe: Any,
 ) -> Case:
     """A case; `recipe` has dotted keys with `__` for the dot. With `script`, for your own script."""
@@ -119,6 +120,7 @@ def make_case(
         tensors=tensors or PLAIN_LAYERS,
         config={"model_type": "llama"} if config is None else config,
         peft_experts=merged,
+        train_only=None if train_only is None else frozenset(train_only),
     )
     return RecipeCase(
         **where,
@@ -135,6 +137,8 @@ Z1, Z2, Z3, FSDP = ({"strategy": name} for name in ("zero1", "zero2", "zero3", "
 QLORA = {"model__quantization": "nf4"}
 INT8 = {"model__quantization": "int8"}
 NEW_TOKENS = {"model__add_tokens": ["<|im_end|>"]}
+PART = {"training__train_only": ["lm_head"]}
+REENTRANT = {"use_reentrant": True}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
@@ -145,6 +149,16 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z3, **INT8}, QLORA),
         ({**FSDP, **INT8}, Z2),
         ({"strategy": "hsdp", "nodes": 2, **INT8}, {"strategy": "zero1"}),
+    ],
+    "train-only-needs-no-lora": [(PART, {"lora": None})],
+    "train-only-needs-plain-checkpointing": [
+        ({**PART, "lora": None, "trainer": over(gradient_checkpointing_kwargs=REENTRANT)}, {"checkpointing": False})
+    ],
+    "new-tokens-must-be-trained": [
+        (
+            {**NEW_TOKENS, "lora": None, "train_only": ["lm_head.weight"]},
+            {"train_only": ["lm_head.weight", "model.embed_tokens.weight"]},
+        )
     ],
     "new-tokens-need-plain-embeddings": [
         ({**NEW_TOKENS, "lora__target_modules": ["embed_tokens", "q_proj"]}, {"lora__target_modules": ["q_proj"]}),
@@ -207,6 +221,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "zero3-frees-frozen-weights-too-early": [
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.18.0"}}, {"lora": None}),
+        (
+            {**Z3, **PART, "lora": None, "checkpointing": True, "installed": {"deepspeed": "0.18.0"}},
+            {"training__train_only": []},
+        ),
         (
             {**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}},
             {"trainer": over(gradient_checkpointing_kwargs={"use_reentrant": True})},
@@ -579,7 +597,13 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"tensors": IMAGES}, {"tensors": PLAIN_LAYERS}),
         ({"tensors": IMAGES, "lora__target_modules": ["qkv", "q_proj"]}, {"lora__target_modules": ["q_proj"]}),
     ],
-    "only-the-language-model-is-trained": [({"tensors": IMAGES, "lora": None}, {"tensors": PLAIN_LAYERS})],
+    "only-the-language-model-is-trained": [
+        ({"tensors": IMAGES, "lora": None}, {"tensors": PLAIN_LAYERS}),
+        (
+            {"tensors": IMAGES, "lora": None, "train_only": [tensor.name for tensor in IMAGES]},
+            {"train_only": ["lm_head.weight"]},
+        ),
+    ],
     "adapters-gain-little-from-8-bit": [
         ({"training__optim": "adamw_bnb_8bit"}, {"training__optim": "adamw_torch"}),
         ({"training__optim": "paged_adamw_8bit"}, {"trained": 400_000_000}),
@@ -722,14 +746,14 @@ recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
     lora=group(use_dora=False, target_modules="all-linear"),
     data=group(packing=True, max_length=2048),
-    training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
+    training=group(train_only=[], mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
 sizes = group(tie_word_embeddings=False)
 config = {"model_type": "llama"}
 model = group(config=config, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes,
-              left_out_layers={}, fixed=frozenset(), tensors=())
+              left_out_layers={}, other_inputs=frozenset(), train_only=None, tensors=())
 def case(checkpointing):
     return RecipeCase(strategy="zero3", offload="none", shard_size=2, topology=Topology(1, 2), settings=recipe,
                       device=Device("cuda", "H100", 2**36, 9.0), model=model,

@@ -23,6 +23,8 @@ from distft.simulation.simulate import Traced, simulate
 from distft.simulation.trace import Trace, trace
 
 TOKENS, VOCABULARY, HIDDEN = 2 * 64, 480, 64
+TOP = r"training.train_only=['model\.layers\.-[12345]', lm_head]"
+MIDDLE = r"training.train_only=['model\.layers\.3\.mlp']"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,9 @@ def test_the_peak_of_fake_tensors_is_that_of_real_ones(folder: Path, sets: list[
         ("fsdp", ["training.mixed_precision=bf16"], False),
         ("zero2", ["training.mixed_precision=bf16", "lora=null"], True),
         ("ddp", ["lora=null", "training.global_batch_size=8"], False),
+        ("ddp", ["lora=null", TOP], False),
+        ("zero3", ["lora=null", TOP, "training.mixed_precision=bf16"], True),
+        ("ddp", ["lora=null", MIDDLE], False),
     ],
 )
 def test_some_blocks_are_all_of_them(
@@ -123,7 +128,8 @@ def test_some_blocks_are_all_of_them(
 ) -> None:
     options = {"strategy": strategy, "gradient_checkpointing": checkpointing, "world_size": 2, "shard_size": 2}
     sets = [*sets, f"model.name_or_path={folder / 'deep'}"]
-    assert sample(base(recipe(folder, *sets), "sdpa")).chosen == (0, 1, 5, 6)
+    more = {2, 3} if TOP in sets else {3, 4} if MIDDLE in sets else set()
+    assert sample(base(recipe(folder, *sets), "sdpa")).chosen == tuple(sorted({0, 1, 5, 6} | more))
     some = run(folder, *sets, **options)
     monkeypatch.setattr(depth, "sample", depth.whole)
     assert some == run(folder, *sets, **options)

@@ -3,7 +3,7 @@ causal.py, loaders/*.py (axolotl 0.17, commit 067b021)."""
 
 from __future__ import annotations
 
-from distft.importers import axolotl_data, axolotl_training, common
+from distft.importers import axolotl_data, axolotl_training, common, freezing
 from distft.importers.common import MEMORY, SPEED
 from distft.importers.draft import Left
 from distft.importers.options import Options
@@ -58,10 +58,12 @@ def _model(options: Options) -> None:
     _attention(options)
     _tokens(options)
     parts = {part.removeprefix("^").removesuffix(".*") for part in options.texts("unfrozen_parameters")}
-    if options.is_on("adapter") or not parts >= {"model.language_model", "lm_head"}:
-        options.taken.discard("unfrozen_parameters")  # refused
-    else:
+    if parts and options.is_on("adapter"):
+        options.refuse("unfrozen_parameters", "distft trains adapters, or weights of the model")
+    elif parts >= {"model.language_model", "lm_head"}:
         options.drop("unfrozen_parameters", "the whole language model is trained, and distft loads nothing else")
+    elif parts:
+        freezing.unfrozen_parameters(options, "unfrozen_parameters")
 
 
 def _attention(options: Options) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.schema_text import clean, closest, did_you_mean, show
-from distft.importers import arguments, common
+from distft.importers import arguments, common, freezing
 from distft.importers.datasets import DataSet, Format, cached_file, set_formats, simplest, sources
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
@@ -122,10 +122,12 @@ def _method(options: Options) -> None:
     """hparams/finetuning_args.py: LoRA of rank 8 on all linear layers, lora_alpha twice the rank."""
     draft, kind = options.draft, options.text("finetuning_type") or "lora"
     lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora", "additional_target")
-    if kind == "full":
+    if kind in ("full", "freeze"):
         options.set("lora", "finetuning_type", None)
         options.drop_all(dict.fromkeys(lora, "there is no adapter"))
         options.taken |= set(lora)
+        if kind == "freeze":
+            _freeze(options)
         return
     if kind != "lora":
         options.refuse("finetuning_type", "distft trains all weights, or LoRA")
@@ -156,6 +158,19 @@ def _method(options: Options) -> None:
         options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")
     elif adapters:
         options.set("lora.start_from", "adapter_name_or_path", draft.model_path(adapters[0]))
+
+
+def _freeze(options: Options) -> None:
+    modules, extra = (_listed(options, f"freeze_{name}_modules") for name in ("trainable", "extra"))
+    total = None
+    if options.flag("use_llama_pro"):
+        total = freezing.number_of_layers(options.draft, options.text("model_name_or_path"))
+        if total is None:
+            why = "which layers these are follows from their number, and the model is not on this machine"
+            options.refuse("use_llama_pro", why)
+            options.taken.add("freeze_trainable_layers")
+            return
+    freezing.layers(options, modules or ["all"], extra, total)
 
 
 # ---- data

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.errors import RecipeError
-from distft.importers import common
+from distft.importers import common, freezing
 from distft.importers.common import SPEED
 from distft.importers.datasets import DataSet, Format, set_formats, simplest, sources, with_share
 from distft.importers.options import Options, read_yaml
@@ -62,6 +62,9 @@ def _adapter(options: Options) -> None:
     if not group.data:
         draft.set("lora", None, "peft_config", "null", options.line("peft_config"))
         return
+    if kind == "freeze":
+        _freeze(group)
+        return
     if kind != "lora":
         group.refuse("name", "distft trains all weights, or LoRA")
         group.taken |= set(group.data)
@@ -88,6 +91,16 @@ def _adapter(options: Options) -> None:
         group.set("lora.start_from", "adapter_name_or_path", draft.model_path(adapters[0]))
     export = ("export_dir", "export_size", "export_hub_model_id", "infer_dtype", "export_legacy_format")
     group.drop_all(dict.fromkeys(export, "`distft merge` merges a run's adapter"))
+    group.finish((), "peft_config")
+
+
+def _freeze(group: Options) -> None:
+    """FreezeParams, of the same file."""
+    group.set("lora", "name", None)
+    given = (group.take(f"freeze_{name}_modules") for name in ("trainable", "extra"))
+    modules, extra = (value.split(",") if isinstance(value, str) else value or [] for value in given)
+    freezing.layers(group, [name.strip() for name in modules] or ["all"], [name.strip() for name in extra])
+    group.drop_all({"cast_trainable_params_to_fp32": "trained weights are float32"})
     group.finish((), "peft_config")
 
 

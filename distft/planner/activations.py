@@ -202,7 +202,7 @@ def peaks(
         value["e·h·m"] = 0  # an adapter on experts is multiplied out and added to their weights
     base, (saved,) = table["base"][0], table["saved"]
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
-    if recipe.lora is None:  # below the lowest trained block nothing is kept; frozen ones above it count as if trained
+    if model.train_only is not None:  # nothing is kept below the lowest trained block; all above count as trained
         depth = max(1, min(depth, model.backward_blocks))
     change = difference(recipe, model, mode, setting.micro_batch_size * row, chosen, block)
     found = {}

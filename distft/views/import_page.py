@@ -21,7 +21,7 @@ MEANINGS = {  # of values that say little by themselves
     ("data.long_rows", "truncate"): "longer rows are cut at their end",
     ("data.long_rows", "split"): "longer texts are cut into rows",
     ("data.long_rows", "error"): "longer rows end the launch",
-    ("lora", "None"): "all weights are trained",
+    ("lora", "None"): "the model's own weights are trained",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from importing import AXOLOTL, Import, reasons
 
 from distft.errors import RecipeError
 from distft.importers.draft import Draft
+from distft.models.freezing import named
 
 
 def without(draft: Draft, *names: str) -> dict[str, Any]:
@@ -344,9 +346,44 @@ def test_sharding_that_distft_does_not_have(imported: Import, options: dict[str,
 def test_a_frozen_vision_tower(imported: Import) -> None:
     options = {**AXOLOTL, "unfrozen_parameters": ["^model.language_model.*", "lm_head"]}
     assert not imported(options).refused
-    assert list(reasons(imported({**options, "unfrozen_parameters": ["model.language_model.*"]}))) == [
-        "unfrozen_parameters"
-    ]
+    assert "training.train_only" not in imported(options).fields
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern", "trained"),
+    [
+        ("^lm_head.weight$", r"lm_head\.weight", {"lm_head.weight"}),
+        ("lm_head", "lm_head.*", {"lm_head.weight"}),
+        (
+            "model.layers.1[01]+.mlp",
+            r"model\.layers\.1[01]+\.mlp.*",
+            {f"model.layers.{n}.mlp.up.weight" for n in (10, 11)},
+        ),
+        ("model.layers.1.*", r"model\.layers\.1.*", {f"model.layers.{n}.mlp.up.weight" for n in (1, 10, 11)}),
+        ("lm_head|model.norm.weight$", r"(?:lm_head|model\.norm\.weight$).*", {"lm_head.weight", "model.norm.weight"}),
+    ],
+)
+def test_unfrozen_parameters(imported: Import, given: str, pattern: str, trained: set[str]) -> None:
+    """As axolotl matches them (utils/freeze.py, LayerNamePattern.match), which is computed here."""
+    names = [*(f"model.layers.{n}.mlp.up.weight" for n in range(12)), "model.norm.weight", "lm_head.weight"]
+    theirs = re.compile(re.sub(r"\.(?!\+)", "\\.", given))
+    assert {name for name in names if theirs.match(name)} == trained
+    draft = imported({**AXOLOTL, "unfrozen_parameters": [given]})
+    assert (draft.fields["training.train_only"], draft.fields["lora"], draft.refused) == ([pattern], None, [])
+    assert named(names, [pattern]) == trained
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"unfrozen_parameters": ["lm_head", "^model.embed_tokens.weight$[:32000]"]}, "trains some rows of a weight"),
+        ({"unfrozen_parameters": ["lm_head"], "adapter": "lora", "lora_target_linear": True}, "distft trains adapters"),
+    ],
+)
+def test_unfrozen_parameters_that_are_refused(imported: Import, options: dict[str, Any], why: str) -> None:
+    found = reasons(imported({**AXOLOTL, **options}))
+    assert list(found) == ["unfrozen_parameters"]
+    assert why in found["unfrozen_parameters"]
 
 
 def test_groups_of_gpus(imported: Import) -> None:

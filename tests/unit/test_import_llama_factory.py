@@ -10,7 +10,9 @@ import pytest
 from importing import Import, reasons
 
 from distft.errors import RecipeError
+from distft.models.freezing import named
 
+UP_TO_11 = f"(?:{'|'.join(map(str, range(1, 12)))})"
 LLAMA_FACTORY = {
     "model_name_or_path": "owner/model",
     "stage": "sft",
@@ -154,7 +156,8 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"stage": "dpo"}, "stage"),
         ({"dataset": "pairs"}, "ranking"),
         ({"dataset": "pictures"}, "images"),
-        ({"finetuning_type": "freeze"}, "finetuning_type"),
+        ({"finetuning_type": "freeze", "use_llama_pro": True}, "use_llama_pro"),
+        ({"finetuning_type": "oft"}, "finetuning_type"),
         ({"use_galore": True}, "use_galore"),
         ({"lora_ranks": 8}, "lora_ranks"),
         ({"eval_dataset": "named"}, "named.formatting"),
@@ -163,6 +166,38 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
 )
 def test_llama_factory_refuses(imported: Import, described: Path, options: dict[str, Any], expected: str) -> None:
     assert any(name.endswith(expected) for name in reasons(imported({**LLAMA_FACTORY, **options})))
+
+
+@pytest.mark.parametrize(
+    ("options", "patterns"),
+    [
+        ({}, [r".*\.-[12]"]),
+        (
+            {"freeze_trainable_layers": 1, "freeze_extra_modules": "lm_head,norm"},
+            [r".*\.-1", ".*lm_head.*", ".*norm.*"],
+        ),
+        ({"freeze_trainable_layers": -3, "freeze_trainable_modules": "all"}, [r".*\.[012]"]),
+        ({"freeze_trainable_layers": 11, "freeze_trainable_modules": "mlp"}, [rf".*\.-{UP_TO_11}\.(?:mlp).*"]),
+        ({"freeze_trainable_layers": 3, "use_llama_pro": True, "model_name_or_path": "pro"}, [r".*\.(?:3|7|11)"]),
+    ],
+)
+def test_frozen_layers(
+    imported: Import, described: Path, tmp_path: Path, options: dict[str, Any], patterns: list[str]
+) -> None:
+    """The parameters that LLaMA-Factory would train (model/adapter.py, _setup_freeze_tuning) are computed here."""
+    (tmp_path / "pro").mkdir()
+    (tmp_path / "pro" / "config.json").write_text('{"num_hidden_layers": 12}')
+    draft = imported({**LLAMA_FACTORY, "finetuning_type": "freeze", **options})
+    assert (draft.fields["training.train_only"], draft.fields["lora"], draft.refused) == (patterns, None, [])
+    count, stride = options.get("freeze_trainable_layers", 2), 4
+    layers = range(12 - count, 12) if count > 0 else range(-count)
+    if options.get("use_llama_pro"):
+        layers = range(stride - 1, 12 + stride - 1, stride)
+    module = options.get("freeze_trainable_modules", "all").replace("all", "")
+    parts = [f".{n}.{module}" for n in layers] + options.get("freeze_extra_modules", "").split(",")
+    names = [f"model.layers.{n}.{part}.weight" for n in range(12) for part in ("mlp.up", "attn.q", "post_norm")]
+    names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    assert named(names, patterns) == {name for name in names if any(part and part in name for part in parts)}
 
 
 def test_llama_factory_without_its_data_sets(imported: Import, tmp_path: Path) -> None:

@@ -127,6 +127,18 @@ def test_data_sets(imported: Import) -> None:
         ({"dist_config": {"name": "fsdpturbo", "ep_size": 8}}, {"parallelism.strategy": "fsdp"}),
         ({"mp_replicate_size": 2}, {"parallelism.strategy": "hsdp", "parallelism.hsdp_shard_size": 4}),
         (
+            {
+                "peft_config": {
+                    "name": "freeze",
+                    "freeze_trainable_layers": 3,
+                    "freeze_trainable_modules": "all",
+                    "freeze_extra_modules": ["lm_head"],
+                    "cast_trainable_params_to_fp32": False,
+                }
+            },
+            {"lora": None, "training.train_only": [r".*\.-[123]", ".*lm_head.*"]},
+        ),
+        (
             {"dist_config": {"name": "deepspeed", "config_file": "ds.json"}},
             {"parallelism.strategy": "zero3", "parallelism.offload": "none", "training.mixed_precision": "bf16"},
         ),
@@ -147,7 +159,7 @@ def test_options(imported: Import, tmp_path: Path, options: dict[str, Any], expe
         ({"train_dataset": "owner/rows"}, "train_dataset.converter"),
         ({"batching_strategy": "dynamic_batching"}, "batching_strategy"),
         ({"optim_config": {"name": "muon", "wd": 0.1}}, "optim_config.name"),
-        ({"peft_config": {"name": "freeze", "freeze_trainable_layers": 2}}, "peft_config.name"),
+        ({"peft_config": {"name": "freeze", "frozen": 2}}, "peft_config.frozen"),
         ({"peft_config": {"name": "lora", "modules_to_save": ["lm_head"]}}, "peft_config.modules_to_save"),
         ({"peft_config": {"name": "lora", "rank": 8}}, "peft_config.rank"),
         ({"dist_config": {"name": "fsdp2", "dcp_path": "x"}}, "dist_config.dcp_path"),

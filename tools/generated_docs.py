@@ -67,6 +67,7 @@ training:
   weight_decay: 0.0
   max_grad_norm: 1.0
   optim: adamw_torch_fused
+  loss_type: nll                      # or dft, eaft
   train_only: []                      # a part, without lora: ['model\\.layers\\.-[12]', lm_head]
   mixed_precision: bf16
   gradient_checkpointing: auto        # only if needed to fit

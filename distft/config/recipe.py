@@ -246,8 +246,14 @@ class Training(Group):
 
     train_only: list[NonEmpty] = []
     """The part of the model that is trained, with `lora: null`; the rest is frozen, and comes out as it went in.
-    Regular expressions for whole names of parameters or modules: `[model\\.layers\\.-[12], lm_head]` trains the last
+    Regular expressions for whole names of parameters or modules: `['model\\.layers\\.-[12]', lm_head]` trains the last
     two layers, which can be counted from the end, and the output layer. Empty: all weights are trained."""
+
+    loss_type: Literal["nll", "dft", "eaft"] = "nll"
+    """`nll`: the cross-entropy of the next token. `dft` (Dynamic Fine-Tuning): each token's is weighted by its
+    probability, so that what the model finds unlikely changes it less. `eaft` (Entropy-Adaptive Fine-Tuning): by the
+    entropy of the 20 likeliest words over 3. All are means over the trained tokens of the global batch, `loss` in
+    metrics.jsonl; the eval loss is always `nll`."""
 
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """`bf16` needs Ampere or later (or a CPU), `fp16` needs a GPU, `no` is float32 throughout."""

@@ -34,6 +34,7 @@ def read(options: Options) -> None:
     _data(options, stage)
     arguments.read(options, arguments.DEFAULTS, _shared(options))
     _precision(options)
+    _loss(options)
     if options.flag("disable_gradient_checkpointing") is not None:
         # model/model_utils/checkpointing.py: on unless disabled
         options.set(
@@ -43,6 +44,17 @@ def read(options: Options) -> None:
         )
     table("llama_factory").apply(options)
     options.finish((), NAME)
+
+
+def _loss(options: Options) -> None:
+    """train/sft/trainer.py: use_dft_loss comes first."""
+    dft, eaft, alpha = options.flag("use_dft_loss"), options.flag("use_eaft_loss"), options.number("eaft_alpha")
+    if dft:
+        options.set("training.loss_type", "use_dft_loss", "dft")
+    elif eaft and alpha in (None, 1.0):
+        options.set("training.loss_type", "use_eaft_loss", "eaft")
+    elif eaft:
+        options.refuse("eaft_alpha", "distft's loss_type eaft has an alpha of 1")
 
 
 def _shared(options: Options) -> dict[str, int]:

@@ -38,8 +38,11 @@ def read(options: Options) -> None:
     _lora(options)
     _data(options)
     arguments.read(options, DEFAULTS)
-    if options.text("loss_type") not in (None, "nll", "chunked_nll"):
-        options.refuse("loss_type", "distft has the cross entropy as its only loss")
+    loss_type = options.text("loss_type")
+    if loss_type == "dft":
+        options.set("training.loss_type", "loss_type", "dft")
+    elif loss_type not in (None, "nll", "chunked_nll"):
+        options.refuse("loss_type", "distft has the losses nll, dft and eaft")
     elif options.has("loss_type"):
         options.drop("loss_type", "the same loss, computed in another way")
     table("trl").apply(options)

@@ -170,6 +170,8 @@ def trainer_arguments_must_have_an_effect(case: RecipeCase) -> str | None:
         found["optim_args"] = f" ({case.optim} has none)"
     if "optim_target_modules" in given and not case.optim.startswith(("galore", "apollo")):
         found["optim_target_modules"] = f" ({case.optim} has none)"
+    if "label_smoothing_factor" in given and (loss_type := case.recipe.training.loss_type) != "nll":
+        found["label_smoothing_factor"] = f" (training.loss_type {loss_type} has none)"
     if "liger_kernel_config" in given and not case.recipe.training.use_liger_kernel:
         found["liger_kernel_config"] = " (without training.use_liger_kernel)"
     if "gradient_checkpointing_kwargs" in given and case.gradient_checkpointing is False:

@@ -86,6 +86,7 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
         ),
         **({"data": content_digest(recipe)} if with_data else {}),
         "training.train_only": training.train_only or None,
+        "training.loss_type": training.loss_type if training.loss_type != "nll" else None,
         **{
             f"training.{name}": getattr(training, name)
             for name in (

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.config.recipe import Recipe
 from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
+from distft.train.losses import mean_loss
 from distft.train.model import compute_dtype
 
 # (moment, block or None). Blocks 0 and 1 are counted from the bottom, the others from the top (-1 is the last).
@@ -269,7 +270,7 @@ def trace(
             batch["position_ids"] = torch.zeros_like(ids)
         elif rows > 1:
             batch["attention_mask"] = torch.ones_like(ids)
-        loss = _loss(forward, batch, torch.ones((), dtype=torch.long))
+        loss = _loss(forward, batch, torch.ones((), dtype=torch.long), recipe.training.loss_type)
         book.enter("backward")
         # As loss.backward(), which would turn the function mode off; checkpointed blocks are recomputed in here.
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
@@ -278,9 +279,13 @@ def trace(
     return Trace({segment: bytes for segment, (_, bytes) in book.peaks.items()}, states, book.starts)
 
 
-def _loss(forward: Any, batch: dict[str, Any], tokens: Any) -> Any:
+def _loss(forward: Any, batch: dict[str, Any], tokens: Any, loss_type: str) -> Any:
     """As Trainer.compute_loss: the model's outputs, including logits, live until it returns."""
 
+    if loss_type != "nll":
+        labels = batch.pop("labels")
+        outputs = forward(**batch)
+        return mean_loss(loss_type)(outputs, labels, tokens)
     accepts = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     return forward(**batch, **({"num_items_in_batch": tokens} if accepts else {})).loss
 

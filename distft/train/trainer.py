@@ -20,6 +20,7 @@ from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
 from distft.train.blocks import sharding_blocks
+from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
 from distft.train.step_state import set_schedule
 
@@ -88,12 +89,13 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
 class RecipeTrainer(Trainer):
     """transformers.Trainer over a StreamSampler. Build the model after `args`: ZeRO-3 must know them by then."""
 
-    def __init__(self, *, stream: StreamSampler, **kwargs: Any):
+    def __init__(self, *, stream: StreamSampler, loss_type: str = "nll", **kwargs: Any):
         self.stream = stream
         super().__init__(**kwargs)
         self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
-        if not self.model_accepts_loss_kwargs:  # a model whose own loss is the mean of its micro-batch
-            self.compute_loss_func = _token_mean_loss
+        # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
+        if loss_type != "nll" or not self.model_accepts_loss_kwargs:
+            self.compute_loss_func = mean_loss(loss_type)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
             # accelerate's policy averages gradients in 16 bit and rounds the loss to it; DDP and ZeRO do neither.
@@ -125,7 +127,7 @@ class RecipeTrainer(Trainer):
 
     @torch.no_grad()
     def eval_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
-        """Mean loss per trained token over the eval rows. Collective; the same on all ranks.
+        """Mean loss (nll, whatever is trained) per trained token of the eval rows. Collective; the same on all ranks.
 
         None without eval rows, and when `interrupted`, which is asked before every batch and must answer the same on
         all ranks.
@@ -164,15 +166,3 @@ def rising(factor: Callable[[int], float], warmup_steps: int) -> Callable[[int],
 
 def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"labels": [IGNORE] * len(row["labels"])}
-
-
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the next-token losses and number of trained tokens, from logits (b, s, vocabulary) and labels (b, s)."""
-    targets = labels[..., 1:].reshape(-1)
-    predictions = logits[..., :-1, :].reshape(targets.numel(), -1).float()
-    loss = torch.nn.functional.cross_entropy(predictions, targets, ignore_index=IGNORE, reduction="sum")
-    return loss, (targets != IGNORE).sum()
-
-
-def _token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    return summed_loss(outputs.logits, labels)[0] / num_items_in_batch

@@ -29,6 +29,8 @@ TUNINGS = {
     "full": FULL,
     "part full": PART,
     "part full bf16": {**PART, **BF16},
+    "dft": {"training__loss_type": "dft"},
+    "eaft": {"training__loss_type": "eaft"},
     "nf4": {"model__quantization": "nf4"},
     "int8": {"model__quantization": "int8"},
     "dora": {"lora": {"r": 4, "use_dora": True}},

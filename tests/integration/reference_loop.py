@@ -10,6 +10,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, loss_type: str) -> torch.Tensor:
+    """The sum over tokens, written out from the definitions: probabilities, and the entropy of the 20 largest."""
+    probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    of_label = probabilities[torch.arange(len(labels)), labels]
+    if loss_type == "dft":
+        return -(of_label.detach() * of_label.log()).sum()
+    if loss_type == "eaft":
+        largest = probabilities.detach().sort(-1, descending=True).values[:, :20]
+        largest = largest / largest.sum(-1, keepdim=True)
+        return (largest * largest.log()).sum(-1) @ of_label.log() / 3
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
 def train(
     rows: Dataset,
     order: list[int],
@@ -22,6 +35,7 @@ def train(
     weight_decay: float,
     warmup: int,
     max_grad_norm: float = 1.0,
+    loss_type: str = "nll",
     seed: int = 42,
 ) -> list[dict[str, float]]:
     """What metrics.jsonl has of every step. The loss is the mean over the trained tokens of `batch` rows."""
@@ -51,7 +65,7 @@ def train(
         total, tokens = 0.0, sum(int((labels != -100).sum()) for _, labels in documents)
         for ids, labels in documents:
             logits = model(input_ids=ids).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / tokens
+            loss = loss_of(logits[labels != -100], labels[labels != -100], loss_type) / tokens
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()

@@ -158,6 +158,7 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"dataset": "pictures"}, "images"),
         ({"finetuning_type": "freeze", "use_llama_pro": True}, "use_llama_pro"),
         ({"finetuning_type": "oft"}, "finetuning_type"),
+        ({"use_eaft_loss": True, "eaft_alpha": 2}, "eaft_alpha"),
         ({"use_galore": True}, "use_galore"),
         ({"lora_ranks": 8}, "lora_ranks"),
         ({"eval_dataset": "named"}, "named.formatting"),
@@ -166,6 +167,19 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
 )
 def test_llama_factory_refuses(imported: Import, described: Path, options: dict[str, Any], expected: str) -> None:
     assert any(name.endswith(expected) for name in reasons(imported({**LLAMA_FACTORY, **options})))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"use_dft_loss": True, "use_eaft_loss": True}, "dft"),
+        ({"use_eaft_loss": True, "eaft_alpha": 1.0}, "eaft"),
+        ({"use_dft_loss": False, "eaft_alpha": 2.0}, None),
+    ],
+)
+def test_losses(imported: Import, described: Path, options: dict[str, Any], expected: str | None) -> None:
+    draft = imported({**LLAMA_FACTORY, **options})
+    assert (draft.fields.get("training.loss_type"), draft.refused) == (expected, [])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from importing import ACCELERATE, Import, run
+from importing import ACCELERATE, Import, reasons, run
 
 from distft.importers.kinds import read_file
 
@@ -86,6 +86,12 @@ def test_trl_options(imported: Import) -> None:
     assert {name: draft.fields.get(name) for name in expected} == expected
     assert "training.warmup_ratio" not in draft.fields
     assert not draft.refused
+
+
+def test_losses(imported: Import) -> None:
+    found = {kind: imported({**TRL, "loss_type": kind}) for kind in ("nll", "chunked_nll", "dft", "other")}
+    assert [draft.fields.get("training.loss_type") for draft in found.values()] == [None, None, "dft", None]
+    assert [list(reasons(draft)) for draft in found.values()] == [[], [], [], ["loss_type"]]
 
 
 def test_trl_mixture(imported: Import) -> None:

@@ -263,6 +263,8 @@ def test_buffers_of_the_model_are_counted_once(folder: Path) -> None:
 # ---- against the simulation
 
 SIMULATED = [
+    ("llama", [LORA, BF16, "training.loss_type=dft"], {"micro_batch_size": 2}),
+    ("llama", [FULL, "training.loss_type=eaft"], {}),
     ("llama", [FULL, BF16], {"gradient_checkpointing": True}),
     ("llama", [LORA, BF16, QV], {"attn_implementation": "flash_attention_2"}),
     ("llama", [LORA, BF16, "lora.use_dora=true"], {"strategy": "zero2", "world_size": 2, "shard_size": 2}),

@@ -217,6 +217,9 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FLASH, "training__mixed_precision": "no"}, {"training__mixed_precision": "bf16"})
     ],
     "flash-attention-needs-small-heads": [({**FLASH, "head_dim": 257}, {"head_dim": 256})],
+    "liger-has-one-loss": [
+        ({"training__use_liger_kernel": True, "training__loss_type": "dft"}, {"training__loss_type": "nll"})
+    ],
     "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
     "zero3-frees-frozen-weights-too-early": [
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),
@@ -488,6 +491,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"trainer": over(optim_target_modules=["q"])}, {"trainer": over()}),
         ({"trainer": over(liger_kernel_config={"rope": True})}, {"training__use_liger_kernel": True}),
         (
+            {"trainer": over(label_smoothing_factor=0.1), "training__loss_type": "dft"},
+            {"training__loss_type": "nll"},
+        ),
+        (
             {"trainer": over(gradient_checkpointing_kwargs={"use_reentrant": True}), "checkpointing": False},
             {"checkpointing": True},
         ),
@@ -746,7 +753,8 @@ recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
     lora=group(use_dora=False, target_modules="all-linear"),
     data=group(packing=True, max_length=2048),
-    training=group(train_only=[], mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
+    training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
+                   train_only=[], loss_type="nll",
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ from distft.data import few_steps
 from distft.runs.directory import RunDir
 from distft.train.chat import RowProblem, Tokenization
 from distft.train.encoding import Counts, fit
+from distft.train.losses import mean_loss, summed_loss
 from distft.train.metrics import MetricsLog, tokens_per_step
 from distft.train.sampler import StreamSampler
 from distft.train.shards import Share
 from distft.train.step_state import set_schedule
 from distft.train.tokens import encoder, load_tokenizer
 from distft.train.trained_model import dequantized
-from distft.train.trainer import RecipeTrainer, summed_loss, training_arguments
+from distft.train.trainer import RecipeTrainer, training_arguments
 from distft.train.watchdog import Watchdog
 
 # ---- the order of the rows
@@ -254,6 +256,24 @@ def test_summed_loss() -> None:
     sure[0, 0, 3] = 0.0  # the logits at a token predict the next one
     assert summed_loss(sure, torch.tensor([[0, 3]]))[0].item() == 0
     assert summed_loss(sure, torch.tensor([[0, 2]]))[0].item() == 1e4
+
+
+def test_losses_by_hand() -> None:
+    """Of a token with probability p the gradient at the logits is that of the cross-entropy times p (DFT: the weight
+    has none), or times the entropy of the likeliest words over 3 (EAFT)."""
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.125, 0.125], [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]]]))
+    labels, count = torch.tensor([[9, 1, -100]]), torch.tensor(2)  # the first token predicts the second: p = 1/4
+    expected = {"nll": 1.0, "dft": 0.25, "eaft": 1.75 * math.log(2) / 3}  # entropy 1/2 + 2/4 + 2 * 3/8 bits
+    for loss_type, weight in expected.items():
+        leaf = logits.clone().requires_grad_()
+        loss = mean_loss(loss_type)(SimpleNamespace(logits=leaf), labels, num_items_in_batch=count)
+        assert loss.item() == pytest.approx(weight * math.log(4) / 2), loss_type
+        loss.backward()
+        gradient = weight / 2 * torch.tensor([0.5, 0.25 - 1, 0.125, 0.125])
+        torch.testing.assert_close(leaf.grad[0], torch.stack([gradient, torch.zeros(4), torch.zeros(4)]), msg=loss_type)
+    assert mean_loss("nll")(SimpleNamespace(logits=logits), labels, count).item() == pytest.approx(
+        (summed_loss(logits, labels)[0] / 2).item()
+    )
 
 
 # QLoRA's 4-bit NormalFloat (arXiv 2305.14314, appendix E).

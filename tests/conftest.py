@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_gpus
 import light_install
 import pytest
 from tiny import Tiny, make_tiny
@@ -33,8 +34,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Seconds by module, as they add up over all workers."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Seconds by module, as they add up over all workers, and what the emulated GPUs walked."""
+    records = config._tmp_path_factory.getbasetemp() / fake_gpus.RECORDS  # type: ignore[attr-defined]
+    if records.is_dir():
+        terminalreporter.section("walked with emulated GPUs")
+        for line in fake_gpus.summary(records):
+            terminalreporter.write_line(line)
     seconds: Counter[str] = Counter()
     for report in itertools.chain(*terminalreporter.stats.values()):
         if isinstance(report, pytest.TestReport):

@@ -22,6 +22,7 @@ from distft.units import GIB
 
 MIN_FREE = 1 * GIB  # the files of a LoRA run; with less, most runs fail
 LOW_FREE = 20 * GIB
+GPU_SIZE = 8192  # of the square matrices that are timed on a GPU
 VERSIONS = ("distft", "python", "torch", "cuda", "driver", "transformers")
 
 
@@ -88,7 +89,7 @@ def products(found: Findings, gpus: int) -> None:
         found.problems.append(f"the job wants {gpus} GPUs, and {have} are visible here")
         return
     devices = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
-    size, dtype, rounds = (8192, torch.bfloat16, 10) if gpus else (512, torch.float32, 5)
+    size, dtype, rounds = (GPU_SIZE, torch.bfloat16, 10) if gpus else (512, torch.float32, 5)
     speeds = []
     for device in devices:
         # Products of 0s and 1s are whole numbers, so A(B1) = (AB)1 holds to the last bit.

@@ -84,8 +84,8 @@ def tokens_per_step(dataset: Dataset, stream: StreamSampler, global_batch_size: 
 
 def peak_memory(device: torch.device) -> int:
     """The largest peak of any rank so far, in bytes: the allocator's on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return largest(peak, device)

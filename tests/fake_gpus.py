@@ -1,0 +1,36 @@
+"""Variables with which processes see two GPUs that are not there (fake_cuda/sitecustomize.py): emulated."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "fake_cuda"
+sys.path.append(str(FOLDER))
+
+RECORDS = "fake-cuda"  # in the folder that tests share: `decisions` and `backends`
+
+
+def environment(records: Path) -> dict[str, str]:
+    """For ranks of torchrun's: the stand-in of the warm ones is not there."""
+    records.mkdir(exist_ok=True)
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and "warm_path" not in part]
+    return {
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), *path]),
+        "PATH": os.pathsep.join([str(FOLDER / "bin"), os.environ["PATH"]]),
+        "FAKE_CUDA": str(records),
+        # Both hold every tensor on the CPU.
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def summary(records: Path) -> list[str]:
+    """How many of distft's decisions about GPUs were taken as on a GPU, and which were not."""
+    import walked
+
+    wanted = walked.all_decisions(Path(__file__).parents[1] / "distft")
+    taken = wanted & set((records / "decisions").read_text().split())
+    left = sorted(wanted - taken)
+    return [f"{len(taken)} of {len(wanted)} decisions about GPUs", *(f"not taken: {place}" for place in left)]

@@ -36,6 +36,10 @@ lora:                         # null: train all weights
   lora_alpha: 32
   lora_dropout: 0.0
   target_modules: all-linear          # or names: [q_proj, v_proj]
+  exclude_modules: null               # [down_proj]: of these, not on
+  layers_to_transform: null           # [24, 25, 26, 27]: only in these blocks
+  rank_pattern: {}                    # {down_proj: 32}
+  alpha_pattern: {}                   # {down_proj: 64}
   use_rslora: false
   use_dora: false
   start_from: null                    # the folder of a peft adapter to start from

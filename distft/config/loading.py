@@ -244,17 +244,25 @@ def _check_columns(document: Document[Recipe], kind: Any) -> None:
 
 
 def _check_targets(document: Document[Recipe]) -> None:
-    """Check that a string in lora.target_modules is a regular expression, and no name: it must match whole names."""
-    steps = ("lora", "target_modules")
-    value = document.get(steps)
-    if not isinstance(value, str) or value in ("", "all-linear"):
-        return
-    if re.fullmatch(r"[\w-]+", value):
-        near = did_you_mean(closest(value, ["all-linear"], 0.5))
-        hint = near or f"; for layers of that name, write [{value}]"
-        document.problem(steps, f"got {show(value)}, need all-linear, a list or a regular expression{hint}")
-        return
-    _check_pattern(document, steps, value)
+    """Check the regular expressions of lora, and that a string is one, and no name: it must match whole names."""
+    for steps, need in ((("lora", "target_modules"), ["all-linear"]), (("lora", "exclude_modules"), [])):
+        value = document.get(steps)
+        if not isinstance(value, str) or value in ("", *need):
+            continue
+        if re.fullmatch(r"[\w-]+", value):
+            hint = did_you_mean(closest(value, need, 0.5)) or f"; for layers of that name, write [{value}]"
+            allowed = " or a ".join([", ".join([*need, "a list"]), "regular expression"])
+            document.problem(steps, f"got {show(value)}, need {allowed}{hint}")
+        else:
+            _check_pattern(document, steps, value)
+    for steps in (("lora", "rank_pattern"), ("lora", "alpha_pattern")):
+        patterns = document.get(steps)
+        for pattern in patterns if isinstance(patterns, dict) else ():
+            _check_pattern(document, (*steps, pattern), str(pattern))
+    targets, blocks = ("lora", "target_modules"), ("lora", "layers_to_transform")
+    if isinstance(value := document.get(targets), str) and value != "all-linear" and document.get(blocks) is not None:
+        text = "cannot be given with a regular expression in lora.target_modules, which can name the blocks itself"
+        document.problem(blocks, text)
 
 
 def _check_train_only(document: Document[Recipe]) -> None:

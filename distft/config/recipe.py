@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Block = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # A name becomes a folder, a job name and an argument of shell commands: no separators, no leading dash or dot.
 RunName = Annotated[
@@ -114,6 +115,19 @@ class Lora(Group):
     """`all-linear` (every linear layer except the output layer), the last parts of module names: `[q_proj, v_proj]`, or
     a regular expression for whole names: `model\\.layers\\.\\d+\\.mlp\\..*`."""
 
+    exclude_modules: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    """Layers without an adapter, of those that target_modules names: in the same forms, without `all-linear`."""
+
+    layers_to_transform: Block | Annotated[list[Block], Field(min_length=1)] | None = None
+    """The blocks whose layers get an adapter, by their number from 0: `[24, 25, 26, 27]`. All of them if not given."""
+
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Ranks of some layers, by the last parts of their names or a regular expression for these: `{down_proj: 32,
+    'layers\\.0\\..*': 8}`. Of several that match, the first counts."""
+
+    alpha_pattern: dict[str, Positive] = {}
+    """The same for lora_alpha. A rank in rank_pattern leaves lora_alpha as it is."""
+
     use_rslora: bool = False
     """Rank-stabilized LoRA: scale by 1 / sqrt(r)."""
 
@@ -122,9 +136,9 @@ class Lora(Group):
 
     start_from: NonEmpty | None = None
     """Folder of a peft adapter to start from instead of a new one. Only its weights are used: optimizer, schedule and
-    data start from the beginning. An adapter that needs more than its tensors (PiSSA and OLoRA, which change the base;
-    rank_pattern, alpha_pattern, modules_to_save) is refused: merge it first. (To start from a fully fine-tuned model,
-    name its folder in model.name_or_path.)"""
+    data start from the beginning. Its ranks and scales must be those given here. An adapter that needs more than its
+    tensors (PiSSA and OLoRA, which change the base; modules_to_save) is refused: merge it first. (To start from a fully
+    fine-tuned model, name its folder in model.name_or_path.)"""
 
 
 class Source(Group):

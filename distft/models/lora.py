@@ -47,18 +47,19 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     of a mixture of experts, with twice the rank where two matrices became one. rsLoRA only changes the scale.
     `all-linear` is every linear layer but the output layer; a list has module names or their ends, and another string
     is a regular expression for whole names, as in peft. Layers that cannot have an adapter (models/adaptable.py) are
-    left out.
+    left out, then those that lora.exclude_modules names, or whose block is not in lora.layers_to_transform.
 
     Raises:
-        PlanError: nothing matches, or what matches cannot have an adapter.
+        PlanError: nothing matches, what matches cannot have an adapter, or an option changes nothing (check_options).
     """
     tensors = list(tensors)
     without = left_out_layers(tensors)
+    check_options(lora, _targets(lora, tensors), without)
     tensors = [tensor for tensor in tensors if module_of(tensor) not in without]
     experts = EXPERTS.get(peft_experts or "", {})
-    everything = lora.target_modules == "all-linear"
+    everything, is_kept = lora.target_modules == "all-linear", kept(lora)
     if everything and not experts and any(tensor.is_linear for tensor in tensors):
-        return [(tensor, _sizes(lora, tensor)) for tensor in tensors if tensor.is_linear]
+        return [(tensor, _sizes(lora, tensor)) for tensor in tensors if tensor.is_linear and is_kept(module_of(tensor))]
     if isinstance(lora.target_modules, str) and not everything:
         found = _of_pattern(lora, tensors, lora.target_modules, experts)
         if not found:
@@ -76,13 +77,13 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     if len(merged.get("gate_up_proj", ())) == 1:
         pair = " and ".join(old for old, new in experts.items() if new == "gate_up_proj")
         raise PlanError(f"lora.target_modules: {pair} are one parameter here: name both or neither")
-    ends = tuple(f".{target}" for target in targets)
-    found = _of_modules(lora, tensors, lambda path: f".{path}".endswith(ends))
+    is_target = matcher(sorted(targets))
+    found = _of_modules(lora, tensors, lambda path: is_target(path) and is_kept(path))
     parameters = [(t, len(old)) for new, old in merged.items() for t in tensors if f".{t.name}".endswith(f".{new}")]
-    if parameters and (lora.use_dora or lora.lora_dropout):
-        option = "lora.use_dora" if lora.use_dora else "lora.lora_dropout"
+    options = ("use_dora", "lora_dropout", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern")
+    if parameters and (set_ := [name for name in options if getattr(lora, name) not in (None, False, 0, {})]):
         raise PlanError(
-            f"{option}: peft does not support it on the experts of a mixture; name other layers in "
+            f"lora.{set_[0]}: peft does not support it on the experts of a mixture; name other layers in "
             f"lora.target_modules: {', '.join(_names(tensors))}"
         )
     for tensor, ranks in parameters:
@@ -107,19 +108,100 @@ def left_out_layers(tensors: Iterable[Tensor]) -> dict[str, str]:
 
 def named_but_left_out(lora: Lora, layers: Mapping[str, str]) -> dict[str, list[str]]:
     """Those of the left out layers that lora.target_modules names, by the reason."""
-    matches: Callable[[str], object]
-    if lora.target_modules == "all-linear":
-        matches = bool
-    elif isinstance(lora.target_modules, str):
-        matches = re.compile(lora.target_modules).fullmatch
-    else:
-        ends = tuple(f".{target}" for target in lora.target_modules)
-        matches = lambda path: f".{path}".endswith(ends)  # noqa: E731
+    matches = bool if lora.target_modules == "all-linear" else matcher(lora.target_modules)
+    is_kept = kept(lora)
     found: dict[str, list[str]] = {}
     for path, why in layers.items():
-        if matches(path):
+        if matches(path) and is_kept(path):
             found.setdefault(why, []).append(path)
     return found
+
+
+def matcher(names: str | Sequence[str]) -> Callable[[str], object]:
+    """Whether a module's whole name is meant by `names`: the ends of some, or a regular expression (peft/tuners/
+    tuners_utils.py, check_target_module_exists)."""
+    if isinstance(names, str):
+        return re.compile(names).fullmatch
+    ends = tuple(f".{name}" for name in names)
+    return lambda path: f".{path}".endswith(ends)
+
+
+def kept(lora: Lora) -> Callable[[str], bool]:
+    """Whether a module of lora.target_modules is one that exclude_modules and layers_to_transform leave. What has its
+    whole name in target_modules has named its block."""
+    excluded = matcher(lora.exclude_modules) if lora.exclude_modules else None
+    wanted, whole = _numbers(lora), lora.target_modules if isinstance(lora.target_modules, list) else ()
+
+    def is_kept(path: str) -> bool:
+        return not (excluded and excluded(path)) and (wanted is None or _block(path) in wanted or path in whole)
+
+    return is_kept
+
+
+def _numbers(lora: Lora) -> list[int] | None:
+    wanted = lora.layers_to_transform
+    return [wanted] if isinstance(wanted, int) else wanted
+
+
+def _block(path: str) -> int | None:
+    """Number of a module's block (peft/tuners/tuners_utils.py, check_target_module_exists)."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def pattern_of(patterns: Iterable[str], path: str) -> str | None:
+    """The first of rank_pattern's or alpha_pattern's keys that a module's name ends with (peft/utils/other.py,
+    get_pattern_key)."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), None)
+
+
+def rank_of(lora: Lora, path: str) -> int:
+    """Rank of the adapter on a module."""
+    pattern = pattern_of(lora.rank_pattern, path) if lora.rank_pattern else None
+    return lora.r if pattern is None else lora.rank_pattern[pattern]
+
+
+def check_options(lora: Lora, targets: Sequence[str], without: Iterable[str] = ()) -> None:
+    """Check that every option which is about some of the layers is about one that is there.
+
+    Args:
+        targets: names of the modules that lora.target_modules means.
+        without: names of those that cannot have an adapter.
+
+    Raises:
+        PlanError: one is not.
+    """
+    excludes = [lora.exclude_modules] if isinstance(lora.exclude_modules, str) else lora.exclude_modules or []
+    for name in excludes:
+        matches = matcher(name if isinstance(lora.exclude_modules, str) else [name])
+        if not any(map(matches, targets)):
+            raise PlanError(f"lora.exclude_modules: got {name}, which is none of the layers of lora.target_modules")
+    wanted, without = _numbers(lora), set(without)
+    have = {_block(path) for path in targets} - {None}
+    if missing := [number for number in wanted or () if number not in have]:
+        blocks = f"has {len(have)} with such layers, from 0" if have else "has no such blocks"
+        raise PlanError(f"lora.layers_to_transform: got {missing[0]}, and the model {blocks}")
+    is_kept = kept(lora)
+    found = [path for path in targets if path not in without and is_kept(path)]
+    if targets and not found and (excludes or wanted):
+        option = "exclude_modules" if excludes else "layers_to_transform"
+        raise PlanError(f"lora.{option}: leaves none of the layers of lora.target_modules")
+    for option, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        used = {pattern_of(patterns, path) for path in found} if patterns else set()
+        if unused := [pattern for pattern in patterns if pattern not in used]:
+            raise PlanError(
+                f"lora.{option}: got {unused[0]}, which is the end of no name of a layer with an adapter"
+                + (f", such as {found[-1]}" if found else "")
+                + (" (or an earlier pattern has all of these)" if len(patterns) > 1 else "")
+            )
+
+
+def _targets(lora: Lora, tensors: Iterable[Tensor]) -> list[str]:
+    """Names of the modules that lora.target_modules means."""
+    if lora.target_modules == "all-linear":
+        return [module_of(tensor) for tensor in tensors if tensor.is_linear]
+    matches = matcher(lora.target_modules)
+    return [path for t in tensors if t.kind in ADAPTABLE and matches(path := module_of(t))]
 
 
 def _nothing_matches(lora: Lora, layers: Mapping[str, str], otherwise: str) -> PlanError:
@@ -136,11 +218,11 @@ def _of_pattern(lora: Lora, tensors: Sequence[Tensor], pattern: str, experts: It
             "lora.target_modules: got a regular expression, and peft has other names for the experts of this mixture; "
             f"name layers: {', '.join([*_names(tensors), *experts])}"
         )
-    matches = re.compile(pattern).fullmatch
-    return _of_modules(lora, tensors, lambda path: matches(path) is not None)
+    matches, is_kept = matcher(pattern), kept(lora)
+    return _of_modules(lora, tensors, lambda path: matches(path) and is_kept(path))
 
 
-def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str], bool]) -> list[Adapter]:
+def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str], object]) -> list[Adapter]:
     """The adapters of the modules whose names are targets."""
     found, seen = [], set()
     for tensor in tensors:
@@ -162,8 +244,8 @@ def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str]
 
 
 def _sizes(lora: Lora, tensor: Tensor) -> tuple[int, ...]:
-    width_in, width_out = tensor.features
-    return (lora.r * width_in, lora.r * width_out, *((width_out,) if lora.use_dora else ()))
+    (width_in, width_out), rank = tensor.features, rank_of(lora, module_of(tensor))
+    return (rank * width_in, rank * width_out, *((width_out,) if lora.use_dora else ()))
 
 
 def module_of(tensor: Tensor) -> str:

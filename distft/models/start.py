@@ -25,6 +25,7 @@ HARMLESS = {
 }
 DEFAULTS = {"bias": "none"}  # of fields whose default is something
 SAME = ("r", "lora_alpha", "use_rslora", "use_dora")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initial weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the adapter's part out of
 # it, and such an adapter belongs to what was left (peft tuners/lora/layer.py, pissa_init, olora_init, ...).
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -54,11 +55,20 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
                 f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
                 f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
             )
+    experts = _expert_fields(recipe, model)
+    for name in PATTERNS:
+        theirs, ours = config.get(name) or {}, getattr(lora, name)
+        if list(theirs.items()) != list(ours.items()) and theirs != experts.get(name):  # the first that matches counts
+            raise PlanError(
+                f"lora.start_from: the adapter has {name} {json.dumps(theirs)[:80]}, and lora.{name} is "
+                f"{json.dumps(ours)[:80]}; set it to the adapter's"
+            )
     _check_fields(config, recipe, model)
     found, parameters = sum(prod(shape) for shape in header.values()), model.trainable_parameters
     if found != parameters:
         layers = config.get("layers_to_transform")
-        some = f" (it is on the blocks {json.dumps(layers)}: a regular expression can name these)" if layers else ""
+        blocks = f" (it is on the blocks {json.dumps(layers)}: see lora.layers_to_transform)"
+        some = blocks if layers not in (None, lora.layers_to_transform) else ""
         raise PlanError(
             f"lora.start_from: the adapter has {found:,} parameters, and this recipe's would have {parameters:,}: "
             f"it is for another model, or has other lora.target_modules{some}"
@@ -67,15 +77,16 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
 
 def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) -> None:
     """Raises PlanError for a field that this recipe's adapter would not have."""
-    expected = _expert_fields(recipe, model)
+    experts = _expert_fields(recipe, model)
+    compared = {*HARMLESS, *SAME, *PATTERNS}
     for name, value in config.items():
-        if name in HARMLESS or name in SAME or value == DEFAULTS.get(name) or not (value or name in DEFAULTS):
+        if name in compared or value == DEFAULTS.get(name) or not (value or name in DEFAULTS):
             continue
         if name == "trainable_token_indices" and recipe.model.add_tokens:
             continue  # compared when they are loaded (train/new_rows.py)
         if name == "init_lora_weights" and value in INITIAL:
             continue
-        if name in expected and (expected[name] is None or expected[name] == value):
+        if name in experts:
             continue
         fix = "name its tokens in model.add_tokens, or " if name == "trainable_token_indices" else ""
         raise PlanError(

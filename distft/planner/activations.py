@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.models.lora import module_of, rank_of
+
 if TYPE_CHECKING:
     from distft.config.recipe import Recipe
     from distft.models.architecture import Sizes
@@ -180,7 +182,13 @@ def write(found: dict[tuple[str, Mode], dict[str, list[Polynomial]]], versions: 
 
 
 def peaks(
-    recipe: Recipe, model: ModelShape, setting: Setting, row: int, chosen: frozenset[str], block: list[Tensor]
+    recipe: Recipe,
+    model: ModelShape,
+    setting: Setting,
+    row: int,
+    chosen: frozenset[str],
+    block: list[Tensor],
+    bare: tuple[int, int] = (0, 0),
 ) -> dict[str, tuple[int, int]]:
     """Moment → bytes at its peak, for rows of `row` tokens: (all but logits, logits). {} where the model's sizes are
     unknown.
@@ -188,13 +196,15 @@ def peaks(
     Args:
         chosen: names of the weights that have adapters.
         block: tensors of one block.
+        bare: number of blocks without adapters (lora.layers_to_transform): below all others, and above one of these.
+            Without checkpointing the former keep nothing, since there is no backward pass through them.
     """
     if not (model.sizes.hidden_size and model.sizes.num_hidden_layers):
         return {}
     sizes: Any = model.sizes if model.is_known else filled(model.sizes)
     mode = mode_of(recipe, setting)
     table = polynomials(model.model_type or "", mode)
-    value = symbols(sizes, setting.micro_batch_size * row, row, recipe.lora.r if recipe.lora else 1)
+    value = symbols(sizes, setting.micro_batch_size * row, row, _rank(recipe, chosen, block))
     if not needs_mask(recipe, setting):
         value["T·s"] = value["s·s"] = 0
     experts = any(tensor.kind == "experts" and tensor.name in chosen for tensor in block)
@@ -204,13 +214,19 @@ def peaks(
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
     if model.train_only is not None:  # nothing is kept below the lowest trained block; all above count as trained
         depth = max(1, min(depth, model.backward_blocks))
+    if not mode.checkpointing:
+        depth -= bare[0]
     change = difference(recipe, model, mode, setting.micro_batch_size * row, chosen, block)
+    less = difference(recipe, model, mode, setting.micro_batch_size * row, frozenset(), block) if bare[1] else None
     found = {}
     for moment in MOMENTS[2:]:
         each = saved if moment in ("forward", "loss") else kept
         times = {"forward": depth - 1, "bottom": 1}.get(moment, depth)
         common = [(base, 1), (each, times)]
         rest, logits = max((_evaluate(value, (*common, (peak, 1))) for peak in table[moment]), key=sum)
+        if less and not mode.checkpointing and moment != "bottom":
+            rest += bare[1] * (less.tokens + less.weights)
+            times -= bare[1]
         if change:
             if not mode.checkpointing:
                 rest += times * (change.tokens + change.weights)
@@ -233,6 +249,14 @@ def peaks(
         )
         found |= {moment: (found[moment][0], logits) for moment in ("loss", "head")}
     return found
+
+
+def _rank(recipe: Recipe, chosen: frozenset[str], block: list[Tensor]) -> int:
+    """Rank of a block's adapters; the mean where lora.rank_pattern gives them several."""
+    if recipe.lora is None:
+        return 1
+    ranks = [rank_of(recipe.lora, module_of(tensor)) for tensor in block if tensor.name in chosen]
+    return round(sum(ranks) / len(ranks)) if ranks else recipe.lora.r
 
 
 def _liger_logits(tokens: int, hidden: int, vocab: int, low: int) -> int:
@@ -265,7 +289,8 @@ def difference(
     """
     low, lora = 4 if mode.dtype_regime == "float32" else 2, recipe.lora
     views = _views(model, mode) * low * tokens
-    if lora is None or (lora.target_modules == "all-linear" and not lora.use_dora):
+    everything = lora and lora.target_modules == "all-linear" and not lora.exclude_modules and chosen
+    if lora is None or (everything and not lora.use_dora):
         return Difference(views, 0, 0) if views else None
     linear = [tensor for tensor in block if tensor.is_linear]
     float32_norms = mode.dtype_regime == "autocast" and any(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
-from distft.models.lora import Adapter, adapters, module_of
+from distft.models.lora import Adapter, adapters, module_of, rank_of
 from distft.models.quantization import is_kept, stored_bytes
 from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
@@ -90,8 +90,16 @@ class Estimator:
         self.sizes = sizes_of(recipe, model)
         self.states = ddp_states(recipe, self.sizes, _trained_shapes(recipe, model))
         self.chosen = frozenset(tensor.name for tensor, _ in _adapters(recipe, model))
-        self.block = max(blocks(model.tensors), key=len, default=[])
+        # Of the largest blocks, one with adapters (lora.layers_to_transform).
+        stack = blocks(model.tensors)
+        self.block = max(stack, key=self._layers, default=[])
+        adapted = [position for position, block in enumerate(stack) if self._layers(block)[1]]
+        below = adapted[0] if adapted and not recipe.model.add_tokens else 0  # rows of new tokens are below all blocks
+        self.bare = (below, len(stack) - below - len(adapted)) if adapted else (0, 0)
         self.zero: dict[tuple[str, str, int], dict[str, Any] | None] = {}
+
+    def _layers(self, block: Sequence[Tensor]) -> tuple[int, int]:
+        return len(block), sum(tensor.name in self.chosen for tensor in block)
 
     def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
         """Memory of a rank; `max_length` instead of the recipe's."""
@@ -106,7 +114,7 @@ class Estimator:
 
     def step(self, setting: Setting, length: int) -> Peaks:
         """What a step keeps, besides the states and the strategy's buffers."""
-        found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block)
+        found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block, self.bare)
         return _peaks(self.recipe, self.sizes, setting, found)
 
 
@@ -291,7 +299,10 @@ def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
     if not recipe.lora:
         return [tensor.shape for tensor in model.tensors if tensor.name not in model.fixed]
     shapes: list[tuple[int, ...]] = [
-        (recipe.lora.r, size // recipe.lora.r) for _, added in _adapters(recipe, model) for size in added
+        (rank, size // rank)
+        for tensor, added in _adapters(recipe, model)
+        if (rank := rank_of(recipe.lora, module_of(tensor)))
+        for size in added
     ]
     if count := new_token_count(recipe):
         shapes += [(count, t.shape[1]) for t in vocabulary_tensors(model.tensors, model.vocab_size)]

@@ -79,11 +79,7 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
     training = recipe.training
     return {
         **model_identity(recipe),
-        **(
-            {f"lora.{k}": v for k, v in recipe.lora.model_dump(mode="json", exclude={"start_from"}).items()}
-            if recipe.lora
-            else {"lora": None}
-        ),
+        **_lora_identity(recipe),
         **({"data": content_digest(recipe)} if with_data else {}),
         "training.train_only": training.train_only or None,
         "training.loss_type": training.loss_type if training.loss_type != "nll" else None,
@@ -105,6 +101,14 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
             )
         },
     }
+
+
+def _lora_identity(recipe: Recipe) -> dict[str, Any]:
+    if recipe.lora is None:
+        return {"lora": None}
+    fields = recipe.lora.model_dump(mode="json", exclude={"start_from"})
+    # None for empty ones, so that a checkpoint of a version that did not have the field can be continued.
+    return {f"lora.{name}": None if value == {} else value for name, value in fields.items()}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -59,6 +59,16 @@ def sample(model: Any) -> Sample:
     return Sample(order, tuple(like))
 
 
+def are_alike(model: Any, pruned: Any, wanted: Sample) -> bool:
+    """Whether the trained parameters of every block are those of the block of `pruned` that stands for it."""
+    whole_shapes, shapes = _trained_shapes(model), _trained_shapes(pruned)
+    return all(whole_shapes[k] == shapes[position] for k, position in enumerate(wanted.like))
+
+
+def _trained_shapes(model: Any) -> list[list[tuple[str, Any]]]:
+    return [[(name, p.shape) for name, p in block.named_parameters() if p.requires_grad] for block in blocks_of(model)]
+
+
 def _first(kinds: list[tuple[Any, ...]], kind: tuple[Any, ...]) -> int:
     """The lowest block of a kind but the very lowest, if there is one."""
     return kinds.index(kind, 1) if kind in kinds[1:] else 0

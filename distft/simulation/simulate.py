@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from distft.config.recipe import Recipe
-from distft.errors import SimulationError
+from distft.config.recipe import Lora, Recipe
+from distft.errors import PlanError, SimulationError
 from distft.models.architecture import guess_sizes
 from distft.models.attention import planned_attention
 from distft.models.layout import Tensor
@@ -61,9 +61,12 @@ class Traced:
         model = base(recipe, self.attention)
         self.sample = depth.sample(model)
         self.plain = deepcopy(model)
-        depth.prune(self.plain, self.sample)
         named = _tensors(model)
         model = finish(recipe, model, "autocast")
+        depth.prune(self.plain, self.sample)
+        if not self._has_the_same_adapters(model):
+            self.plain = base(recipe, self.attention)
+            self.sample = depth.whole(self.plain)
         self.sizes = sizes_of(recipe, model)
         self.states = states_of(recipe, model, self.sizes)
         # As a config.json has it: some classes keep numbers of labels, or dtypes.
@@ -76,6 +79,17 @@ class Traced:
         if step not in self._done:
             self._done[step] = self._trace(step)
         return self._done[step]
+
+    def _has_the_same_adapters(self, model: Any) -> bool:
+        """Whether the sample's blocks get the adapters of those that they stand for: not where options of `lora` name
+        blocks by their number."""
+        if self.recipe.lora is None or self.recipe.lora == Lora(r=self.recipe.lora.r):
+            return True
+        try:
+            pruned = finish(self.recipe, deepcopy(self.plain), "autocast")
+        except PlanError:  # a block that was left out is named
+            return False
+        return depth.are_alike(model, pruned, self.sample)
 
     def _trace(self, step: Step) -> Peaks:
         if self.sample.is_whole:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import Mxfp4Config
 
-from distft.config.recipe import Recipe
+from distft.config.recipe import Lora, Recipe
 from distft.errors import DataError
-from distft.models.adaptable import left_out
+from distft.models.adaptable import left_out, reason
 from distft.models.attention import no_flash_attention
 from distft.models.freezing import frozen, named
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_options, kept, matcher
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train.auto_class import auto_class
@@ -28,6 +30,8 @@ from distft.train.special_tokens import new_tokens
 
 log = logging.getLogger("distft")
 
+# Classes of modules that peft can put an adapter on.
+ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Conv2d, torch.nn.Embedding)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -159,6 +163,31 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
         parameter.data = parameter.data.to(compute_dtype(recipe))
 
 
+def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of peft's LoraConfig for a base model without adapters.
+
+    Raises:
+        PlanError: an option is about layers that the model lacks.
+    """
+    options = lora.model_dump(exclude={"start_from"})
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
+    if lora.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        targets = [name for name, m in modules.items() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+        if lora.layers_to_transform is not None:  # which peft has with a list of parts of names only
+            options |= {"target_modules": list(filter(kept(lora), targets)), "layers_to_transform": None}
+    else:
+        targets = list(filter(matcher(lora.target_modules), modules))
+    patterns = left_out(name for name, _ in model.named_parameters())
+    check_options(lora, targets, [name for name in targets if reason(name, patterns)])
+    if patterns:
+        excluded = lora.exclude_modules or []
+        if not isinstance(excluded, str):
+            excluded = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, excluded))})" if excluded else ""
+        options["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in (*patterns, *filter(None, [excluded])))
+    return options
+
+
 def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = ()) -> Any:
     """Freeze the base and wrap it with the adapters of a recipe that has some, initialized from its seed.
 
@@ -167,6 +196,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
 
     Raises:
         DataError: lora.start_from holds an adapter of another model.
+        PlanError: an option is about layers that the model lacks.
         RecipeError: rows of this model cannot be trained beside adapters.
     """
     from peft import LoraConfig, get_peft_model
@@ -177,17 +207,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
         parameter.requires_grad_(False)
     # Loading draws a different number of random values under each strategy; from here on all ranks draw the same.
     set_seed(recipe.training.seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-    if patterns := left_out(name for name, _ in model.named_parameters()):
-        config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in patterns)
+    config = LoraConfig(task_type="CAUSAL_LM", **peft_options(lora, model))
     if tokens:
         add_new_rows(model, tokens)
     model = get_peft_model(model, config)

@@ -24,6 +24,15 @@ NEW = {
     "data__max_length": 96,
 }
 PART = {**FULL, "training__train_only": [r"model\.layers\.-1", r"model\.layers\.0\.mlp\.down_proj", "lm_head"]}
+# Adapters of several ranks on some layers of some blocks.
+SOME_LAYERS = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],
+    "exclude_modules": ["0.mlp.up_proj", "k_proj"],
+    "rank_pattern": {"down_proj": 8, r"layers\.1\.self_attn\..*": 2},
+    "alpha_pattern": {"q_proj": 32},
+}
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -35,6 +44,7 @@ TUNINGS = {
     "int8": {"model__quantization": "int8"},
     "dora": {"lora": {"r": 4, "use_dora": True}},
     "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    "some layers": {"lora": SOME_LAYERS},
     "new tokens": NEW,
     "new tokens tied": {**NEW, "model__name_or_path": "tied"},
     "new tokens full": {**NEW, **FULL},

@@ -42,7 +42,7 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if lora is not None:
         set_seed(seed)
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora))
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.ndim > 1]
     groups = [{"params": decay}, {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]

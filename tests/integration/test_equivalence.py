@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import FP32, STRATEGIES, Job, alone, assert_ran
+from jobs import FP32, SOME_LAYERS, STRATEGIES, Job, alone, assert_ran
 from running import Result, launch
 from tiny import Tiny
 
@@ -32,6 +32,7 @@ JOBS = [
     Job("ddp", 2, "dora"),
     Job("fsdp", 2, "dora"),
     Job("zero3", 2, "rslora"),
+    *(Job(strategy, 2, "some layers") for strategy in FOUR),
     Job("ddp", 2, "int8"),
     Job("zero2", 2, "int8"),
     Job("fsdp", 2, "adamw_torch"),
@@ -72,7 +73,9 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
     assert result.status["eval_loss_after"] < result.status["eval_loss_before"] - 0.05
 
 
-@pytest.mark.parametrize("tuning", ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor", *LOSSES])
+@pytest.mark.parametrize(
+    "tuning", ["full", "nf4", "int8", "dora", "rslora", "some layers", "unpacked", "bf16", "adafactor", *LOSSES]
+)
 def test_a_tuning_is_really_another(runs: Callable[[Job], Result], tuning: str) -> None:
     found, plain = runs(alone(tuning)), runs(alone("lora"))
     assert found.column("loss") != pytest.approx(plain.column("loss"), abs=FP32)
@@ -122,7 +125,12 @@ def test_tracker(trained: Callable[..., Result], tiny: Tiny) -> None:
     assert "logs" in events.relative_to(result.run_dir).parts
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full", "unpacked", "unpacked full", *LOSSES])
+# Options of peft's LoraConfig.
+PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+PEFT = {"full": None, "unpacked full": None, "some layers": SOME_LAYERS}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full", "unpacked", "unpacked full", "some layers", *LOSSES])
 def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> None:
     """A hand-written loop without Trainer, padding or packed attention gives the same numbers."""
     import reference_loop
@@ -141,7 +149,7 @@ def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> No
         recipe.model.name_or_path,
         batch=batch,
         steps=steps,
-        lora={"r": recipe.lora.r, "lora_alpha": recipe.lora.lora_alpha} if recipe.lora else None,
+        lora=PEFT.get(tuning, PLAIN),
         lr=recipe.learning_rate,
         weight_decay=recipe.training.weight_decay,
         warmup=1,

@@ -22,12 +22,12 @@ from distft.jobs.target import plan_recipe
     [
         ({"init_lora_weights": "pissa"}, 'has init_lora_weights "pissa", which adapters here do not have; merge it'),
         ({"init_lora_weights": "olora"}, 'has init_lora_weights "olora"'),
-        ({"rank_pattern": {"q_proj": 8}}, 'has rank_pattern {"q_proj": 8}'),
-        ({"alpha_pattern": {"q_proj": 64}}, 'has alpha_pattern {"q_proj": 64}'),
+        ({"rank_pattern": {"q_proj": 8}}, 'has rank_pattern {"q_proj": 8}, and lora.rank_pattern is {}; set it to the'),
+        ({"alpha_pattern": {"q_proj": 64}}, 'has alpha_pattern {"q_proj": 64}, and lora.alpha_pattern is {}'),
         ({"modules_to_save": ["lm_head"]}, 'has modules_to_save ["lm_head"]'),
         ({"trainable_token_indices": [3, 4]}, "name its tokens in model.add_tokens, or merge it"),
         ({"bias": "lora_only"}, 'has bias "lora_only"'),
-        ({"layers_to_transform": [1]}, "it is on the blocks [1]: a regular expression can name these"),
+        ({"layers_to_transform": [1]}, "it is on the blocks [1]: see lora.layers_to_transform"),
         ({"init_lora_weights": "gaussian"}, None),
     ],
 )
@@ -57,8 +57,9 @@ def test_starts_as_peft_loads_it(tiny: Tiny, tmp_path: Path) -> None:
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(tiny.path / "model")
 
-    names = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}
-    model = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, use_rslora=True, **names))
+    options = {"target_modules": ["q_proj", "k_proj", "down_proj"], "layers_to_transform": [1], "use_rslora": True}
+    options |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 5}, "exclude_modules": ["k_proj"]}
+    model = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, **options))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -70,10 +71,9 @@ def test_starts_as_peft_loads_it(tiny: Tiny, tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path / "merged")
     make_tokenizer(tmp_path / "merged")
     recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__max_steps=1)
-    where = {"target_modules": r".*layers\.1\..*(q_proj|down_proj)", "lora_alpha": 32, "use_rslora": True}
-    recipe["lora"] |= where | {"start_from": str(tmp_path / "adapter")}
+    recipe["lora"] |= {"lora_alpha": 32, **options, "start_from": str(tmp_path / "adapter")}
     started = launch(recipe, tmp_path / "started", ranks=1)
-    recipe["lora"]["start_from"] = None
+    recipe["lora"] = {"r": 4}
     recipe["model"]["name_or_path"] = str(tmp_path / "merged")
     whole = launch(recipe, tmp_path / "whole", ranks=1)
     assert started.status["eval_loss_before"] == pytest.approx(whole.status["eval_loss_before"], abs=1e-5)

@@ -126,6 +126,13 @@ def test_an_integer_is_a_number_but_not_the_other_way_round():
         ),
         ("lora.target_modules", "[]", "got [] (empty), need all-linear, a string or a list of strings"),
         ("lora.target_modules", "{a: 1}", 'got {"a": 1} (a mapping), need all-linear, a string or a list of strings'),
+        (
+            "lora.exclude_modules",
+            "q_proj",
+            'got "q_proj", need a list or a regular expression; for layers of that name, write [q_proj]',
+        ),
+        ("lora.rank_pattern", "[8]", "got [8] (a list), need a mapping"),
+        ("lora.rank_pattern", "{3: 4}", "got 3 for a key, need a string (in quotes)"),
         ("lora", "8", "got 8 (an integer), need a group (r, lora_alpha, lora_dropout, ...) or null"),
         ("training", "", "got null, need a group (global_batch_size, micro_batch_size, max_steps, ...)"),
         ("training.max_steps", "ten", 'got "ten" (a string), need an integer >= 1'),
@@ -167,6 +174,28 @@ def test_words(key, value, expected):
     text, line = recipe_with(key, value)
     assert problem(text) == f"{key}: {expected} (recipe.yaml:{line})"
     assert problem(GOOD, f"{key}={value}").startswith(f"{key}: {expected} (--set {key}=")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("exclude_modules='.*('", 'exclude_modules: got ".*(", which is no regular expression (missing )'),
+        ("rank_pattern={'q(': 4}", 'rank_pattern."q(": got "q(", which is no regular expression (missing )'),
+        ("rank_pattern={q_proj: 0}", "rank_pattern.q_proj: got 0, need >= 1"),
+        ("alpha_pattern={q_proj: 0}", "alpha_pattern.q_proj: got 0, need > 0"),
+        ("layers_to_transform=[-1]", "layers_to_transform[0]: got -1, need >= 0"),
+    ],
+)
+def test_patterns_of_lora(setting, expected):
+    text, _ = recipe_with("lora.r", "8")
+    assert problem(text, f"lora.{setting}").startswith(f"lora.{expected}")
+
+
+def test_a_pattern_names_blocks_itself():
+    text, _ = recipe_with("lora.target_modules", "'.*q_proj'")
+    assert problem(text, "lora.layers_to_transform=[1]").startswith(
+        "lora.layers_to_transform: cannot be given with a regular expression in lora.target_modules"
+    )
 
 
 def recipe_with(key: str, value: str) -> tuple[str, int]:

@@ -25,9 +25,10 @@ from distft.errors import PlanError
 from distft.models.adaptable import left_out
 from distft.models.architecture import describe
 from distft.models.families import FAMILIES
-from distft.models.lora import lora_parameters
+from distft.models.lora import adapters, lora_parameters, module_of, rank_of
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.models.start import check_start
+from distft.train.model import peft_options
 
 # Sizes that do not divide each other, so that none can be taken for another. No pad token: it would have to be < 101.
 BASE = {
@@ -143,17 +144,21 @@ def _meta_model(config: str) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
 
 
-def peft_count(config: dict[str, Any], lora: Lora) -> int:
-    """peft's own count of trainable parameters."""
+def peft_model(config: dict[str, Any], options: dict[str, Any]) -> Any:
+    """What peft makes of a model on the meta device with these options of its LoraConfig."""
     from peft import LoraConfig, get_peft_model
 
-    model, options = meta_model(config), lora.model_dump(exclude={"start_from"})
+    model = meta_model(config)
     if patterns := left_out(name for name, _ in model.named_parameters()):
-        options["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in patterns)
+        options |= {"exclude_modules": "|".join(f"(?:{pattern})" for pattern in patterns)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D's fan_in_fan_out, and of tied embeddings
-        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options), low_cpu_mem_usage=True)
-    return wrapped.get_nb_trainable_parameters()[0]
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options), low_cpu_mem_usage=True)
+
+
+def peft_count(config: dict[str, Any], lora: Lora) -> int:
+    """peft's own count of trainable parameters."""
+    return peft_model(config, lora.model_dump(exclude={"start_from"})).get_nb_trainable_parameters()[0]
 
 
 def our_count(config: dict[str, Any], lora: Lora) -> int:
@@ -284,6 +289,87 @@ def test_named_layers_are_those_of_peft(family: str, targets: list[str], use_dor
             our_count(config, lora)
     else:
         assert our_count(config, lora) == theirs
+
+
+SOME = [
+    {"exclude_modules": ["q_proj", "0.mlp.down_proj"]},
+    {"exclude_modules": r".*\.1\.self_attn\..*", "target_modules": r".*(self_attn|mlp)\..*_proj"},
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": 0, "target_modules": ["q_proj", "k_proj", "model.layers.1.mlp.down_proj"]},
+    {"rank_pattern": {"q_proj": 8, r"layers\.1\..*": 3, "model.layers.0.mlp.down_proj": 1}},
+    {"rank_pattern": {r".*_proj": 2}, "alpha_pattern": {"q_proj": 64}, "use_rslora": True},
+    {"rank_pattern": {"o_proj": 7}, "layers_to_transform": [1], "exclude_modules": ["k_proj"], "use_dora": True},
+]
+
+
+SOME_OF_GPT2 = [
+    {"exclude_modules": ["attn.c_proj"], "rank_pattern": {r"h\.1\..*": 9, r"c_.*": 2}},
+    {"layers_to_transform": [1], "alpha_pattern": {"mlp.c_proj": 3.5}},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((name, options) for name in ("llama", "gemma2") for options in SOME), *(("gpt2", o) for o in SOME_OF_GPT2)],
+    ids=str,
+)
+def test_options_for_some_layers_are_those_of_peft(family: str, options: dict[str, Any]) -> None:
+    """The counts, and each layer's rank; and those of the options that training gives to peft."""
+    config = {"model_type": family, **TINY[family][0]}
+    ours = describe(config)
+    lora = Lora(r=5, **options)
+    names = sorted({module_of(tensor).rpartition(".")[2] for tensor in ours.tensors if tensor.is_linear})
+    plain = peft_model(config, {"r": 5, "target_modules": names, **options})
+    trained = peft_model(config, peft_options(lora, meta_model(config)))
+    assert our_count(config, lora) == plain.get_nb_trainable_parameters()[0] < our_count(config, Lora(r=9))
+    ranks = {module_of(t): rank_of(lora, module_of(t)) for t, _ in adapters(lora, ours.tensors)}
+    assert len(set(ranks.values())) >= len(lora.rank_pattern) > 0 or set(ranks.values()) == {5}
+    for wrapped in (plain, trained):
+        layers = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
+        assert {name: module.r["default"] for name, module in layers.items() if hasattr(module, "r")} == ranks
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"exclude_modules": ["q_proj", "qproj"]},
+            "exclude_modules: got qproj, which is none of the layers",
+        ),
+        ({"exclude_modules": ["self_attn"]}, "exclude_modules: got self_attn, which is none of the layers"),
+        ({"exclude_modules": r".*_proj"}, "exclude_modules: leaves none of the layers of lora.target_modules"),
+        ({"exclude_modules": ["lm_head"]}, "exclude_modules: got lm_head, which is none of the layers"),
+        ({"layers_to_transform": [1, 2]}, "layers_to_transform: got 2, and the model has 2 with such layers, from 0"),
+        ({"layers_to_transform": 0, "target_modules": ["lm_head"]}, "got 0, and the model has no such blocks"),
+        (
+            {"rank_pattern": {"proj": 4}},
+            "rank_pattern: got proj, which is the end of no name of a layer",
+        ),
+        ({"rank_pattern": {r".*": 4, "q_proj": 8}}, "got q_proj, which is the end of no name .*an earlier pattern has"),
+        (
+            {"alpha_pattern": {"q_proj": 4.0}, "target_modules": ["v_proj"]},
+            "alpha_pattern: got q_proj, which is",
+        ),
+    ],
+)
+def test_an_option_that_would_change_nothing(options: dict[str, Any], said: str) -> None:
+    config = {"model_type": "llama", **TINY["llama"][0]}
+    with pytest.raises(PlanError, match=said):
+        our_count(config, Lora(**options))
+    with pytest.raises(PlanError, match=said):
+        peft_options(Lora(**options), meta_model(config))
+
+
+@pytest.mark.parametrize(
+    "option", [{"exclude_modules": ["q_proj"]}, {"layers_to_transform": 1}, {"rank_pattern": {"q_proj": 4}}]
+)
+def test_options_for_some_layers_are_not_for_experts(option: dict[str, Any]) -> None:
+    """peft has them as parameters, whose names these options do not see."""
+    config = {"model_type": "mixtral", **TINY["mixtral"][0]}
+    with pytest.raises(PlanError, match=f"lora.{next(iter(option))}: peft does not support it on the experts"):
+        our_count(config, Lora(**option))
+    lora = Lora(target_modules=["q_proj", "v_proj"], **option)
+    assert our_count(config, lora) == peft_count(config, lora)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,26 @@ def test_some_blocks_are_all_of_them(
     assert some == run(folder, *sets, **options)
 
 
+@pytest.mark.parametrize(
+    ("sets", "trained"),
+    [
+        (["lora.layers_to_transform=[3,4]"], 2),
+        (["lora.layers_to_transform=[0,1,2,3,4,5,6]"], 7),
+        ([r"lora.target_modules='model\.layers\.[23]\..*_proj'"], 2),
+        ([r"lora.alpha_pattern={'layers\.5\..*': 8}"], 7),
+        (["lora.rank_pattern={q_proj: 8}", "lora.exclude_modules=[k_proj]"], 0),
+    ],
+)
+def test_blocks_with_adapters_of_their_own_are_all_traced(folder: Path, sets: list[str], trained: int) -> None:
+    wanted = recipe(folder, f"model.name_or_path={folder / 'deep'}", "lora.r=4", *sets)
+    counted = Traced(wanted)
+    assert counted.sample.is_whole is bool(trained)
+    if trained:
+        attention, mlp = 2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + HIDDEN // 2), 3 * (HIDDEN + 176)
+        assert counted.sizes.trained == trained * 4 * (attention + mlp)
+    assert simulate(wanted, Setting("ddp", micro_batch_size=2)).trainable_parameters == counted.sizes.trained
+
+
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 # Linear attention in three of four blocks; experts in all blocks but two; layers whose type is in the config.
 MIXED = {

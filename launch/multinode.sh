@@ -8,6 +8,7 @@ shift
 command -v distft > /dev/null || { echo "distft is not on PATH: activate its environment" >&2; exit 2; }
 : "${NNODES:?}" "${NODE_RANK:?}" "${HEAD:?HOST:PORT of node 0}" "${RUN_DIR:?a new folder that all machines see}"
 export NODE_RANK HEAD
+[ "$NODE_RANK" -lt "$NNODES" ] || { echo "NODE_RANK: got $NODE_RANK, need 0 to $((NNODES - 1))" >&2; exit 2; }
 if [ "$NODE_RANK" -eq 0 ]; then
   distft render "$recipe" --nodes "$NNODES" ${GPUS:+--gpus-per-node "$GPUS"} -o "$RUN_DIR" "$@"
 fi

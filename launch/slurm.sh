@@ -9,4 +9,5 @@ set -euo pipefail
 recipe=${1:?usage: sbatch --nodes=N --gpus-per-node=G slurm.sh RECIPE [options of distft launch]}
 shift
 command -v distft > /dev/null || { echo "distft is not on PATH: activate its environment" >&2; exit 2; }
+: "${SLURM_JOB_ID:?is not set: this script is for sbatch; without SLURM use 1node.sh}"
 exec distft launch "$recipe" "$@"

@@ -79,11 +79,13 @@ def _yaml(strategy: str, topology: Topology) -> str:
     if topology.nnodes == 1:
         head = [
             f"One node of {topology.nproc_per_node} GPUs; another number: --num_processes N.",
+            f"launch/accelerate.sh {strategy} script.py ARGS, which looks first for what is needed; or",
             f"{command} script.py ARGS",
         ]
     else:
         head = [
             f"{topology.nnodes} nodes of {topology.nproc_per_node} GPUs; on node R, counted from 0:",
+            f"launch/accelerate.sh {strategy} script.py ARGS, which looks first for what is needed; or",
             f"{command} --machine_rank R --main_process_ip FIRST_NODE script.py ARGS",
             "Another world size, M nodes of G GPUs: --num_machines M --num_processes M*G",
             "--parallelism_config_dp_replicate_size M --parallelism_config_dp_shard_size G.",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from distft.errors import RunError
 from distft.jobs.job import Job
 from distft.runs import processes
-from distft.runs.directory import RunDir
+from distft.runs.directory import PLAN, RunDir
 from distft.runs.status import LOCAL, State, Status, read_status, update_status
 from distft.runs.stop_file import ask_to_stop
 from distft.shell import command_line, quote
@@ -42,10 +43,17 @@ def render(job: Job) -> str:
             f"# distft run {job.name}: starts every rank on this machine and waits for them.",
             "set -euo pipefail",
             *exports,
+            f"{command_line([job.argv[0], '-m', 'distft.hardware.here', str(_gpus(job))])} || exit 2",
             f"exec {command_line(job.argv)}",
             "",
         ]
     )
+
+
+def _gpus(job: Job) -> int:
+    """The GPUs that the ranks of a node were planned for; 0 for CPU ranks."""
+    topology = json.loads(job.files[PLAN])["topology"]
+    return job.topology.nproc_per_node if topology["gpu"] else 0
 
 
 def detach(run: RunDir) -> None:

@@ -16,6 +16,7 @@ from distft import extras
 from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.data import few_steps
+from distft.errors import ClusterError
 from distft.runs import model_card
 from distft.runs.base_card import base_card
 from distft.runs.directory import RunDir
@@ -44,6 +45,8 @@ log = logging.getLogger("distft")
 def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     """Train the recipe of a run directory under its plan: from its newest checkpoint to the end, or until stopped."""
     logging.basicConfig(format="%(message)s")
+    if plan["topology"]["gpu"] and not torch.cuda.is_available():
+        raise ClusterError(f"planned for a {plan['topology']['gpu']}, and torch {torch.__version__} finds no GPU here")
     log.setLevel(logging.INFO)
     recipe = load_recipe(run.recipe, needed=DATA_FILES)
     prepared = load_prepared(recipe)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from distft.errors import DistftError, Hang
+from distft.errors import DistftError, Hang, PlanError
 from distft.runs.directory import RunDir
 from distft.runs.files import write_atomically
 from distft.runs.processes import die_with_parent
@@ -38,7 +38,10 @@ def enter(run: RunDir) -> dict[str, Any]:
     die_with_parent()  # the ranks of a torchrun that is killed must not stay behind and hold their GPUs
     _log_to(run, rank)
     _record_first_error(run, rank)
-    plan = json.loads(run.plan.read_text())
+    plan: dict[str, Any] = json.loads(run.plan.read_text())
+    planned, started = plan["topology"]["world_size"], int(os.environ.get("WORLD_SIZE", "1"))
+    if planned != started:
+        raise PlanError(f"this run was planned for {planned} ranks, and {started} were started: start its job script")
     config = yaml.safe_load(run.accelerate.read_text())
     os.environ.update(accelerate_environment(config, plan["mixed_precision"]))
     return plan

@@ -15,6 +15,7 @@ from typing import Any
 from distft import extras
 from distft.config.loading import DATA_FILES, dump_recipe, read_recipe
 from distft.config.recipe import Recipe
+from distft.data.overlap import TRAINED
 from distft.data.reading import are_here, checked_whole
 from distft.errors import DataError, MissingPartError, NoTokenizerError, RunError
 from distft.views.data_page import UNKNOWN_MIX
@@ -82,9 +83,11 @@ def check_sample(
     if wrong := problems(found):
         raise DataError("\n".join(wrong))
     counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
+    whole = checked_whole(recipe)
     for split, count in counts.items():
-        if split in checked_whole(recipe):
-            count |= {"untrained": {}, "odd": {}, "empty": []}
+        if split in whole:  # what is shared with rows of the hub is found here alone
+            odd = {kind: count["odd"][kind] for kind in {TRAINED} & count["odd"].keys() if "train" not in whole}
+            count |= {"untrained": {}, "odd": odd, "empty": []}
     rows = {split: report["which"] for split, report in found.items()}
     each = "; ".join(f"{split}: {which}" for split, which in rows.items()) if len(rows) > 1 else rows["train"]
     which = "all rows" if all(report["all_read"] for report in found.values()) else each

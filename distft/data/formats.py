@@ -49,16 +49,17 @@ class Example:
         """Whether parts of it can be trained as documents of their own: data.long_rows: split."""
         return self.kind == "text"
 
-    def digest(self) -> bytes:
-        """The same for the same content, wherever it comes from."""
+    def key(self) -> int:
+        """64 bits that are the same for the same content, wherever it comes from."""
         import hashlib
 
-        return hashlib.sha256(json.dumps([self.kind, self.fields], sort_keys=True).encode()).digest()
+        digest = hashlib.sha256(json.dumps([self.kind, self.fields], sort_keys=True).encode()).digest()
+        return int.from_bytes(digest[:8], "big")
 
     def is_held_out(self, fraction: float) -> bool:
         """Whether it belongs to the evaluation data where data.eval is a fraction: decided by its content alone, so the
         same for all its copies, and whatever other rows there are."""
-        return int.from_bytes(self.digest()[:8], "big") < fraction * 2**64
+        return self.key() < fraction * 2**64
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from distft.data.files import Found, some
 from distft.data.formats import Example, Formatter
 from distft.data.hub import pinned as pinned_path
 from distft.data.layouts import SAMPLE, Layout, find_layout
+from distft.data.overlap import TRAINED, TRAINED_TEXT, TrainedRows, can_share_rows
 from distft.data.problems import Problems, RowProblem, Summary, Untrained
 from distft.data.readers import Batch, read_batches
 from distft.data.sources import as_sources, find_data
@@ -180,8 +181,14 @@ def _layout(batch: Batch, data: Data) -> Layout | None:
     return replace(layout, seen_at=next((place for place, row in rows if layout.has_needed(row)), ""))
 
 
-def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -> Iterator[tuple[str, Example]]:
-    """The examples in a batch, with their place. Rows that do not fit are counted in `tally`."""
+def examples(
+    batch: Batch, layout: Layout, formatter: Formatter, tally: Tally, trained: TrainedRows | None = None
+) -> Iterator[tuple[str, Example]]:
+    """The examples in a batch, with their place. Rows that do not fit are counted in `tally`.
+
+    Args:
+        trained: for rows of data.eval, those of data.train, where they may share some.
+    """
     used = layout.fields() | formatter.ignored
     for number, (place, row) in enumerate(batch.rows()):
         if not number:
@@ -202,13 +209,20 @@ def examples(batch: Batch, layout: Layout, formatter: Formatter, tally: Tally) -
                 tally.message_fields.update(*example.fields["messages"])
                 if not any(message["role"] == "user" for message in example.fields["messages"]):
                     tally.odd.add("no-user-turn", place, "without a user turn")
+            if trained is not None and example.key() in trained:
+                tally.odd.add(TRAINED, place, TRAINED_TEXT)
             yield place, example
 
 
 def read_examples(
-    found: Sequence[Found], data: Data, what: str, tally: Tally | None = None, rows: FirstRows | None = None
+    found: Sequence[Found],
+    data: Data,
+    what: str,
+    tally: Tally | None = None,
+    rows: FirstRows | None = None,
+    trained: TrainedRows | None = None,
 ) -> Iterator[tuple[str, Example]]:
-    """All examples in the files, or those of the first rows, in order, in this process.
+    """All examples in the files, or those of the first rows, in order, in this process. `trained` as of examples().
 
     Raises:
         DataError: a file that cannot be read; at the end, rows that do not fit, or no rows.
@@ -216,7 +230,7 @@ def read_examples(
     tally = Tally() if tally is None else tally
     formatter = Formatter.of(data)
     for _, batch, layout in rows or batches(found, data):
-        yield from examples(batch, layout, formatter, tally)
+        yield from examples(batch, layout, formatter, tally, trained)
     tally.check(what, found)
 
 
@@ -250,6 +264,7 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
         DataError: a path that stands for nothing, files that are both trained on and evaluated, rows that do not fit.
     """
     lines = []
+    trained = TrainedRows() if can_share_rows(recipe.data) else None
     for use, found in find_data(recipe.data, _is_here).items():
         lines += [
             f"data.{use}: {source.path}: a data set of the hub, as nothing of that name is here"
@@ -259,7 +274,9 @@ def check_files(recipe: Recipe, most: int | None = None) -> list[str]:
         if not found:
             continue
         tally, what, rows = Tally(), f"data.{use}", FirstRows(found, recipe.data, most)
-        for _, example in read_examples(found, recipe.data, what, tally, rows):
+        for _, example in read_examples(found, recipe.data, what, tally, rows, trained if use == "eval" else None):
+            if trained is not None and use == "train":
+                trained.update((example.key(),))
             if recipe.data.long_rows == "split" and not example.can_split:
                 raise DataError(
                     f"data.long_rows: split needs rows of text, and data.{use} has {example.kind}; use error, "

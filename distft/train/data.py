@@ -24,6 +24,7 @@ from distft.data import cache, reading
 from distft.data.files import Found
 from distft.data.formats import IGNORE
 from distft.data.mixing import drawn, is_mix, taken
+from distft.data.overlap import TrainedRows
 from distft.data.reading import Tally, batches
 from distft.data.sources import Use, find_data
 from distft.errors import DataError, DistftError, first_line
@@ -112,10 +113,12 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
 
 def _prepare_splits(rows: RowEncoder, found: Mapping[Use, Sequence[Found]], folder: Path) -> dict[Use, Counts]:
     counts: dict[Use, Counts] = {}
+    trained = TrainedRows()
     try:
         for use, several in found.items():
+            rows.trained = trained if use == "eval" else None
             if several:
-                counts |= _prepare_split(rows, several, use, folder)
+                counts |= _prepare_split(rows, several, use, folder, trained)
     finally:
         shutil.rmtree(folder / "tmp", ignore_errors=True)
     return counts
@@ -142,8 +145,11 @@ def _check_model_code(recipe: Recipe) -> None:
         raise DataError(f"model.name_or_path: {model.name_or_path} cannot be loaded ({first_line(error)})") from None
 
 
-def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: Path) -> dict[Use, Counts]:
-    """Write the documents of a split, and what is held out of them for the other.
+def _prepare_split(
+    rows: RowEncoder, found: Sequence[Found], use: Use, folder: Path, trained: TrainedRows
+) -> dict[Use, Counts]:
+    """Write the documents of a split, and what is held out of them for the other. `trained` gets the rows of data.train
+    where those of data.eval are compared with them.
 
     Raises:
         DataError: a file that cannot be read, or rows that would not be trained as they are meant.
@@ -155,7 +161,7 @@ def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: P
     with ExitStack() as stack:
         documents = {split: stack.enter_context(Documents(folder / "tmp" / split)) for split in splits}
         with Progress(what) as progress:
-            for number, parts, later in encode_all(batches(found, recipe.data), rows):
+            for number, parts, later, keys in encode_all(batches(found, recipe.data), rows):
                 for split in splits:
                     # Without a fraction that is held out, all that is read is of the split that is asked for.
                     encoded, counted = parts[split if rows.held_out else "train"]
@@ -163,6 +169,7 @@ def _prepare_split(rows: RowEncoder, found: Sequence[Found], use: Use, folder: P
                     documents[split].add(encoded, number, read[number])
                 read[number] += later.rows
                 tally.merge(later)
+                trained.update(keys)
                 progress.show(tally.rows)
         tally.check(what, found)
         counts[use].layouts, counts[use].untrained = dict(tally.layouts), tally.left_out()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +19,7 @@ import numpy
 from distft.config.recipe import Recipe
 from distft.data.formats import IGNORE, Example, Formatter
 from distft.data.layouts import Layout
+from distft.data.overlap import TrainedRows, can_share_rows
 from distft.data.problems import SHOWN, RowProblem, Summary
 from distft.data.readers import Batch
 from distft.data.reading import Tally, examples
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Work = tuple[int, Batch, Layout]  # of the source with this number
-Answer = tuple[int, "dict[Use, tuple[Encoded, Counts]]", Tally]
+Answer = tuple[int, "dict[Use, tuple[Encoded, Counts]]", Tally, "array[int]"]
 
 
 @dataclass
@@ -88,6 +90,8 @@ class RowEncoder:
         self.tokenization = Tokenization(tokenizer)
         self.formatter = Formatter.of(recipe.data, bool(tokenizer.chat_template))
         self.held_out = recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
+        self.can_share_rows = can_share_rows(recipe.data)
+        self.trained: TrainedRows | None = None  # for rows of data.eval, those of data.train, where they may share some
         self._encoders: dict[str, Encoder] = {}
 
     def of(self, example: Example) -> Encoder:
@@ -132,11 +136,14 @@ class RowEncoder:
         return [*self.tokenization.notes, *(note for one in self._encoders.values() for note in one.notes)]
 
     def encode(self, work: Work) -> Answer:
-        """The number of the source, what is trained and what is held out, and what was found in the rows."""
+        """The number of the source, what is trained and what is held out, what was found in the rows, and the keys of
+        rows of data.train with which those of data.eval are to be compared."""
         number, batch, layout = work
-        tally = Tally()
+        tally, keys, has_keys = Tally(), array("Q"), self.can_share_rows and self.trained is None
         parts: dict[Use, Part] = {"train": Part(), "eval": Part()}
-        for row, (place, example) in enumerate(examples(batch, layout, self.formatter, tally)):
+        for row, (place, example) in enumerate(examples(batch, layout, self.formatter, tally, self.trained)):
+            if has_keys:
+                keys.append(example.key())
             use: Use = "eval" if self.held_out and example.is_held_out(self.held_out) else "train"
             try:
                 for ids, labels, _ in self.documents(place, example, parts[use].counts):
@@ -144,7 +151,7 @@ class RowEncoder:
             except RowProblem as problem:
                 tally.problems.add(problem.kind, place, problem.text)
         parts["train"].counts.notes = self.notes()
-        return number, {use: (part.encoded(), part.counts) for use, part in parts.items()}, tally
+        return number, {use: (part.encoded(), part.counts) for use, part in parts.items()}, tally, keys
 
 
 class Part:

@@ -21,6 +21,7 @@ from distft.data.files import Found
 from distft.data.formats import IGNORE, Example
 from distft.data.layouts import Layout
 from distft.data.mixing import is_mix, taken
+from distft.data.overlap import TrainedRows
 from distft.data.problems import Problems, RowProblem
 from distft.data.reading import FirstRows, Tally, batches, examples
 from distft.data.sources import Use, find_data
@@ -72,8 +73,8 @@ class SplitReport:
 class _Reader:
     """Encodes rows of one split."""
 
-    def __init__(self, rows: RowEncoder, found: Sequence[Found], split: Use):
-        self.rows, self.found, self.split = rows, found, split
+    def __init__(self, rows: RowEncoder, found: Sequence[Found], split: Use, trained: TrainedRows):
+        self.rows, self.found, self.split, self.trained = rows, found, split, trained
         self.recipe = rows.recipe
         self.what = f"data.{split}"
         self.is_held_out = split == "eval" and rows.held_out > 0  # the split is what is held out of data.train
@@ -108,7 +109,9 @@ class _Reader:
         seen = set[str]()  # the formats of files, whether their rows fit or not
         for number, batch, layout in first:
             seen |= {str(layout)} if layout.seen_at else set()
-            for place, example in examples(batch, layout, self.rows.formatter, tally):
+            for place, example in examples(batch, layout, self.rows.formatter, tally, self._compared()):
+                if self.rows.can_share_rows and self.split == "train":
+                    self.trained.update((example.key(),))
                 if self.rows.held_out and self._holds_out(example) != self.is_held_out:
                     report.elsewhere += 1
                     continue
@@ -141,6 +144,9 @@ class _Reader:
         except DataError as error:
             report.problems = str(error).splitlines()
         return report
+
+    def _compared(self) -> TrainedRows | None:
+        return self.trained if self.rows.can_share_rows and self.split == "eval" else None
 
     def _rows(self) -> Iterator[tuple[Row, Layout]]:
         """Those that --row counts."""
@@ -213,7 +219,8 @@ def show(recipe: Recipe, splits: Sequence[Use], row: int | None, sample: int) ->
     rows, found = RowEncoder(recipe, load_tokenizer(recipe)), find_data(recipe.data)
     if rows.held_out:
         found["eval"] = found["train"]
-    readers = [_Reader(rows, found[use], use) for use in splits if found[use]]
+    trained = TrainedRows()
+    readers = [_Reader(rows, found[use], use, trained) for use in splits if found[use]]
     if not readers:
         raise DataError("--eval: the recipe has no data.eval; name data, or hold some out: data.eval: 0.05")
     return {reader.split: asdict(reader.sample(sample) if row is None else reader.row(row)) for reader in readers}

@@ -17,11 +17,14 @@ import yaml
 from tiny import Tiny, write_jsonl
 
 from distft.config.loading import load_recipe
+from distft.data import overlap, streams
 from distft.data.cache import PROGRESS_FD
 from distft.data.formats import IGNORE, Example
+from distft.data.reading import check_files
 from distft.errors import DataError
 from distft.train.data import Prepared, load_prepared
 from distft.train.progress import SECONDS, Progress
+from distft.train.show_rows import show
 from distft.views.summary import data_lines
 
 WORDS = ["read", "file", "list", "dict", "node", "open", "path", "rank", "step"]
@@ -222,6 +225,31 @@ def test_a_mix_is_of_rows_and_not_of_their_pieces(tiny: Tiny, tmp_path: Path) ->
         tiny, tmp_path, data__train=[{"path": str(tmp_path / "a.jsonl"), "epochs": 2}], data__eval=0.3, **changes
     )
     assert held.counts["train"]["documents"] + 2 * held.counts["eval"]["documents"] == 2 * pieces * 40
+
+
+def test_rows_that_are_trained_and_evaluated_are_counted(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what they are trained as, whatever their files look like: in several processes, and in the check and the
+    sample of `validate`."""
+    monkeypatch.setattr(streams, "BLOCK", 500)  # bytes: several batches
+    monkeypatch.setattr(overlap, "_SORTED", 8)
+    rows = [{"id": n, "messages": chat(f"read {n}", "file")} for n in range(30)]
+    held = tmp_path / "held.jsonl"
+    numbers = [*range(40, 60), 3, *range(60, 80), 29, 3]
+    write_jsonl(held, [{"query": f"read {n}", "response": "file"} for n in numbers])
+    expected = {"trained": (3, f"{held}:21", overlap.TRAINED_TEXT)}
+    found = prepared(tiny, tmp_path, rows, data__eval=str(held))
+    assert (found.counts["train"]["odd"], found.counts["eval"]["odd"]) == ({}, expected)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    line = f"warning: data.eval: 3 rows {overlap.TRAINED_TEXT}; the first: {held}:21"
+    assert line in data_lines(found.counts)
+    assert [text for text in check_files(recipe) if text.startswith("warning")] == [line]
+    reports = show(recipe, ["train", "eval"], None, 1000)
+    assert (reports["train"]["counts"]["odd"], reports["eval"]["counts"]["odd"]) == ({}, expected)
+    # Rows that a hash tells apart are not compared.
+    found = prepared(tiny, tmp_path, rows * 2, data__eval=0.3)
+    assert found.counts["eval"]["documents"] and not found.counts["eval"]["odd"]
 
 
 @pytest.fixture

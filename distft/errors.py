@@ -30,6 +30,10 @@ class PlanError(DistftError):
     """A combination that cannot train: the rule, and the fix."""
 
 
+class NoModelError(PlanError):
+    """A model that is neither here nor on the hub."""
+
+
 class SubmitError(DistftError):
     """The scheduler refused the job."""
 

@@ -160,6 +160,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
 
     from distft.commands.launch import RecipeLaunch
     from distft.commands.launch import render as rendered
+    from distft.data import few_steps
     from distft.jobs.target import plan_recipe
     from distft.runs import attempts
     from distft.runs.directory import RunDir
@@ -171,7 +172,7 @@ def render(recipe: str, target: Target, sets: tuple[str, ...], output: str) -> N
     rendered(planned.job(RunDir(folder)))  # before anything is written: the template may be wrong
     run = RunDir.create(str(folder.parent), folder.name, exact=True)
     attempts.fill(run, rendered(planned.job(run)), loaded.name)
-    options.print_warnings(plan.warnings)
+    options.print_warnings([*plan.warnings, *few_steps.expected(loaded)])
     how = "sbatch" if target.cluster else "bash"
     click.echo(f"wrote {run.path}; start it with: {how} {quote(str(run.script))}")
 

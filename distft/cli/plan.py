@@ -39,8 +39,9 @@ def plan(
 ) -> None:
     """Show whether RECIPE fits, under which strategy, and how fast.
 
-    Only the model's config.json is read; no GPU, weights or data are needed. Exit status: 0 it fits, 1 it does not fit
-    or that is not known, 2 the request is wrong.
+    The model's config.json is read, and as much of the data as shows how many steps there are: at least 10. No GPU and
+    no weights are needed, and with --cluster or --gpu no data. Exit status: 0 it fits, 1 it does not fit or that is not
+    known, 2 the request is wrong.
     """
     from distft.commands.plan import plan as planned
     from distft.planner.plan import plan_json

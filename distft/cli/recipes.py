@@ -34,12 +34,14 @@ def validate(recipe: str, sample: int, sets: tuple[str, ...], target: Target, as
     are rendered and tokenized as they are trained. `launch` does this to all rows.
     """
     from distft.commands.data import check_sample
+    from distft.data import few_steps
     from distft.data.reading import are_here
     from distft.jobs.target import plan_recipe
 
     loaded, plan = plan_recipe(recipe, sets, target)
     checked = check_sample(recipe, sets, loaded, sample, plan.data)
-    plan = replace(plan, warnings=(*plan.warnings, *checked.warnings), data=(*plan.data, *checked.lines))
+    warnings = (*plan.warnings, *checked.warnings, *few_steps.expected(loaded, checked.row_tokens))
+    plan = replace(plan, warnings=warnings, data=(*plan.data, *checked.lines))
     if as_json:
         options.print_json(
             {

@@ -38,11 +38,11 @@ def show_rows(
         MissingPartError: the train part is not installed.
         DistftError: the recipe, its tokenizer or its data cannot be used.
     """
-    recipe = read_recipe(path, sets, DATA_FILES).recipe
+    loaded = read_recipe(path, sets, DATA_FILES)
     extras.require()
     with tempfile.TemporaryDirectory() as temporary:
         file, answer = Path(temporary) / "recipe.yaml", Path(temporary) / "answer.json"
-        file.write_text(dump_recipe(recipe))
+        file.write_text(dump_recipe(loaded.recipe))
         options = ["--sample", str(sample)] if row is None else ["--row", str(row)]
         options += ["--eval"] * only_eval
         command = [sys.executable, "-m", "distft.train.show_rows", str(file), str(answer), *options]
@@ -51,16 +51,20 @@ def show_rows(
             raise RunError(f"the rows could not be read:\n{done.stderr.strip()}")
         found: dict[str, Any] = json.loads(answer.read_text())
     if "error" in found:
-        raise (NoTokenizerError if found["no_tokenizer"] else DataError)(found["error"])
+        if found["no_tokenizer"]:
+            raise NoTokenizerError(f"{found['error']}{loaded.model_hint}")
+        raise DataError(found["error"])
     return found
 
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """What `validate` learns from rows as they are trained: lines to print, and why rows were not looked at."""
+    """What `validate` learns from rows as they are trained: lines to print, why rows were not looked at, and tokens of
+    a row of the training data in the mean, as far as data.max_length."""
 
     lines: list[str]
     warnings: list[str]
+    row_tokens: float | None = None
 
 
 def check_sample(
@@ -95,7 +99,9 @@ def check_sample(
     lines = [line for line in data_lines(counts) if line not in said]
     if any(report["mixed"] and not report["all_read"] for report in found.values()):
         lines.append(UNKNOWN_MIX)
-    return SampleCheck([f"as they are trained, {which}{mixed}:", *lines], [])
+    lengths = [min(length, recipe.data.max_length) for length in found["train"]["lengths"]]
+    tokens = sum(lengths) / len(lengths) if lengths else None
+    return SampleCheck([f"as they are trained, {which}{mixed}:", *lines], [], tokens)
 
 
 def problems(found: dict[str, Any]) -> list[str]:

@@ -225,12 +225,14 @@ class RecipeLaunch(Launch):
         """Prepare the data, unless the job does so on its first node."""
         from distft.views.progress import say
 
-        if self.target.prepares_data():
-            cluster = self.target.cluster
-            counts = prepare_data(self.settings, cluster.cache_dir if cluster else None)
-            warnings = [f"warning: {text}" for text in few_steps.warnings(self.settings, counts)]
-            lines = [line for line in summary.data_lines(counts) if line not in self.plan.data]  # said with the plan
-            say(console, [*lines, *warnings])
+        if not self.target.prepares_data():
+            say(console, [f"warning: {text}" for text in few_steps.expected(self.settings)])
+            return
+        cluster = self.target.cluster
+        counts = prepare_data(self.settings, cluster.cache_dir if cluster else None)
+        warnings = [f"warning: {text}" for text in few_steps.warnings(self.settings, counts)]
+        lines = [line for line in summary.data_lines(counts) if line not in self.plan.data]  # said with the plan
+        say(console, [*lines, *warnings])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distft.config.loading import read_recipe
+from distft.data import few_steps
+from distft.errors import NoModelError
 from distft.jobs.planned import plan_any
 from distft.jobs.target import Target
 from distft.planner import calibrate, limits
@@ -42,7 +44,7 @@ def plan(
     Raises:
         DistftError: the request is wrong.
     """
-    loaded = read_recipe(path, sets)
+    loaded = read_recipe(path, sets, replace(target, gpu=gpu).needed_files(for_launch=False))
     recipe = loaded.recipe
     assumed = gpu is None and not target.cluster
     where = replace(target, gpu=USUAL_GPU if assumed else gpu).where()
@@ -50,10 +52,13 @@ def plan(
     if calibrate_with:
         name = where.device.name if where.device.type == "cuda" else None
         measured = calibrate.flops_per_second(calibrate_with, target.runs_dir(recipe), name)
-    made = plan_any(recipe, where, compare=True, measured=measured, simulate=simulate)
+    try:
+        made = plan_any(recipe, where, compare=True, measured=measured, simulate=simulate)
+    except NoModelError as error:
+        raise NoModelError(f"{error}{loaded.model_hint}") from None
     if assumed:
         text = f"{USUAL_GPU}, because neither --gpu nor --cluster names a GPU; --gpu local is this machine's"
         made = replace(made, assumptions=(text, *made.assumptions))
-    made = replace(made, warnings=(*loaded.notes, *made.warnings))
+    made = replace(made, warnings=(*loaded.notes, *few_steps.expected(recipe), *made.warnings))
     around = limits.limits(made.search, made.chosen)
     return Planned(made, around, [] if made.fits is not False else limits.would_fit(made.search))

@@ -172,6 +172,7 @@ def find_cluster(word: str) -> Path:
     Raises:
         ClusterError: there is no such profile.
     """
+    from distft.config.paths import near
     from distft.config.schema_text import closest, did_you_mean
 
     path = Path(word).expanduser()
@@ -182,7 +183,8 @@ def find_cluster(word: str) -> Path:
         return named
     known = sorted(p.stem for p in profiles_dir().glob("*.yaml"))
     have = f"; {profiles_dir()} has {', '.join(known)}" if known else f"; {profiles_dir()} is empty"
-    raise ClusterError(f"--cluster: no such profile: {word}{did_you_mean(closest(word, known))}{have}")
+    hint = did_you_mean(closest(word, known)) or near(path)
+    raise ClusterError(f"--cluster: no such profile: {word}{hint}{have}")
 
 
 def load_cluster(word: str, given: Mapping[str, str] = MappingProxyType({})) -> Cluster:
@@ -193,6 +195,7 @@ def load_cluster(word: str, given: Mapping[str, str] = MappingProxyType({})) -> 
     """
     from distft.config.document import load_yaml
     from distft.config.loading import validate
+    from distft.config.paths import near
 
     path = find_cluster(word)
     try:
@@ -204,7 +207,7 @@ def load_cluster(word: str, given: Mapping[str, str] = MappingProxyType({})) -> 
             file = (path.parent / Path(template).expanduser()).absolute()
             document.data["template"] = str(file)
             if not file.is_file():
-                document.problem(("template",), f"no such file: {file}")
+                document.problem(("template",), f"no such file: {file}{near(file)}")
         if isinstance(runs_dir, str) and runs_dir:
             expanded = os.path.expandvars(os.path.expanduser(runs_dir))  # noqa: PTH111
             document.data["runs_dir"] = expanded

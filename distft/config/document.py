@@ -21,7 +21,6 @@ from distft.config.schema_text import (
     choices,
     clean,
     clip,
-    did_you_mean,
     dotted,
     field,
     fits,
@@ -136,8 +135,8 @@ class Document(Generic[M]):
                 raw = file.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = (getattr(error, "strerror", None) or str(error)).lower()
-            near = paths.nearby(Path(path)) if isinstance(error, FileNotFoundError) else None
-            raise RecipeError(f"cannot read {self.name}: {reason}{did_you_mean(near)}") from None
+            near = paths.near(Path(path)) if isinstance(error, FileNotFoundError) else ""
+            raise RecipeError(f"cannot read {self.name}: {reason}{near}") from None
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
         self.parse(raw)

@@ -58,10 +58,15 @@ def validate(document: Document[M]) -> M:
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, and what the user should know about how it was read."""
+    """A recipe, and what the user should know about how it was read.
+
+    `model_hint` is what may have been meant by the model's name, to be put after an error: a hub id may be a folder's
+    name that is misspelt, and only the hub knows.
+    """
 
     recipe: Recipe
     notes: tuple[str, ...]
+    model_hint: str = ""
 
 
 def read_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[str] = ()) -> LoadedRecipe:
@@ -80,7 +85,10 @@ def read_document(document: Document[Recipe], folder: Path, needed: Collection[s
     """The same of a document that is or will be in `folder`. Raises RecipeError for all problems at once."""
     notes = [*_replace_exclusive(document), *_resolve_paths(document, folder, needed)]
     _check_together(document)
-    return LoadedRecipe(validate(document), tuple(notes))
+    recipe = validate(document)
+    name = Path(recipe.model.name_or_path)
+    hint = "" if name.is_absolute() else paths.near(paths.locate(folder, str(name)))
+    return LoadedRecipe(recipe, tuple(notes), hint)
 
 
 def load_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[str] = ()) -> Recipe:
@@ -163,6 +171,10 @@ def _resolve_paths(document: Document[Recipe], folder: Path, needed: Collection[
             if not paths.holds(path_field.is_there, path):
                 is_file_of_another_kind = path_field.kind == "file" and paths.holds(Path.exists, path)
                 if paths.is_allowed_instead(text, path_field) and not is_file_of_another_kind:
+                    if dotted(path_field.steps) in needed and paths.is_in_a_folder_here(path, text, path_field):
+                        at_hub = f"; the hub's data set is hf://datasets/{text}"
+                        hint = paths.hint(path, text, path_field)
+                        document.problem(steps, f"no such {path_field.kind}: {shown}{hint}{at_hub}")
                     continue
                 if paths.is_url(text):
                     document.problem(steps, f"got {show(text)}, URLs are not supported: download it and give its path")

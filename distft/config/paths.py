@@ -87,6 +87,11 @@ def is_allowed_instead(text: str, field: PathField) -> bool:
     return bool(HUB_PAGE.match(text)) or not _FILE.search(text)
 
 
+def is_in_a_folder_here(path: Path, text: str, field: PathField) -> bool:
+    """Whether what could be the id of a data set on the hub is meant as a path: its first part is a folder here."""
+    return field.instead is _HUB_DATA and not HUB_PAGE.match(text) and holds(Path.is_dir, path.parent)
+
+
 def locate(folder: Path, text: str) -> Path:
     """The absolute path. A link as its last part is kept: in the hub's cache it points to a name without a suffix."""
     try:
@@ -120,13 +125,17 @@ def holds(test: Callable[[Path], bool], path: Path) -> bool:
 def hint(path: Path, text: str, field: PathField) -> str:
     """What may have been meant by a path that is not there."""
     is_word = field.instead in (_HUB_MODEL, _HUB_DATA) and not re.search(r"/|\.", text)
-    return did_you_mean(nearby(path)) or "; a hub id is owner/name" * is_word
+    return near(path) or "; a hub id is owner/name" * is_word
 
 
-def nearby(path: Path) -> str | None:
-    """The existing name in the same folder that is most like a missing path's."""
+def near(path: Path) -> str:
+    """`; did you mean NAME?` after an error about a missing path: the name in its folder that is most like its own."""
+    stems: dict[str, list[str]] = {}  # compared by themselves: a suffix that they share does not make two names alike
     try:
-        names = [other.name for other in itertools.islice(path.parent.iterdir(), 5000)]
-        return closest(path.name, [name for name in names if name != path.name])
-    except (OSError, ValueError):
-        return None
+        for other in itertools.islice(path.expanduser().parent.iterdir(), 5000):
+            if other.name != path.name:
+                stems.setdefault(other.stem, []).append(other.name)
+    except (OSError, ValueError, RuntimeError):
+        return ""
+    stem = closest(path.stem, list(stems))
+    return did_you_mean(closest(path.name, stems[stem], 0) if stem else None)

@@ -3,26 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 from distft.config.recipe import Recipe
+from distft.data.conversations import strings_in
+from distft.data.formats import Formatter
+from distft.data.mixing import is_mix
+from distft.data.reading import Tally, are_here, batches, examples
+from distft.data.sources import as_sources, find_data
+from distft.errors import DistftError
 
 FEW = 10
+BYTES_PER_TOKEN = 4  # of UTF-8, where no tokenizer says it: English of today's tokenizers
 
 
 def warnings(recipe: Recipe, counts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line where data (its `counts`, by split) make fewer than FEW optimizer steps: what to change. Else none."""
-    training, rows = recipe.training, counts["train"]["rows"]
-    steps = training.optimizer_steps(rows)
+    rows = counts["train"]["rows"]
+    return _warning(recipe, rows, rows < counts["train"]["documents"])
+
+
+def expected(recipe: Recipe, row_tokens: float | None = None) -> list[str]:
+    """The same before the data is tokenized, of rows on this machine; no more are read than make FEW steps.
+
+    Args:
+        row_tokens: tokens of a row in the mean, where they are known.
+    """
+    if recipe.training.max_steps:
+        return _warning(recipe)
+    try:
+        rows = _rows(recipe, row_tokens)
+    except DistftError:  # what is wrong with the data is said where it is checked
+        return []
+    return _warning(recipe, rows, recipe.data.packing, "about " * recipe.data.packing) if rows else []
+
+
+def _rows(recipe: Recipe, row_tokens: float | None) -> int | None:
+    """Rows of the training data as they are packed: all, or as many as make FEW steps. None where that is not known."""
+    data, sources = recipe.data, as_sources(recipe.data.train)
+    if not are_here(recipe) or is_mix(sources):
+        return None
+    found = find_data(data, lambda source: source in sources)["train"]
+    trained = 1 - data.eval if isinstance(data.eval, float) else 1.0
+    formatter, tally, rows, amount = Formatter.of(data), Tally(), 0, 0.0
+    for _, batch, layout in batches(found, data):
+        for _, example in examples(batch, layout, formatter, tally):
+            if data.packing:
+                tokens = row_tokens or sum(len(text.encode()) for text in strings_in(example.fields)) / BYTES_PER_TOKEN
+                amount += min(1, tokens / data.max_length) if data.long_rows != "split" else tokens / data.max_length
+            else:
+                amount += 1
+            rows = ceil(trained * amount)
+            if recipe.training.optimizer_steps(rows) >= FEW:
+                return rows
+    return rows
+
+
+def _warning(recipe: Recipe, rows: int | None = None, packed: bool = False, about: str = "") -> list[str]:
+    training = recipe.training
+    steps = training.optimizer_steps(rows or 0)
     if steps >= FEW:
         return []
-    packed = rows < counts["train"]["documents"]
+    why = [] if rows is None else [f"{about}{rows:,} {'packed ' * packed}rows"]
+    why.append(f"global batch size {training.global_batch_size:,}")
+    why += [f"training.max_steps {training.max_steps}"] if training.max_steps else []
     more = ["a higher training.max_steps" if training.max_steps else "more training.num_train_epochs"]
     if not training.max_steps:  # which is independent of the rows
         more += ["a smaller training.global_batch_size", *(["data.packing: false"] if packed else [])]
     return [
-        f"this run makes only {steps} optimizer step{'s' * (steps != 1)}: {rows:,} {'packed ' * packed}rows, "
-        f"global batch size {training.global_batch_size:,}"
-        + (f", training.max_steps {training.max_steps}" if training.max_steps else "")
-        + f". It will learn little; what helps: {', '.join(more)}"
+        f"this run makes only {about}{steps} optimizer step{'s' * (steps != 1)}: {', '.join(why)}. It will learn "
+        f"little; what helps: {', '.join(more)}"
     ]

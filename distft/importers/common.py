@@ -192,7 +192,7 @@ def jinja(options: Options, name: str, value: str) -> None:
     elif "{" in value:
         draft.set_template(value, options.path(name), line=options.line(name))
     else:
-        draft.problems.append(f"{options.path(name)}: no such file: {value} ({options.where(name)})")
+        draft.problems.append(f"{options.path(name)}: no such file: {value}{draft.near(value)} ({options.where(name)})")
 
 
 def named_template(options: Options, name: str, value: str, own: Collection[str]) -> None:

@@ -144,6 +144,10 @@ class Draft:
                 return above / path
         return None
 
+    def near(self, text: str) -> str:
+        """What may have been meant by a path that locate() does not find, to be put after an error."""
+        return paths.near(self.file.parent / Path(text).expanduser())
+
     def relative(self, path: Path) -> str:
         """A path as it is written into the recipe: relative to its folder."""
         return os.path.relpath(path, self.target)
@@ -163,9 +167,10 @@ class Draft:
         if paths.is_allowed_instead(text, path_field):
             return text
         if Path(text).expanduser().is_absolute():
-            self.warn(f"{name}: {text} is not on this machine{then}")
+            self.warn(f"{name}: {text} is not on this machine{then}{self.near(text)}")
             return text
-        self.warn(f"{name}: {text} is not on this machine{then}; looked in {self.file.parent} and the folders above it")
+        looked = f"; looked in {self.file.parent} and the folders above it"
+        self.warn(f"{name}: {text} is not on this machine{then}{looked}{self.near(text)}")
         return self.relative(self.file.parent.resolve() / text)
 
     # ---- the result

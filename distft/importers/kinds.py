@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.document import MAX_BYTES
+from distft.config.paths import near
 from distft.config.recipe import run_name
 from distft.config.schema_text import Steps
 from distft.errors import RecipeError
@@ -93,7 +94,8 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             return file.read(MAX_BYTES).decode("utf-8")
     except OSError as error:
-        raise RecipeError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+        hint = near(path) if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"cannot read {path}: {(error.strerror or str(error)).lower()}{hint}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"cannot read {path}: not a text file in UTF-8") from None
 
@@ -106,7 +108,7 @@ def _command(words: Sequence[str], draft: Draft) -> Draft:
     if isinstance(config := data.pop("config", None), str):
         path = draft.locate(config)
         if path is None:
-            raise RecipeError(f"--config: no such file: {config}")
+            raise RecipeError(f"--config: no such file: {config}{draft.near(config)}")
         document = read_yaml(path)
         lines = {steps: line for steps, line in document.places.items() if steps and steps[0] not in data}
         data = document.data | data
@@ -130,7 +132,7 @@ def _launcher(draft: Draft, text: str) -> None:
     """accelerate's config of the launcher: how the states are sharded, and on how many GPUs."""
     path = draft.locate(text)
     if path is None:
-        draft.warn(f"--config_file: {text} is not here; parallelism is left to distft")
+        draft.warn(f"--config_file: {text} is not here{draft.near(text)}; parallelism is left to distft")
         return
     document = read_yaml(path)
     part = Draft("accelerate", path, draft.target)

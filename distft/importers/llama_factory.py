@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distft.config.paths import near
 from distft.config.schema_text import clean, closest, did_you_mean, show
 from distft.importers import arguments, common, freezing
 from distft.importers.datasets import DataSet, Format, cached_file, set_formats, simplest, sources
@@ -271,7 +272,7 @@ def _dataset_info(options: Options) -> dict[str, Any] | None:
     if file is None or not file.is_file():
         draft.problems.append(
             f"dataset_dir: {folder or 'data'}/dataset_info.json is not here; looked in {draft.file.parent} and the "
-            "folders above it"
+            f"folders above it{draft.near(folder or 'data') if file is None else near(file)}"
         )
         return {}
     try:

@@ -188,7 +188,8 @@ def _described(options: Options, path: str) -> list[Options]:
     if not path.endswith(".yaml"):
         return [Options(draft, {"path": path, **({"source": "local"} if found else {})}, steps=("train_dataset",))]
     if found is None:
-        draft.problems.append(f"train_dataset: no such file: {path} ({options.where('train_dataset')}); download it")
+        where = options.where("train_dataset")
+        draft.problems.append(f"train_dataset: no such file: {path}{draft.near(path)} ({where}); download it")
         return []
     try:
         data = read_yaml(found).data

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from distft.config.paths import near
 from distft.config.recipe import run_name
 from distft.errors import RecipeError
 from distft.shell import command_line
@@ -119,6 +120,6 @@ def _is_python(path: Path) -> bool:
 def _near(name: str) -> str:
     """What else a word could be that names no file."""
     if "/" in name or name.endswith(".py"):
-        return ""
+        return near(Path(name))
     module = f"; a module is named with -m: -- -m {name}" if re.fullmatch(r"\w+(\.\w+)+", name) else ""
     return f", and no program of that name on PATH{module}"

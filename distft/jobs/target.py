@@ -15,7 +15,7 @@ from distft.config.document import Document
 from distft.config.loading import DATA_FILES, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.data.reading import check_files, pinned
-from distft.errors import ClusterError, MissingPartError
+from distft.errors import ClusterError, MissingPartError, NoModelError
 from distft.hardware.devices import (
     GPUS,
     Device,
@@ -90,8 +90,11 @@ class Target:
             return False
         return True
 
-    def needed_files(self) -> Sequence[str]:
-        """The fields of a recipe whose files a launch needs on this machine."""
+    def needed_files(self, for_launch: bool = True) -> Sequence[str]:
+        """The fields of a recipe whose files must be on this machine: those that a launch needs here, and all where
+        nothing says that the recipe is for another machine."""
+        if not for_launch:
+            return DATA_FILES if self.cluster is None and self.gpu in (None, "local") else ()
         return DATA_FILES if self.prepares_data() else ("data.chat_template",)
 
 
@@ -115,16 +118,19 @@ def plan_recipe(
 
     Args:
         need_weights: refuse a model without weights; planning alone needs only its config.json.
-        for_launch: refuse data that is not on this machine where a launch would read it from here. Otherwise, and for
-            all other data, that is a warning of the plan.
+        for_launch: refuse data that is not on this machine where a launch would read it from here. Otherwise it is
+            refused unless `target` is another machine; what is not refused is a warning of the plan.
 
     Raises:
         DistftError: the request is wrong.
     """
-    loaded = read_recipe(path, sets, target.needed_files() if for_launch else ())
+    loaded = read_recipe(path, sets, target.needed_files(for_launch))
     # A data set of the hub may change while a run goes on, so the run's recipe names its commit.
     recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() else loaded.recipe
-    plan = plan_any(recipe, target.where(), need_weights)
+    try:
+        plan = plan_any(recipe, target.where(), need_weights)
+    except NoModelError as error:
+        raise NoModelError(f"{error}{loaded.model_hint}") from None
     # Where this machine prepares the data, or nothing is started, some rows are enough.
     data = check_files(recipe, None if for_launch and not target.prepares_data() else CHECKED_ROWS)
     return recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings), data=tuple(data))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.recipe import Recipe
-from distft.errors import MissingPartError, PlanError
+from distft.errors import MissingPartError, NoModelError, PlanError
 from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.freezing import frozen, named, other_inputs
 from distft.models.layout import Tensor, blocks
@@ -327,7 +327,7 @@ def _read_hub(recipe: Recipe, need_weights: bool, config_only: bool = False) -> 
         # huggingface_hub raises its own errors, httpx's and OSError here; all mean the same to the user.
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
-        raise PlanError(
+        raise NoModelError(
             f"model.name_or_path: {name} is neither a folder beside the recipe nor a readable hub model ({reason})"
         ) from None
     return config, {n: tuple(t.shape) for f in metadata.files_metadata.values() for n, t in f.tensors.items()}

@@ -31,6 +31,8 @@ def folder(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(recipe: dict[str, Any]) -> None:
+    if "max_steps" in recipe["training"]:
+        recipe["training"]["max_steps"] = 20  # fewer get a warning
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
@@ -45,29 +47,69 @@ def run(*arguments: str, expect: int = 0) -> Result:
 
 
 def test_plan(folder: Path) -> None:
-    assert f"warning: {GONE}" in run("plan", "recipe.yaml").stdout
-    assert GONE in json.loads(run("plan", "recipe.yaml", "--json").stdout)["warnings"]
+    for options in (["--cluster", "site.yaml"], ["--gpu", "rtx4090"]):
+        assert f"warning: {GONE}" in run("plan", "recipe.yaml", *options).stdout
+        assert GONE in json.loads(run("plan", "recipe.yaml", *options, "--json").stdout)["warnings"]
 
 
 def test_validate(folder: Path) -> None:
-    done = run("validate", "recipe.yaml")
+    done = run("validate", "recipe.yaml", "--cluster", "site.yaml")
     assert done.stderr == f"warning: {GONE}\n"
-    assert json.loads(run("validate", "recipe.yaml", "--json").stdout)["warnings"] == [GONE]
+    assert done.stdout.endswith("; the data that is not here was not checked\n")
+    done = run("validate", "recipe.yaml", "--cluster", "site.yaml", "--json")
+    found = json.loads(done.stdout)
+    assert (found["warnings"], found["data_is_here"]) == ([GONE], False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["plan"], ["plan", "--gpu", "local"], ["validate"], ["render", "-o", "job"], ["launch"], ["data"], ["verify"]],
+    ids=lambda words: " ".join(words),
+)
+def test_data_that_must_be_here(folder: Path, tiny: Tiny, command: list[str]) -> None:
+    """Where nothing says that another machine reads it, with the name that may have been meant."""
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_text('{"text": "5"}\n')
+    for path, error in {
+        "/cluster/rows.jsonl": "no such file: /cluster/rows.jsonl",
+        "data/trian.jsonl": f"no such file: {folder}/data/trian.jsonl; did you mean train.jsonl?",
+        "data/trian": f"no such file: {folder}/data/trian; did you mean train.jsonl?; the hub's data set is "
+        "hf://datasets/data/trian",
+        "dat": f"no such file: {folder}/dat; did you mean data?",
+        "~nobody-of-that-name/x.json": f"no such file: {folder}/~nobody-of-that-name/x.json",
+    }.items():
+        write(tiny.recipe(data__train=path))
+        done = run(command[0], "recipe.yaml", *command[1:], expect=2)
+        assert done.stderr.startswith(f"error: data.train: {error} (recipe.yaml:"), done.stderr
+    assert not Path("job").exists() and not Path("runs").exists()
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub(folder: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name may be a hub id; a name beside it may have been meant."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("models/small").mkdir(parents=True)
+    Path("rows.jsonl").write_text('{"text": "5"}\n')
+    for name, meant in {"models/smal": "small", "modles": "models"}.items():
+        write(tiny.recipe(data__train="rows.jsonl", model__name_or_path=name))
+        for command in ("plan", "validate", "launch", "data"):
+            done = run(command, "recipe.yaml", expect=2)
+            assert name in done.stderr and done.stderr.endswith(f"; did you mean {meant}?\n"), done.stderr
 
 
 def test_validate_checks_the_rows_that_are_here(folder: Path, tiny: Tiny) -> None:
     Path("rows.jsonl").write_text('{"text": 5}\n')
     write(tiny.recipe(data__train=["/cluster/rows.jsonl", "rows.jsonl"], data__eval="/cluster/held.jsonl"))
-    assert f"{folder}/rows.jsonl:1: text: got 5, need a string" in run("validate", "recipe.yaml", expect=2).stderr
+    elsewhere = ["validate", "recipe.yaml", "--cluster", "site.yaml"]
+    assert f"{folder}/rows.jsonl:1: text: got 5, need a string" in run(*elsewhere, expect=2).stderr
     Path("rows.jsonl").write_text('{"text": "5"}\n')
-    assert run("validate", "recipe.yaml").stderr.splitlines() == [
+    assert run(*elsewhere).stderr.splitlines() == [
         "warning: data.train[0]: /cluster/rows.jsonl is not here; its rows are not checked",
         "warning: data.eval: /cluster/held.jsonl is not here; its rows are not checked",
     ]
 
 
 def test_render(folder: Path) -> None:
-    assert run("render", "recipe.yaml", "-o", "job").stderr == f"warning: {GONE}\n"
+    assert run("render", "recipe.yaml", "--cluster", "site.yaml", "-o", "job").stderr == f"warning: {GONE}\n"
     assert yaml.safe_load(Path("job/recipe.yaml").read_text())["data"]["train"] == "/cluster/rows.jsonl"
     assert GONE in json.loads(Path("job/plan.json").read_text())["warnings"]
 
@@ -87,7 +129,7 @@ def test_a_launch_whose_nodes_read_the_data(folder: Path, tiny: Tiny) -> None:
     write(tiny.recipe(data__train="/cluster/rows.jsonl", data__chat_template="chat.jinja"))
     assert (
         f"warning: data.chat_template: {folder}/chat.jinja is not here; launch needs it"
-        in run("validate", "recipe.yaml").stderr
+        in run("validate", "recipe.yaml", "--cluster", "site.yaml").stderr
     )
     done = run("launch", "recipe.yaml", "--cluster", "site.yaml", "--dry-run", expect=2)
     assert done.stderr.startswith(f"error: data.chat_template: no such file: {folder}/chat.jinja (recipe.yaml:")
@@ -105,7 +147,22 @@ def test_a_misspelt_name_is_still_helped(folder: Path, tiny: Tiny) -> None:
     Path("rows.jsonl").write_text('{"text": "5"}\n')
     write(tiny.recipe(data__train="row.jsonl"))
     expected = f"data.train: {folder}/row.jsonl is not here; its rows are not checked; did you mean rows.jsonl?"
-    assert run("validate", "recipe.yaml").stderr == f"warning: {expected}\n"
+    assert run("validate", "recipe.yaml", "--cluster", "site.yaml").stderr == f"warning: {expected}\n"
+
+
+def test_misspelt_files_beside_the_recipe(folder: Path) -> None:
+    for name in ("train.py", "job.jinja", "trl.yaml"):
+        Path(name).write_text("x: 1\n")
+    for words, meant in {
+        ("validate", "recipy.yaml"): "recipe.yaml",
+        ("launch", "--", "trian.py"): "train.py",
+        ("validate", "recipe.yaml", "--cluster", "sit.yaml"): "site.yaml",
+        ("validate", "recipe.yaml", "--cluster", "site.yaml", "--template", "jop.jinja"): "job.jinja",
+        ("import", "trll.yaml"): "trl.yaml",
+        ("import", "--", "trl", "sft", "--config", "tlr.yaml"): "trl.yaml",
+    }.items():
+        done = run(*words, expect=2)
+        assert f"; did you mean {meant}?" in done.stderr, done.stderr
 
 
 def test_what_an_override_replaced_is_printed(folder: Path, tiny: Tiny) -> None:
@@ -113,11 +170,11 @@ def test_what_an_override_replaced_is_printed(folder: Path, tiny: Tiny) -> None:
     recipe["training"]["num_train_epochs"] = recipe["training"].pop("max_steps")
     write(recipe)
     line = next(n for n, text in enumerate(Path("recipe.yaml").read_text().splitlines(), 1) if "num_train" in text)
-    sets = ["--set", "training.max_steps=8"]
-    expected = f"training.num_train_epochs: 4 (recipe.yaml:{line}) is replaced by --set training.max_steps=8"
+    sets = ["--set", "training.max_steps=80"]
+    expected = f"training.num_train_epochs: 4 (recipe.yaml:{line}) is replaced by --set training.max_steps=80"
     assert run("validate", "recipe.yaml", *sets).stderr == f"warning: {expected}\n"
     for command in ("plan", "validate"):
         assert expected in json.loads(run(command, "recipe.yaml", *sets, "--json").stdout)["warnings"]
     dry = run("launch", "recipe.yaml", "--dry-run", *sets).stdout
     assert f"warning: {expected}\n" in dry
-    assert "max_steps: 8\n" in dry and "num_train_epochs: null\n" in dry
+    assert "max_steps: 80\n" in dry and "num_train_epochs: null\n" in dry

@@ -114,7 +114,10 @@ def test_width(here: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
         (b"base_model: &a [*a]\n", "an alias inside its own anchor"),
         (b"# " + b"x" * 300_000, "cannot read x.yml: larger than 256 KiB"),
         (b"a: 1\nb: 2\n", "x.yml: not a training file of axolotl, LLaMA-Factory, TRL, torchtune or accelerate"),
-        (b"model: o/m\ntrain_dataset: x.yaml\n", "train_dataset: no such file: x.yaml (x.yml:2); download it"),
+        (
+            b"model: o/m\ntrain_dataset: x.yaml\n",
+            "train_dataset: no such file: x.yaml; did you mean x.yml? (x.yml:2); download it",
+        ),
         (b"base_model: 3\nlearning_rate: fast\n", "base_model: got 3 (an integer), need a string (x.yml:1)"),
         (b"base_model: o/m\nlearning_rate: 1\ndatasets: x\n", 'datasets: got "x" (a string), need a list of mappings'),
     ],

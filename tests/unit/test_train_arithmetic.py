@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,38 @@ def test_few_steps(tiny: Tiny, changes: dict[str, Any], rows: int, expected: str
     documents = 100 if expected and "packed" in expected else rows
     found = few_steps.warnings(recipe, {"train": {"rows": rows, "documents": documents}})
     assert found == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "row_tokens", "expected"),
+    [
+        # 90 chats of some 40 bytes each; packed, they are a dozen rows of 64 tokens
+        ({"packing": False}, {"global_batch_size": 9}, None, None),
+        ({"packing": False}, {"global_batch_size": 10}, None, "this run makes only 9 optimizer steps: 90 rows, "),
+        ({"packing": False, "eval": 0.5}, {"global_batch_size": 9}, None, "only 5 optimizer steps: 45 rows, "),
+        ({}, {"num_train_epochs": 2}, 16.0, "only about 2 optimizer steps: about 23 packed rows, "),
+        ({}, {"global_batch_size": 4}, 64.0, None),
+        ({}, {"max_steps": 4}, None, "only 4 optimizer steps: global batch size 32, training.max_steps 4. It"),
+        ({"train": "/gone.jsonl"}, {}, None, None),
+        ({"train": "/gone.jsonl"}, {"max_steps": 4}, None, "only 4 optimizer steps: "),
+        ({"columns": {"messages": "x"}}, {}, None, None),  # validate and launch say what is wrong
+    ],
+)
+def test_few_steps_are_expected_before_the_data_is_tokenized(
+    tiny: Tiny, changes: dict[str, Any], training: dict[str, Any], row_tokens: float | None, expected: str | None
+) -> None:
+    recipe = tiny.recipe(training=training)
+    found = few_steps.expected(Recipe.model_validate(recipe | {"data": recipe["data"] | changes}), row_tokens)
+    assert len(found) == bool(expected) and (expected or "") in "".join(found)
+
+
+def test_few_steps_are_estimated_from_the_text(tiny: Tiny) -> None:
+    """Near what a tokenizer makes of it: 4 bytes a token."""
+    lines = (tiny.path / "chat.jsonl").read_text().splitlines()
+    size = sum(len(m["content"]) + len(m["role"]) + 11 for line in lines for m in json.loads(line)["messages"])
+    [found] = few_steps.expected(Recipe.model_validate(tiny.recipe(training={})))
+    rows = int(re.search(r"about (\d+) packed rows", found)[1])
+    assert rows == pytest.approx(size / 4 / 64, rel=0.1)
 
 
 COSINE = [1.0, 0.75, 0.25]  # (1 + cos(pi i / 3)) / 2

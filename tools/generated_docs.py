@@ -40,6 +40,7 @@ lora:                         # null: train all weights
   layers_to_transform: null           # [24, 25, 26, 27]: only in these blocks
   rank_pattern: {}                    # {down_proj: 32}
   alpha_pattern: {}                   # {down_proj: 64}
+  modules_to_save: []                 # [embed_tokens, lm_head]: trained whole
   use_rslora: false
   use_dora: false
   start_from: null                    # the folder of a peft adapter to start from

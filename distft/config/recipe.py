@@ -128,6 +128,11 @@ class Lora(Group):
     alpha_pattern: dict[str, Positive] = {}
     """The same for lora_alpha. A rank in rank_pattern leaves lora_alpha as it is."""
 
+    modules_to_save: list[NonEmpty] = []
+    """Layers that are trained whole beside the adapters, by the last parts of their names: `[embed_tokens, lm_head]`.
+    Each is a copy of the base's, as large as it, with gradients and optimizer states, and is a part of the adapter's
+    file. With both embeddings and output layer here, rows of model.add_tokens are part of them."""
+
     use_rslora: bool = False
     """Rank-stabilized LoRA: scale by 1 / sqrt(r)."""
 
@@ -136,9 +141,9 @@ class Lora(Group):
 
     start_from: NonEmpty | None = None
     """Folder of a peft adapter to start from instead of a new one. Only its weights are used: optimizer, schedule and
-    data start from the beginning. Its ranks and scales must be those given here. An adapter that needs more than its
-    tensors (PiSSA and OLoRA, which change the base; modules_to_save) is refused: merge it first. (To start from a fully
-    fine-tuned model, name its folder in model.name_or_path.)"""
+    data start from the beginning. Its ranks, scales and modules_to_save must be those given here. An adapter of a base
+    that was changed (PiSSA, OLoRA) is refused: merge it first. (To start from a fully fine-tuned model, name its folder
+    in model.name_or_path.)"""
 
 
 class Source(Group):

@@ -97,6 +97,15 @@ def _tokens(options: Options) -> None:
         )
 
 
+# loaders/adapter.py: passed to peft as they are.
+_OF_SOME_LAYERS = {
+    "lora_exclude_modules": "exclude_modules",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "peft_layers_to_transform": "layers_to_transform",
+}
+
+
 def _lora(options: Options) -> None:
     draft, adapter = options.draft, options.text("adapter")
     is_4bit, is_8bit = options.flag("load_in_4bit"), options.flag("load_in_8bit")
@@ -136,8 +145,11 @@ def _lora(options: Options) -> None:
         options.set("lora.use_rslora", "peft_use_rslora", True)
     if start := options.text("lora_model_dir"):
         options.set("lora.start_from", "lora_model_dir", draft.model_path(start))
-    if options.is_on("lora_modules_to_save"):
-        common.modules_to_save(options, "lora_modules_to_save")
+    common.modules_to_save(options, "lora_modules_to_save")
+    for name, field in _OF_SOME_LAYERS.items():
+        if options.is_on(name) or options.data.get(name) == 0:  # block 0
+            options.set(f"lora.{field}", name, options.take(name))
+        options.taken.add(name)
     if options.take("peft_init_lora_weights") not in (None, True):
         options.refuse("peft_init_lora_weights", "adapters start as in LoRA's paper")
 

@@ -166,7 +166,11 @@ def target_modules(options: Options, name: str) -> None:
 
 
 def modules_to_save(options: Options, name: str) -> None:
-    options.refuse(name, "distft trains adapters alone; model.add_tokens trains the rows of new tokens")
+    """Layers that are trained whole."""
+    value = options.take(name)
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else options.texts(name)
+    if names:
+        options.set("lora.modules_to_save", name, names)
 
 
 def bnb_options(group: Options) -> None:

@@ -163,9 +163,7 @@ def _method(options: Options) -> None:
     for name in ("use_rslora", "use_dora"):
         if options.flag(name):
             options.set(f"lora.{name}", name, True)
-    if options.is_on("additional_target"):
-        common.modules_to_save(options, "additional_target")
-    options.taken.add("additional_target")
+    common.modules_to_save(options, "additional_target")
     adapters = _listed(options, "adapter_name_or_path")
     if len(adapters) > 1:
         options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")

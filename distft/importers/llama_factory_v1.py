@@ -81,9 +81,7 @@ def _adapter(options: Options) -> None:
     for name in ("use_rslora", "use_dora"):
         if group.flag(name):
             group.set(f"lora.{name}", name, True)
-    if group.is_on("modules_to_save"):
-        common.modules_to_save(group, "modules_to_save")
-    group.taken.add("modules_to_save")
+    common.modules_to_save(group, "modules_to_save")
     adapters = group.texts("adapter_name_or_path")
     if len(adapters) > 1:
         group.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")

@@ -81,8 +81,7 @@ def _lora(options: Options) -> None:
     for name in ("use_rslora", "use_dora"):
         if options.flag(name):
             options.set(f"lora.{name}", name, True)
-    if options.is_on("lora_modules_to_save"):
-        common.modules_to_save(options, "lora_modules_to_save")
+    common.modules_to_save(options, "lora_modules_to_save")
 
 
 def _data(options: Options) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from distft.config.schema_text import closest, did_you_mean
 from distft.errors import PlanError
 from distft.models.adaptable import left_out, reason
 from distft.models.layout import Tensor
@@ -36,8 +37,58 @@ EXPERTS = {
 
 
 def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> int:
-    """Number of trainable parameters of an adapter; see `adapters`."""
-    return sum(sum(sizes) for _, sizes in adapters(lora, tensors, peft_experts))
+    """Number of trainable parameters of an adapter; see `trained`."""
+    return sum(sum(sizes) for _, sizes in trained(lora, tensors, peft_experts))
+
+
+def trained(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> list[Adapter]:
+    """What is trained beside the frozen model with these tensors: see `adapters`, and copies (`saved`).
+
+    Raises:
+        PlanError: from both.
+    """
+    tensors = list(tensors)
+    return [*adapters(lora, tensors, peft_experts), *((t, (t.size,)) for t in saved(lora, tensors))]
+
+
+def saved(lora: Lora, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors of lora.modules_to_save.
+
+    Raises:
+        PlanError: as check_saved.
+    """
+    if not lora.modules_to_save:
+        return []
+    tensors = list(tensors)
+    modules = {module_of(tensor): None for tensor in tensors}
+    wanted = check_saved(lora, modules)
+    return [tensor for tensor in tensors if module_of(tensor) in wanted]
+
+
+def check_saved(lora: Lora, modules: Iterable[str]) -> frozenset[str]:
+    """Names of the modules that lora.modules_to_save means.
+
+    Args:
+        modules: names of all modules with parameters of their own.
+
+    Raises:
+        PlanError: one is not there, contains others (a block, or an MLP: FSDP2 and ZeRO-3 shard these by themselves),
+            or is the end of other names, too, for which peft would take it (utils/other.py, _set_trainable).
+    """
+    found: set[str] = set()
+    modules = list(modules)
+    for name in lora.modules_to_save:
+        got = f"lora.modules_to_save: got {name}"
+        here = [path for path in modules if f".{path}".endswith(f".{name}")]
+        if not here and (inside := next((path for path in modules if f".{name}." in f".{path}"), None)):
+            raise PlanError(f"{got}, which is no layer but contains some; name these, such as {inside}")
+        if not here:
+            near = closest(name, sorted({path.rpartition(".")[2] for path in modules}))
+            raise PlanError(f"{got}, and the model has no such layer{did_you_mean(near)}")
+        if other := next((path for path in modules if path.endswith(name) and path not in here), None):
+            raise PlanError(f"{got}, which peft takes for {other} as well; write {here[0]}")
+        found |= set(here)
+    return frozenset(found)
 
 
 def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> list[Adapter]:
@@ -127,13 +178,16 @@ def matcher(names: str | Sequence[str]) -> Callable[[str], object]:
 
 
 def kept(lora: Lora) -> Callable[[str], bool]:
-    """Whether a module of lora.target_modules is one that exclude_modules and layers_to_transform leave. What has its
-    whole name in target_modules has named its block."""
+    """Whether a module of lora.target_modules is one that exclude_modules, modules_to_save and layers_to_transform
+    leave. What has its whole name in target_modules has named its block."""
     excluded = matcher(lora.exclude_modules) if lora.exclude_modules else None
+    is_saved = matcher(lora.modules_to_save)
     wanted, whole = _numbers(lora), lora.target_modules if isinstance(lora.target_modules, list) else ()
 
     def is_kept(path: str) -> bool:
-        return not (excluded and excluded(path)) and (wanted is None or _block(path) in wanted or path in whole)
+        if (excluded and excluded(path)) or is_saved(path):
+            return False
+        return wanted is None or _block(path) in wanted or path in whole
 
     return is_kept
 
@@ -183,8 +237,8 @@ def check_options(lora: Lora, targets: Sequence[str], without: Iterable[str] = (
         raise PlanError(f"lora.layers_to_transform: got {missing[0]}, and the model {blocks}")
     is_kept = kept(lora)
     found = [path for path in targets if path not in without and is_kept(path)]
-    if targets and not found and (excludes or wanted):
-        option = "exclude_modules" if excludes else "layers_to_transform"
+    options = [name for name in ("exclude_modules", "modules_to_save", "layers_to_transform") if getattr(lora, name)]
+    if targets and not found and (option := next(iter(options), "")):
         raise PlanError(f"lora.{option}: leaves none of the layers of lora.target_modules")
     for option, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         used = {pattern_of(patterns, path) for path in found} if patterns else set()

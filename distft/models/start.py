@@ -55,6 +55,12 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
                 f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
                 f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
             )
+    layers = sorted(config.get("modules_to_save") or [])
+    if layers != sorted(lora.modules_to_save):
+        raise PlanError(
+            f"lora.start_from: the adapter has modules_to_save {json.dumps(layers)[:80]}, and lora.modules_to_save is "
+            f"{json.dumps(lora.modules_to_save)[:80]}; set it to the adapter's"
+        )
     experts = _expert_fields(recipe, model)
     for name in PATTERNS:
         theirs, ours = config.get(name) or {}, getattr(lora, name)
@@ -78,7 +84,7 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
 def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) -> None:
     """Raises PlanError for a field that this recipe's adapter would not have."""
     experts = _expert_fields(recipe, model)
-    compared = {*HARMLESS, *SAME, *PATTERNS}
+    compared = {*HARMLESS, *SAME, *PATTERNS, "modules_to_save"}
     for name, value in config.items():
         if name in compared or value == DEFAULTS.get(name) or not (value or name in DEFAULTS):
             continue

@@ -25,8 +25,8 @@ def control_tokens(text: str) -> list[str]:
 
 
 def new_token_count(recipe: Recipe) -> int:
-    """Tokens whose rows are trained beside adapters."""
-    return len(set(recipe.model.add_tokens))
+    """Tokens whose rows are trained beside adapters; with lora.modules_to_save they are part of the layers there."""
+    return 0 if recipe.lora and recipe.lora.modules_to_save else len(set(recipe.model.add_tokens))
 
 
 def rows_needed(recipe: Recipe, have: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
-from distft.models.lora import Adapter, adapters, module_of, rank_of
+from distft.models.lora import Adapter, module_of, rank_of, saved, trained
 from distft.models.quantization import is_kept, stored_bytes
 from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
@@ -89,12 +89,14 @@ class Estimator:
         self.recipe, self.model = recipe, model
         self.sizes = sizes_of(recipe, model)
         self.states = ddp_states(recipe, self.sizes, _trained_shapes(recipe, model))
-        self.chosen = frozenset(tensor.name for tensor, _ in _adapters(recipe, model))
+        self.saved = frozenset(tensor.name for tensor in _saved(recipe, model))
+        self.chosen = frozenset(tensor.name for tensor, _ in _trained(recipe, model)) - self.saved
         # Of the largest blocks, one with adapters (lora.layers_to_transform).
         stack = blocks(model.tensors)
         self.block = max(stack, key=self._layers, default=[])
         adapted = [position for position, block in enumerate(stack) if self._layers(block)[1]]
-        below = adapted[0] if adapted and not recipe.model.add_tokens else 0  # rows of new tokens are below all blocks
+        # Embeddings, or rows of them, are below all blocks.
+        below = adapted[0] if adapted and not (recipe.model.add_tokens or self.saved) else 0
         self.bare = (below, len(stack) - below - len(adapted)) if adapted else (0, 0)
         self.zero: dict[tuple[str, str, int], dict[str, Any] | None] = {}
 
@@ -115,6 +117,10 @@ class Estimator:
     def step(self, setting: Setting, length: int) -> Peaks:
         """What a step keeps, besides the states and the strategy's buffers."""
         found = activations.peaks(self.recipe, self.model, setting, length, self.chosen, self.block, self.bare)
+        # The input of a trained output layer, which a frozen one does not keep.
+        widths = [t.features[0] for t in _saved(self.recipe, self.model) if t.kind == "output"]
+        inputs = compute_bytes(self.recipe) * setting.micro_batch_size * length * sum(widths)
+        found |= {name: (rest + inputs, logits) for name, (rest, logits) in found.items() if name in ("loss", "head")}
         return _peaks(self.recipe, self.sizes, setting, found)
 
 
@@ -234,7 +240,7 @@ def compute_bytes(recipe: Recipe) -> int:
 def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     """What there is to divide among ranks; simulation/fake_model.py counts the same on a model."""
     low, quantization, optim = compute_bytes(recipe), recipe.model.quantization, recipe.training.optim
-    added = {tensor.name: sizes for tensor, sizes in _adapters(recipe, model)}
+    added = {tensor.name: sizes for tensor, sizes in _trained(recipe, model)}
 
     def frozen(tensor: Tensor) -> int:
         if recipe.lora is None:
@@ -248,14 +254,14 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     vocabulary = {tensor.name for tensor in vocabulary_tensors(model.tensors, model.vocab_size)}
     count = new_token_count(recipe)
 
-    def trained(tensor: Tensor) -> tuple[int, ...]:
+    def trained_of(tensor: Tensor) -> tuple[int, ...]:
         if not recipe.lora:
             return () if tensor.name in model.fixed else (tensor.size,)
         rows = (count * tensor.shape[1],) if count and tensor.name in vocabulary else ()
         return (*added.get(tensor.name, ()), *rows)
 
     def unit(tensors: list[Tensor]) -> Unit:
-        elements = sum(sum(trained(tensor)) for tensor in tensors)
+        elements = sum(sum(trained_of(tensor)) for tensor in tensors)
         return Unit(sum(map(frozen, tensors)) + low * elements, elements)
 
     embedding = next((tensor for tensor in model.tensors if tensor.kind == "embedding"), None)
@@ -266,12 +272,12 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     modules: Counter[str] = Counter()
     for tensor in model.tensors:
         modules[tensor.name.rpartition(".")[0]] += frozen(tensor) or low * tensor.size
-    everything = [size for tensor in model.tensors for size in trained(tensor)]
+    everything = [size for tensor in model.tensors for size in trained_of(tensor)]
     small = sum(tensor.size for tensor in model.tensors if tensor.size < PERSISTENT)
     if recipe.lora:
         small += sum(size for size in everything if size < PERSISTENT)
-        # The adapter of a tied output layer is on none of the model's own tensors.
-        everything += [size for tensor, sizes in _adapters(recipe, model) if tensor in model.tied for size in sizes]
+        # What is added to a tied output layer is on none of the model's own tensors.
+        everything += [size for tensor, sizes in _trained(recipe, model) if tensor in model.tied for size in sizes]
     return Sizes(
         parameters=model.parameters,
         frozen_bytes=sum(map(frozen, model.tensors)),
@@ -280,7 +286,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         low=low,
         largest_module=max(modules.values(), default=0),
         bnb_bytes=sum(
-            bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained(tensor)
+            bnb_state_bytes(optim, size, tensor is embedding) for tensor in model.tensors for size in trained_of(tensor)
         ),
         embedding=unit(first),
         block=max(map(unit, stack), key=lambda unit: (unit.bytes, unit.trained), default=Unit(0, 0)),
@@ -290,17 +296,24 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     )
 
 
-def _adapters(recipe: Recipe, model: ModelShape) -> list[Adapter]:
-    return adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
+def _trained(recipe: Recipe, model: ModelShape) -> list[Adapter]:
+    return trained(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
+
+
+def _saved(recipe: Recipe, model: ModelShape) -> list[Tensor]:
+    return saved(recipe.lora, (*model.tensors, *model.tied)) if recipe.lora else []
 
 
 def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
     """Shapes of the trained tensors."""
     if not recipe.lora:
         return [tensor.shape for tensor in model.tensors if tensor.name not in model.fixed]
-    shapes: list[tuple[int, ...]] = [
+    copies = _saved(recipe, model)
+    shapes: list[tuple[int, ...]] = [tensor.shape for tensor in copies]
+    shapes += [
         (rank, size // rank)
-        for tensor, added in _adapters(recipe, model)
+        for tensor, added in _trained(recipe, model)
+        if tensor not in copies
         if (rank := rank_of(recipe.lora, module_of(tensor)))
         for size in added
     ]

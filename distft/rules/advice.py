@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from distft.models.lora import module_of, saved
 from distft.models.quantization import stored_bytes
+from distft.models.vocabulary import vocabulary_tensors
 from distft.rules import upstream
 from distft.rules.combinations import is_bitsandbytes
 from distft.rules.core import Case, RecipeCase, rule
@@ -249,6 +251,24 @@ def tied_embeddings_take_no_adapter(case: RecipeCase) -> str | None:
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     named = [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
     return f"lora.target_modules: got {', '.join(named)}, and the model's embeddings are tied" if named else None
+
+
+@rule(
+    "lora.modules_to_save with the embeddings or the output layer, where these share one weight",
+    "peft 0.21.2 tuners/lora/config.py, ensure_weight_tying: false by default",
+    "leave both out, put an adapter on other layers, or train all weights with lora: null",
+    kind="warning",
+)
+def tied_embeddings_come_apart(case: RecipeCase) -> str | None:
+    """peft trains a copy of each layer that is named, and the other one stays as it is: two weights where the model has
+    one. The adapter loads with peft; it cannot be merged.
+    """
+    lora, model = case.recipe.lora, case.model
+    if not lora or not model.sizes.tie_word_embeddings:
+        return None
+    named = [t for t in saved(lora, (*model.tensors, *model.tied)) if t.kind in ("embedding", "output")]
+    layers = ", ".join(module_of(tensor) for tensor in vocabulary_tensors(named, model.vocab_size))
+    return f"lora.modules_to_save: {layers} shares its weight with the other end of the model" if layers else None
 
 
 @rule(

@@ -108,7 +108,7 @@ def _lora_identity(recipe: Recipe) -> dict[str, Any]:
         return {"lora": None}
     fields = recipe.lora.model_dump(mode="json", exclude={"start_from"})
     # None for empty ones, so that a checkpoint of a version that did not have the field can be continued.
-    return {f"lora.{name}": None if value == {} else value for name, value in fields.items()}
+    return {f"lora.{name}": None if value in ({}, []) else value for name, value in fields.items()}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from distft.errors import DistftError, RunError
 from distft.runs.directory import RunDir
 from distft.train.base_files import base_files, check_unused, stored_quantization
 from distft.train.conversion import Conversion, on_meta, parameter_shapes, saves_as_published, twin
-from distft.train.mergeable import adapted, obstacles
+from distft.train.mergeable import adapted, obstacles, saved_weights
 from distft.train.ranks import RankGroup
 from distft.train.save import adapter_tensors
 from distft.units import GIB
@@ -61,7 +61,7 @@ def _warnings(recipe: Recipe, model: Any, run: RunDir) -> list[str]:
     conversion = Conversion(twin(base), base_files(recipe).shapes())
     unused = check_unused(recipe, conversion)
     warnings = [] if unused is None else [unused]
-    if recipe.lora is not None and (why := obstacles(conversion, adapted(model))):
+    if recipe.lora is not None and (why := obstacles(conversion, [*adapted(model), *saved_weights(model)])):
         warnings.append(f"distft merge will not be able to merge the adapter: {why[0]}")
     return warnings
 

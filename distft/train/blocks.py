@@ -57,7 +57,8 @@ def _shardable(plugin: Any, model: nn.Module) -> Iterator[None]:
 
 
 def _head_shares_more(model: nn.Module) -> bool:
-    """Whether the output layer shares parameters with more than the input embeddings: BERT's bias is its parent's."""
+    """Whether the output layer shares parameters with more than the input embeddings: BERT's bias is its parent's; and
+    where a copy of an end is trained (lora.modules_to_save), the other end shares the frozen weight beside it."""
     ends = [getattr(model, f"get_{of}_embeddings", lambda: None)() for of in ("input", "output")]
     head = ends[1]
     if head is None:
@@ -65,7 +66,9 @@ def _head_shares_more(model: nn.Module) -> bool:
     inside = {module for end in ends if end is not None for module in end.modules()}
     others = (module for module in model.modules() if module not in inside)
     elsewhere = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    return any(id(parameter) in elsewhere for parameter in head.parameters())
+    first, last = ({id(p) for p in end.parameters()} if end is not None else set() for end in ends)
+    apart = ends[0] is not None and getattr(ends[0], "weight", None) is not getattr(head, "weight", None)
+    return bool(last & elsewhere) or (apart and bool(first & last))
 
 
 def _listed(model: nn.Module) -> list[str]:

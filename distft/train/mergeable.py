@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 
 from distft.train.conversion import Conversion, Group, on_meta
 
@@ -15,7 +17,7 @@ PEFT = "base_model.model."  # before every name in a peft model
 
 def plain_name(name: str) -> str:
     """A module or parameter of a peft model, by its name in the model without adapters."""
-    return re.sub(r"\.base_layer(?=\.|$)", "", name.removeprefix(PEFT))
+    return re.sub(r"\.(?:base_layer|original_module|modules_to_save\.default)(?=\.|$)", "", name.removeprefix(PEFT))
 
 
 def adapted(model: Any) -> dict[str, tuple[str, LoraLayer]]:
@@ -28,6 +30,17 @@ def adapted(model: Any) -> dict[str, tuple[str, LoraLayer]]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def saved_modules(model: Any) -> dict[str, torch.nn.Module]:
+    """The copies of lora.modules_to_save in a peft model, by the plain name of the layer that each stands for."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    return {plain_name(name): module.modules_to_save["default"] for name, module in found.items()}
+
+
+def saved_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of these, by the plain name of the one that each stands for."""
+    return {f"{path}.{name}": p for path, m in saved_modules(model).items() for name, p in m.named_parameters()}
 
 
 def obstacles(conversion: Conversion, parameters: Iterable[str]) -> list[str]:

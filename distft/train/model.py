@@ -20,11 +20,12 @@ from distft.errors import DataError
 from distft.models.adaptable import left_out, reason
 from distft.models.attention import no_flash_attention
 from distft.models.freezing import frozen, named
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_options, kept, matcher
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_options, check_saved, kept, matcher
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train.auto_class import auto_class
 from distft.train.base_files import check_missing, stored_quantization
+from distft.train.mergeable import saved_modules
 from distft.train.new_rows import add_new_rows, grow, new_rows
 from distft.train.special_tokens import new_tokens
 
@@ -169,7 +170,8 @@ def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         PlanError: an option is about layers that the model lacks.
     """
-    options = lora.model_dump(exclude={"start_from"})
+    options = lora.model_dump(exclude={"start_from"}) | {"modules_to_save": lora.modules_to_save or None}
+    check_saved(lora, [name for name, module in model.named_modules() if any(True for _ in module.parameters(False))])
     modules = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
     if lora.target_modules == "all-linear":
         head = model.get_output_embeddings()
@@ -186,6 +188,17 @@ def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:
             excluded = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, excluded))})" if excluded else ""
         options["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in (*patterns, *filter(None, [excluded])))
     return options
+
+
+def _train_in_float32(module: torch.nn.Module) -> None:
+    """Make a copy of a layer float32, as adapters are, that gives what is around it the dtype that the layer gave."""
+    dtype = next(module.parameters()).dtype
+    module.float()
+
+    def cast(module: Any, inputs: Any, output: Any) -> Any:
+        return output.to(dtype) if dtype != torch.float32 and torch.is_tensor(output) else output
+
+    module.register_forward_hook(cast)
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = ()) -> Any:
@@ -208,9 +221,11 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
     # Loading draws a different number of random values under each strategy; from here on all ranks draw the same.
     set_seed(recipe.training.seed)
     config = LoraConfig(task_type="CAUSAL_LM", **peft_options(lora, model))
-    if tokens:
+    if tokens and not lora.modules_to_save:
         add_new_rows(model, tokens)
     model = get_peft_model(model, config)
+    for module in saved_modules(model).values():
+        _train_in_float32(module)
     rows = new_rows(model)
     if rows is not None:
         rows.requires_grad_(True)  # peft has frozen all but its own
@@ -222,7 +237,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
         if rows is not None:
             rows.load_peft(tensors, json.loads((Path(lora.start_from) / ADAPTER_CONFIG).read_text()))
         found = set_peft_model_state_dict(model, tensors)
-        missing = [name for name in found.missing_keys if "lora_" in name]
+        missing = [name for name in found.missing_keys if "lora_" in name or ".modules_to_save." in name]
         if missing or found.unexpected_keys:
             some = (missing + found.unexpected_keys)[0]
             raise DataError(f"lora.start_from: {lora.start_from} is an adapter of another model ({some})")

@@ -76,7 +76,7 @@ def _save_adapter(model: Any, folder: Path, trained: Tensors) -> Tensors:
     """Write the adapter as peft does. Returns its tensors under peft's names."""
     rows = new_rows(model)
     if rows is None:
-        model.save_pretrained(folder, state_dict=trained, safe_serialization=True)
+        model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False, safe_serialization=True)
         return adapter_tensors(model, trained)
     model.peft_config["default"].trainable_token_indices = rows.peft_indices()
     model.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False, safe_serialization=True)
@@ -94,7 +94,7 @@ def adapter_tensors(model: Any, trained: Tensors) -> Tensors:
 
     rows = new_rows(model)
     if rows is None:
-        return get_peft_model_state_dict(model, state_dict=dict(trained))
+        return get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False)
     tensors: Tensors = get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False)
     return tensors | rows.to_peft(trained)
 

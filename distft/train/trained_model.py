@@ -27,7 +27,7 @@ from distft.runs.checkpoints import Checkpoint
 from distft.train.base_files import base_config, base_files, stored_quantization
 from distft.train.conversion import Conversion
 from distft.train.merge_check import largest_difference, layer_inputs
-from distft.train.mergeable import PEFT, adapted, obstacles, plain_name
+from distft.train.mergeable import PEFT, adapted, obstacles, plain_name, saved_weights
 from distft.train.model import add_adapters, compute_dtype, quantization_config
 from distft.train.new_rows import new_rows
 from distft.train.ranges import read_weights
@@ -60,7 +60,8 @@ class TrainedModel:
             self.model = add_adapters(self.base, recipe, self.tokens.ids).eval()
         _load_adapter(self.model, source)
         self.adapted = adapted(self.model)
-        if why := obstacles(self.conversion, self.adapted):
+        self.saved = saved_weights(self.model)  # of lora.modules_to_save
+        if why := obstacles(self.conversion, [*self.adapted, *self.saved]):
             raise RecipeError(why)
         # Weights of the quantized layers without an adapter.
         self.dequantized = {name for layer in self.quantized if (name := f"{layer}.weight") not in self.adapted}
@@ -70,7 +71,7 @@ class TrainedModel:
             for side, layer in rows.names.items():
                 trained = (rows.output if side == "output" else None) or rows.input
                 self.rows[f"{layer}.weight"] = trained.rows
-        self.changed = {*self.adapted, *self.dequantized, *self.rows}
+        self.changed = {*self.adapted, *self.saved, *self.dequantized, *self.rows}
 
     def as_trained(self, name: str) -> torch.Tensor:
         """A parameter of the base in float32, as it was beside the adapter."""
@@ -128,6 +129,8 @@ class TrainedModel:
         """A parameter as it is in the merged model, from the base's, and the difference of `merged`."""
         if name in self.adapted:
             return self.merged(name)
+        if name in self.saved:
+            return self.saved[name].detach(), 0.0
         if name in self.dequantized:
             return self.as_trained(name), 0.0
         if name in self.rows:

@@ -33,6 +33,8 @@ SOME_LAYERS = {
     "rank_pattern": {"down_proj": 8, r"layers\.1\.self_attn\..*": 2},
     "alpha_pattern": {"q_proj": 32},
 }
+WHOLE_LAYERS = {"r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "model.norm", "lm_head"]}
+BOTH_ENDS = {"r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "lm_head"]}
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -45,6 +47,10 @@ TUNINGS = {
     "dora": {"lora": {"r": 4, "use_dora": True}},
     "rslora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
     "some layers": {"lora": SOME_LAYERS},
+    "whole layers": {"lora": WHOLE_LAYERS},
+    "whole layers nf4": {"lora": WHOLE_LAYERS, "model__quantization": "nf4"},
+    "whole layers new tokens": {**NEW, "lora": BOTH_ENDS},
+    "whole layers tied": {"lora": BOTH_ENDS, "model__name_or_path": "tied"},
     "new tokens": NEW,
     "new tokens tied": {**NEW, "model__name_or_path": "tied"},
     "new tokens full": {**NEW, **FULL},

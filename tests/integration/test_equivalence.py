@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import FP32, SOME_LAYERS, STRATEGIES, Job, alone, assert_ran
+from jobs import FP32, SOME_LAYERS, STRATEGIES, WHOLE_LAYERS, Job, alone, assert_ran
 from running import Result, launch
 from tiny import Tiny
 
@@ -33,6 +33,8 @@ JOBS = [
     Job("fsdp", 2, "dora"),
     Job("zero3", 2, "rslora"),
     *(Job(strategy, 2, "some layers") for strategy in FOUR),
+    *(Job(strategy, 2, "whole layers") for strategy in FOUR),
+    Job("fsdp", 2, "whole layers nf4"),
     Job("ddp", 2, "int8"),
     Job("zero2", 2, "int8"),
     Job("fsdp", 2, "adamw_torch"),
@@ -73,9 +75,10 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
     assert result.status["eval_loss_after"] < result.status["eval_loss_before"] - 0.05
 
 
-@pytest.mark.parametrize(
-    "tuning", ["full", "nf4", "int8", "dora", "rslora", "some layers", "unpacked", "bf16", "adafactor", *LOSSES]
-)
+OTHERS = ["full", "nf4", "int8", "dora", "rslora", "some layers", "whole layers", "unpacked", "bf16", "adafactor"]
+
+
+@pytest.mark.parametrize("tuning", [*OTHERS, *LOSSES])
 def test_a_tuning_is_really_another(runs: Callable[[Job], Result], tuning: str) -> None:
     found, plain = runs(alone(tuning)), runs(alone("lora"))
     assert found.column("loss") != pytest.approx(plain.column("loss"), abs=FP32)
@@ -127,10 +130,10 @@ def test_tracker(trained: Callable[..., Result], tiny: Tiny) -> None:
 
 # Options of peft's LoraConfig.
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-PEFT = {"full": None, "unpacked full": None, "some layers": SOME_LAYERS}
+PEFT = {"full": None, "unpacked full": None, "some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS}
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full", "unpacked", "unpacked full", "some layers", *LOSSES])
+@pytest.mark.parametrize("tuning", ["lora", "full", "unpacked", "unpacked full", *list(PEFT)[2:], *LOSSES])
 def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> None:
     """A hand-written loop without Trainer, padding or packed attention gives the same numbers."""
     import reference_loop

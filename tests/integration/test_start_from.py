@@ -24,7 +24,10 @@ from distft.jobs.target import plan_recipe
         ({"init_lora_weights": "olora"}, 'has init_lora_weights "olora"'),
         ({"rank_pattern": {"q_proj": 8}}, 'has rank_pattern {"q_proj": 8}, and lora.rank_pattern is {}; set it to the'),
         ({"alpha_pattern": {"q_proj": 64}}, 'has alpha_pattern {"q_proj": 64}, and lora.alpha_pattern is {}'),
-        ({"modules_to_save": ["lm_head"]}, 'has modules_to_save ["lm_head"]'),
+        (
+            {"modules_to_save": ["lm_head"]},
+            'has modules_to_save ["lm_head"], and lora.modules_to_save is []',
+        ),
         ({"trainable_token_indices": [3, 4]}, "name its tokens in model.add_tokens, or merge it"),
         ({"bias": "lora_only"}, 'has bias "lora_only"'),
         ({"layers_to_transform": [1]}, "it is on the blocks [1]: see lora.layers_to_transform"),

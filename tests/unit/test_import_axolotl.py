@@ -431,3 +431,23 @@ def test_axolotl_tokens(imported: Import) -> None:
     assert draft.fields["model.pad_token"] == "<pad>"
     assert draft.fields["model.add_tokens"] == ["<a>", "<b>"]
     assert "special_tokens.bos_token: distft uses the tokenizer's own, which <s> must be" in draft.warnings
+
+
+def test_axolotl_options_for_some_layers(imported: Import) -> None:
+    given = {
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "lora_modules_to_save": ["embed_tokens", "lm_head"],
+        "lora_exclude_modules": ["o_proj"],
+        "lora_rank_pattern": {"down_proj": 32},
+        "lora_alpha_pattern": {"down_proj": 64},
+        "peft_layers_to_transform": 0,
+    }
+    draft = imported({**AXOLOTL, **given})
+    names = ("modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    assert not draft.refused
+    assert [draft.fields[f"lora.{name}"] for name in names] == list(given.values())[2:]
+    empty = dict.fromkeys(list(given)[2:])
+    draft = imported({**AXOLOTL, **given, **empty})
+    assert not draft.refused
+    assert not any(f"lora.{name}" in draft.fields for name in names)

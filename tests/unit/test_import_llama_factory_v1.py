@@ -160,7 +160,6 @@ def test_options(imported: Import, tmp_path: Path, options: dict[str, Any], expe
         ({"batching_strategy": "dynamic_batching"}, "batching_strategy"),
         ({"optim_config": {"name": "muon", "wd": 0.1}}, "optim_config.name"),
         ({"peft_config": {"name": "freeze", "frozen": 2}}, "peft_config.frozen"),
-        ({"peft_config": {"name": "lora", "modules_to_save": ["lm_head"]}}, "peft_config.modules_to_save"),
         ({"peft_config": {"name": "lora", "rank": 8}}, "peft_config.rank"),
         ({"dist_config": {"name": "fsdp2", "dcp_path": "x"}}, "dist_config.dcp_path"),
         ({"quant_config": {"name": "bnb"}}, "quant_config.name"),

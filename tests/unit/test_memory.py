@@ -262,6 +262,7 @@ def test_buffers_of_the_model_are_counted_once(folder: Path) -> None:
 
 # ---- against the simulation
 
+SAVED = "lora.modules_to_save=[embed_tokens,lm_head]"
 SIMULATED = [
     ("llama", [LORA, BF16, "training.loss_type=dft"], {"micro_batch_size": 2}),
     ("llama", [FULL, "training.loss_type=eaft"], {}),
@@ -270,6 +271,7 @@ SIMULATED = [
     ("llama", [LORA, BF16, "lora.use_dora=true"], {"strategy": "zero2", "world_size": 2, "shard_size": 2}),
     ("llama", [LORA, BF16, "model.quantization=nf4"], {"micro_batch_size": 2}),
     ("llama", [LORA, "lora.rank_pattern={down_proj: 32}", "lora.exclude_modules=[q_proj]"], {}),
+    ("llama", [LORA, BF16, SAVED], {"strategy": "fsdp", "world_size": 2, "shard_size": 2}),
     ("llama", [LORA, BF16, "lora.layers_to_transform=[1]"], {"strategy": "zero3", "world_size": 2, "shard_size": 2}),
     ("qwen3", [LORA], {"strategy": "fsdp", "world_size": 4, "shard_size": 4}),
     ("gemma2", [LORA, BF16], {"attn_implementation": "flash_attention_2"}),

@@ -67,6 +67,10 @@ def over(**options: Any) -> dict[str, Any]:
     return {"overrides": options}
 
 
+def saving(*names: str) -> dict[str, Any]:
+    return {"lora__modules_to_save": list(names)}
+
+
 def make_case(
     strategy: str = "ddp",
     offload: str = "none",
@@ -166,6 +170,17 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "new-tokens-need-an-output-layer-without-bias": [
         ({**NEW_TOKENS, "tensors": (*PLAIN_LAYERS, Tensor("lm_head.bias", (320,), "bias"))}, {"lora": None}),
+    ],
+    "new-tokens-need-both-ends": [
+        ({**NEW_TOKENS, **saving("lm_head")}, saving("lm_head", "embed_tokens")),
+        ({**NEW_TOKENS, **saving("embed_tokens")}, {"model__add_tokens": []}),
+    ],
+    "saved-layers-are-not-quantized": [
+        ({**QLORA, **saving("q_proj")}, {"model__quantization": None}),
+        ({**INT8, **saving("q_proj", "lm_head")}, saving("embed_tokens", "lm_head")),
+    ],
+    "liger-reads-the-output-layer": [
+        ({"training__use_liger_kernel": True, **saving("lm_head")}, saving("embed_tokens")),
     ],
     "liger-skips-the-rows-of-new-tokens": [
         ({**NEW_TOKENS, "training__use_liger_kernel": True}, {"lora": None}),
@@ -600,6 +615,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"tied": True, "lora__target_modules": ["q_proj", "lm_head"]}, {"tied": False}),
         ({"tied": True, "lora__target_modules": ["model.embed_tokens"]}, {"lora__target_modules": "all-linear"}),
     ],
+    "tied-embeddings-come-apart": [({"tied": True, **saving("embed_tokens")}, {"tied": False})],
     "some-layers-get-no-adapter": [
         ({"tensors": IMAGES}, {"tensors": PLAIN_LAYERS}),
         ({"tensors": IMAGES, "lora__target_modules": ["qkv", "q_proj"]}, {"lora__target_modules": ["q_proj"]}),
@@ -751,7 +767,8 @@ from distft.hardware.topology import Topology
 group = types.SimpleNamespace
 recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
-    lora=group(use_dora=False, target_modules="all-linear"),
+    lora=group(use_dora=False, target_modules="all-linear", modules_to_save=[], exclude_modules=None,
+               layers_to_transform=None),
     data=group(packing=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    train_only=[], loss_type="nll",

@@ -1,0 +1,140 @@
+"""What of LoRA is more than two matrices on a layer: layers that are trained whole.
+
+test_equivalence.py compares their losses under every strategy; here: checkpoints, final/, `distft merge`, start_from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import FP32, SAVED, STEPS, Job, alone, assert_ran
+from running import Result, create
+from safetensors.torch import load_file
+from tiny import Tiny
+from warm import WarmRanks
+
+from distft.config.loading import load_recipe
+from distft.errors import RecipeError
+from distft.runs.directory import RunDir
+from distft.train.merge import merge
+
+# The ids of new tokens too, where there are some.
+ROWS = torch.tensor([[5, 6, 7, 4, 60, 20, 70, 80], [81, 82, 4, 31, 30, 90, 91, 300]])
+NEW_ROWS = torch.tensor([[320, 5, 321, 4, 60, 320, 70, 80], [81, 82, 4, 321, 320, 90, 91, 321]])
+
+
+@pytest.fixture(scope="module")
+def runs(trained: Callable[..., Result], tiny: Tiny) -> Callable[[Job], Result]:
+    return lambda job: trained(job.recipe(tiny), job.ranks)
+
+
+def metrics(run: RunDir) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in map(json.loads, run.metrics.read_text().splitlines())}
+
+
+JOBS = [
+    *(Job(strategy, 2, "whole layers new tokens") for strategy in ("zero3", "fsdp")),
+    *(Job(strategy, 2, "whole layers tied") for strategy in ("ddp", "zero2", "zero3", "fsdp")),
+]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
+    result, reference = runs(job), runs(alone(job.tuning))
+    assert_ran(result, job)
+    for column in ("loss", "grad_norm"):
+        assert result.column(column) == pytest.approx(reference.column(column), abs=FP32), column
+    assert result.status["eval_loss_after"] == pytest.approx(reference.status["eval_loss_after"], abs=FP32)
+    assert result.status["eval_loss_after"] < result.status["eval_loss_before"] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (Job("fsdp", 2, "whole layers"), Job("zero2", 2, "whole layers")),
+        (Job("zero3", 2, "whole layers"), Job("fsdp", 4, "whole layers")),
+        (Job("zero2", 2, "whole layers"), Job("ddp", 1, "whole layers")),
+    ],
+    ids=str,
+)
+def test_goes_on_from_another(
+    runs: Callable[[Job], Result], warm: WarmRanks, tiny: Tiny, tmp_path: Path, target: Job, source: Job
+) -> None:
+    before, reference = RunDir(runs(source).run_dir), RunDir(runs(alone(target.tuning)).run_dir)
+    run = create(target.recipe(tiny), tmp_path, target.ranks)
+    shutil.copytree(before.checkpoint(SAVED), run.checkpoint(SAVED))
+    shutil.copy(before.metrics, run.metrics)
+    warm.train(run)
+    found, wanted = metrics(run), metrics(reference)
+    for step in range(SAVED + 1, STEPS + 1):
+        for name in ("loss", "grad_norm", "tokens", "learning_rate"):
+            assert found[step][name] == pytest.approx(wanted[step][name], abs=FP32), (step, name)
+    final = load_file(run.final / "adapter_model.safetensors")
+    for name, value in load_file(reference.final / "adapter_model.safetensors").items():
+        torch.testing.assert_close(final[name], value, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    return model.eval()(rows).logits.float()
+
+
+@pytest.mark.parametrize("tuning", ["whole layers", "whole layers new tokens", "whole layers tied"])
+def test_final_and_merge(runs: Callable[[Job], Result], tmp_path: Path, tuning: str) -> None:
+    """final/ as plain peft loads it onto the base as it was, and the merged model, have the same logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = RunDir(runs(alone(tuning)).run_dir)
+    recipe = load_recipe(run.recipe)
+    rows = NEW_ROWS if "new" in tuning else ROWS
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path)
+    before = None if "new" in tuning else logits(base, rows)
+    if "new" in tuning:
+        base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(run.final)))
+    adapter = PeftModel.from_pretrained(base, run.final)
+    trained = logits(adapter, rows)
+    assert before is None or (trained - before).abs().max() > 0.1
+    names = set(load_file(run.final / "adapter_model.safetensors"))
+    assert {f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens")} <= names
+    if "tied" in tuning:
+        with pytest.raises(RecipeError, match="is tied to another weight"):
+            merge(run, tmp_path / "merged")
+        assert any("will not be able to merge" in text for text in json.loads(run.status.read_text())["warnings"])
+        return
+    answer = merge(run, tmp_path / "merged")
+    assert answer.logits.difference < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, rows), trained, atol=1e-4, rtol=0)
+
+
+def test_starts_from_layers_that_were_trained_whole(
+    runs: Callable[[Job], Result], trained: Callable[..., Result], tiny: Tiny
+) -> None:
+    before = runs(alone("whole layers"))
+    recipe = alone("whole layers").recipe(tiny)
+    recipe["lora"] = {**recipe["lora"], "start_from": str(before.run_dir / "final")}
+    after = trained(recipe)
+    assert after.status["eval_loss_before"] == pytest.approx(before.status["eval_loss_after"], abs=FP32)
+
+
+def test_16_bit_keeps_the_dtype_of_what_is_around_a_whole_layer(tiny: Tiny, tmp_path: Path) -> None:
+    """The copy is float32, and hidden states are not."""
+    from distft.train.model import build_model
+
+    changes = {"training__mixed_precision": "bf16", "lora__modules_to_save": ["embed_tokens", "model.norm"]}
+    run = create(tiny.recipe(**changes), tmp_path, 1)
+    model = build_model(load_recipe(run.recipe), "ddp", 1)
+    dtypes: list[torch.dtype] = []
+    for layer in (model.get_input_embeddings(), model.get_base_model().model.norm):
+        assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
+        layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ROWS)
+    assert dtypes == [torch.bfloat16] * 2

@@ -207,7 +207,7 @@ def _trial(path: str, sets: Sequence[str], strategy: str, ranks: int, usual: boo
 def _unequal(recipe: Recipe, model: ModelShape) -> tuple[float, tuple[str, ...], list[str]]:
     """What cannot be equal: the difference to allow, notes that name it, and overrides that remove it."""
     allowed, notes, fixes = FLOAT32, [], []
-    optim = str(recipe.trainer.overrides.get("optim", recipe.training.optim))
+    optim = recipe.optim
     if "8bit" in optim:
         allowed = EIGHT_BIT
         notes.append(

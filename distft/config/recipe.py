@@ -57,6 +57,7 @@ Optim = Literal[
     "paged_adamw_8bit",
     "paged_adamw_32bit",
     "adafactor",
+    "muon",
 ]
 
 
@@ -261,7 +262,9 @@ class Training(Group):
     """Clip gradients to this global norm; 0 turns clipping off."""
 
     optim: Optim = "adamw_torch_fused"
-    """Optimizer, by transformers' name. The 8-bit and paged ones come from bitsandbytes."""
+    """Optimizer, by transformers' name. The 8-bit and paged ones come from bitsandbytes. `muon`: torch's Muon for the
+    matrices of hidden layers, its steps scaled to the size of AdamW's; AdamW for embeddings, output layer, norms,
+    biases and experts. It needs `lora: null`, and ddp, fsdp or hsdp."""
 
     train_only: list[NonEmpty] = []
     """The part of the model that is trained, with `lora: null`; the rest is frozen, and comes out as it went in.
@@ -371,6 +374,11 @@ class Recipe(Group):
         if self.training.learning_rate != "auto":
             return self.training.learning_rate
         return 2e-4 if self.lora else 2e-5
+
+    @property
+    def optim(self) -> str:
+        """The optimizer that actually runs: trainer.overrides may name one that the recipe has no word for."""
+        return str(self.trainer.overrides.get("optim", self.training.optim))
 
 
 class ScriptTraining(Group):

@@ -34,7 +34,12 @@ def read(options: Options) -> None:
     if seed is not None:
         options.set("training.seed", "seed", seed)
     draft.default("training.seed", 42, "seed")
-    common.optimizer(options, "optimizer", "adamw_torch_fused")
+    if options.data.get("optimizer") == "muon":
+        # https://github.com/axolotl-ai-cloud/axolotl-contribs-mit, muon.py, MuonOptimizerFactory
+        why = "axolotl's Muon leaves norms and biases as they are, and has betas of its own; distft's is training.optim"
+        options.refuse("optimizer", f"{why}: muon")
+    else:
+        common.optimizer(options, "optimizer", "adamw_torch_fused")
     if options.is_on("optim_args"):
         options.refuse("optim_args", "distft passes its optimizer no other arguments")
     for name, other in (("adam_beta1", ""), ("adam_beta2", ""), ("adam_epsilon", ""), ("adam_eps", "adam_epsilon")):

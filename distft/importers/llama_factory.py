@@ -35,6 +35,7 @@ def read(options: Options) -> None:
     _data(options, stage)
     arguments.read(options, arguments.DEFAULTS, _shared(options))
     _precision(options)
+    _optimizer(options)
     _loss(options)
     if options.flag("disable_gradient_checkpointing") is not None:
         # model/model_utils/checkpointing.py: on unless disabled
@@ -45,6 +46,15 @@ def read(options: Options) -> None:
         )
     table("llama_factory").apply(options)
     options.finish((), NAME)
+
+
+def _optimizer(options: Options) -> None:
+    """train/trainer_utils.py, _create_muon_optimizer: the steps of torch's, scaled alike. It replaces `optim`."""
+    if options.flag("use_muon"):
+        options.set("training.optim", "use_muon", "muon")
+        if options.draft.fields.get("lora", True) is not None:
+            options.refuse("use_muon", "distft's Muon is for the model's own matrices, and adapters have two factors")
+        common.norms_decay(options.draft)
 
 
 def _loss(options: Options) -> None:

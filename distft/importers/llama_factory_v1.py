@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from distft.config.schema_text import show
 from distft.errors import RecipeError
 from distft.importers import common, freezing
 from distft.importers.common import SPEED
@@ -260,10 +261,7 @@ def _training(options: Options) -> None:
     common.plain_number(options, "learning_rate", "training.learning_rate", 1e-4)
     common.plain_number(options, "max_grad_norm", "training.max_grad_norm", 1.0)
     draft.default("training.lr_scheduler_type", "constant", "lr_scheduler_config")
-    optimizer = options.group("optim_config")
-    if optimizer.data:
-        optimizer.refuse("name", "distft does not have this optimizer")
-        optimizer.taken |= set(optimizer.data)
+    _optimizer(options.group("optim_config"))
     draft.default("training.optim", "adamw_torch", "optim_config")
     draft.default("training.weight_decay", _ADAMW_DECAY, "optim_config")
     common.norms_decay(draft)
@@ -277,6 +275,34 @@ def _training(options: Options) -> None:
             options.set(f"checkpoint.{name}", name, value)
     if folder := options.text("output_dir"):
         options.set("output_dir", "output_dir", folder)
+
+
+def _optimizer(group: Options) -> None:
+    """plugins/trainer_plugins/optimizers/optimizer.py, create_muon_optimizer."""
+    draft, name = group.draft, group.text("name")
+    if not group.data:
+        return
+    if name != "muon":
+        group.refuse("name", "distft does not have this optimizer")
+        group.taken |= set(group.data)
+        return
+    group.set("training.optim", "name", "muon")
+    if draft.fields.get("lora", True) is not None:
+        group.refuse("name", "distft's Muon is for the model's own matrices; here adapters have AdamW")
+    common.plain_number(group, "wd", "training.weight_decay", 0.1)
+    for option, ours in (("momentum", 0.95), ("ns_steps", 5), ("nesterov", True)):
+        if group.take(option) not in (None, ours):
+            group.refuse(option, f"distft's Muon has {show(ours)}, as torch's")
+        elif group.has(option):
+            group.drop(option, "distft's Muon has the same")
+    betas = group.take("adamw_betas")
+    first, second = betas if isinstance(betas, list) and len(betas) == 2 else (0.9, 0.95)
+    draft.set("trainer.overrides.adam_beta1", first, "optim_config.adamw_betas", betas)
+    draft.fields["trainer.overrides.adam_beta2"] = second
+    if (epsilon := group.number("adamw_eps")) is not None and epsilon != 1e-8:
+        group.set("trainer.overrides.adam_epsilon", "adamw_eps", epsilon)
+    group.drop_all({"lr": "learning_rate is used", "adamw_eps": "distft's is the same"})
+    group.finish((), "Muon")
 
 
 def _batch(options: Options) -> None:

@@ -37,6 +37,11 @@ class Tensor(NamedTuple):
         return self.kind in ("linear", "conv1d")
 
     @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is the matrix of a layer other than embeddings and the output layer."""
+        return self.kind in ("linear", "conv1d", "router") and len(self.shape) == 2
+
+    @property
     def features(self) -> tuple[int, int]:
         """Input and output features of the weight's module (of one expert, for `experts`)."""
         if self.kind in ("conv1d", "embedding"):

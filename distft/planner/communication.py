@@ -67,6 +67,8 @@ def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tupl
         (2 * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node),
         (gradients * accumulation, shard, shard > setting.nproc_per_node),
     ]
+    if sizes.muon.elements:  # the updates of whole matrices, in float32
+        found.append((4 * sizes.muon.elements, shard, shard > setting.nproc_per_node))
     if kind.in_groups:
         found.append((2 * gradients / shard * accumulation, world // shard, across))
     return found

@@ -20,7 +20,7 @@ from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
 from distft.planner import activations, sharding
 from distft.planner.setting import Setting
-from distft.planner.sharding import Share, Sizes, Unit
+from distft.planner.sharding import Muon, Share, Sizes, Unit
 from distft.rules.upstream import NOT_QUANTIZED
 from distft.strategies.deepspeed import PERSISTENT
 from distft.units import GIB
@@ -152,6 +152,8 @@ def put_together(
             state = 2 + 8 / 256
         elif optim == "adafactor":
             state = 4.0  # a flat shard has no rows and columns to factor
+        elif sizes.muon.elements:
+            state = 8 - 4 * sizes.muon.elements / sizes.trained
         mine = sharding.share(
             setting.kind,
             setting.offload,
@@ -168,8 +170,10 @@ def put_together(
         if moment not in ("forward", "loss", "backward", "optimizer"):
             continue
         if moment == "optimizer" and not ddp:
-            # The optimizer's temporaries: of this rank's shard, and where the states are offloaded on the host.
-            here = live["activations"] // setting.shard_size if setting.offload == "none" else 0
+            # The optimizer's temporaries: of this rank's shard (Muon's: of a gathered matrix), and where the states are
+            # offloaded on the host.
+            parts = 1 if sizes.muon.elements else setting.shard_size
+            here = live["activations"] // parts if setting.offload == "none" else 0
             live = _replaced(live, activations=here)
         buffers = live["buffers"] + mine.buffers["head" if moment == "backward" and block is None else moment]
         gradients = live["gradients"] if ddp else mine.gradients
@@ -293,6 +297,14 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
         small_bytes=low * small,
         tied=tied,
+        muon=Muon.of(
+            (
+                tensor.shape
+                for tensor in model.tensors
+                if optim == "muon" and not recipe.lora and tensor.is_hidden_matrix and tensor.name not in model.fixed
+            ),
+            low,
+        ),
     )
 
 
@@ -324,12 +336,13 @@ def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
 
 def ddp_states(recipe: Recipe, sizes: Sizes, trained: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Bytes of the states under DDP. Under autocast trained parameters are float32, and so are their gradients and
-    AdamW's two moments. Adafactor keeps one mean per row and one per column of a matrix (arXiv 1804.04235).
+    AdamW's two moments; Muon has one of its matrices. Adafactor keeps one mean per row and one per column of a matrix
+    (arXiv 1804.04235).
 
     Args:
         trained: shapes of the trained tensors.
     """
-    optimizer = 8 * sizes.trained
+    optimizer = 8 * sizes.trained - 4 * sizes.muon.elements
     if recipe.training.optim == "adafactor":
         optimizer = sum(4 * (sum(shape) if len(shape) == 2 else prod(shape)) for shape in trained)
     return {
@@ -363,4 +376,4 @@ def optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
     (torch/optim/adam.py, _multi_tensor_adam), the fused one none; Adafactor has three copies of a tensor's update."""
     if optim == "adamw_torch":
         return 4 * sizes.trained
-    return 12 * sizes.largest_trained if optim == "adafactor" else 0
+    return 12 * sizes.largest_trained if optim == "adafactor" else sizes.muon.step_bytes

@@ -6,6 +6,7 @@ bytes of an element in the compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,30 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Muon:
+    """The matrices that Muon trains; none under another optimizer.
+
+    A step of a matrix (n elements, m the smaller side, M the larger) has the float32 update and, of the Newton-Schulz
+    iteration in the compute dtype, matrix and next matrix, Gram matrix and its polynomial. An iteration is three
+    products, 4 m^2 M + 2 m^3 FLOPs, and there are 5 (train/muon.py, orthogonal).
+    """
+
+    elements: int = 0
+    step_bytes: int = 0  # temporaries of the largest one
+    flops: float = 0.0  # of a step of all, which every rank makes
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]], low: int) -> Muon:
+        """For matrices of these shapes; `low`: bytes of an element in the compute dtype."""
+        sides = [(min(shape), max(shape)) for shape in shapes]
+        return cls(
+            elements=sum(m * large for m, large in sides),
+            step_bytes=max((4 * m * large + 2 * low * (m * large + m * m) for m, large in sides), default=0),
+            flops=5.0 * sum(4 * m * m * large + 2 * m**3 for m, large in sides),
+        )
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What there is to divide among the ranks."""
 
@@ -42,6 +67,7 @@ class Sizes:
     tail: Unit
     small_bytes: int  # of tensors that ZeRO-3 leaves whole
     tied: bool  # input and output embeddings share one weight
+    muon: Muon = Muon()
 
     @property
     def gathered_bytes(self) -> int:

@@ -6,7 +6,7 @@ from distft.models.lora import module_of, saved
 from distft.models.quantization import stored_bytes
 from distft.models.vocabulary import vocabulary_tensors
 from distft.rules import upstream
-from distft.rules.combinations import is_bitsandbytes
+from distft.rules.combinations import is_bitsandbytes, is_muon
 from distft.rules.core import Case, RecipeCase, rule
 from distft.strategies.kinds import KINDS
 from distft.units import GIB
@@ -216,6 +216,20 @@ def paging_needs_a_gpu(case: RecipeCase) -> str | None:
     if case.optim.startswith("paged") and (case.on_cpu or (case.zero and case.offload != "none")):
         return f"training.optim: {case.optim} does not page states that are in host memory"
     return None
+
+
+@rule(
+    "training.optim: muon with a mixture whose experts are one 3-D parameter",
+    "distft/train/muon.py, matrices; transformers 5: experts.gate_up_proj",
+    "use adamw_torch_fused, or know that most of the weights have AdamW",
+    kind="warning",
+)
+def muon_leaves_experts_to_adamw(case: RecipeCase) -> str | None:
+    """Muon is for matrices. The experts of a layer are a parameter of three dimensions, so that AdamW trains them, with
+    two states.
+    """
+    experts = sum(tensor.size for tensor in case.model.tensors if tensor.kind == "experts")
+    return f"training.optim: muon leaves {experts:,} weights of experts to AdamW" if is_muon(case) and experts else None
 
 
 @rule(

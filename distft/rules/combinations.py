@@ -15,6 +15,10 @@ def is_bitsandbytes(optim: str) -> bool:
     return any(word in optim for word in ("bnb", "paged", "adamw_8bit", "ademamix", "lion")) and "galore" not in optim
 
 
+def is_muon(case: RecipeCase) -> bool:
+    return case.optim == "muon"
+
+
 @rule(
     "model.quantization without lora",
     "transformers 5.23 trainer_utils.py:131, validate_quantization_for_training",
@@ -267,6 +271,49 @@ def matrix_optimizers_need_whole_matrices(case: RecipeCase) -> str | None:
     if case.optim.startswith(("adafactor", "galore", "apollo")) and not case.kind.replicates:
         return f"training.optim: {case.optim} needs whole matrices, which {case.strategy} splits"
     return None
+
+
+@rule(
+    "training.optim: muon under zero1, zero2 or zero3",
+    "DeepSpeed 0.19.8 runtime/zero/stage3.py, _apply_muon_to_accumulated_grads (the norm keeps being taken over the "
+    "Muon update), and runtime/zero/muon/original_muon.py (gram, in float16)",
+    "use ddp, fsdp or hsdp",
+)
+def muon_is_not_for_zero(case: RecipeCase) -> str | None:
+    """Muon needs the whole matrix of an update, and ZeRO gives the optimizer flat pieces of all. DeepSpeed has a Muon
+    of its own, whose steps are others: it iterates in float16 on Gram matrices, and stage 3 clips by the norm of what
+    comes out of the iteration, not of the gradient.
+    """
+    return (
+        f"training.optim: muon does not train the same under {case.strategy}" if case.zero and is_muon(case) else None
+    )
+
+
+@rule(
+    "training.optim: muon with parallelism.offload",
+    "torch distributed/fsdp/_fully_shard: CPUOffloadPolicy steps on the host, where NCCL gathers nothing",
+    "use parallelism.offload: none, or adamw_torch_fused",
+)
+def muon_needs_its_states_on_the_gpu(case: RecipeCase) -> str | None:
+    """Each step gathers the update of every matrix from all ranks and iterates on it in bf16. On the host the ranks
+    could not gather it, and the iteration would take minutes.
+    """
+    if is_muon(case) and case.offload != "none":
+        return f"training.optim: muon does not work with parallelism.offload: {case.offload}"
+    return None
+
+
+@rule(
+    "training.optim: muon with lora",
+    "torch/optim/_muon.py: an optimizer for 2D parameters of neural network hidden layers; LLaMA-Factory's v1 "
+    "muon_optimizer.py gives adapters to AdamW",
+    "use adamw_torch_fused, or train the model's own weights with lora: null",
+)
+def muon_needs_the_models_matrices(case: RecipeCase) -> str | None:
+    """Muon makes the update of a layer's matrix orthogonal. An adapter has two thin factors instead of that matrix, and
+    to make the update of each orthogonal says nothing about their product.
+    """
+    return "training.optim: muon is for the model's own matrices" if is_muon(case) and case.recipe.lora else None
 
 
 @rule(

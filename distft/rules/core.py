@@ -122,7 +122,7 @@ class RecipeCase(Case):
     @property
     def optim(self) -> str:
         """The optimizer that actually runs: trainer.overrides may name one that the recipe has no word for."""
-        return str(self.trainer.get("optim", self.recipe.training.optim))
+        return self.recipe.optim
 
     @property
     def attention(self) -> str:

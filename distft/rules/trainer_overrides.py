@@ -203,10 +203,12 @@ OPTIMIZER_PACKAGES = {
     "use one of training.optim's, or install the package",
 )
 def trainer_optimizer_must_exist(case: RecipeCase) -> str | None:
-    """Every rank fails on an optimizer that it cannot make (Muon is not one of transformers'). Checked where
-    transformers is installed.
+    """Every rank fails on an optimizer that it cannot make. Muon is not one of transformers', but the recipe has a word
+    for it. Checked where transformers is installed.
     """
     given, names = case.trainer.get("optim"), upstream.optimizers()
+    if given == "muon":
+        return "trainer.overrides.optim: got muon, which transformers does not have, and training.optim does"
     if given is None or names is None:
         return None
     if given not in names:

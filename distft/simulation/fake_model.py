@@ -16,8 +16,9 @@ from distft.models.attention import planned_attention
 from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, is_kept, stored_bytes
 from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
-from distft.planner.sharding import Sizes, Unit
+from distft.planner.sharding import Muon, Sizes, Unit
 from distft.strategies.deepspeed import PERSISTENT
+from distft.train import muon
 from distft.train.auto_class import auto_class
 from distft.train.model import add_adapters, compute_dtype, freeze
 
@@ -239,6 +240,7 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         small_bytes=low * sum(p.numel() for p in everything if p.numel() < PERSISTENT),
         bnb_bytes=sum(memory.bnb_state_bytes(recipe.training.optim, p.numel(), p is embedding.weight) for p in trained),
         tied=tied,
+        muon=Muon.of((tuple(p.shape) for p in (muon.matrices(model) if recipe.training.optim == "muon" else ())), low),
     )
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.config.recipe import Recipe
 from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
+from distft.train import muon
 from distft.train.losses import mean_loss
 from distft.train.model import compute_dtype
 
@@ -181,13 +182,17 @@ def _float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def make_optimizer(name: str, parameters: list[Any]) -> Any | None:
-    """The optimizer that transformers builds for `training.optim`; None where states are counted by formula.
+def make_optimizer(recipe: Recipe, model: Any) -> Any | None:
+    """The optimizer that is made for `training.optim`; None where states are counted by formula.
 
     transformers 5 trainer_optimizer.py. On a GPU adamw_torch is torch's foreach version, in which the square roots of
     all second moments are live at once (torch/optim/adam.py, _multi_tensor_adam).
     """
 
+    name, parameters = recipe.training.optim, [p for p in model.parameters() if p.requires_grad]
+    if name == "muon":
+        dtype = torch.float32 if recipe.training.mixed_precision == "no" else torch.bfloat16
+        return muon.make(model, (), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, dtype=dtype)
     if name.startswith("adamw_torch"):
         fused = name == "adamw_torch_fused"
         return torch.optim.AdamW(parameters, fused=fused, foreach=not fused)
@@ -252,7 +257,7 @@ def trace(
         trained = [p for p in model.parameters() if p.requires_grad]
         for p in trained:
             p.register_post_accumulate_grad_hook(lambda p: book.call(p.grad, "gradients"))
-        optimizer = _optimizer_step(recipe, trained, book)
+        optimizer = _optimizer_step(recipe, model, book)
         states = Counter(book.bytes)
         if not accumulating:
             for p in trained:
@@ -290,13 +295,13 @@ def _loss(forward: Any, batch: dict[str, Any], tokens: Any, loss_type: str) -> A
     return forward(**batch, **({"num_items_in_batch": tokens} if accepts else {})).loss
 
 
-def _optimizer_step(recipe: Recipe, trained: list[Any], book: Any) -> Any | None:
+def _optimizer_step(recipe: Recipe, model: Any, book: Any) -> Any | None:
     """Create optimizer states with a first step, and record the peak of a second one ("optimizer"); gradients stay."""
 
-    for p in trained:
+    for p in (p for p in model.parameters() if p.requires_grad):
         p.grad = torch.zeros_like(p)
         book.call(p.grad, "gradients")
-    optimizer = make_optimizer(recipe.training.optim, trained)
+    optimizer = make_optimizer(recipe, model)
     if optimizer is None:
         book.enter("optimizer")
         return None

@@ -94,6 +94,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
         loss_type=recipe.training.loss_type,
+        muon=recipe.optim == "muon",
         data_collator=Collator(
             tokenizer.pad_token_id, recipe.data.packing, choose_attention(recipe) == "flash_attention_2"
         ),

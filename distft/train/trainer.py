@@ -19,6 +19,7 @@ from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
+from distft.train import muon
 from distft.train.blocks import sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
@@ -61,7 +62,8 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "warmup_steps": training.warmup(max_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": training.optim,
+        # transformers knows all of them but Muon, which create_optimizer makes.
+        **({} if training.optim == "muon" else {"optim": training.optim}),
         "bf16": training.mixed_precision == "bf16",
         "fp16": training.mixed_precision == "fp16",
         "gradient_checkpointing": plan["gradient_checkpointing"],
@@ -89,8 +91,8 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
 class RecipeTrainer(Trainer):
     """transformers.Trainer over a StreamSampler. Build the model after `args`: ZeRO-3 must know them by then."""
 
-    def __init__(self, *, stream: StreamSampler, loss_type: str = "nll", **kwargs: Any):
-        self.stream = stream
+    def __init__(self, *, stream: StreamSampler, loss_type: str = "nll", muon: bool = False, **kwargs: Any):
+        self.stream, self.muon = stream, muon
         super().__init__(**kwargs)
         self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
@@ -104,6 +106,21 @@ class RecipeTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any) -> StreamSampler:
         return self.stream
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' optimizer, or Muon, which it does not have."""
+        if self.optimizer is None and self.muon:
+            model, args = self.model if model is None else model, self.args
+            self.optimizer = muon.make(
+                model,
+                self.get_decay_parameter_names(model),
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                dtype=torch.bfloat16 if args.bf16 or args.fp16 else torch.float32,
+            )
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """transformers' schedule, in which the first step of the warm-up trains, too: theirs has a rate of 0."""

@@ -61,6 +61,8 @@ TUNINGS = {
     "bf16 full": {**BF16, **FULL},
     "adamw_torch": {"training__optim": "adamw_torch"},
     "adafactor": {"training__optim": "adafactor"},
+    "muon full": {**FULL, "training__optim": "muon"},
+    "muon full bf16": {**FULL, **BF16, "training__optim": "muon"},
     "adamw_bnb_8bit": {"training__optim": "adamw_bnb_8bit"},
     "paged_adamw_8bit": {"training__optim": "paged_adamw_8bit"},
     "paged_adamw_32bit": {"training__optim": "paged_adamw_32bit"},
@@ -68,6 +70,8 @@ TUNINGS = {
 OPTIMIZER = {
     "adamw_torch": "torch AdamW",
     "adafactor": "transformers Adafactor",
+    "muon full": "distft Muon",
+    "muon full bf16": "distft Muon",
     "adamw_bnb_8bit": "bitsandbytes AdamW 8-bit",
     "paged_adamw_8bit": "bitsandbytes AdamW 8-bit",
     "paged_adamw_32bit": "bitsandbytes AdamW 32-bit",

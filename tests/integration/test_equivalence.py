@@ -39,6 +39,8 @@ JOBS = [
     Job("zero2", 2, "int8"),
     Job("fsdp", 2, "adamw_torch"),
     Job("ddp", 2, "adafactor"),
+    *(Job(strategy, ranks, "muon full", changes) for strategy, ranks, changes in STRATEGIES if "zero" not in strategy),
+    Job("fsdp", 2, "muon full bf16"),
     Job("ddp", 2, "adamw_bnb_8bit"),
     Job("zero2", 2, "paged_adamw_8bit"),
     Job("zero3", 2, "paged_adamw_32bit"),
@@ -130,10 +132,11 @@ def test_tracker(trained: Callable[..., Result], tiny: Tiny) -> None:
 
 # Options of peft's LoraConfig.
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-PEFT = {"full": None, "unpacked full": None, "some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS}
+PEFT = {"full": None, "unpacked full": None, "muon full": None}
+PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS}
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full", "unpacked", "unpacked full", *list(PEFT)[2:], *LOSSES])
+@pytest.mark.parametrize("tuning", ["lora", *PEFT, *LOSSES])
 def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> None:
     """A hand-written loop without Trainer, padding or packed attention gives the same numbers."""
     import reference_loop
@@ -157,6 +160,7 @@ def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> No
         weight_decay=recipe.training.weight_decay,
         warmup=1,
         loss_type=recipe.training.loss_type,
+        muon=recipe.optim == "muon",
     )
     for column in ("loss", "grad_norm", "learning_rate", "tokens"):
         assert result.column(column) == pytest.approx([step[column] for step in history], abs=FP32), column

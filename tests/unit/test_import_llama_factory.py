@@ -159,6 +159,7 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"finetuning_type": "freeze", "use_llama_pro": True}, "use_llama_pro"),
         ({"finetuning_type": "oft"}, "finetuning_type"),
         ({"use_eaft_loss": True, "eaft_alpha": 2}, "eaft_alpha"),
+        ({"use_muon": True}, "use_muon"),
         ({"use_galore": True}, "use_galore"),
         ({"lora_ranks": 8}, "lora_ranks"),
         ({"eval_dataset": "named"}, "named.formatting"),
@@ -180,6 +181,12 @@ def test_llama_factory_refuses(imported: Import, described: Path, options: dict[
 def test_losses(imported: Import, described: Path, options: dict[str, Any], expected: str | None) -> None:
     draft = imported({**LLAMA_FACTORY, **options})
     assert (draft.fields.get("training.loss_type"), draft.refused) == (expected, [])
+
+
+def test_muon(imported: Import, described: Path) -> None:
+    draft = imported({**LLAMA_FACTORY, "finetuning_type": "full", "use_muon": True, "weight_decay": 0.1})
+    assert (draft.fields["training.optim"], draft.refused) == ("muon", [])
+    assert any("lets norms decay" in text for text in draft.warnings)
 
 
 @pytest.mark.parametrize(

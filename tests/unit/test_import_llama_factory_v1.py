@@ -139,6 +139,21 @@ def test_data_sets(imported: Import) -> None:
             {"lora": None, "training.train_only": [r".*\.-[123]", ".*lm_head.*"]},
         ),
         (
+            {"optim_config": {"name": "muon", "momentum": 0.95, "adamw_betas": [0.8, 0.9], "adamw_eps": 1e-7, "lr": 1}},
+            {
+                "training.optim": "muon",
+                "training.weight_decay": 0.1,
+                "training.learning_rate": 1e-4,
+                "trainer.overrides.adam_beta1": 0.8,
+                "trainer.overrides.adam_beta2": 0.9,
+                "trainer.overrides.adam_epsilon": 1e-7,
+            },
+        ),
+        (
+            {"optim_config": {"name": "muon", "wd": 0.0}},
+            {"training.weight_decay": 0, "trainer.overrides.adam_beta2": 0.95},
+        ),
+        (
             {"dist_config": {"name": "deepspeed", "config_file": "ds.json"}},
             {"parallelism.strategy": "zero3", "parallelism.offload": "none", "training.mixed_precision": "bf16"},
         ),
@@ -158,7 +173,10 @@ def test_options(imported: Import, tmp_path: Path, options: dict[str, Any], expe
         ({"train_dataset": "data/own.yaml"}, '"own.yaml".own.converter'),
         ({"train_dataset": "owner/rows"}, "train_dataset.converter"),
         ({"batching_strategy": "dynamic_batching"}, "batching_strategy"),
-        ({"optim_config": {"name": "muon", "wd": 0.1}}, "optim_config.name"),
+        ({"optim_config": {"name": "lion"}}, "optim_config.name"),
+        ({"optim_config": {"name": "muon"}, "peft_config": {"name": "lora"}}, "optim_config.name"),
+        ({"optim_config": {"name": "muon", "ns_steps": 6}}, "optim_config.ns_steps"),
+        ({"optim_config": {"name": "muon", "nesterov": False}}, "optim_config.nesterov"),
         ({"peft_config": {"name": "freeze", "frozen": 2}}, "peft_config.frozen"),
         ({"peft_config": {"name": "lora", "rank": 8}}, "peft_config.rank"),
         ({"dist_config": {"name": "fsdp2", "dcp_path": "x"}}, "dist_config.dcp_path"),

@@ -141,6 +141,8 @@ Z1, Z2, Z3, FSDP = ({"strategy": name} for name in ("zero1", "zero2", "zero3", "
 QLORA = {"model__quantization": "nf4"}
 INT8 = {"model__quantization": "int8"}
 NEW_TOKENS = {"model__add_tokens": ["<|im_end|>"]}
+MUON = {"training__optim": "muon", "lora": None}
+EXPERTS = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.experts.down_proj", (4, 64, 64), "experts"))
 PART = {"training__train_only": ["lm_head"]}
 REENTRANT = {"use_reentrant": True}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
@@ -202,6 +204,13 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z2, "offload": "optimizer", "training__optim": "adafactor"}, {"training__optim": "adamw_bnb_8bit"}),
         ({**FSDP, "trainer": over(optim="galore_adamw")}, {"strategy": "ddp"}),
     ],
+    "muon-is-not-for-zero": [
+        ({**MUON, **Z1}, FSDP),
+        ({**MUON, **Z3}, {"strategy": "ddp"}),
+        ({**MUON, **Z2}, {"training__optim": "adamw_torch"}),
+    ],
+    "muon-needs-its-states-on-the-gpu": [({**MUON, **FSDP, "offload": "all"}, {"offload": "none"})],
+    "muon-needs-the-models-matrices": [({"training__optim": "muon"}, {"lora": None})],
     "layerwise-optimizers-need-one-rank": [
         ({"trainer": over(optim="galore_adamw_layerwise")}, {"ranks": 1}),
         ({"trainer": over(optim="galore_adamw_layerwise"), "ranks": 1, "accumulation": 2}, {"accumulation": 1}),
@@ -607,6 +616,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"training__optim": "paged_adamw_32bit", "device": CPU}, {"device": "A10G"}),
         ({**Z2, "training__optim": "paged_adamw_32bit", "offload": "optimizer"}, {"offload": "none"}),
     ],
+    "muon-leaves-experts-to-adamw": [({**MUON, "tensors": EXPERTS}, {"tensors": PLAIN_LAYERS})],
     "eager-attention-keeps-all-scores": [
         ({"model__attn_implementation": "eager", "data__max_length": 4096}, {"data__max_length": 4095}),
         ({"model__attn_implementation": "eager", "data__max_length": 8192}, {"config": {"model_type": "gpt_oss"}}),
@@ -774,7 +784,7 @@ recipe = group(
                    train_only=[], loss_type="nll",
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
-    deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}))
+    deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}), optim="adamw_torch")
 sizes = group(tie_word_embeddings=False)
 config = {"model_type": "llama"}
 model = group(config=config, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes,

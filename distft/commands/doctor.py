@@ -89,7 +89,11 @@ def _gpus() -> Iterator[Check]:
     from distft.hardware.devices import visible_gpus
     from distft.units import GIB
 
-    gpus = visible_gpus()
+    try:
+        gpus = visible_gpus()
+    except ClusterError as error:
+        yield _check("gpu", "failed", str(error))
+        return
     for number, gpu in enumerate(gpus):
         yield _check("gpu", "ok", f"GPU {number}: {gpu.name}, {gpu.memory / GIB:.1f} GiB")
     if gpus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -62,6 +62,10 @@ GPUS = {
 
 
 LARGEST_GPU = 4096  # GiB; more is a typo
+QUERY = ("nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap,mig.mode.current")
+# What the driver leaves of a MIG device's nominal size: 4,864 MiB of 1g.5gb, 9,856 of 1g.10gb (nvidia-smi's tables).
+MIG_SHARE = 0.95
+GPU_LINE, MIG_LINE = r"GPU (\d+): .*\(UUID: (\S+)\)", r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (\S+)\)"
 
 
 def known_gpu(name: str) -> str | None:
@@ -98,29 +102,72 @@ def named_device(name: str, nproc_per_node: int) -> Device:
 
 @lru_cache
 def visible_gpus() -> tuple[Device, ...]:
-    """The NVIDIA GPUs of this machine as nvidia-smi lists them, without torch; () where there are none.
+    """The GPUs that ranks started here would have, as nvidia-smi lists them, without torch; () where there are none.
 
-    CUDA_VISIBLE_DEVICES selects among them, as it will for the ranks.
+    CUDA_VISIBLE_DEVICES selects among them as it will for the ranks (CUDA programming guide, "CUDA environment
+    variables"). Of MIG devices CUDA gives a process the first one alone (NVIDIA's MIG user guide,
+    "CUDA_VISIBLE_DEVICES").
+
+    Raises:
+        ClusterError: CUDA_VISIBLE_DEVICES names one that is not there, from which on CUDA would see none.
     """
-    if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not shutil.which("nvidia-smi") or chosen in ("", "-1"):
         return ()
+    whole: dict[str, Device] = {}
+    divided = False
+    for line in _output(*QUERY, "--format=csv,noheader,nounits").splitlines():
+        uuid, name, mib, capability, *mig = (field.strip() for field in line.split(","))
+        whole[uuid] = Device("cuda", name, int(mib) * 2**20, float(capability))
+        divided = divided or mig == ["Enabled"]
+    if not whole:
+        return ()
+    parts = _mig_devices(whole) if divided else {}
+    if chosen is None:
+        return tuple(parts.values())[:1] if parts else tuple(whole.values())
+    found = []
+    for word in (word.strip() for word in chosen.split(",")):
+        if word == "-1":
+            break
+        if (gpu := _named(word, whole, parts)) is None:
+            raise ClusterError(
+                f"CUDA_VISIBLE_DEVICES: {word!r} is no GPU of this machine, which has {', '.join([*whole, *parts])}; "
+                "give numbers from 0 or these names, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        found.append(gpu)
+    return tuple(found[:1] if any(gpu in parts.values() for gpu in found) else found)
+
+
+def _named(word: str, whole: dict[str, Device], parts: dict[str, Device]) -> Device | None:
+    """The GPU with that number, or whose UUID begins so; numbers of MIG's are GPU:DEVICE."""
+    if word.isdecimal():
+        return list(whole.values())[int(word)] if int(word) < len(whole) else None
+    matches = [gpu for uuid, gpu in (whole | parts).items() if word and uuid.startswith(word)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _mig_devices(whole: dict[str, Device]) -> dict[str, Device]:
+    """UUID → MIG device, of `nvidia-smi -L`."""
+    found: dict[str, Device] = {}
+    parent = None
+    for line in _output("nvidia-smi", "-L").splitlines():
+        if gpu := re.match(GPU_LINE, line):
+            parent = whole.get(gpu[2])
+        elif (part := re.match(MIG_LINE, line)) and parent:
+            size = re.search(r"(\d+)gb", part[1])
+            memory = int(int(size[1]) * GIB * MIG_SHARE) if size else parent.memory
+            found[part[3]] = replace(parent, name=f"{parent.name} MIG {part[1]}", memory=memory)
+    return found
+
+
+def _output(*command: str) -> str:
+    """What a command prints; "" where it fails: with a driver that does not answer no GPU is usable."""
     import subprocess  # only here: this import takes longer than a plan for another machine
 
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # a driver that does not answer: no usable GPU
-        return ()
-    gpus = []
-    for line in answer.splitlines():
-        uuid, name, mib, capability = (field.strip() for field in line.split(","))
-        gpus.append((uuid, Device("cuda", name, int(mib) * 2**20, float(capability))))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return tuple(gpu for _, gpu in gpus)
-    wanted = [word.strip() for word in chosen.split(",")]
-    by_name = {str(index): gpu for index, (_, gpu) in enumerate(gpus)} | dict(gpus)
-    return tuple(by_name[word] for word in wanted if word in by_name)
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def physical_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distft.models.attention import LARGEST_HEAD, largest_head
 from distft.models.layout import Tensor
 from distft.models.lora import adapters, module_of, saved
 from distft.models.quantization import is_kept
@@ -433,9 +434,12 @@ def flash_attention_needs_16_bit(case: RecipeCase) -> str | None:
 )
 def flash_attention_needs_small_heads(case: RecipeCase) -> str | None:
     """FlashAttention-2 has kernels for heads of up to 256."""
-    head_dim = case.model.head_dim or 0
-    if case.attention == "flash_attention_2" and head_dim > 256:
-        return f"model.attn_implementation: flash_attention_2 needs head_dim <= 256, and the model's is {head_dim}"
+    size = max(case.model.head_dim or 0, largest_head(case.whole_config))
+    if case.attention == "flash_attention_2" and size > LARGEST_HEAD:
+        return (
+            f"model.attn_implementation: flash_attention_2 needs heads of up to {LARGEST_HEAD}, and the model has "
+            f"some of {size}"
+        )
     return None
 
 

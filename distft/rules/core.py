@@ -128,9 +128,10 @@ class RecipeCase(Case):
     def attention(self) -> str:
         """model.attn_implementation; `auto` is `sdpa` where FlashAttention-2 cannot run (models/attention.py)."""
         wanted, device = self.recipe.model.attn_implementation, self.device
-        if wanted == "auto" and no_flash_attention(device.type, device.compute_capability, self.mixed_precision):
-            return "sdpa"
-        return wanted
+        if wanted != "auto":
+            return wanted
+        why = no_flash_attention(device.type, device.compute_capability, self.mixed_precision, self.whole_config)
+        return "sdpa" if why else "auto"
 
     @property
     def whole_config(self) -> Mapping[str, Any]:

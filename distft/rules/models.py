@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from distft.models import kinds
+from distft.models.attention import NO_FLASH
 from distft.models.lora import named_but_left_out
 from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
 from distft.rules import upstream
@@ -70,8 +71,7 @@ def sdpa_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     """Some of transformers' model classes are not written for SDPA and fail when it is requested, as `auto` does where
     FlashAttention-2 cannot run.
     """
-    asked = case.attention == "sdpa" or (case.attention == "auto" and case.model_type in upstream.NO_FLASH)
-    if asked and case.model_type in upstream.NO_SDPA:
+    if case.attention == "sdpa" and case.model_type in upstream.NO_SDPA:
         return f"model.attn_implementation: {case.model_type} models have no sdpa"
     return None
 
@@ -100,7 +100,7 @@ def sdpa_has_no_softcapping(case: RecipeCase) -> str | None:
 )
 def flash_attention_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     """Some of transformers' model classes are not written for FlashAttention-2 and fail when it is requested."""
-    if case.attention == "flash_attention_2" and case.model_type in upstream.NO_FLASH:
+    if case.attention == "flash_attention_2" and case.model_type in NO_FLASH:
         return f"model.attn_implementation: {case.model_type} models have no flash_attention_2"
     return None
 
@@ -126,14 +126,14 @@ def checkpointing_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
 def packing_needs_separate_documents(case: RecipeCase) -> str | None:
     """In a packed row, documents are told apart by position ids that start again (transformers masking_utils.py,
     find_packed_sequence_indices). Some models do not build the mask of their attention from them, and a recurrence or a
-    convolution runs on through the row: training would mix documents, and no metric would show it. Under
-    FlashAttention-2 the bounds of documents go to the kernels; whether these models respect them could not be tested,
-    and is not refused.
+    convolution runs on through the row, whatever the attention: training would mix documents, and no metric would show
+    it. Under FlashAttention-2 the bounds of documents go to the kernels of attention; whether the models that build
+    masks of their own respect them could not be tested, and is not refused.
     """
     if not case.recipe.data.packing:
         return None
     flash, kind = case.attention == "flash_attention_2", case.model_type
-    if kind in upstream.NO_ATTENTION or (kind in upstream.MIXES_BY_STATE and not flash):
+    if kind in upstream.NO_ATTENTION or kind in upstream.MIXES_BY_STATE:
         return f"data.packing: the state of {kind} carries over from one document to the next"
     if kind in upstream.MIXES_BY_MASK and not flash:
         return f"data.packing: the attention of {kind} does not see where a document in a packed row begins"

@@ -125,52 +125,6 @@ NO_SDPA = frozenset(
     ]
 )
 NO_SDPA_FROM_5_21 = frozenset(("gemma2", "vaultgemma"))
-# ... no `_supports_flash_attn`.
-NO_FLASH = frozenset(
-    [
-        "axk2",
-        "big_bird",
-        "bigbird_pegasus",
-        "bloom",
-        "blt",
-        "codegen",
-        "cpmant",
-        "deepseek_v32",
-        "deepseek_v4",
-        "doge",
-        "dots3_note",
-        "dots3_note_text",
-        "falcon_mamba",
-        "git",
-        "glm_moe_dsa",
-        "got_ocr2",
-        "gpt_neox_japanese",
-        "hy_v4",
-        "inkling2_text",
-        "inkling_text",
-        "llama4",
-        "llama4_text",
-        "mamba",
-        "mamba2",
-        "megatron-bert",
-        "minimax_m3_vl_text",
-        "mpt",
-        "mvp",
-        "openai-gpt",
-        "prophetnet",
-        "qwen4_exp",
-        "qwen4_exp_text",
-        "reformer",
-        "rembert",
-        "roformer",
-        "rwkv",
-        "trocr",
-        "xglm",
-        "xlm",
-        "xlnet",
-        "xlstm",
-    ]
-)
 # ... no `supports_gradient_checkpointing`.
 NO_CHECKPOINTING = frozenset(
     ["cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"]

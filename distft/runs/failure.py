@@ -14,11 +14,16 @@ from typing import Any
 from distft.extras import INSTALL
 from distft.runs.directory import RunDir
 
+# On the GPU, as torch, cuBLAS, NCCL and bitsandbytes say it. On the host a rank gets SIGKILL.
+OUT_OF_MEMORY = (
+    r"OutOfMemoryError|CUDA( error:)? out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED|Cuda failure (\d+ )?'out of memory'|"
+    r"Failed to CUDA (calloc|malloc)|Error out of memory at line"
+)
 LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
 # Pattern in the error → the fix. The first that matches is shown.
 HINTS = (
     (
-        r"OutOfMemoryError|CUDA out of memory|can't allocate memory|Cannot allocate memory|std::bad_alloc",
+        rf"(?m){OUT_OF_MEMORY}|can't allocate memory|Cannot allocate memory|std::bad_alloc",
         "out of memory: --set training.micro_batch_size=1, --set training.gradient_checkpointing=true, "
         "--set parallelism.strategy=zero3, or a shorter data.max_length",
     ),
@@ -31,7 +36,6 @@ HINTS = (
 NO_MODULE = re.compile(r"(?m)^ *ModuleNotFoundError: No module named '([\w.]+)'")
 # Packages of distft[train]; another one is a matter of the user's script.
 TRAIN_PART = {"torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "datasets", "distft"}
-OUT_OF_MEMORY = r"^rank \d+: OutOfMemoryError: |CUDA out of memory"  # on the GPU; on the host a rank gets SIGKILL
 ENDED = re.compile(
     r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: (-?\d+) +\(pid: (\d+)\)"
 )
@@ -49,10 +53,7 @@ class Failure:
     host: str | None = None  # to blame; "" if none is, None if at most its number is known (`node`)
     user_error: bool = False  # only a person can fix it: another attempt would end the same way
     node: int | None = None  # number of the node in the job
-
-    @property
-    def out_of_memory(self) -> bool:
-        return re.search(OUT_OF_MEMORY, self.reason) is not None
+    out_of_memory: bool = False  # of the GPU
 
 
 def rank_errors(run: RunDir) -> list[dict[str, Any]]:
@@ -88,9 +89,11 @@ def first_failure(run: RunDir, returncode: int) -> Failure:
         if first["type"] == "SystemExit":
             reason = f"rank {first['rank']} exited by itself with status {first['message']}"
             where, body = f"{reason}, on {first['host']}", _tail(rank_log.read_text(errors="replace"))
-        text = _text(where, body, f"{first['type']}: {first['message']}", run.rank_log(first["rank"]), run)
+        said = f"{first['type']}: {first['message']}"
+        text = _text(where, body, said, run.rank_log(first["rank"]), run)
+        no_memory = re.search(OUT_OF_MEMORY, said, re.MULTILINE) is not None
         host = "" if re.search(LOST_PEER, first["message"]) else first["host"]
-        return Failure(reason, text, first["rank"], host, first["user_error"])
+        return Failure(reason, text, first["rank"], host, first["user_error"], out_of_memory=no_memory)
     if silent:
         rank, number, node = silent
         how = f"was killed by {_signal_name(-number)}" if number < 0 else f"ended by itself with status {number}"

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return DTYPES[recipe.training.mixed_precision]
 
 
-def choose_attention(recipe: Recipe) -> str:
+def choose_attention(recipe: Recipe, config: Mapping[str, Any]) -> str:
     """The attention implementation; what `auto` means here (models/attention.py) is logged with the reason."""
     wanted = recipe.model.attn_implementation
     if wanted != "auto":
@@ -50,7 +50,7 @@ def choose_attention(recipe: Recipe) -> str:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         device, capability = "cuda", major + minor / 10
-    why = no_flash_attention(device, capability, recipe.training.mixed_precision) or _flash_attn_missing()
+    why = no_flash_attention(device, capability, recipe.training.mixed_precision, config) or _flash_attn_missing()
     if why:
         log.info("attention: sdpa (%s)", why)
         return "sdpa"
@@ -120,7 +120,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
             **source,
             use_safetensors=True,
             dtype=model_dtype,
-            attn_implementation=choose_attention(recipe),
+            attn_implementation=choose_attention(recipe, config.to_dict()),
             output_loading_info=True,
             **options,
         )

@@ -29,7 +29,7 @@ from distft.train.base_files import base_files
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
-from distft.train.model import build_model, choose_attention
+from distft.train.model import build_model
 from distft.train.ranks import RankGroup
 from distft.train.sampler import StreamSampler
 from distft.train.save import save_trained
@@ -80,6 +80,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
     model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id)
+    attention = model.config.get_text_config()._attn_implementation
     warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)
     status.write(
         warnings=warnings, base=base_card(recipe.model) | {"class": auto_class(model.config.model_type).__name__}
@@ -95,9 +96,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         eval_dataset=prepared.eval,
         loss_type=recipe.training.loss_type,
         muon=recipe.optim == "muon",
-        data_collator=Collator(
-            tokenizer.pad_token_id, recipe.data.packing, choose_attention(recipe) == "flash_attention_2"
-        ),
+        data_collator=Collator(tokenizer.pad_token_id, recipe.data.packing, attention == "flash_attention_2"),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

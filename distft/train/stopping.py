@@ -28,17 +28,35 @@ class Stopping:
     def __init__(self, run: RunDir):
         self.run = run
         self.why: str | None = None
+        self.handled = False  # the handler of SIGTERM has run
         self.training = False  # the training loop runs, and looks at `why` itself
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for jobs in the background
+        awake, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        threading.Thread(target=self._wakened, args=(awake,), daemon=True, name="signals").start()
         threading.Thread(target=self._watch, daemon=True, name="stopping").start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.handled = True
         # torchrun sends SIGTERM to the other ranks when one fails, too: they would wait for it at the next step.
-        if not self.training or rank_errors(self.run) or _siblings() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        if not self.training or self._lost_a_rank():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.why = self.why or signal.Signals(number).name
+
+    def _lost_a_rank(self) -> bool:
+        return bool(rank_errors(self.run)) or _siblings() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def _wakened(self, awake: int) -> None:
+        """Python runs no handler while the main thread is blocked, in CUDA or in a collective: a rank that waits there
+        for a lost one would keep its GPU until torchrun kills it, 30 s later."""
+        while number := os.read(awake, 1):
+            if number[0] == signal.SIGTERM:
+                time.sleep(UNWIND_SECONDS)
+                if not self.handled and self._lost_a_rank():
+                    os._exit(1)
 
     def _watch(self) -> None:
         while self.why is None:

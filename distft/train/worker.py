@@ -28,7 +28,7 @@ from distft.runs.files import write_atomically
 from distft.runs.processes import die_with_parent
 from distft.strategies.accelerate import accelerate_environment
 
-_ended_well: list[bool] = []
+_status: list[int] = []  # what this rank ends with, once it knows
 
 
 def enter(run: RunDir) -> dict[str, Any]:
@@ -63,19 +63,20 @@ def importing() -> Iterator[None]:
 
 def ended_well() -> None:
     """This rank has done its work: its process ends after its exit handlers, without the interpreter's finalization.
+    So does one that fails: it may hold its GPU and wait for peers in a destructor.
 
     gloo's threads may meet a half finalized interpreter and abort the rank, even those of a destroyed group while an
     engine still refers to it: https://github.com/pytorch/pytorch/pull/179291.
     """
-    _ended_well.append(True)
+    _status.append(0)
 
 
 def _leave() -> None:
-    if _ended_well:
+    if _status:
         sys.stdout.flush()
         sys.stderr.flush()
         ctypes.CDLL(None).fflush(None)
-        os._exit(0)
+        os._exit(_status[0])
 
 
 def _log_to(run: RunDir, rank: int) -> None:
@@ -100,6 +101,7 @@ def _record_first_error(run: RunDir, rank: int) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             record_error(run, rank, error)
         default(kind, error, trace)
+        _status.append(1)
 
     sys.excepthook = hook
 

@@ -15,7 +15,7 @@ from typing import Any
 import fake_gpus
 import pytest
 import yaml
-from running import Result, distft, launch
+from running import Result, distft, inject, launch
 from tiny import Tiny
 
 from distft.runs.directory import RunDir
@@ -117,3 +117,22 @@ def test_plan(tiny: Tiny, tmp_path: Path, gpus: dict[str, str]) -> None:
 def test_hidden(tiny: Tiny, tmp_path: Path, gpus: dict[str, str]) -> None:
     done = distft("doctor", cwd=tmp_path, env=gpus | {"CUDA_VISIBLE_DEVICES": ""})
     assert "CUDA_VISIBLE_DEVICES hides all GPUs: CPU ranks over gloo" in done.stdout
+
+
+def test_out_of_memory_while_another_rank_is_blocked(tiny: Tiny, tmp_path: Path) -> None:
+    """The other rank hangs in C, as in CUDA or a collective: it leaves before torchrun would kill it."""
+    code = (
+        "import ctypes, json, os, torch\n"
+        "plan = json.load(open(args[0].args.output_dir + '/../plan.json'))\n"
+        "if args[0].state.global_step == 1 and plan['batch']['micro_batch_size'] == 4:\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise torch.AcceleratorError('CUDA error: out of memory\\nCUDA kernel errors')\n"
+        "    lock = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(lock)"
+    )
+    env = inject(tmp_path, "transformers.trainer:Trainer.training_step", code)
+    recipe = tiny.recipe(training__micro_batch_size=4, parallelism__strategy="zero2")
+    result = launch(recipe, tmp_path, ranks=2, env=env)
+    (attempt,) = result.status["attempts"]
+    assert attempt["reason"].endswith("; training.micro_batch_size: 4 -> 2")
+    assert not [path for path in result.run_dir.rglob("torchrun*.log") if "SIGKILL" in path.read_text()]

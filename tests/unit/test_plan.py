@@ -520,3 +520,57 @@ def test_launch_refuses_what_does_not_fit(too_large: Path) -> None:
     assert done.stderr.rstrip().endswith("--force starts it anyway")
     assert not (too_large / "runs").exists()
     assert distft("launch", "recipe.yaml", "--dry-run", cwd=too_large).returncode == 0
+
+
+SMI = """#!/bin/sh
+case "$1" in
+-L) printf 'GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)\\n'
+    printf '  MIG 3g.20gb     Device  0: (UUID: MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f)\\n'
+    printf '  MIG 1g.5gb      Device  1: (UUID: MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb)\\n'
+    printf 'GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-c0ffee00-d33d-2b2c-524d-9e3d8d2b8a77)\\n' ;;
+*) echo "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77, NVIDIA A100-SXM4-40GB, 40960, 8.0, MODE"
+   echo "GPU-c0ffee00-d33d-2b2c-524d-9e3d8d2b8a77, NVIDIA A100-SXM4-40GB, 40960, 8.0, Disabled" ;;
+esac
+"""
+MIG_3G, MIG_1G = "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+A100 = "NVIDIA A100-SXM4-40GB"
+
+
+@pytest.mark.parametrize(
+    ("mode", "variable", "wanted"),
+    [
+        ("Disabled", None, [A100, A100]),
+        ("Disabled", "1", [A100]),
+        ("Disabled", "GPU-c0ff", [A100]),
+        ("Disabled", "1,-1,0", [A100]),
+        ("Enabled", None, [MIG_3G]),
+        ("Enabled", "MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb", [MIG_1G]),
+        ("Enabled", "MIG-cba,MIG-c6d4", [MIG_1G]),
+        ("Enabled", "GPU-c0ffee", [A100]),
+        ("Disabled", "2", None),
+        ("Disabled", "GPU-", None),
+        ("Disabled", "MIG-cba", None),
+    ],
+)
+def test_which_gpus_are_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, variable: str | None, wanted: list[str] | None
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(SMI.replace("MODE", mode))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    visible_gpus.cache_clear()
+    try:
+        if wanted is None:
+            with pytest.raises(ClusterError, match=rf"CUDA_VISIBLE_DEVICES: '{variable}' is no GPU of this machine"):
+                visible_gpus()
+        else:
+            gpus = visible_gpus()
+            assert [gpu.name for gpu in gpus] == wanted
+            assert all(
+                gpu.memory == (19 if "3g" in gpu.name else 4.75 if "1g" in gpu.name else 40) * 2**30 for gpu in gpus
+            )
+    finally:
+        visible_gpus.cache_clear()

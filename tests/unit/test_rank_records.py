@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from distft.errors import DataError, Hang, RunError
 from distft.runs.directory import RunDir
-from distft.runs.failure import rank_errors
+from distft.runs.failure import first_failure, rank_errors
 from distft.runs.status import read_status
 from distft.train.status import StatusWriter
 from distft.train.worker import record_error
@@ -74,3 +75,37 @@ def test_a_full_disk_costs_only_what_may_be_lost(run: RunDir, monkeypatch: pytes
     writer.update(step=2)
     with pytest.raises(OSError, match="No space left"):
         writer.write(step=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"),
+        ("AcceleratorError", "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (
+            "DistBackendError",
+            "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+        ),
+        ("DistBackendError", "NCCL error\nLast error:\nFailed to CUDA calloc 6291456 bytes"),
+        ("RuntimeError", "Error out of memory at line 380 in file /src/csrc/ops.cu"),
+    ],
+)
+def test_out_of_gpu_memory_in_everyones_words(tmp_path: Path, kind: str, message: str) -> None:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    record = {"rank": 1, "host": "a", "time": 1.0, "type": kind, "message": message, "user_error": False}
+    run.rank_error(1).write_text(json.dumps(record | {"traceback": ""}))
+    found = first_failure(run, 1)
+    assert found.out_of_memory
+    assert "hint: out of memory" in found.text
+
+
+def test_host_memory_is_not_the_gpus(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    record = {"rank": 0, "host": "a", "time": 1.0, "type": "RuntimeError", "user_error": False, "traceback": ""}
+    run.rank_error(0).write_text(json.dumps(record | {"message": "DefaultCPUAllocator: can't allocate memory"}))
+    assert not first_failure(run, 1).out_of_memory

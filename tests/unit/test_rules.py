@@ -28,7 +28,7 @@ from distft.hardware.topology import Topology
 from distft.jobs.target import Target, plan_recipe, plan_script
 from distft.models import kinds
 from distft.models.architecture import Sizes
-from distft.models.attention import no_flash_attention, planned_attention
+from distft.models.attention import NO_FLASH, no_flash_attention, planned_attention
 from distft.models.layout import Tensor
 from distft.models.shapes import ModelShape
 from distft.planner.plan import make_plan
@@ -286,7 +286,8 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "packing-needs-separate-documents": [
         ({"config": {"model_type": "gpt_oss"}}, {"data__packing": False}),
         ({"config": {"model_type": "qwen3_next"}}, {"config": {"model_type": "qwen3"}}),
-        ({"config": {"model_type": "jamba"}}, FLASH),
+        ({"config": {"model_type": "jamba"}, **FLASH}, {"data__packing": False}),
+        ({"config": {"model_type": "gpt_oss"}}, FLASH),
         ({"config": {"model_type": "mamba"}, **FLASH}, {"data__packing": False}),
     ],
     "packing-relies-on-remote-code": [
@@ -708,10 +709,15 @@ def test_a_rule_has_its_source(rule: Rule) -> None:
 
 def test_what_attention_auto_means() -> None:
     """One answer for the rules, the planner and the ranks."""
-    why = [no_flash_attention("cpu", None, "bf16"), no_flash_attention("cuda", 7.5, "fp16")]
-    why += [no_flash_attention("cuda", 8.0, "no"), no_flash_attention("cuda", 8.0, "bf16")]
+    why = [no_flash_attention("cpu", None, "bf16", {}), no_flash_attention("cuda", 7.5, "fp16", {})]
+    why += [no_flash_attention("cuda", 8.0, "no", {}), no_flash_attention("cuda", 8.0, "bf16", {})]
     assert why == ["no GPU", "the GPU is older than Ampere", "float32", None]
-    assert no_flash_attention("cuda", None, "fp16") is None  # a GPU of which only the memory is known
+    assert no_flash_attention("cuda", None, "fp16", {}) is None  # a GPU of which only the memory is known
+    gemma4 = {"model_type": "gemma4", "text_config": {"head_dim": 256, "global_head_dim": 512}}
+    why = [no_flash_attention("cuda", 9.0, "bf16", config) for config in ({"model_type": "llama4"}, gemma4)]
+    assert why[0] == "llama4 models have no flash_attention_2"
+    assert why[1] == "heads of 512; FlashAttention-2 has kernels for up to 256"
+    assert make_case(config=gemma4).attention == "sdpa"
     assert make_case().attention == "auto"
     assert make_case(device="T4", training__mixed_precision="fp16").attention == "sdpa"
     assert (planned_attention("auto"), planned_attention("eager")) == ("sdpa", "eager")
@@ -874,31 +880,25 @@ def test_model_types_are_transformers() -> None:
     assert set(NAMES) == kinds._table("CAUSAL_LM")
     assert kinds.CAUSAL_IF.keys() | kinds.NOT_TEXT.keys() <= set(NAMES)
     if newest(transformers="5.23"):
-        for name in ("MIXES_BY_MASK", "MIXES_BY_STATE", "NO_ATTENTION", "NO_SDPA", "NO_FLASH", "NO_CHECKPOINTING"):
+        for name in ("MIXES_BY_MASK", "MIXES_BY_STATE", "NO_ATTENTION", "NO_SDPA", "NO_CHECKPOINTING"):
             assert getattr(upstream, name) <= set(NAMES), name
+        assert set(NAMES) >= NO_FLASH
 
 
-@pytest.mark.parametrize(
-    ("kind", "sdpa", "flash", "checkpointing"),
-    [
-        ("llama", True, True, True),
-        ("bloom", False, False, True),
-        ("gptj", False, True, True),
-        ("ctrl", True, True, False),
-    ],
-)
-def test_what_classes_say_of_themselves(kind: str, sdpa: bool, flash: bool, checkpointing: bool) -> None:
+def test_which_types_have_which_attention() -> None:
+    """By the classes of every type that transformers trains as a causal language model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as MODELS
 
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
-    assert (cls._supports_sdpa, cls._supports_flash_attn, cls.supports_gradient_checkpointing) == (
-        sdpa,
-        flash,
-        checkpointing,
-    )
-    lists = (upstream.NO_SDPA, upstream.NO_FLASH, upstream.NO_CHECKPOINTING)
-    assert tuple(kind not in each for each in lists) == (sdpa, flash, checkpointing)
+    types = sorted(kinds._table("CAUSAL_LM") & {*CONFIG_MAPPING})
+    classes = {name: MODELS[CONFIG_MAPPING[name]] for name in types}
+    flash = {name for name, cls in classes.items() if not cls._supports_flash_attn}
+    sdpa = {name for name, cls in classes.items() if not cls._supports_sdpa}
+    checkpointing = {name for name, cls in classes.items() if not cls.supports_gradient_checkpointing}
+    if newest(transformers="5.23"):
+        assert flash == NO_FLASH & {*types}
+        assert sdpa == (upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21) & {*types}
+        assert checkpointing == upstream.NO_CHECKPOINTING & {*types}
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}

@@ -22,6 +22,7 @@ from distft.units import GIB
 
 MIN_FREE = 1 * GIB  # the files of a LoRA run; with less, most runs fail
 LOW_FREE = 20 * GIB
+SLOW = 0.7  # of the usual speed
 GPU_SIZE = 8192  # of the square matrices that are timed on a GPU
 VERSIONS = ("distft", "python", "torch", "cuda", "driver", "transformers")
 
@@ -106,7 +107,7 @@ def products(found: Findings, gpus: int) -> None:
         _wait(device)
         speeds.append(rounds * 2 * size**3 / (time.perf_counter() - began) / 1e12)
     found.facts |= {"device": str(devices[0].type), "tflops": min(speeds)}
-    if gpus and min(speeds) < 0.7 * statistics.median(speeds):
+    if gpus and min(speeds) < SLOW * statistics.median(speeds):
         slow = speeds.index(min(speeds))
         found.problems.append(
             f"cuda:{slow} computes at {speeds[slow]:.0f} TFLOP/s, its neighbours at {max(speeds):.0f}"

@@ -49,7 +49,7 @@ def judge_machines(
     speeds = {rank: facts["tflops"] for rank, facts in passed.items() if facts.get("device") == "cuda"}
     usual = statistics.median(speeds.values()) if speeds else 0
     for rank, speed in speeds.items():
-        if speed < 0.7 * usual:
+        if speed < checks.SLOW * usual:
             problems.setdefault(names[rank], f"computes at {speed:.0f} TFLOP/s, the others at {usual:.0f}")
     return problems, warnings
 

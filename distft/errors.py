@@ -5,7 +5,8 @@ Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class DistftError(Exception):
@@ -15,7 +16,10 @@ class DistftError(Exception):
 
 
 class RecipeError(DistftError):
-    """The problems of a recipe, all at once, one line each in `problems`."""
+    """The problems of a recipe, all at once, one line each in `problems`. `read`: the file and its data, where it was
+    read as YAML: it may be no recipe at all."""
+
+    read: tuple[str, Mapping[str, Any]] | None = None
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)

@@ -13,7 +13,7 @@ from keyword import iskeyword
 import click
 
 from distft import __version__
-from distft.errors import DistftError
+from distft.errors import DistftError, RecipeError
 
 # Importing modules makes no garbage; looking for it takes a tenth of a command's time.
 gc.set_threshold(100_000, 20, 20)
@@ -54,8 +54,17 @@ def reporting_errors() -> Iterator[None]:
         yield
     except DistftError as error:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        click.echo(str(error), err=True)
+        click.echo(_other_file(error) or str(error), err=True)
         raise SystemExit(error.exit_status) from None
+
+
+def _other_file(error: DistftError) -> str | None:
+    """What a file is that was read as a recipe, where it is none."""
+    if not isinstance(error, RecipeError) or error.read is None:
+        return None
+    from distft.importers.kinds import other_file
+
+    return other_file(*error.read)
 
 
 class _Group(click.Group):

@@ -86,7 +86,7 @@ def check_sample(
         return SampleCheck([], [f"how rows are tokenized is not checked: {error}"])
     if wrong := problems(found):
         raise DataError("\n".join(wrong))
-    counts = {split: report["counts"] | {"rows": report["counts"]["documents"]} for split, report in found.items()}
+    counts = {split: report["counts"] for split, report in found.items()}
     whole = checked_whole(recipe)
     for split, count in counts.items():
         if split in whole:  # what is shared with rows of the hub is found here alone

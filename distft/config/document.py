@@ -137,6 +137,8 @@ class Document(Generic[M]):
             reason = (getattr(error, "strerror", None) or str(error)).lower()
             near = paths.near(Path(path)) if isinstance(error, FileNotFoundError) else ""
             raise RecipeError(f"cannot read {self.name}: {reason}{near}") from None
+        if text := _other_file(self.name, raw):
+            raise RecipeError(f"{self.name}: {text}")
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"cannot read {self.name}: larger than {MAX_BYTES // 1024} KiB")
         self.parse(raw)
@@ -290,6 +292,15 @@ class Document(Generic[M]):
             self.problem(steps, f"got {show(value)}, which has half a character", _line(node))
             return value.encode(errors="replace").decode()
         return value
+
+
+def _other_file(name: str, raw: bytes) -> str | None:
+    """What a file is that is no YAML mapping, by its name and its first character, and which command takes it."""
+    if re.search(paths.ROWS_FILE, name) or (name.lower().endswith(".json") and raw.lstrip()[:1] == b"["):
+        return f"a file of rows; a recipe names it, as data: {{train: {name}}}, and the commands take the recipe"
+    if name.endswith((".py", ".sh")):
+        return f"a script; distft launch runs it: distft launch -- {name}" if name.endswith(".py") else "a shell script"
+    return None
 
 
 def load_yaml(path: str | Path, model: type[M], sets: Sequence[str] = ()) -> Document[M]:

@@ -36,6 +36,7 @@ from distft.config.schema_text import (
     options,
     show,
 )
+from distft.errors import RecipeError
 
 DATA_FILES = ("data.train", "data.eval", "data.chat_template")
 
@@ -78,7 +79,12 @@ def read_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[s
     Raises:
         RecipeError: all problems at once.
     """
-    return read_document(load_yaml(path, Recipe, sets), Path(path).parent, needed)
+    document = load_yaml(path, Recipe, sets)
+    try:
+        return read_document(document, Path(path).parent, needed)
+    except RecipeError as error:
+        error.read = (document.name, document.data)
+        raise
 
 
 def read_document(document: Document[Recipe], folder: Path, needed: Collection[str] = ()) -> LoadedRecipe:

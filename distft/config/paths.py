@@ -72,6 +72,7 @@ PATH_FIELDS = (
     PathField(("data", "chat_template"), Path.is_file, "file", _TEMPLATE_NAME, "; launch needs it"),
 )
 
+ROWS_FILE = re.compile(r"\.(jsonl|ndjson|csv|tsv|parquet|arrow)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|jinja)([.:]|$)", re.IGNORECASE)
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://")
 

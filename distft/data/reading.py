@@ -115,8 +115,8 @@ def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[int, Batch, La
 class FirstRows:
     """The first rows of each file, at most `most` in all (None: all rows), in batches as above.
 
-    Each source has the same share, and each of its files on this machine; what a file does not have is left to those
-    after it. Of a source on the hub, files are downloaded until its share is full. Once all is read, `is_whole` says
+    Each source has the same share, and each of its files on this machine; what a file does not have is left to the
+    others. Of a source on the hub, files are downloaded until its share is full. Once all is read, `is_whole` says
     whether these are all rows there are.
     """
 
@@ -126,26 +126,36 @@ class FirstRows:
         self.is_whole = True
 
     def __iter__(self) -> Iterator[tuple[int, Batch, Layout]]:
+        more: list[tuple[int, Found, int]] = []  # what has more rows, and how many of them were read
         for number, source in enumerate(self.found):
             own = _share(self.left, len(self.found) - number)
             self.left -= own
             parts = _parts(source)
             for n, part in enumerate(parts):
-                share = _share(own, len(parts) - n)
-                own -= share - (yield from self._read(number, part, share))
+                own -= yield from self._read(number, part, 0, _share(own, len(parts) - n), more)
             self.left += own
+        while self.left and more:
+            again, more = more, []
+            for n, (number, part, read) in enumerate(again):
+                self.left -= yield from self._read(number, part, read, _share(self.left, len(again) - n), more)
+        self.is_whole = not more
 
-    def _read(self, number: int, part: Found, share: int) -> Generator[tuple[int, Batch, Layout], None, int]:
-        """Yields no more rows than its share, and returns how many are left of that."""
+    def _read(
+        self, number: int, part: Found, skip: int, share: int, more: list[tuple[int, Found, int]]
+    ) -> Generator[tuple[int, Batch, Layout], None, int]:
+        """Yields no more rows than its share, after the first `skip`, and returns how many. It goes into `more` where
+        others follow."""
+        read, left = skip + share, share
         for _, batch, layout in batches([part], self.data):
-            rows = list(islice(batch.rows(), share + 1))
-            if rows[:share]:
-                yield number, Objects(rows[:share]), layout
-            if len(rows) > share:
-                self.is_whole = False
-                return 0
-            share -= len(rows)
-        return share
+            rows = list(islice(batch.rows(), skip + left + 1))
+            rows, skip = rows[skip:], max(0, skip - len(rows))
+            if rows[:left]:
+                yield number, Objects(rows[:left]), layout
+            if len(rows) > left:
+                more.append((number, part, read))
+                return share
+            left -= len(rows)
+        return share - left
 
     def which(self, count: int, of: str = "") -> str:
         """`the first 200 rows of text`, to be printed once all is read; `of` is what they are."""

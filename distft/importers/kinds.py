@@ -24,6 +24,7 @@ from distft.importers import (
 )
 from distft.importers.draft import Draft
 from distft.importers.options import Options, read_yaml
+from distft.shell import quote
 
 Reader = Callable[[Options], None]
 _NAMES = ("axolotl", "LLaMA-Factory", "TRL", "torchtune", "accelerate")
@@ -44,6 +45,28 @@ def kind_of(data: Mapping[str, Any]) -> str | None:
         return llama_factory_v1.NAME
     if len(keys & accelerate.KEYS) > 1:
         return "accelerate"
+    return None
+
+
+def is_recipe(data: Mapping[str, Any]) -> bool:
+    model = data.get("model")
+    return isinstance(model, dict) and "name_or_path" in model
+
+
+def other_file(name: str, data: Mapping[str, Any]) -> str | None:
+    """What a YAML or JSON file is that is no recipe, by its keys, and which command takes it; None where that is not
+    known."""
+    file = quote(name)
+    if is_recipe(data):
+        return None
+    if kind := kind_of(data):
+        return f"{name}: a file of {kind}'s, and no recipe; make one of it with: distft import {file}"
+    if "runs_dir" in data:
+        return f"{name}: a site profile; it goes with a recipe: distft plan RECIPE --cluster {file}"
+    if {"model_type", "architectures"} & data.keys():
+        return f"{name}: a model's config; a recipe names its folder in model.name_or_path"
+    if "zero_optimization" in data:
+        return f"{name}: a DeepSpeed config; a recipe says parallelism.strategy, and deepspeed.overrides for the rest"
     return None
 
 
@@ -79,6 +102,11 @@ def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "re
     document = read_yaml(path)
     kind = kind_of(document.data)
     if kind is None:
+        if is_recipe(document.data):
+            check = f"distft validate {quote(str(path))}"
+            raise RecipeError(f"{path}: a recipe of distft's already; check it with: {check}")
+        if text := other_file(str(path), document.data):
+            raise RecipeError(text)
         raise RecipeError(
             f"{path}: not a training file of {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, by its keys: "
             f"{', '.join(list(document.data)[:6])}{', ...' * (len(document.data) > 6)}"

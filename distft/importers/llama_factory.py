@@ -322,7 +322,9 @@ def _sources(
         described.data.pop("file_name", None)  # data.train has it
         described.data.pop("hf_hub_url", None)
     if options.has("max_samples") and name == "dataset":
-        options.drop("max_samples", "rows of data.train, where a data set has more")
+        limited = any(isinstance(entry, dict) and "rows" in entry for entry in entries)
+        took = f"data.train takes {most:,} rows of each data set that may have more (rows: {most})"
+        options.drop("max_samples", took if limited else "no data set has more rows, so all are used")
     if entries:
         options.set(field, name, simplest(entries))
     return formats

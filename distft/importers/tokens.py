@@ -26,8 +26,9 @@ def add_missing(draft: Draft) -> None:
     )
     if known is None:
         draft.warn(
-            f"model.add_tokens: the tokenizer of {name} is not on this machine, and this needs {', '.join(needed)} as "
-            f"tokens of it; what it lacks goes into model.add_tokens: {_list(before + needed)}"
+            f"model.add_tokens: the tokenizer of {name} is not on this machine, so whether it has {', '.join(needed)} "
+            "is not known. Where it is, distft validate says which it lacks; add those to the recipe, at most "
+            f"model.add_tokens: {_list(before + needed)}"
         )
         return
     if missing := [token for token in needed if token not in known]:

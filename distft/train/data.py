@@ -178,7 +178,7 @@ def _prepare_split(
         counts[use].notes += tally.notes(what, recipe.data)
         for split in splits:
             check_lengths(recipe, f"data.{split}", counts[split])
-            check_left(recipe, f"data.{split}", counts[split])
+            check_left(recipe, f"data.{split}", counts[split], tally.rows)
             documents[split].finish()
             which = numpy.arange(len(documents[split].lengths))
             # What is held out is held out of each source alike, whatever its share of the training.
@@ -268,15 +268,17 @@ def check_lengths(recipe: Recipe, what: str, counts: Counts) -> None:
         )
 
 
-def check_left(recipe: Recipe, what: str, counts: Counts) -> None:
-    """Raises DataError where no row of a split is left to train on, once all are read."""
+def check_left(recipe: Recipe, what: str, counts: Counts, rows: int) -> None:
+    """Raises DataError where no row of a split is left to train on, once all `rows` are read."""
     limit = recipe.data.max_length
     if not counts.documents and counts.long_rows:
         raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit:,} tokens)")
     if not counts.documents and isinstance(recipe.data.eval, float):
+        of = "the one row" if rows == 1 else f"the {rows:,} rows"
+        change = "raise" if what == "data.eval" else "lower"
         raise DataError(
-            f"data.eval: a fraction of {recipe.data.eval} leaves no row for data.{what.removeprefix('data.')}; "
-            "change it, or name evaluation data"
+            f"data.eval: a fraction of {recipe.data.eval} leaves none of {of} of data.train for {what}; {change} it, "
+            "or name evaluation data"
         )
     if not counts.documents:
         raise DataError(f"{what}: no row is left: all are marked not to be trained")

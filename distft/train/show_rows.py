@@ -66,6 +66,7 @@ class SplitReport:
     max_length: int = 0
     mixed: bool = False  # whether the training takes more or fewer of a source's rows; here each counts once
     counts: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""  # why the row of --row is not trained
     problems: list[str] = field(default_factory=list)
     shown: list[ShownRow] = field(default_factory=list)
 
@@ -98,7 +99,10 @@ class _Reader:
             report.shown = list(self._shown(where, example, report, counts)) or list(self._whole(where, example))
         except RowProblem as problem:
             raise DataError(f"{place}: {problem.text}") from None
-        report.read, report.counts = 1, asdict(counts)
+        report.read, report.counts = 1, _counted(counts)
+        if not counts.documents:
+            report.left_out = "left out" if counts.done else "refused by launch (data.long_rows: error)"
+            report.left_out += ", with all that is trained cut off" if counts.cut_answers else ""
         return report
 
     def sample(self, size: int) -> SplitReport:
@@ -134,13 +138,13 @@ class _Reader:
             if report.all_read:
                 counts.empty = tally.empty(self.found)
                 counts.notes += tally.notes(self.what, self.recipe.data)
-        report.counts = asdict(counts)
+        report.counts = _counted(counts)
         tally.problems.merge(own.problems)
         try:
             tally.check(self.what, self.found)
             check_lengths(self.recipe, self.what, counts)
             if report.all_read:
-                check_left(self.recipe, self.what, counts)
+                check_left(self.recipe, self.what, counts, tally.rows)
         except DataError as error:
             report.problems = str(error).splitlines()
         return report
@@ -192,6 +196,11 @@ class _Reader:
                 text = str(self.rows.tokenization.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
                 yield text[len(before) :], trained
                 before, start = text, end
+
+
+def _counted(counts: Counts) -> dict[str, Any]:
+    """Nothing is packed here: each document is a row."""
+    return asdict(counts) | {"rows": counts.documents}
 
 
 def _roles(document: Document) -> Iterator[tuple[str, bool]]:

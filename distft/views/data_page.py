@@ -35,8 +35,7 @@ def _summary(split: str, report: dict[str, Any], width: int) -> Iterator[str]:
     elsewhere = f", {report['elsewhere']:,} of them in the other split" if report["elsewhere"] else ""
     elsewhere += ", before they are mixed" if report["mixed"] else ""
     yield from _wrapped(f"data.{split}: {which}{elsewhere}; {report['format'] or 'no format'}", width)
-    counts = report["counts"] | {"rows": report["counts"]["documents"]}
-    for line in data_lines({split: counts}):
+    for line in data_lines({split: report["counts"]}):
         yield from _wrapped(line, width)
     if report["mixed"] and not report["all_read"]:
         yield from _wrapped(f"data.{split}: {UNKNOWN_MIX}", width)
@@ -73,10 +72,7 @@ def _row(row: dict[str, Any], report: dict[str, Any], width: int, coloured: bool
     trained = sum(label >= 0 for label in row["labels"])
     note = ""
     if len(row["ids"]) > report["max_length"]:  # shown whole, as none of it is trained
-        counts = report["counts"]
-        end = "left out" if counts["done"] else "refused by launch (data.long_rows: error)"
-        end += ", with all that is trained cut off" if counts["cut_answers"] else ""
-        note = f", more than data.max_length ({report['max_length']:,}): {end}"
+        note = f", more than data.max_length ({report['max_length']:,}): {report['left_out']}"
     for line in _wrapped(f"{row['place']}: {plural(len(row['ids']), 'token')}, {trained:,} trained{note}", width):
         yield click.style(line, bold=True)
     mark = _green if coloured else _bracketed

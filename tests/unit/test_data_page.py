@@ -161,7 +161,15 @@ def report(**changes: Any) -> dict[str, Any]:
         "pieces": [("a\x1b[2J\n", False), ("b" * 5000, True)],
         "roles": [("user", False), ("assistant", True)],
     }
-    counts = {"documents": 3, "tokens": 9, "trained_tokens": 4, "long_rows": 0, "cut_answers": 0, "thoughtless": 0}
+    counts = {
+        "documents": 3,
+        "rows": 3,
+        "tokens": 9,
+        "trained_tokens": 4,
+        "long_rows": 0,
+        "cut_answers": 0,
+        "thoughtless": 0,
+    }
     found = {
         "format": "messages (messages)",
         "not_used": "",
@@ -219,6 +227,13 @@ def test_the_sample_is_shared_among_sources_and_files(tiny: Tiny, tmp_path: Path
     report = show(recipe, ["train"], None, 40)["train"]
     assert (report["which"], report["all_read"]) == ("40 rows, the first of each file", False)
     assert len(report["lengths"]) == 40 and report["counts"]["mix"] == []
+    # What one source does not have is taken of the others, whichever comes first.
+    for first, second in (("a.jsonl", "small.jsonl"), ("small.jsonl", "a.jsonl")):
+        write_jsonl(tmp_path / "small.jsonl", [{"messages": CHAT}] * 2)
+        several = load_recipe(tmp_path / "recipe.yaml", [f"data.train=[{first}, {second}, folder]"])
+        assert show(several, ["train"], None, 40)["train"]["read"] == 40
+        assert check_files(several, 40)[-1] == "data.train: 40 rows of messages (messages), the first of each file"
+        assert check_files(several, 152)[-1] == "data.train: 152 rows of messages (messages)"
     everything = show(recipe, ["train"], None, 150)["train"]
     assert (everything["which"], everything["all_read"]) == ("all 150 rows", True)
     paths = [str(tmp_path / name) for name in ("a.jsonl", "folder")]
@@ -229,6 +244,20 @@ def test_the_sample_is_shared_among_sources_and_files(tiny: Tiny, tmp_path: Path
         problems = show(recipe, ["train"], None, 8)["train"]["problems"]
         assert problems[0].startswith(f"{tmp_path}/{name}:2: ")
         (tmp_path / name).write_text(whole)
+
+
+def test_one_row_says_why_it_is_not_trained(tiny: Tiny, tmp_path: Path) -> None:
+    long = [user("read"), assistant("file " * 200)]
+    for changes, expected in (
+        ({"data__long_rows": "drop"}, "left out"),
+        ({}, "refused by launch (data.long_rows: error)"),
+        ({"data__long_rows": "truncate"}, ""),
+    ):
+        report = shown(tiny, tmp_path, [CHAT, long], "train", row=2, **changes)["train"]
+        trained = int(not expected)
+        assert (report["left_out"], report["counts"]["rows"], len(report["shown"])) == (expected, trained, 1)
+    done = run(tiny, tmp_path, [CHAT], "--row", "7", "--json")
+    assert (done.exit_code, done.stdout) == (2, "") and "--row: got 7, and data.train has 1 row\n" in done.stderr
 
 
 def test_the_format_is_told_where_no_row_fits(tiny: Tiny, tmp_path: Path) -> None:
@@ -245,4 +274,4 @@ def test_rows_are_checked_in_every_file(tmp_path: Path) -> None:
         check_files(Recipe(name="x", model={"name_or_path": "x"}, data=data), 10)
     write_jsonl(tmp_path / "b.jsonl", [{"text": "read"}])
     lines = check_files(Recipe(name="x", model={"name_or_path": "x"}, data=data), 10)
-    assert lines[-1] == "data.train: 6 rows of text (text), the first of each file"
+    assert lines[-1] == "data.train: 10 rows of text (text), the first of each file"

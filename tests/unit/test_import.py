@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from importing import AXOLOTL, run, write_tokenizer
 
 from distft import importers
+from distft.cli import main
 from distft.config.loading import load_recipe
 from distft.errors import RecipeError
 from distft.models.vocabulary import control_tokens
@@ -128,6 +130,42 @@ def test_bad_files(here: Path, content: bytes, expected: str) -> None:
     assert status == 2
     assert expected in error
     assert not (here / "recipe.yaml").exists()
+
+
+def test_a_file_that_is_something_else(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named for what it is, with the command that takes it."""
+    (here / "rows.jsonl").write_text('{"text": "x"}\n')
+    (here / "rows.json").write_text(' [{"text": "x"}]\n' + " " * 300_000)
+    (here / "train.py").write_text("import torch\n")
+    for name, data in {
+        "recipe.yml": {"name": "x", "model": {"name_or_path": "o/m"}, "data": {"train": "rows.jsonl"}},
+        "axolotl.yml": AXOLOTL,
+        "profile.yml": {"runs_dir": "/runs", "node": {"gpus_per_node": 8}},
+        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        "ds.json": {"zero_optimization": {"stage": 3}},
+    }.items():
+        (here / name).write_text(json.dumps(data))
+    rows = "a file of rows; a recipe names it, as data: {train: NAME}, and the commands take the recipe"
+    script = "a script; distft launch runs it: distft launch -- train.py"
+    for name, text in {
+        "rows.jsonl": rows,
+        "rows.json": rows,
+        "train.py": script,
+        "profile.yml": "a site profile; it goes with a recipe: distft plan RECIPE --cluster profile.yml",
+        "config.json": "a model's config; a recipe names its folder in model.name_or_path",
+        "ds.json": "a DeepSpeed config; a recipe says parallelism.strategy, and deepspeed.overrides for the rest",
+    }.items():
+        for command in ("import", "validate", "plan", "launch", "data"):
+            done = CliRunner().invoke(main, [command, name])
+            if (command, name) == ("launch", "train.py"):
+                assert done.exit_code == 2 and "is a script: put -- before it" in done.stderr
+                continue
+            assert (done.exit_code, done.stderr) == (2, f"error: {name}: {text.replace('NAME', name)}\n")
+    done = CliRunner().invoke(main, ["import", "recipe.yml"])
+    assert done.stderr == "error: recipe.yml: a recipe of distft's already; check it with: distft validate recipe.yml\n"
+    done = CliRunner().invoke(main, ["validate", "axolotl.yml"])
+    made = "a file of axolotl's, and no recipe; make one of it with: distft import axolotl.yml"
+    assert done.stderr == f"error: axolotl.yml: {made}\n"
 
 
 def test_what_is_missing(here: Path) -> None:
@@ -253,9 +291,10 @@ def test_tokens_that_the_tokenizer_lacks(here: Path) -> None:
     _, _, error = run("x.yml", "--gpus", "1", "-o", "absent.yaml")
     assert load_recipe("absent.yaml").model.add_tokens == ["<e>"]
     assert (
-        "warning: model.add_tokens: the tokenizer of owner/model is not on this machine, and this needs <|im_start|>, "
-        'tokens of it; what it lacks goes into model.add_tokens: ["<e>", "<|im_start|>", "<|im_end|>"]\n'
-    ) in error.replace("<|im_end|> as ", "")
+        "warning: model.add_tokens: the tokenizer of owner/model is not on this machine, so whether it has "
+        "<|im_start|>, <|im_end|> is not known. Where it is, distft validate says which it lacks; add those to the "
+        'recipe, at most model.add_tokens: ["<e>", "<|im_start|>", "<|im_end|>"]\n'
+    ) in error
 
 
 def test_what_a_value_means(here: Path) -> None:

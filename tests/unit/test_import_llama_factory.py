@@ -148,6 +148,8 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
     }
     assert {name: draft.fields.get(name) for name in expected} == expected
     assert "checkpoint.save_steps" not in draft.fields
+    [limit] = [left.why for left in draft.dropped if left.option == "max_samples"]
+    assert limit == "data.train takes 3 rows of each data set that may have more (rows: 3)"
 
 
 @pytest.mark.parametrize(

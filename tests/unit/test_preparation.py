@@ -88,6 +88,20 @@ def test_every_format_of_a_conversation_trains_its_answer(
     assert documents(prepared(tiny, tmp_path, [row], **changes).train) == [answer_of("read", "file")]
 
 
+def test_roles_as_the_page_on_data_shows_them(tiny: Tiny, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith('    {"dialog": '))
+    settings = yaml.safe_load(
+        page[page.index("    data:\n      train: rows.jsonl\n      columns: ") :].partition("\n\n")[0]
+    )
+    (tmp_path / "rows.jsonl").write_text(row.strip() + "\n")
+    recipe = tiny.recipe()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"data": settings["data"] | {"max_length": 64}}))
+    [shown] = show(load_recipe(tmp_path / "recipe.yaml"), ["train"], 1, 0)["train"]["shown"]
+    assert shown["roles"] == [("system", False), ("user", False), ("assistant", True)]
+    assert [text for text, is_trained in shown["pieces"] if is_trained] == ["Hello<eos>"]
+
+
 def test_tokens_are_trained_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
     row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
     found = prepared(tiny, tmp_path, [row, {"input_ids": [9, 8, 7]}])
@@ -166,7 +180,8 @@ def test_a_fraction_is_held_out_by_content(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_fraction_of_too_few_rows_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.eval: a fraction of 0\.001 leaves no row for data\.eval"):
+    left = r"data\.eval: a fraction of 0\.001 leaves none of the \d+ rows of data\.train for data\.eval; raise it, "
+    with pytest.raises(DataError, match=left):
         prepared(tiny, tmp_path, pairs(3), data__eval=0.001)
 
 

@@ -23,7 +23,7 @@ from distft.models.shapes import read_config, shape_of
 from distft.models.vocabulary import rows_needed
 from distft.planner.counting import Counts, Step
 from distft.planner.memory import Peaks
-from distft.planner.sharding import Sizes, Unit
+from distft.planner.sharding import Muon, Sizes, Unit
 from distft.runs.files import write_atomically
 
 MOST = 100  # files, of 20 to 500 kB each; the one that was not used for longest goes
@@ -64,8 +64,7 @@ class Kept:
             found = _json(self._count())
             _write(self.file, found)
         self._found = found
-        units = {name: Unit(**value) for name, value in found["sizes"].items() if isinstance(value, dict)}
-        self.sizes = Sizes(**(found["sizes"] | units))
+        self.sizes = Sizes(**{name: _PARTS.get(name, _same)(value) for name, value in found["sizes"].items()})
         self.states: Mapping[str, int] = found["states"]
         tensors, tied = (
             tuple(Tensor(name, tuple(shape), kind) for name, shape, kind in found[key]) for key in ("tensors", "tied")
@@ -81,6 +80,17 @@ class Kept:
             self._found["steps"][name] = [[*segment, dict(live)] for segment, live in counted.items()]
             _write(self.file, self._found)
         return {(moment, block): Counter(live) for moment, block, live in self._found["steps"][name]}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+# The groups in Sizes, from what asdict makes of them.
+_PARTS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("embedding", "block", "tail"), lambda value: Unit(**value)),
+    "muon": lambda value: Muon(**value),
+}
 
 
 def _json(counts: Counts) -> dict[str, Any]:

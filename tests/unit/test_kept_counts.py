@@ -111,6 +111,16 @@ def test_what_counts_again(folder: Path, counts: list[str], tmp_path: Path, monk
     assert counts == 8 * ["a model"]
 
 
+def test_all_sizes_are_kept(folder: Path, counts: list[str]) -> None:
+    counted, kept = (model(folder, "lora=null", "training.optim=muon").sizes for _ in range(2))
+    assert (
+        counted
+        == kept
+        == planned._count(load_recipe(folder / "recipe.yaml", ["lora=null", "training.optim=muon"])).sizes
+    )
+    assert kept.muon.elements > 0
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sizes": {}}'], ids=["empty", "half", "list", "lacking"])
 def test_a_damaged_file_is_counted_again(folder: Path, counts: list[str], tmp_path: Path, text: str) -> None:
     first = model(folder)

@@ -56,9 +56,9 @@ def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tupl
     (strategies/deepspeed.py, communication_data_type; train/trainer.py, reduce_dtype)."""
     world, shard, across = setting.world_size, setting.shard_size, setting.world_size > setting.nproc_per_node
     gradients, working = 4 * sizes.trained, sizes.low * sizes.trained
-    kind = setting.kind
-    if kind.replicates:  # accelerate's no_sync: once a step
-        return [(2 * gradients, world, across)]
+    kind, muon = setting.kind, sizes.muon.elements
+    if kind.replicates:  # accelerate's no_sync: once a step. Muon: each rank sends its results to the others.
+        return [(2 * gradients, world, across), (sizes.low * muon, world, across)]
     if not kind.shards_parameters:  # whole gradients are summed over micro-batches first, shards after each
         times = accumulation if kind.shards_gradients else 1
         return [(2 * gradients * times, world, across), (working, world, across)]
@@ -67,8 +67,8 @@ def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tupl
         (2 * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node),
         (gradients * accumulation, shard, shard > setting.nproc_per_node),
     ]
-    if sizes.muon.elements:  # the updates of whole matrices, in float32
-        found.append((4 * sizes.muon.elements, shard, shard > setting.nproc_per_node))
+    if muon:  # rows of updates in float32 to the rank that iterates on them, and the results back
+        found.append(((4 + sizes.low) * muon / shard, shard, shard > setting.nproc_per_node))
     if kind.in_groups:
         found.append((2 * gradients / shard * accumulation, world // shard, across))
     return found

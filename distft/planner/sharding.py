@@ -38,7 +38,7 @@ class Muon:
 
     elements: int = 0
     step_bytes: int = 0  # temporaries of the largest one
-    flops: float = 0.0  # of a step of all, which every rank makes
+    flops: float = 0.0  # of a step of all
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[int, ...]], low: int) -> Muon:

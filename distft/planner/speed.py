@@ -109,7 +109,8 @@ def estimate(
     sending = sent.seconds or 0.0
     step = max(compute, sending) + (1 - OVERLAP) * min(compute, sending)
     step += _offload_seconds(sizes, setting, accumulation)
-    step += sizes.muon.flops / rate
+    # Ranks share Muon's matrices among them, those of one copy where there are several.
+    step += sizes.muon.flops / (setting.world_size if setting.kind.replicates else setting.shard_size) / rate
     if gpu:  # the optimizer reads and writes parameter, gradient and two moments
         step += 28 * sizes.trained / setting.shard_size / (gpu.memory_bandwidth * 1e12)
     step_tokens = tokens * accumulation

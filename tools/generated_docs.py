@@ -43,6 +43,8 @@ lora:                         # null: train all weights
   modules_to_save: []                 # [embed_tokens, lm_head]: trained whole
   use_rslora: false
   use_dora: false
+  loraplus_lr_ratio: null             # LoRA+: 16
+  loraplus_lr_embedding: null         # with it, for adapters on embeddings: 1e-6
   start_from: null                    # the folder of a peft adapter to start from
 
 data:

@@ -237,6 +237,7 @@ def _check_together(document: Document[Recipe]) -> None:
         document.problem(("data", "long_rows"), f"split needs format text, got {kind}; use error, truncate or drop")
     _check_columns(document, kind)
     _check_targets(document)
+    _check_loraplus(document)
     _check_train_only(document)
     for name in ("train", "eval"):
         _check_sources(document, ("data", name))
@@ -289,6 +290,12 @@ def _check_train_only(document: Document[Recipe]) -> None:
     for n, pattern in enumerate(value if isinstance(value, list) else ()):
         if isinstance(pattern, str):
             _check_pattern(document, (*steps, n), pattern, f"(?:{pattern})")
+
+
+def _check_loraplus(document: Document[Recipe]) -> None:
+    steps: Steps = ("lora", "loraplus_lr_embedding")
+    if document.get(steps) is not None and document.get(("lora", "loraplus_lr_ratio")) is None:
+        document.problem(steps, "needs lora.loraplus_lr_ratio, without which it has no effect")
 
 
 def _check_pattern(document: Document[Recipe], steps: Steps, value: str, used: str | None = None) -> None:

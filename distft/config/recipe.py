@@ -140,11 +140,22 @@ class Lora(Group):
     use_dora: bool = False
     """DoRA: learn magnitude and direction separately. Better at low ranks, but slower."""
 
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: the learning rate of the B matrices (and of vectors, such as DoRA's magnitudes) is this many times
+    training.learning_rate, which is the one in metrics.jsonl. 16 is usual."""
+
+    loraplus_lr_embedding: Positive | None = None
+    """With loraplus_lr_ratio: learning rate of adapters on embeddings. 1e-6 if not given."""
+
     start_from: NonEmpty | None = None
     """Folder of a peft adapter to start from instead of a new one. Only its weights are used: optimizer, schedule and
     data start from the beginning. Its ranks, scales and modules_to_save must be those given here. An adapter of a base
     that was changed (PiSSA, OLoRA) is refused: merge it first. (To start from a fully fine-tuned model, name its folder
     in model.name_or_path.)"""
+
+
+# Fields of Lora that are not peft's LoraConfig's.
+NOT_OF_PEFT = {"start_from", "loraplus_lr_ratio", "loraplus_lr_embedding"}
 
 
 class Source(Group):

@@ -114,7 +114,7 @@ def _lora(options: Options) -> None:
         for name in ("load_in_4bit", "load_in_8bit"):
             if options.is_on(name):
                 options.refuse(name, "quantized weights can be trained with adapters alone")
-        _drop_rest(options, ("lora_", "peft_"), "there is no adapter")
+        _drop_rest(options, ("lora_", "peft_", "loraplus_"), "there is no adapter")
         return
     if adapter not in ("lora", "qlora"):
         options.refuse("adapter", "distft has LoRA alone")
@@ -146,6 +146,7 @@ def _lora(options: Options) -> None:
     if start := options.text("lora_model_dir"):
         options.set("lora.start_from", "lora_model_dir", draft.model_path(start))
     common.modules_to_save(options, "lora_modules_to_save")
+    common.loraplus(options)
     for name, field in _OF_SOME_LAYERS.items():
         if options.is_on(name) or options.data.get(name) == 0:  # block 0
             options.set(f"lora.{field}", name, options.take(name))

@@ -173,6 +173,17 @@ def modules_to_save(options: Options, name: str) -> None:
         options.set("lora.modules_to_save", name, names)
 
 
+def loraplus(options: Options) -> None:
+    """LoRA+, as peft, axolotl and LLaMA-Factory spell it."""
+    if ratio := options.number("loraplus_lr_ratio"):
+        options.set("lora.loraplus_lr_ratio", "loraplus_lr_ratio", ratio)
+    rate = options.number("loraplus_lr_embedding")
+    if rate and ratio:
+        options.set("lora.loraplus_lr_embedding", "loraplus_lr_embedding", rate)
+    elif rate:
+        options.drop("loraplus_lr_embedding", "there is no loraplus_lr_ratio")
+
+
 def bnb_options(group: Options) -> None:
     """Settings of BitsAndBytesConfig: distft's own are nf4 with double quantization."""
     same = {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}

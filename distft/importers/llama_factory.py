@@ -144,7 +144,17 @@ def _listed(options: Options, name: str) -> list[str]:
 def _method(options: Options) -> None:
     """hparams/finetuning_args.py: LoRA of rank 8 on all linear layers, lora_alpha twice the rank."""
     draft, kind = options.draft, options.text("finetuning_type") or "lora"
-    lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora", "additional_target")
+    lora = (
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target",
+        "use_rslora",
+        "use_dora",
+        "additional_target",
+        "loraplus_lr_ratio",
+        "loraplus_lr_embedding",
+    )
     if kind in ("full", "freeze"):
         options.set("lora", "finetuning_type", None)
         options.drop_all(dict.fromkeys(lora, "there is no adapter"))
@@ -174,6 +184,7 @@ def _method(options: Options) -> None:
         if options.flag(name):
             options.set(f"lora.{name}", name, True)
     common.modules_to_save(options, "additional_target")
+    common.loraplus(options)
     adapters = _listed(options, "adapter_name_or_path")
     if len(adapters) > 1:
         options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, P
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import Mxfp4Config
 
-from distft.config.recipe import Lora, Recipe
+from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
 from distft.errors import DataError
 from distft.models.adaptable import left_out, reason
 from distft.models.attention import no_flash_attention
@@ -170,7 +170,7 @@ def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         PlanError: an option is about layers that the model lacks.
     """
-    options = lora.model_dump(exclude={"start_from"}) | {"modules_to_save": lora.modules_to_save or None}
+    options = lora.model_dump(exclude=NOT_OF_PEFT) | {"modules_to_save": lora.modules_to_save or None}
     check_saved(lora, [name for name, module in model.named_modules() if any(True for _ in module.parameters(False))])
     modules = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
     if lora.target_modules == "all-linear":

@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from distft.config.recipe import Recipe
+from distft.config.recipe import Lora, Recipe
 from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
-from distft.train import muon
+from distft.train import loraplus, muon
 from distft.train.blocks import sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
@@ -91,8 +91,16 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
 class RecipeTrainer(Trainer):
     """transformers.Trainer over a StreamSampler. Build the model after `args`: ZeRO-3 must know them by then."""
 
-    def __init__(self, *, stream: StreamSampler, loss_type: str = "nll", muon: bool = False, **kwargs: Any):
-        self.stream, self.muon = stream, muon
+    def __init__(
+        self,
+        *,
+        stream: StreamSampler,
+        loss_type: str = "nll",
+        muon: bool = False,
+        lora: Lora | None = None,
+        **kwargs: Any,
+    ):
+        self.stream, self.muon, self.lora = stream, muon, lora
         super().__init__(**kwargs)
         self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
@@ -108,7 +116,8 @@ class RecipeTrainer(Trainer):
         return self.stream
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' optimizer, or Muon, which it does not have."""
+        """transformers' optimizer, with the rates of LoRA+; or Muon, which it does not have."""
+        made = self.optimizer is None
         if self.optimizer is None and self.muon:
             model, args = self.model if model is None else model, self.args
             self.optimizer = muon.make(
@@ -120,7 +129,10 @@ class RecipeTrainer(Trainer):
                 eps=args.adam_epsilon,
                 dtype=torch.bfloat16 if args.bf16 or args.fp16 else torch.float32,
             )
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if made and self.lora is not None:
+            loraplus.set_rates(optimizer, self.model if model is None else model, self.lora)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """transformers' schedule, in which the first step of the warm-up trains, too: theirs has a rate of 0."""

@@ -35,6 +35,13 @@ SOME_LAYERS = {
 }
 WHOLE_LAYERS = {"r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "model.norm", "lm_head"]}
 BOTH_ENDS = {"r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "lm_head"]}
+EMBEDDINGS_TOO = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+    "modules_to_save": ["lm_head"],
+}
+LORAPLUS = {"loraplus_lr_ratio": 4.0, "loraplus_lr_embedding": 0.02}
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -51,6 +58,7 @@ TUNINGS = {
     "whole layers nf4": {"lora": WHOLE_LAYERS, "model__quantization": "nf4"},
     "whole layers new tokens": {**NEW, "lora": BOTH_ENDS},
     "whole layers tied": {"lora": BOTH_ENDS, "model__name_or_path": "tied"},
+    "loraplus": {"lora": {**EMBEDDINGS_TOO, **LORAPLUS}},
     "new tokens": NEW,
     "new tokens tied": {**NEW, "model__name_or_path": "tied"},
     "new tokens full": {**NEW, **FULL},

@@ -7,6 +7,7 @@ import math
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, set_seed
 
 
@@ -44,6 +45,7 @@ def train(
     weight_decay: float,
     warmup: int,
     max_grad_norm: float = 1.0,
+    loraplus: dict | None = None,
     loss_type: str = "nll",
     muon: bool = False,
     seed: int = 42,
@@ -59,14 +61,18 @@ def train(
     decay = [p for p in trained if p.ndim > 1 and not any(p is other for other in hidden)]
     groups = [{"params": decay}, {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    if loraplus:
+        given = {"lr": lr, "loraplus_weight_decay": weight_decay, "weight_decay": weight_decay, **loraplus}
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **given)
+    rates = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
     seen = 0
     for step in range(steps):
         scale = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         if step < warmup:
             scale = (step + 1) / (warmup + 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * scale
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
         documents = []
         for index in order[step * batch : (step + 1) * batch]:
             row, start = rows[index], 0

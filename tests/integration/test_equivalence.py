@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import FP32, SOME_LAYERS, STRATEGIES, WHOLE_LAYERS, Job, alone, assert_ran
+from jobs import EMBEDDINGS_TOO, FP32, LORAPLUS, SOME_LAYERS, STRATEGIES, WHOLE_LAYERS, Job, alone, assert_ran
 from running import Result, launch
 from tiny import Tiny
 
@@ -35,6 +35,7 @@ JOBS = [
     *(Job(strategy, 2, "some layers") for strategy in FOUR),
     *(Job(strategy, 2, "whole layers") for strategy in FOUR),
     Job("fsdp", 2, "whole layers nf4"),
+    *(Job(strategy, 2, "loraplus") for strategy in FOUR),
     Job("ddp", 2, "int8"),
     Job("zero2", 2, "int8"),
     Job("fsdp", 2, "adamw_torch"),
@@ -77,7 +78,11 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
     assert result.status["eval_loss_after"] < result.status["eval_loss_before"] - 0.05
 
 
-OTHERS = ["full", "nf4", "int8", "dora", "rslora", "some layers", "whole layers", "unpacked", "bf16", "adafactor"]
+# Options of peft's LoraConfig.
+PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+PEFT = {"full": None, "unpacked full": None, "muon full": None}
+PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS, "loraplus": EMBEDDINGS_TOO}
+OTHERS = ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor", *list(PEFT)[2:]]
 
 
 @pytest.mark.parametrize("tuning", [*OTHERS, *LOSSES])
@@ -130,12 +135,6 @@ def test_tracker(trained: Callable[..., Result], tiny: Tiny) -> None:
     assert "logs" in events.relative_to(result.run_dir).parts
 
 
-# Options of peft's LoraConfig.
-PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-PEFT = {"full": None, "unpacked full": None, "muon full": None}
-PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS}
-
-
 @pytest.mark.parametrize("tuning", ["lora", *PEFT, *LOSSES])
 def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> None:
     """A hand-written loop without Trainer, padding or packed attention gives the same numbers."""
@@ -159,6 +158,7 @@ def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> No
         lr=recipe.learning_rate,
         weight_decay=recipe.training.weight_decay,
         warmup=1,
+        loraplus=LORAPLUS if tuning == "loraplus" else None,
         loss_type=recipe.training.loss_type,
         muon=recipe.optim == "muon",
     )

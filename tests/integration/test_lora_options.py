@@ -1,4 +1,4 @@
-"""What of LoRA is more than two matrices on a layer: layers that are trained whole.
+"""What of LoRA is more than two matrices on a layer: layers that are trained whole, learning rates of their own.
 
 test_equivalence.py compares their losses under every strategy; here: checkpoints, final/, `distft merge`, start_from.
 """
@@ -60,6 +60,9 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
         (Job("fsdp", 2, "whole layers"), Job("zero2", 2, "whole layers")),
         (Job("zero3", 2, "whole layers"), Job("fsdp", 4, "whole layers")),
         (Job("zero2", 2, "whole layers"), Job("ddp", 1, "whole layers")),
+        (Job("ddp", 1, "loraplus"), Job("zero2", 2, "loraplus")),
+        (Job("zero2", 2, "loraplus"), Job("zero3", 2, "loraplus")),
+        (Job("zero3", 2, "loraplus"), Job("fsdp", 4, "loraplus")),
     ],
     ids=str,
 )
@@ -112,6 +115,29 @@ def test_final_and_merge(runs: Callable[[Job], Result], tmp_path: Path, tuning: 
     assert answer.logits.difference < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, rows), trained, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_rates_of_lora_plus_are_those_of_peft(tiny: Tiny, tmp_path: Path, dora: bool) -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    from distft.train.loraplus import set_rates
+    from distft.train.model import build_model
+
+    lora = {"r": 4, "use_dora": dora, "loraplus_lr_ratio": 8, "target_modules": ["q_proj", "embed_tokens"]}
+    recipe = load_recipe(create(tiny.recipe(lora=lora | {"modules_to_save": ["lm_head"]}), tmp_path, 1).recipe)
+    model = build_model(recipe, "ddp")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    assert recipe.lora is not None
+    set_rates(ours, model, recipe.lora)
+    assert ours.param_groups[0]["lr"] == 0.5
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.5, loraplus_lr_ratio=8)
+    rates = [
+        {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]} for optimizer in (ours, theirs)
+    ]
+    assert rates[0] == rates[1]
+    assert set(rates[0].values()) == {0.5, 4.0, 1e-6}
 
 
 def test_starts_from_layers_that_were_trained_whole(

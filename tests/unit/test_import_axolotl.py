@@ -229,7 +229,7 @@ def test_axolotl_formats_that_auto_tells_apart(imported: Import) -> None:
     [
         ({"rl": "dpo"}, "distft trains on examples alone"),
         ({"processor_type": "AutoProcessor"}, "distft trains on text alone"),
-        ({"loraplus_lr_ratio": 16}, "distft has one learning rate for all weights"),
+        ({"embedding_lr": 1e-5}, "distft has one learning rate for all weights"),
         ({"optimizer": "lion_pytorch"}, "distft has adamw_torch_fused, "),
         ({"optimizer": "muon"}, "axolotl's Muon leaves norms and biases as they are"),
         ({"lr_scheduler": "rex"}, "distft has cosine, "),
@@ -443,9 +443,12 @@ def test_axolotl_options_for_some_layers(imported: Import) -> None:
         "lora_rank_pattern": {"down_proj": 32},
         "lora_alpha_pattern": {"down_proj": 64},
         "peft_layers_to_transform": 0,
+        "loraplus_lr_ratio": 16,
+        "loraplus_lr_embedding": 1e-5,
     }
     draft = imported({**AXOLOTL, **given})
     names = ("modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    names += ("loraplus_lr_ratio", "loraplus_lr_embedding")
     assert not draft.refused
     assert [draft.fields[f"lora.{name}"] for name in names] == list(given.values())[2:]
     empty = dict.fromkeys(list(given)[2:])

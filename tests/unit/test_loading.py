@@ -191,6 +191,11 @@ def test_patterns_of_lora(setting, expected):
     assert problem(text, f"lora.{setting}").startswith(f"lora.{expected}")
 
 
+def test_a_rate_that_would_have_no_effect():
+    text, _ = recipe_with("lora.loraplus_lr_embedding", "1e-5")
+    assert problem(text).startswith("lora.loraplus_lr_embedding: needs lora.loraplus_lr_ratio")
+
+
 def test_a_pattern_names_blocks_itself():
     text, _ = recipe_with("lora.target_modules", "'.*q_proj'")
     assert problem(text, "lora.layers_to_transform=[1]").startswith(

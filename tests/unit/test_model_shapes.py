@@ -20,7 +20,7 @@ from running import distft
 from tiny import Tiny
 
 from distft.config.loading import load_recipe
-from distft.config.recipe import Lora
+from distft.config.recipe import NOT_OF_PEFT, Lora
 from distft.errors import PlanError
 from distft.models.adaptable import left_out
 from distft.models.architecture import describe
@@ -158,7 +158,7 @@ def peft_model(config: dict[str, Any], options: dict[str, Any]) -> Any:
 
 def peft_count(config: dict[str, Any], lora: Lora) -> int:
     """peft's own count of trainable parameters."""
-    return peft_model(config, lora.model_dump(exclude={"start_from"})).get_nb_trainable_parameters()[0]
+    return peft_model(config, lora.model_dump(exclude=NOT_OF_PEFT)).get_nb_trainable_parameters()[0]
 
 
 def our_count(config: dict[str, Any], lora: Lora) -> int:

@@ -146,5 +146,11 @@ def test_zero_is_no_candidate(loaded: Callable[..., Any], tmp_path: Path) -> Non
     assert plan.strategy == "fsdp"
     assert all(c.broken for c in plan.candidates if c.setting.kind.engine == "deepspeed")
     adamw = make_plan(loaded(tmp_path, training__mixed_precision="bf16", training__optim="adamw_torch_fused"), where)
+    sizes, ring = plan.search.estimator.sizes, 7 / 8
+    sent = [{c.setting.strategy: c.speed.communication for c in found.candidates} for found in (plan, adamw)]
+    more = {name: sent[0][name].bytes_per_step - sent[1][name].bytes_per_step for name in ("ddp", "fsdp")}
+    # Results to all others, in bf16; float32 rows to one rank, and results back.
+    assert more["ddp"] == pytest.approx(2 * sizes.muon.elements * ring, rel=1e-6)
+    assert more["fsdp"] == pytest.approx((4 + 2) * sizes.muon.elements / 8 * ring, rel=1e-6)
     same = next(c for c in adamw.candidates if c.setting.strategy == "fsdp")
     assert plan.chosen.memory.optimizer < same.memory.optimizer

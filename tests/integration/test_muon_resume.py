@@ -10,7 +10,7 @@ import pytest
 from jobs import FP32, SAVED, STEPS, Job, alone
 from running import Result, create
 from test_resume import assert_same_tensors, metrics, whole
-from tiny import Tiny
+from tiny import Tiny, make_model, make_tokenizer
 from warm import WarmRanks
 
 from distft.runs.directory import RunDir
@@ -52,3 +52,18 @@ def test_a_matrix_has_one_state(trained: Callable[..., Result], tiny: Tiny) -> N
     assert states.pop("model.embed_tokens.weight") == states.pop("lm_head.weight") == {"", "exp_avg", "exp_avg_sq"}
     for name, found in states.items():
         assert found == ({"", "exp_avg", "exp_avg_sq"} if "norm" in name else {"", "momentum_buffer"}), name
+
+
+def test_rows_that_do_not_divide(once: Callable[..., Path], trained: Callable[..., Result], tiny: Tiny) -> None:
+    """130 rows are 33, 33, 33 and 31 on four ranks."""
+
+    def make(folder: Path) -> None:
+        make_tokenizer(folder)
+        make_model(folder, intermediate_size=130)
+
+    changes = {"model__name_or_path": str(once("muon/odd", make))}
+    one, four = (
+        trained(Job(name, ranks, TUNING, changes).recipe(tiny), ranks) for name, ranks in (("ddp", 1), ("fsdp", 4))
+    )
+    for column in ("loss", "grad_norm"):
+        assert four.column(column) == pytest.approx(one.column(column), abs=FP32), column

@@ -211,7 +211,7 @@ def _plugins(options: Options) -> None:
         options.set("training.use_liger_kernel", kernels[0], True)
         options.taken |= set(kernels)
     if options.is_on("liger_use_token_scaling"):
-        options.refuse("liger_use_token_scaling", "distft has the cross entropy as its only loss")
+        options.refuse("liger_use_token_scaling", "distft has the losses nll, dft and eaft")
     options.taken |= {name for name in options.data if name.startswith("liger_")}
     if options.is_on("quantize_moe_experts"):
         options.drop("quantize_moe_experts", "experts are not quantized: the base is more exact, and larger")

@@ -163,7 +163,7 @@ def _method(options: Options) -> None:
             _freeze(options)
         return
     if kind != "lora":
-        options.refuse("finetuning_type", "distft trains all weights, or LoRA")
+        options.refuse("finetuning_type", "distft trains all weights, a part of them, or LoRA")
         return
     rank = options.integer("lora_rank")
     if rank is not None:

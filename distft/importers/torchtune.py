@@ -340,7 +340,7 @@ def _training(options: Options) -> None:
     if loss in _SAME_LOSSES:
         options.drop("loss", "the same loss, computed in another way")
     else:
-        options.refuse("loss", "distft has the cross entropy as its only loss")
+        options.refuse("loss", "distft has the losses nll, dft and eaft")
     clip = options.take("clip_grad_norm")
     if isinstance(clip, (int, float)) and not isinstance(clip, bool):
         options.set("training.max_grad_norm", "clip_grad_norm", float(clip))

@@ -12,6 +12,7 @@ import pytest
 from image_models import small_model
 
 from distft import extras
+from distft.config.recipe import Recipe
 from distft.models import kinds
 from tests.tiny import Tiny
 
@@ -110,7 +111,7 @@ def test_images_and_text_write_text_alone(kind: str) -> None:
     """No token sees those after it, and all that is trained without images gets a gradient."""
     import torch
 
-    from distft.train.model import freeze_other_inputs
+    from distft.train.model import freeze
 
     assert kinds.not_causal({"model_type": kind}) is None
     assert kinds.is_causal_type(kind)
@@ -120,7 +121,8 @@ def test_images_and_text_write_text_alone(kind: str) -> None:
     with torch.no_grad():
         change = (model.eval()(input_ids=ids).logits - model(input_ids=other).logits)[:, :-1].abs().max()
     assert change.item() < 1e-6
-    freeze_other_inputs(model)
+    model_and_data = {"model": {"name_or_path": kind}, "data": {"train": "owner/name"}}
+    freeze(model, Recipe(name="t", **model_and_data, lora=None, training={"mixed_precision": "no"}))
     model.train()(input_ids=ids, labels=ids).loss.backward()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     without = [name for name in trained if model.get_parameter(name).grad is None]

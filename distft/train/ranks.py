@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+NO_LIMIT = timedelta(days=365)
+
 
 class RankGroup:
-    """All ranks, over gloo connections apart from the training's: a thread that saves may use them at any time.
+    """All ranks, over gloo connections apart from the training's: a thread that saves may use them at any time. However
+    slow the disk is, there is no time-out; a rank that is lost closes its connections.
 
     Rank 0 of 1, without connections, where torch.distributed is not in use.
     """
@@ -17,7 +21,7 @@ class RankGroup:
     def __init__(self) -> None:
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.process_group = dist.new_group(backend="gloo") if distributed else None
+        self.process_group = dist.new_group(backend="gloo", timeout=NO_LIMIT) if distributed else None
 
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""

@@ -23,7 +23,7 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
-from distft.train import before_training, worker
+from distft.train import before_training, collectives, worker
 from distft.train.auto_class import auto_class
 from distft.train.base_files import base_files
 from distft.train.callback import NoStepsLeft, RunCallback
@@ -53,6 +53,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     tokenizer = load_tokenizer(recipe)
     steps = recipe.training.optimizer_steps(len(prepared.train))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
+    collectives.record(str(run.logs / "collectives-rank-"))
     arguments = training_arguments(recipe, plan, run, steps)
     if KINDS[plan["strategy"]].engine == "deepspeed":
         import deepspeed
@@ -60,6 +61,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         # zero.Init checks the batch arithmetic while the model is made, and without this sees a world of 1.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     ranks = RankGroup()
+    watchdog = Watchdog(run, ranks.rank, ranks.gathered(worker.host()))
     status = StatusWriter(run, ranks.rank)
     status.begin()
     checkpointer = Checkpointer(run, recipe, plan, ranks, status)
@@ -101,7 +103,6 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    watchdog = Watchdog(run, ranks.rank, ranks.gathered(worker.host()))
     callback = RunCallback(recipe, plan, trainer, checkpointer, start, status, stopping, watchdog)
     trainer.add_callback(callback)
     with contextlib.suppress(NoStepsLeft):
@@ -113,6 +114,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         return
     save_final(run, recipe, trainer, tokenizer, status.writes)
     status.write(state=State.COMPLETED, ended=time.time(), reason=None)
+    ranks.gathered(None)  # while one writes, however long it takes: NCCL would end the others after its time-out
 
 
 def _stream(recipe: Recipe, prepared: Prepared, position: Position, steps: int) -> StreamSampler:

@@ -43,6 +43,7 @@ lora:                         # null: train all weights
   modules_to_save: []                 # [embed_tokens, lm_head]: trained whole
   use_rslora: false
   use_dora: false
+  init_lora_weights: true             # or gaussian, orthogonal, olora, pissa, pissa_niter_16
   loraplus_lr_ratio: null             # LoRA+: 16
   loraplus_lr_embedding: null         # with it, for adapters on embeddings: 1e-6
   start_from: null                    # the folder of a peft adapter to start from
@@ -140,6 +141,7 @@ the packages that are installed where distft runs, and say nothing about a packa
 """
 FAMILY_TITLES = {
     "combinations": "Strategy, offload, optimizer, precision, device",
+    "adapters": "Adapters and new tokens",
     "models": "Models",
     "overrides": "Overrides of DeepSpeed and FSDP",
     "trainer_overrides": "Overrides of transformers' arguments",

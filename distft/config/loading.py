@@ -154,7 +154,7 @@ def _got(schema: dict[str, Any], value: Any) -> str:
         "" if kind is None else " (empty)" * (value in ("", [])) if right_type else f" ({NOUNS.get(kind, f'a {kind}')})"
     )
     words = [word for option in options(schema) for word in choices(option)]
-    near = closest(value, words, 0.5) if isinstance(value, str) else None
+    near = closest(value, [word for word in words if isinstance(word, str)], 0.5) if isinstance(value, str) else None
     return f"got {show(value)}{noun}, need {need}{did_you_mean(near)}"
 
 
@@ -238,6 +238,7 @@ def _check_together(document: Document[Recipe]) -> None:
     _check_columns(document, kind)
     _check_targets(document)
     _check_loraplus(document)
+    _check_initial(document)
     _check_train_only(document)
     for name in ("train", "eval"):
         _check_sources(document, ("data", name))
@@ -296,6 +297,12 @@ def _check_loraplus(document: Document[Recipe]) -> None:
     steps: Steps = ("lora", "loraplus_lr_embedding")
     if document.get(steps) is not None and document.get(("lora", "loraplus_lr_ratio")) is None:
         document.problem(steps, "needs lora.loraplus_lr_ratio, without which it has no effect")
+
+
+def _check_initial(document: Document[Recipe]) -> None:
+    steps: Steps = ("lora", "init_lora_weights")
+    if document.get(steps) not in (None, True) and document.get(("lora", "start_from")) is not None:
+        document.problem(steps, "cannot be given with lora.start_from, whose weights the adapter starts with")
 
 
 def _check_pattern(document: Document[Recipe], steps: Steps, value: str, used: str | None = None) -> None:

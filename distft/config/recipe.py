@@ -25,6 +25,15 @@ RunName = Annotated[
 ]
 
 
+# peft's others need data (eva, corda, lora_ga) or quantize the base in their own way (loftq).
+INITIAL_WEIGHTS = r"^(gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]{0,2})?)$"
+InitialWeights = Annotated[
+    str,
+    StringConstraints(pattern=INITIAL_WEIGHTS),
+    Field(json_schema_extra={"x-pattern": "that is gaussian, orthogonal, olora, pissa or pissa_niter_N (steps)"}),
+]
+
+
 def run_name(text: str, otherwise: str) -> str:
     """A name for the run from any text (`my script` gives my-script), or `otherwise` where nothing is left of it."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:100] or otherwise
@@ -139,6 +148,12 @@ class Lora(Group):
 
     use_dora: bool = False
     """DoRA: learn magnitude and direction separately. Better at low ranks, but slower."""
+
+    init_lora_weights: Literal[True] | InitialWeights = True
+    """`true`: as in LoRA's paper, so that training starts from the base; `gaussian` and `orthogonal` do, too. `pissa`
+    starts from each weight's largest singular values (`pissa_niter_16`, a fast approximation, takes seconds where
+    `pissa` takes an hour for a 7B model), `olora` from its QR decomposition. These two train beside what is left of the
+    base; final/ has a plain adapter of twice the rank for the base as it is."""
 
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
     """LoRA+: the learning rate of the B matrices (and of vectors, such as DoRA's magnitudes) is this many times

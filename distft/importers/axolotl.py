@@ -3,6 +3,9 @@ causal.py, loaders/*.py (axolotl 0.17, commit 067b021)."""
 
 from __future__ import annotations
 
+import re
+
+from distft.config.recipe import INITIAL_WEIGHTS
 from distft.importers import axolotl_data, axolotl_training, common, freezing
 from distft.importers.common import MEMORY, SPEED
 from distft.importers.draft import Left
@@ -151,8 +154,11 @@ def _lora(options: Options) -> None:
         if options.is_on(name) or options.data.get(name) == 0:  # block 0
             options.set(f"lora.{field}", name, options.take(name))
         options.taken.add(name)
-    if options.take("peft_init_lora_weights") not in (None, True):
-        options.refuse("peft_init_lora_weights", "adapters start as in LoRA's paper")
+    weights = options.take("peft_init_lora_weights")
+    if weights and re.fullmatch(INITIAL_WEIGHTS, str(weights)):
+        options.set("lora.init_lora_weights", "peft_init_lora_weights", weights)
+    elif weights not in (None, True):
+        options.refuse("peft_init_lora_weights", "distft has gaussian, orthogonal, olora and pissa")
 
 
 def _targets(options: Options) -> None:

@@ -154,6 +154,8 @@ def _method(options: Options) -> None:
         "additional_target",
         "loraplus_lr_ratio",
         "loraplus_lr_embedding",
+        "pissa_init",
+        "pissa_iter",
     )
     if kind in ("full", "freeze"):
         options.set("lora", "finetuning_type", None)
@@ -185,6 +187,10 @@ def _method(options: Options) -> None:
             options.set(f"lora.{name}", name, True)
     common.modules_to_save(options, "additional_target")
     common.loraplus(options)
+    steps = options.integer("pissa_iter")
+    if options.flag("pissa_init"):
+        steps = 16 if steps is None else steps
+        options.set("lora.init_lora_weights", "pissa_init", "pissa" if steps == -1 else f"pissa_niter_{steps}")
     adapters = _listed(options, "adapter_name_or_path")
     if len(adapters) > 1:
         options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")

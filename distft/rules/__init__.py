@@ -3,7 +3,14 @@
 `distft rules` lists them; docs/rules.md is generated from them.
 """
 
-from distft.rules import advice, combinations, models, overrides, trainer_overrides  # noqa: F401 (each registers its rules)
+from distft.rules import (  # noqa: F401 (each registers its rules)
+    adapters,
+    advice,
+    combinations,
+    models,
+    overrides,
+    trainer_overrides,
+)
 from distft.rules.core import RULES, Case, RecipeCase, Rule, ScriptCase, apply, broken, sentences, unwise, warnings
 
 __all__ = [

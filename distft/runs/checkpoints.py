@@ -108,6 +108,8 @@ def _lora_identity(recipe: Recipe) -> dict[str, Any]:
         return {"lora": None}
     fields = recipe.lora.model_dump(mode="json", exclude={"start_from"})
     # None for empty ones, so that a checkpoint of a version that did not have the field can be continued.
+    if recipe.lora.init_lora_weights is True:
+        fields.pop("init_lora_weights")
     return {f"lora.{name}": None if value in ({}, []) else value for name, value in fields.items()}
 
 

@@ -125,6 +125,11 @@ class RunDir:
         return self.checkpoints / f"step-{step}"
 
     @property
+    def initial_adapter(self) -> Path:
+        """The adapter's first weights, of PiSSA and OLoRA: without them, the base of its checkpoints is not known."""
+        return self.path / "initial_adapter.safetensors"
+
+    @property
     def final(self) -> Path:
         return self.path / "final"
 

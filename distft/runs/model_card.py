@@ -20,6 +20,7 @@ from distft.config.recipe import Recipe
 from distft.data.hub import parse_hub
 from distft.data.sources import as_sources
 from distft.errors import DataError
+from distft.models.lora import changes_base
 from distft.models.quantization import NF4
 from distft.runs.directory import RunDir
 from distft.runs.metrics import last_metrics, read_metrics
@@ -88,7 +89,10 @@ def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
     else:
         kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
         on = f", trained on {recipe.model.quantization} weights" if recipe.model.quantization else ""
-        what = f"{kind} adapter (r {lora.r}) of {base}{on}"
+        rank = f"r {lora.r}"
+        if changes_base(lora):
+            rank = f"r {2 * lora.r}: trained from {lora.init_lora_weights} with r {lora.r}, saved for the base as it is"
+        what = f"{kind} adapter ({rank}) of {base}{on}"
         if merged:
             rounded = " as they are after quantizing and dequantizing" if recipe.model.quantization else ""
             what = f"{what}, merged into its weights{rounded}"

@@ -20,11 +20,12 @@ from distft.errors import DataError
 from distft.models.adaptable import left_out, reason
 from distft.models.attention import no_flash_attention
 from distft.models.freezing import frozen, named
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_options, check_saved, kept, matcher
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train.auto_class import auto_class
 from distft.train.base_files import check_missing, stored_quantization
+from distft.train.initial import InitialAdapter
 from distft.train.mergeable import saved_modules
 from distft.train.new_rows import add_new_rows, grow, new_rows
 from distft.train.special_tokens import new_tokens
@@ -91,7 +92,9 @@ def quantization_config(recipe: Recipe, strategy: str) -> Any:
     return FineGrainedFP8Config(dequantize=True) if stored == "fp8" else None
 
 
-def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) -> PreTrainedModel | Any:
+def build_model(
+    recipe: Recipe, strategy: str, eos_token_id: int | None = None, initial: InitialAdapter | None = None
+) -> PreTrainedModel | Any:
     """Load the base model and wrap it with the adapters.
 
     Trained weights are float32: they are the optimizer's masters, and autocast or the strategy casts them for use.
@@ -99,6 +102,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
     every strategy, and transformers' norms compute in float32 anyway.
 
     Args:
+        initial: where an adapter that changes the base (PiSSA, OLoRA) has its first weights.
         eos_token_id: the tokenizer's, for the model's configs where the recipe names another than the model's.
 
     Raises:
@@ -139,7 +143,7 @@ def build_model(recipe: Recipe, strategy: str, eos_token_id: int | None = None) 
     if recipe.lora is None:
         freeze(model, recipe)
         return model
-    model = add_adapters(model, recipe, tokens.ids)
+    model = add_adapters(model, recipe, tokens.ids, initial)
     if KINDS[strategy].zero_stage == 3:
         # DeepSpeed does not cast a model of which zero.Init made any part (engine.py, _cast_module_mixed_precision):
         # peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
@@ -201,11 +205,14 @@ def _train_in_float32(module: torch.nn.Module) -> None:
     module.register_forward_hook(cast)
 
 
-def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = ()) -> Any:
+def add_adapters(
+    model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] = (), initial: InitialAdapter | None = None
+) -> Any:
     """Freeze the base and wrap it with the adapters of a recipe that has some, initialized from its seed.
 
     Args:
         tokens: ids of model.add_tokens, whose rows are trained too.
+        initial: as build_model; without it, the base stays as it is.
 
     Raises:
         DataError: lora.start_from holds an adapter of another model.
@@ -219,11 +226,17 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int] =
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # Loading draws a different number of random values under each strategy; from here on all ranks draw the same.
-    set_seed(recipe.training.seed)
-    config = LoraConfig(task_type="CAUSAL_LM", **peft_options(lora, model))
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    options = peft_options(lora, model)
     if tokens and not lora.modules_to_save:
         add_new_rows(model, tokens)
-    model = get_peft_model(model, config)
+
+    def wrap(initialized: bool) -> Any:
+        set_seed(recipe.training.seed)
+        weights = lora.init_lora_weights if initialized else True
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options | {"init_lora_weights": weights}))
+
+    model = initial.add(wrap) if initial and changes_base(lora) else wrap(not (changes_base(lora) or is_meta))
     for module in saved_modules(model).values():
         _train_in_float32(module)
     rows = new_rows(model)

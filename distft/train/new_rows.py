@@ -126,13 +126,13 @@ def grow(model: Any, tokens: NewTokens) -> None:
     have = _rows(embeddings.weight)
     made = []
     for layer in layers:
-        with _whole(layer.weight):
+        with whole_weight(layer.weight):
             made.append({id_: _mean(layer.weight.detach()[:have], pieces) for id_, pieces in tokens.pieces.items()})
     if (tokens.rows or 0) > have:
         model.resize_token_embeddings(tokens.rows, mean_resizing=False)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     for layer, rows in zip((embeddings, head), made, strict=False):
-        with _whole(layer.weight, write=True), torch.no_grad():
+        with whole_weight(layer.weight, write=True), torch.no_grad():
             for token, row in rows.items():
                 layer.weight[token] = row.to(layer.weight)
 
@@ -156,7 +156,7 @@ def _tied(model: Any) -> bool:
 
 
 def _rows_of(weight: torch.Tensor, ids: Sequence[int]) -> _Rows:
-    with _whole(weight):
+    with whole_weight(weight):
         index = torch.tensor(ids, device=None if weight.is_meta else weight.device)
         return _Rows(weight.detach()[index].float(), index)
 
@@ -170,7 +170,7 @@ def _rows(weight: Any) -> int:
 
 
 @contextlib.contextmanager
-def _whole(weight: Any, write: bool = False) -> Iterator[None]:
+def whole_weight(weight: Any, write: bool = False) -> Iterator[None]:
     """Have a weight that ZeRO-3 has partitioned be whole inside the context; what rank 0 writes into it is kept."""
     if not hasattr(weight, "ds_id"):
         yield

@@ -17,6 +17,7 @@ from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.data import few_steps
 from distft.errors import ClusterError
+from distft.models.lora import changes_base
 from distft.runs import model_card
 from distft.runs.base_card import base_card
 from distft.runs.directory import RunDir
@@ -29,6 +30,7 @@ from distft.train.base_files import base_files
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
+from distft.train.initial import InitialAdapter
 from distft.train.model import build_model
 from distft.train.ranks import RankGroup
 from distft.train.sampler import StreamSampler
@@ -81,7 +83,8 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         )
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
-    model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id)
+    initial = InitialAdapter(run.initial_adapter, ranks, each=KINDS[plan["strategy"]].zero_stage == 3)
+    model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id, initial)
     attention = model.config.get_text_config()._attn_implementation
     warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)
     status.write(
@@ -142,5 +145,6 @@ def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: A
         dtype=before_training.final_dtype(recipe),
         card=card,
         generation_config=model.eos_token is not None,
+        initial=InitialAdapter(run.initial_adapter) if changes_base(recipe.lora) else None,
         base_files=lambda: base_files(recipe),
     )

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from distft.errors import RunError
 from distft.models.lora import ADAPTER_WEIGHTS
 from distft.train.conversion import Conversion, Tensors, parameter_shapes, saves_as_published, twin
+from distft.train.initial import InitialAdapter, make_plain
 from distft.train.new_rows import new_rows
 from distft.train.tensor_files import TensorFiles
 
@@ -27,11 +28,14 @@ def save_trained(
     card: str | None = None,
     generation_config: bool = False,
     base_files: Callable[[], TensorFiles] | None = None,
+    initial: InitialAdapter | None = None,
 ) -> None:
     """Gather what was trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
 
     What of a whole model is frozen comes from `base_files`, as it is there: a strategy may hold it in fewer bits. Its
     generation config is beside it, an adapter's where asked for: it says which token ends a text.
+
+    An adapter whose `initial` weights were taken out of its base is written for the base as it is.
 
     Collective: all ranks call it with the wrapped model; the one that `writes` writes. The folder appears complete or
     not at all.
@@ -48,6 +52,9 @@ def save_trained(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     if adapter:
+        if initial is not None:
+            trained = initial.plain(trained)
+            make_plain(base.peft_config["default"])
         expected = _save_adapter(base, work, trained)
         if len(expected) != len(trained):
             raise RunError(f"{folder}: peft saves {len(expected)} of the {len(trained)} trained tensors")

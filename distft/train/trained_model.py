@@ -22,10 +22,13 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from distft.config.recipe import Recipe
 from distft.errors import RecipeError, RunError
+from distft.models.lora import changes_base
 from distft.models.quantization import NF4_BLOCK, NF4_DOUBLE_QUANTIZATION, NF4_QUANT_TYPE
 from distft.runs.checkpoints import Checkpoint
+from distft.runs.directory import RunDir
 from distft.train.base_files import base_config, base_files, stored_quantization
 from distft.train.conversion import Conversion
+from distft.train.initial import InitialAdapter, plain_recipe
 from distft.train.merge_check import largest_difference, layer_inputs
 from distft.train.mergeable import PEFT, adapted, obstacles, plain_name, saved_weights
 from distft.train.model import add_adapters, compute_dtype, quantization_config
@@ -47,7 +50,10 @@ class TrainedModel:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, source: Path | Checkpoint):
-        self.recipe = recipe
+        initial = None
+        if changes_base(recipe.lora) and isinstance(source, Checkpoint):
+            initial = InitialAdapter(RunDir(source.path.parent.parent).initial_adapter)
+        self.recipe = recipe = plain_recipe(recipe)
         self.files = base_files(recipe)
         self.tokens = new_tokens(recipe)
         self.base = skeleton(folder, recipe, self.tokens.rows)
@@ -58,7 +64,7 @@ class TrainedModel:
         self.quantized = _quantized_layers(folder, recipe)
         with init_empty_weights(include_buffers=False):
             self.model = add_adapters(self.base, recipe, self.tokens.ids).eval()
-        _load_adapter(self.model, source)
+        _load_adapter(self.model, source, initial)
         self.adapted = adapted(self.model)
         self.saved = saved_weights(self.model)  # of lora.modules_to_save
         if why := obstacles(self.conversion, [*self.adapted, *self.saved]):
@@ -186,8 +192,8 @@ def dequantized(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     return functional.int8_vectorwise_dequant(values, scales)
 
 
-def _load_adapter(model: Any, source: Path | Checkpoint) -> None:
-    """Put the trained tensors into a peft model without weights.
+def _load_adapter(model: Any, source: Path | Checkpoint, initial: InitialAdapter | None = None) -> None:
+    """Put the trained tensors into a peft model without weights; those of a checkpoint as `initial` makes them.
 
     Raises:
         DataError: they cannot be read.
@@ -196,6 +202,7 @@ def _load_adapter(model: Any, source: Path | Checkpoint) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(source, Checkpoint):
         where, tensors = source.path, read_weights(source.path)
+        tensors = tensors if initial is None else initial.plain(tensors)
     else:
         files = TensorFiles([source / "adapter_model.safetensors"])
         names = {id(parameter): name for name, parameter in trained.items()}

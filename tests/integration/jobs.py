@@ -42,6 +42,14 @@ EMBEDDINGS_TOO = {
     "modules_to_save": ["lm_head"],
 }
 LORAPLUS = {"loraplus_lr_ratio": 4.0, "loraplus_lr_embedding": 0.02}
+PISSA = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": "all-linear",
+    "init_lora_weights": "pissa",
+    "rank_pattern": {"up_proj": 2},
+    "alpha_pattern": {"down_proj": 3.0},
+}
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -59,6 +67,10 @@ TUNINGS = {
     "whole layers new tokens": {**NEW, "lora": BOTH_ENDS},
     "whole layers tied": {"lora": BOTH_ENDS, "model__name_or_path": "tied"},
     "loraplus": {"lora": {**EMBEDDINGS_TOO, **LORAPLUS}},
+    "pissa": {"lora": PISSA, "training__learning_rate": 0.05},
+    "olora": {"lora": {**PISSA, "init_lora_weights": "olora", "use_rslora": True}, "training__learning_rate": 0.05},
+    "gaussian": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"}},
+    "orthogonal": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"}},
     "new tokens": NEW,
     "new tokens tied": {**NEW, "model__name_or_path": "tied"},
     "new tokens full": {**NEW, **FULL},

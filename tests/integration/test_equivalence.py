@@ -9,9 +9,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from jobs import EMBEDDINGS_TOO, FP32, LORAPLUS, SOME_LAYERS, STRATEGIES, WHOLE_LAYERS, Job, alone, assert_ran
+from jobs import (
+    EMBEDDINGS_TOO,
+    FP32,
+    LORAPLUS,
+    PISSA,
+    SOME_LAYERS,
+    STRATEGIES,
+    TUNINGS,
+    WHOLE_LAYERS,
+    Job,
+    alone,
+    assert_ran,
+)
 from running import Result, launch
 from tiny import Tiny
 
@@ -36,6 +49,10 @@ JOBS = [
     *(Job(strategy, 2, "whole layers") for strategy in FOUR),
     Job("fsdp", 2, "whole layers nf4"),
     *(Job(strategy, 2, "loraplus") for strategy in FOUR),
+    *(Job(strategy, 2, "pissa") for strategy in FOUR),
+    Job("fsdp", 2, "pissa", {"fsdp__overrides": {"fsdp_cpu_ram_efficient_loading": True}}),
+    Job("zero3", 2, "olora"),
+    Job("fsdp", 2, "orthogonal"),
     Job("ddp", 2, "int8"),
     Job("zero2", 2, "int8"),
     Job("fsdp", 2, "adamw_torch"),
@@ -80,8 +97,9 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
 
 # Options of peft's LoraConfig.
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-PEFT = {"full": None, "unpacked full": None, "muon full": None}
-PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS, "loraplus": EMBEDDINGS_TOO}
+PEFT: dict[str, Any] = {"full": None, "unpacked full": None, "muon full": None}
+PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS, "loraplus": EMBEDDINGS_TOO, "pissa": PISSA}
+PEFT |= {name: PLAIN | TUNINGS[name]["lora"] for name in ("olora", "gaussian", "orthogonal")}
 OTHERS = ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor", *list(PEFT)[2:]]
 
 

@@ -63,6 +63,9 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
         (Job("ddp", 1, "loraplus"), Job("zero2", 2, "loraplus")),
         (Job("zero2", 2, "loraplus"), Job("zero3", 2, "loraplus")),
         (Job("zero3", 2, "loraplus"), Job("fsdp", 4, "loraplus")),
+        (Job("fsdp", 2, "pissa"), Job("zero3", 2, "pissa")),
+        (Job("zero3", 2, "pissa"), Job("ddp", 1, "pissa")),
+        (Job("ddp", 1, "pissa"), Job("fsdp", 4, "pissa")),
     ],
     ids=str,
 )
@@ -73,6 +76,8 @@ def test_goes_on_from_another(
     run = create(target.recipe(tiny), tmp_path, target.ranks)
     shutil.copytree(before.checkpoint(SAVED), run.checkpoint(SAVED))
     shutil.copy(before.metrics, run.metrics)
+    if before.initial_adapter.exists():
+        shutil.copy(before.initial_adapter, run.initial_adapter)
     warm.train(run)
     found, wanted = metrics(run), metrics(reference)
     for step in range(SAVED + 1, STEPS + 1):
@@ -138,6 +143,43 @@ def test_the_rates_of_lora_plus_are_those_of_peft(tiny: Tiny, tmp_path: Path, do
     ]
     assert rates[0] == rates[1]
     assert set(rates[0].values()) == {0.5, 4.0, 1e-6}
+
+
+@pytest.mark.parametrize("tuning", ["pissa", "olora"])
+def test_an_adapter_that_was_a_part_of_the_base(
+    runs: Callable[[Job], Result], trained: Callable[..., Result], tiny: Tiny, tmp_path: Path, tuning: str
+) -> None:
+    """final/ is plain LoRA of twice the rank on the base as it is, with the losses of what was trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = runs(alone(tuning))
+    run, lora = RunDir(result.run_dir), alone(tuning).recipe(tiny)["lora"]
+    config = json.loads((run.final / "adapter_config.json").read_text())
+    factor = 2**0.5 if lora.get("use_rslora") else 2
+    assert (config["init_lora_weights"], config["r"]) == (True, 8)
+    assert config["lora_alpha"] == pytest.approx(8 * factor)
+    assert config["rank_pattern"] == {"up_proj": 4}
+    assert config["alpha_pattern"] == {"down_proj": pytest.approx(3 * factor)}
+    base = AutoModelForCausalLM.from_pretrained(tiny.path / "model")
+    before = logits(base, ROWS)
+    plain = logits(PeftModel.from_pretrained(base, run.final), ROWS)
+    assert (plain - before).abs().max() > 0.1
+    for step in (None, STEPS):
+        merge(run, tmp_path / f"merged-{step}", step=None if step is None else SAVED)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged-None")
+    torch.testing.assert_close(logits(merged, ROWS), plain, atol=1e-4, rtol=0)
+    # The merged model, and a new run from final/, have the eval loss that was measured at the end.
+    whole = tiny.recipe(
+        model__name_or_path=str(tmp_path / "merged-None"),
+        data__eval=str(tiny.path / "heldout.jsonl"),
+        training__max_steps=1,
+    )
+    assert trained(whole).status["eval_loss_before"] == pytest.approx(result.status["eval_loss_after"], abs=1e-4)
+    again = alone(tuning).recipe(tiny) | {"lora": {**lora, "init_lora_weights": True}}
+    again["lora"] |= {name: config[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+    again["lora"]["start_from"] = str(run.final)
+    assert trained(again).status["eval_loss_before"] == pytest.approx(result.status["eval_loss_after"], abs=FP32)
 
 
 def test_starts_from_layers_that_were_trained_whole(

@@ -445,13 +445,18 @@ def test_axolotl_options_for_some_layers(imported: Import) -> None:
         "peft_layers_to_transform": 0,
         "loraplus_lr_ratio": 16,
         "loraplus_lr_embedding": 1e-5,
+        "peft_init_lora_weights": "pissa_niter_4",
     }
     draft = imported({**AXOLOTL, **given})
     names = ("modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    names += ("loraplus_lr_ratio", "loraplus_lr_embedding")
+    names += ("loraplus_lr_ratio", "loraplus_lr_embedding", "init_lora_weights")
     assert not draft.refused
     assert [draft.fields[f"lora.{name}"] for name in names] == list(given.values())[2:]
     empty = dict.fromkeys(list(given)[2:])
     draft = imported({**AXOLOTL, **given, **empty})
     assert not draft.refused
     assert not any(f"lora.{name}" in draft.fields for name in names)
+    refused = imported({**AXOLOTL, **given, "peft_init_lora_weights": "eva"}).refused
+    assert [(item.option, item.why) for item in refused] == [
+        ("peft_init_lora_weights", "distft has gaussian, orthogonal, olora and pissa")
+    ]

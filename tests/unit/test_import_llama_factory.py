@@ -255,3 +255,14 @@ def test_llama_factory_experts_on_the_host(imported: Import, described: Path) ->
     assert not draft.refused
     assert {"use_kt", "kt_weight_path", "kt_non_expert_weight_path"} <= {item.option for item in draft.dropped}
     assert any(text.startswith("kt_weight_path: these are quantized experts") for text in draft.warnings)
+
+
+def test_variants_of_lora(imported: Import, described: Path) -> None:
+    given = {"pissa_init": True, "pissa_convert": True, "loraplus_lr_ratio": 16.0, "additional_target": "lm_head,norm"}
+    draft = imported({**LLAMA_FACTORY, "finetuning_type": "lora", **given})
+    names = ("init_lora_weights", "loraplus_lr_ratio", "modules_to_save")
+    assert not draft.refused
+    assert [draft.fields[f"lora.{name}"] for name in names] == ["pissa_niter_16", 16.0, ["lm_head", "norm"]]
+    assert [item.option for item in draft.dropped if "pissa" in item.option] == ["pissa_convert"]
+    plain = imported({**LLAMA_FACTORY, "finetuning_type": "lora", **given, "pissa_iter": -1})
+    assert plain.fields["lora.init_lora_weights"] == "pissa"

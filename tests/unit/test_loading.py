@@ -191,6 +191,16 @@ def test_patterns_of_lora(setting, expected):
     assert problem(text, f"lora.{setting}").startswith(f"lora.{expected}")
 
 
+def test_initial_weights(folder):
+    text, _ = recipe_with("lora.init_lora_weights", "eva")
+    need = "true or a string that is gaussian, orthogonal, olora, pissa or pissa_niter_N (steps)"
+    assert problem(text).startswith(f'lora.init_lora_weights: got "eva", need {need}')
+    (folder / "adapter").mkdir()
+    assert problem(text, "lora.init_lora_weights=pissa", "lora.start_from=adapter").startswith(
+        "lora.init_lora_weights: cannot be given with lora.start_from"
+    )
+
+
 def test_a_rate_that_would_have_no_effect():
     text, _ = recipe_with("lora.loraplus_lr_embedding", "1e-5")
     assert problem(text).startswith("lora.loraplus_lr_embedding: needs lora.loraplus_lr_ratio")

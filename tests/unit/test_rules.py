@@ -184,6 +184,17 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "liger-reads-the-output-layer": [
         ({"training__use_liger_kernel": True, **saving("lm_head")}, saving("embed_tokens")),
     ],
+    "initial-weights-need-plain-layers": [
+        ({**QLORA, "lora__init_lora_weights": "pissa"}, {"model__quantization": None}),
+        ({**INT8, "lora__init_lora_weights": "orthogonal"}, {"lora__init_lora_weights": "gaussian"}),
+        ({"lora__init_lora_weights": "olora", "lora__use_dora": True}, {"lora__use_dora": False}),
+        (
+            {"lora__init_lora_weights": "pissa_niter_4", "lora__target_modules": ["q_proj", "lm_head"]},
+            {"lora__target_modules": ["q_proj"]},
+        ),
+        ({"lora__init_lora_weights": "orthogonal", "lora__r": 7}, {"lora__r": 8}),
+        ({"lora__init_lora_weights": "pissa", "lora__r": 65}, {"lora__r": 64}),
+    ],
     "liger-skips-the-rows-of-new-tokens": [
         ({**NEW_TOKENS, "training__use_liger_kernel": True}, {"lora": None}),
     ],
@@ -784,7 +795,7 @@ group = types.SimpleNamespace
 recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
     lora=group(use_dora=False, target_modules="all-linear", modules_to_save=[], exclude_modules=None,
-               layers_to_transform=None),
+               init_lora_weights=True, layers_to_transform=None),
     data=group(packing=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    train_only=[], loss_type="nll",

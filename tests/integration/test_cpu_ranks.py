@@ -51,13 +51,17 @@ def test_strategies(tmp_path: Path, environment: dict[str, str], wanted: str, wi
     assert found(tmp_path, environment, "none") == without, "upstream has changed: is the fix still needed?"
 
 
-@pytest.mark.parametrize("package", ["bitsandbytes", "deepspeed.runtime.zero.muon.original_muon"])
+MUON = "deepspeed.runtime.zero.muon.original_muon"
+
+
 @pytest.mark.parametrize(
-    ("fixes", "imported"), [("None", True), ("cpu_ranks.apply()", False)], ids=["without", "fixed"]
+    ("fixes", "packages", "imported"),
+    [("None", "bitsandbytes", True), ("None", MUON, True), ("cpu_ranks.apply()", f"bitsandbytes, {MUON}", False)],
+    ids=["without: bitsandbytes", "without: muon", "fixed"],
 )
-def test_the_compiler_is_not_imported(fixes: str, imported: bool, package: str) -> None:
+def test_the_compiler_is_not_imported(fixes: str, packages: str, imported: bool) -> None:
     """Every engine of DeepSpeed imports its Muon optimizer."""
-    code = f"import sys; from distft.train import cpu_ranks; {fixes}; import torch, {package}; " + (
+    code = f"import sys; from distft.train import cpu_ranks; {fixes}; import torch, {packages}; " + (
         "print('found', 'torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
     )
     env = {**os.environ, "ACCELERATE_USE_DEEPSPEED": "true"}

@@ -14,6 +14,7 @@ from light_install import light
 from running import distft
 
 from distft import extras
+from distft.hardware.devices import visible_gpus
 
 RAISES = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa\\nmore')"
 FUNCTION = "__version__ = '2.8.0'\ndef flash_attn_func(q, k, v, causal):\n    "
@@ -28,59 +29,69 @@ def fake(folder: Path, text: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 
 
-def test_this_machine(tmp_path: Path) -> None:
-    done = distft("doctor", "--json", cwd=tmp_path, env={"HF_TOKEN": "hf_never-shown"})
-    assert done.returncode == 0, done.stdout
-    answer = json.loads(done.stdout)
-    assert answer["ok"] is True
-    states = {check["name"]: check["state"] for check in answer["checks"]}
-    said = [check["text"] for check in answer["checks"]]
-    packages = [name for name, _ in extras.requirements()]
-    assert len(packages) == 10
-    assert {f"{name} {metadata.version(name)}" for name in packages} <= {*said}
-    for name in ("imports", "products", "bitsandbytes", "all-reduce", "cache", "hub", "hub token"):
-        assert states[name] == "ok", answer
-    assert "hub token: found in HF_TOKEN" in " ".join(said)
-    assert "hf_never-shown" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_broken_package_hides_nothing(tmp_path: Path) -> None:
-    env = {"COLUMNS": "80", "DISTFT_CACHE": "/tmp/distft-doctor"}
+def test_this_machine_with_one_broken_package(tmp_path: Path) -> None:
+    """It hides nothing of the others. (A whole machine is test_fake_cuda's.)"""
+    env = {"HF_TOKEN": "hf_never-shown", "DISTFT_CACHE": "/tmp/distft-doctor", "COLUMNS": "80"}
     done = distft("doctor", cwd=tmp_path, env=fake(tmp_path, RAISES) | env)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     text = done.stdout.replace("\n  ", " ")
     assert "failed: flash-attn: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c104" in text
-    assert f"ok: torch {metadata.version('torch')}\n" in text
-    assert "ok: all-reduce over " in text
+    packages = [name for name, _ in extras.requirements()]
+    assert len(packages) == 10
+    assert all(f"ok: {name} {metadata.version(name)}\n" in text for name in packages)
+    for said in ("matrix products on ", "bitsandbytes ", "all-reduce over ", "cache ", "hub: "):
+        assert f"ok: {said}" in text, text
+    assert "ok: hub token: found in HF_TOKEN" in text
+    assert "hf_never-shown" not in done.stdout + done.stderr
     assert "flash-attn" in lines[-1] and lines[-1].startswith("to fix: ")
     assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["flash_attn.py"]
 
 
-@pytest.mark.parametrize(
-    ("text", "state", "said"),
-    [
-        (FUNCTION + SDPA, "ok", "flash-attn 2.8.0: agrees with SDPA"),
-        (FUNCTION + "raise RuntimeError('no kernel image is available')", "failed", "RuntimeError: no kernel image is"),
-        (FUNCTION + "return v", "failed", "flash-attn 2.8.0: differs from SDPA by "),
-        (FUNCTION + "import os; os.kill(os.getpid(), 11)", "failed", "killed by SIGSEGV"),
-        (RAISES, "failed", "ImportError: flash_attn_2_cuda.so: undefined symbol"),
-        ("raise ImportError('libcuda.so.1: cannot open shared object file')", "absent", "needs a GPU to be tried"),
-    ],
-    ids=["works", "raises", "wrong numbers", "crashes", "not imported", "needs a GPU"],
-)
-def test_flash_attention_is_run(tmp_path: Path, text: str, state: str, said: str) -> None:
+def test_hidden_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distft.commands.doctor import _gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    visible_gpus.cache_clear()
+    (check,) = _gpus()
+    visible_gpus.cache_clear()
+    assert (check["state"], check["text"]) == ("absent", "CUDA_VISIBLE_DEVICES hides all GPUs: CPU ranks over gloo")
+
+
+# The text of a flash_attn, and what is said of it.
+FLASH_ATTN = {
+    "works": (FUNCTION + SDPA, "ok", "flash-attn 2.8.0: agrees with SDPA"),
+    "raises": (FUNCTION + "raise RuntimeError('no kernel image is available')", "failed", "RuntimeError: no kernel"),
+    "wrong": (FUNCTION + "return v", "failed", "flash-attn 2.8.0: differs from SDPA by "),
+    "crashes": (FUNCTION + "import os; os.kill(os.getpid(), 11)", "failed", "killed by SIGSEGV"),
+    "not-imported": (RAISES, "failed", "ImportError: flash_attn_2_cuda.so: undefined symbol"),
+    "needs-a-gpu": ("raise ImportError('libcuda.so.1: cannot open shared object file')", "absent", "needs a GPU to be"),
+}
+TRY_EACH = """
+import sys, torch
+from distft.diagnostics import doctor
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)  # for the process in which the check runs, apart from this one
+    print(*doctor.apart(doctor.flash_attention))
+    del sys.path[0]
+"""
+
+
+def test_flash_attention_is_run(tmp_path: Path) -> None:
     import torch
 
-    if state == "absent" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    program = "import torch; from distft.diagnostics import doctor; print(*doctor.apart(doctor.flash_attention))"
-    env = {**os.environ, **fake(tmp_path, text)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.startswith(f"{state} flash-att"), done.stderr
-    assert said in done.stdout
+    for name, (text, _, _) in FLASH_ATTN.items():
+        (tmp_path / name).mkdir()
+        fake(tmp_path / name, text)
+    done = subprocess.run([sys.executable, "-c", TRY_EACH, *FLASH_ATTN], capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(FLASH_ATTN), done.stderr
+    for line, (name, (_, state, said)) in zip(lines, FLASH_ATTN.items(), strict=True):
+        if name == "needs-a-gpu" and torch.cuda.is_available():
+            state, said = "failed", "libcuda"
+        assert line.startswith(f"{state} flash-att") and said in line, name
 
 
 def test_a_light_install(light_site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,11 +114,6 @@ def test_plan(tiny: Tiny, tmp_path: Path, gpus: dict[str, str]) -> None:
     assert "1 x 8 H100" in plan("--cluster", "site.yaml")
 
 
-def test_hidden(tiny: Tiny, tmp_path: Path, gpus: dict[str, str]) -> None:
-    done = distft("doctor", cwd=tmp_path, env=gpus | {"CUDA_VISIBLE_DEVICES": ""})
-    assert "CUDA_VISIBLE_DEVICES hides all GPUs: CPU ranks over gloo" in done.stdout
-
-
 def test_out_of_memory_while_another_rank_is_blocked(tiny: Tiny, tmp_path: Path) -> None:
     """The other rank hangs in C, as in CUDA or a collective: it leaves before torchrun would kill it."""
     code = (

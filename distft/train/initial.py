@@ -26,21 +26,30 @@ _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 class InitialAdapter:
-    """The first matrices of a run's adapter, in `path` once they are made."""
+    """The first matrices of a run's adapter, in `path` once they are made.
 
-    def __init__(self, path: Path, ranks: RankGroup | None = None, each: bool = False):
-        """`each`: all ranks make them, since the base is sharded already (ZeRO-3). If not, the first one does."""
-        self.path, self.ranks, self.each = path, ranks, each
+    Args:
+        resumed: they were made by an earlier attempt, whose checkpoint is continued.
+        each: all ranks make them, since the base is sharded already (ZeRO-3). If not, the first one does.
+    """
+
+    def __init__(
+        self, path: Path, ranks: RankGroup | None = None, *, resumed: bool = False, each: bool = False
+    ) -> None:
+        self.path, self.ranks, self.resumed, self.each = path, ranks, resumed, each
 
     def add(self, wrap: Callable[[bool], Any]) -> Any:
         """A base with its adapter, and without the adapter's part. Collective.
 
         Args:
             wrap: adds the adapter as peft initializes it, or (False) with any weights and an untouched base.
+
+        Raises:
+            RunError: they were made, and cannot be read.
         """
-        ranks = self.ranks or RankGroup()
-        if ranks.from_first(self.path.is_file()):
+        if self.resumed:
             return self._take_out(wrap(False))
+        ranks = self.ranks or RankGroup()
         first, model = ranks.rank == 0, None
         if first or self.each:
             model = wrap(True)
@@ -77,7 +86,9 @@ class InitialAdapter:
         try:
             return load_file(self.path)
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.path}: the adapter's first weights cannot be read ({error})") from None
+            raise RunError(
+                f"{self.path}: the adapter's first weights, which tell its base, cannot be read ({error})"
+            ) from None
 
     def plain(self, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The trained tensors of the adapter as `plain_lora` has them: [A; A0] and [B, -B0]."""

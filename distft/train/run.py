@@ -83,7 +83,12 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         )
         if start.checkpoint:
             log.info("continues after step %d of %d", start.position.step, steps)
-    initial = InitialAdapter(run.initial_adapter, ranks, each=KINDS[plan["strategy"]].zero_stage == 3)
+    initial = InitialAdapter(
+        run.initial_adapter,
+        ranks,
+        resumed=start.checkpoint is not None,
+        each=KINDS[plan["strategy"]].zero_stage == 3,
+    )
     model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id, initial)
     attention = model.config.get_text_config()._attn_implementation
     warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)

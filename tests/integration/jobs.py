@@ -69,6 +69,7 @@ TUNINGS = {
     "loraplus": {"lora": {**EMBEDDINGS_TOO, **LORAPLUS}},
     "pissa": {"lora": PISSA, "training__learning_rate": 0.05},
     "olora": {"lora": {**PISSA, "init_lora_weights": "olora", "use_rslora": True}, "training__learning_rate": 0.05},
+    "pissa bf16": {"lora": PISSA | {"init_lora_weights": "pissa_niter_4"}, "training__learning_rate": 0.05, **BF16},
     "gaussian": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"}},
     "orthogonal": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"}},
     "new tokens": NEW,

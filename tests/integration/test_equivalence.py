@@ -51,6 +51,7 @@ JOBS = [
     *(Job(strategy, 2, "loraplus") for strategy in FOUR),
     *(Job(strategy, 2, "pissa") for strategy in FOUR),
     Job("fsdp", 2, "pissa", {"fsdp__overrides": {"fsdp_cpu_ram_efficient_loading": True}}),
+    *(Job(strategy, 2, "pissa bf16") for strategy in ("zero3", "fsdp")),
     Job("zero3", 2, "olora"),
     Job("fsdp", 2, "orthogonal"),
     Job("ddp", 2, "int8"),

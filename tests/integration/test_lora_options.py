@@ -145,6 +145,16 @@ def test_the_rates_of_lora_plus_are_those_of_peft(tiny: Tiny, tmp_path: Path, do
     assert set(rates[0].values()) == {0.5, 4.0, 1e-6}
 
 
+def test_a_checkpoint_without_the_part_of_its_base(
+    runs: Callable[[Job], Result], warm: WarmRanks, tiny: Tiny, tmp_path: Path
+) -> None:
+    run = create(alone("pissa").recipe(tiny), tmp_path, 1)
+    shutil.copytree(RunDir(runs(alone("pissa")).run_dir).checkpoint(SAVED), run.checkpoint(SAVED))
+    with pytest.raises(AssertionError, match=r"initial_adapter.safetensors: the adapter's first weights, which"):
+        warm.train(run)
+    assert not run.initial_adapter.exists()
+
+
 @pytest.mark.parametrize("tuning", ["pissa", "olora"])
 def test_an_adapter_that_was_a_part_of_the_base(
     runs: Callable[[Job], Result], trained: Callable[..., Result], tiny: Tiny, tmp_path: Path, tuning: str

@@ -1,4 +1,4 @@
-"""Every model type of transformers' AutoModelForCausalLM, planned with the sizes of its config class.
+"""Every model type of transformers' AutoModelForCausalLM, planned with the sizes of its config class (or SIZES).
 
 python benchmarks/plan_sweep.py [TYPE...] [--out FILE.json]      some seconds a type, no weights and no GPU
 
@@ -40,6 +40,27 @@ from distft.planner.search import Where
 from distft.rules import upstream
 
 NO_SDPA = upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21
+# Types whose config class has defaults that make no model, or one that does not run: sizes with which it does, as
+# published where there is a model of the type.
+_ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
+_INDEXER = {"n_heads": 4, "kv_heads": 1, "head_dim": 256, "budget": 512, "compress_ratio": 4}
+_QWEN4 = {"output_gate_type": "sigmoid", **{f"indexer_{name}": size for name, size in _INDEXER.items()}}
+SIZES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 8, "rope_theta": 500_000.0, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 2048, "ffn_hidden_size": 3584, "moe_num_experts": 16, "moe_top_k": 4},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": 8 * ["conv", "conv", "full_attention", "conv"]},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+}
 KINDS = ("formula", "counted", "refused", "gap")
 RANK = 16
 
@@ -55,12 +76,15 @@ class Found:
 def look_at(model_type: str) -> Found:
     """Plan a type with the sizes of its config class, on eight H100."""
     try:
-        config = CONFIG_MAPPING[model_type]()
+        config = CONFIG_MAPPING[model_type](**SIZES.get(model_type, {}))
     except Exception as error:  # each config class checks itself
-        return Found("gap", f"its config class has no defaults: {_line(error)}")
+        config, problem = None, _line(error)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config.save_pretrained(folder)
+        if config is None:  # what the type alone says
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        else:
+            config.save_pretrained(folder)
         (folder / "data.jsonl").write_text('{"text": "a"}\n')
         wanted = {
             "name": "sweep",
@@ -75,8 +99,9 @@ def look_at(model_type: str) -> Found:
             recipe = load_recipe(folder / "recipe.yaml")
             plan = plan_any(recipe, Where(Topology(1, 8), named_device("H100", 8)))
         except DistftError as error:
-            kind = "gap" if isinstance(error, SimulationError) else "refused"
-            return Found(kind, _line(error).replace(name, model_type))
+            if isinstance(error, SimulationError):
+                return Found("gap", _line(error).replace(name, model_type) if config else f"no defaults: {problem}")
+            return Found("refused", _line(error).replace(name, model_type))
     if plan.guessed:
         return Found("gap", plan.warnings[-1].replace(name, model_type))
     have, truth = (plan.model.parameters, plan.memory.trainable_parameters), count(config)

@@ -80,6 +80,13 @@ def known_gpu(name: str) -> str | None:
     return None
 
 
+@lru_cache
+def data_sheet(name: str) -> Gpu | None:
+    """The data sheet of a GPU by any of its names; None for an unknown one, and for a CPU."""
+    known = known_gpu(name)
+    return GPUS[known] if known else None
+
+
 def named_device(name: str, nproc_per_node: int) -> Device:
     """The device that `--gpu` names: a GPU, a size such as 48GiB, or `local` for this machine's.
 

@@ -17,6 +17,7 @@ _OUTPUT = "lm_head"
 OTHER_INPUTS = "not part of the language model, and rows are text"
 _CROSS = "they attend to images, and rows are text"
 _ROUTER = "routers give more than one tensor"
+_GROUPED = "each group of heads has a matrix of its own in it"
 _MIXER = "kernels of state-space mixers read the weights themselves"
 
 
@@ -46,8 +47,9 @@ def _not_trained(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 def left_out(names: Iterable[str]) -> dict[str, str]:
     """Regular expressions for the whole names of the modules that get no adapter, and why: those that are not trained;
-    routers, whose classes are Linear and return tuples (Phi-3.5-MoE, Llama 4); and layers of mixers of Mamba's kinds,
-    which are known by their A_log and D.
+    routers, whose classes are Linear and return tuples (Phi-3.5-MoE, Llama 4); DeepSeek-V4's grouped output layer,
+    whose result is narrower than its weight has rows; and layers of mixers of Mamba's kinds, which are known by their
+    A_log and D.
 
     transformers' fast paths read the weights of these (modeling_mamba.py, mamba_inner_fn; modeling_mamba2.py,
     mamba_split_conv1d_scan_combined), so that an adapter would be trained on CPUs and ignored on GPUs; dt_proj's is
@@ -62,6 +64,8 @@ def _left_out(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     for module in sorted({name.rpartition(".")[0] for name in names}):
         if module.endswith(".router"):
             found[_any_number(module)] = _ROUTER
+        if module.endswith(".o_a_proj"):
+            found[_any_number(module)] = _GROUPED
         if {f"{module}.A_log", f"{module}.D"} <= known:
             found[rf"{_any_number(module)}\.(?:out_proj|x_proj|dt_proj)"] = _MIXER
     return tuple(found.items())

@@ -10,7 +10,7 @@ from distft import rules
 from distft.config.batch import Batch
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.errors import PlanError
-from distft.hardware.devices import GPUS, Device
+from distft.hardware.devices import Device, data_sheet
 from distft.hardware.topology import Topology
 from distft.models.quantization import bits_in_memory
 from distft.models.shapes import ModelShape, read_config, read_model_shape
@@ -344,7 +344,7 @@ def _part(candidate: Candidate) -> str:
 def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str, ...]:
     """What the estimates of time are based on."""
     where, found = search.where, []
-    gpu = GPUS.get(where.device.name)
+    gpu = data_sheet(where.device.name)
     if search.measured:
         found.append(f"a rank computes {search.measured / 1e12:.3g} TFLOP/s, as in the run given to --calibrate")
     if gpu and not search.measured:

@@ -12,7 +12,7 @@ from distft import rules
 from distft.config import batch as batches
 from distft.config.batch import Batch
 from distft.config.recipe import Parallelism, Recipe
-from distft.hardware.devices import GPUS, Device
+from distft.hardware.devices import Device, data_sheet
 from distft.hardware.topology import Topology
 from distft.models.attention import planned_attention
 from distft.models.shapes import ModelShape
@@ -59,7 +59,7 @@ class Where:
 
     @property
     def links(self) -> Links | None:
-        gpu = GPUS.get(self.device.name)
+        gpu = data_sheet(self.device.name)
         return Links(gpu.link, self.bandwidth or USUAL_BANDWIDTH) if gpu else None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distft.config.recipe import Recipe
-from distft.hardware.devices import GPUS, Device, Gpu
+from distft.hardware.devices import Device, Gpu, data_sheet
 from distft.models.architecture import Sizes as ModelSizes
 from distft.models.layout import Tensor
 from distft.models.shapes import ModelShape
@@ -93,7 +93,7 @@ def estimate(
         measured: FLOP/s of a rank in an earlier run.
     """
     sent = communication.per_step(sizes, setting, accumulation, links)
-    gpu = GPUS.get(device.name)
+    gpu = data_sheet(device.name)
     if measured:
         rate = measured
     elif gpu and sent.seconds is not None:

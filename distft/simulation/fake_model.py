@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
-from distft.errors import PlanError, SimulationError
+from distft.errors import PlanError, SimulationError, first_line
 from distft.models.attention import planned_attention
 from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, is_kept, stored_bytes
 from distft.models.vocabulary import new_token_count, rows_needed
@@ -48,6 +48,8 @@ def base(recipe: Recipe, attn_implementation: str) -> Any:
                 attn_implementation=_attention(attn_implementation),
                 trust_remote_code=trust,
             )
+    except ImportError as error:  # Gemma 3n's vision tower is timm's
+        raise PlanError(f"model.name_or_path: {name}: {first_line(error).partition(' but ')[0]}: install it") from None
     except KeyError as error:  # Falcon has its own table of attention classes
         if str(error) != "'distft_unmasked'":
             raise failure(recipe, error) from error

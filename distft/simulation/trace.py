@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from accelerate.utils.operations import convert_outputs_to_fp32
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,6 +126,48 @@ FLOAT32 = {getattr(owner, name) for name in _NAMES.split() for owner in _OWNERS 
 FLOAT32 |= {torch.Tensor.__pow__, torch.Tensor.__rpow__}
 
 
+SOME_EXPERTS = 16  # of which a loop over experts finds tokens
+
+
+class Values(TorchFunctionMode):
+    """Answers what a model asks of values, which fake tensors do not have.
+
+    Positions: the last one of a row, on which rotary scaling depends. Experts: a loop over those that have tokens
+    (experts.nonzero(), then torch.where for the tokens of each) finds all of them, or `most`, and the same number of
+    tokens for each; a list of their numbers of tokens (tolist) divides the last topk evenly.
+    """
+
+    def __init__(self, row: int, most: int | None) -> None:
+        super().__init__()
+        self.row, self.most, self.experts, self.chosen = row, most, 1, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is None:
+            return func(*args, **kwargs)
+        whole = first.dtype is torch.long
+        if func in (torch.max, torch.Tensor.max) and whole and len(args) == 1 and not kwargs:
+            return torch.tensor(self.row - 1)
+        if func is torch.Tensor.nonzero and first.dim() == 1:
+            found = first.numel() - first.numel() % 2  # an odd number has one that stands for no expert
+            self.experts = min(max(1, found), self.most or found)
+            return [torch.tensor([expert]) for expert in range(self.experts)]
+        if func is torch.where and len(args) == 1:
+            share = -(-first.numel() // self.experts)
+            return tuple(torch.zeros(share, dtype=torch.long) for _ in range(first.dim()))
+        if func in (torch.topk, torch.Tensor.topk):
+            found = func(*args, **kwargs)
+            self.chosen = found[1].numel()
+            return found
+        return func(*args, **kwargs)
+
+    def tolist(self, tensor: Any) -> list[int]:
+        """For FakeTensor.tolist, which no function mode sees."""
+        each, more = divmod(self.chosen, tensor.numel())
+        return [each + (expert < more) for expert in range(tensor.numel())]
+
+
 class CudaKernels(TorchFunctionMode):
     """Gives CPU tensors the shapes and dtypes that they would have on a CUDA GPU.
 
@@ -233,6 +275,9 @@ def trace(
         if fake:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(dequantized_for_dora())
+            # Experts under adapters are in the compute dtype: autocast makes no copy of each, and some stand for all.
+            values = stack.enter_context(Values(columns, SOME_EXPERTS if recipe.lora else None))
+            stack.enter_context(patch.object(FakeTensor, "tolist", lambda tensor: values.tolist(tensor)))
         stack.enter_context(book)
         if cuda:
             stack.enter_context(CudaKernels())

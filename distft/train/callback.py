@@ -20,7 +20,7 @@ from distft.runs.directory import RunDir
 from distft.runs.stop_file import stop_asked
 from distft.train import strategy_check
 from distft.train.checkpoint import Checkpointer, Start
-from distft.train.metrics import MetricsLog, tokens_per_step
+from distft.train.metrics import MetricsLog, token_share, tokens_per_step
 from distft.train.outcome import LossGuard, WeightsGuard
 from distft.train.ranks import largest
 from distft.train.status import StatusWriter
@@ -68,7 +68,8 @@ class RunCallback(TrainerCallback):
         self.recipe, self.plan, self.trainer, self.start = recipe, plan, trainer, start
         self.checkpointer, self.status, self.stopping, self.watchdog = checkpointer, status, stopping, watchdog
         self.stop = StopAgreement(run, stopping, watchdog, device)
-        self.metrics = MetricsLog(run.metrics if status.writes else None, device, start.position.tokens)
+        share = token_share(plan, device)
+        self.metrics = MetricsLog(run.metrics if status.writes else None, device, start.position.tokens, share)
         self.position = start.position
         self.step_tokens = tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
         self.eval_loss: float | None = None  # of the step that is being made

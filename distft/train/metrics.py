@@ -7,12 +7,15 @@ import json
 import os
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from datasets import Dataset
 
+from distft.hardware.devices import data_sheet
 from distft.train.ranks import largest
 from distft.train.sampler import StreamSampler
 
@@ -20,12 +23,13 @@ from distft.train.sampler import StreamSampler
 class MetricsLog:
     """Writes metrics.jsonl from the first rank, to `path`; None on the others, which take part in the reductions.
 
-    `tokens`: trained on before the first step, by all ranks.
+    `tokens`: trained on before the first step, by all ranks. `token_share`: the part of what the GPUs can compute in a
+    second that one token takes (`token_share`); None: unknown.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, tokens: int):
+    def __init__(self, path: Path | None, device: torch.device, tokens: int, token_share: float | None = None):
         self.file = _Appender(path) if path is not None else None
-        self.device, self.tokens = device, tokens
+        self.device, self.tokens, self.token_share = device, tokens, token_share
         self.clock = time.perf_counter()
 
     def start_clock(self) -> None:
@@ -42,21 +46,38 @@ class MetricsLog:
             eval_loss: None where it was not measured.
         """
         now = time.perf_counter()
+        speed = (tokens - self.tokens) / (now - self.clock)
         line = {
             "step": step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs["learning_rate"],
             "tokens": tokens,
-            "tokens_per_second": (tokens - self.tokens) / (now - self.clock),
+            "tokens_per_second": speed,
             "peak_memory_bytes": peak_memory(self.device),
             "time": time.time(),
+            "mfu": self.token_share and speed * self.token_share,
         }
         if eval_loss is not None:
             line["eval_loss"] = eval_loss
         self.clock, self.tokens = now, tokens
         if self.file is not None:
             self.file.write(json.dumps(line) + "\n")
+
+
+def token_share(plan: Mapping[str, Any], device: torch.device) -> float | None:
+    """Seconds for which a token would occupy all GPUs of a run at the data sheet's rate; times tokens per second, the
+    MFU (PaLM, arXiv 2204.02311, appendix B). None on a CPU or an unknown GPU.
+
+    The FLOPs are the plan's (planner/speed.py): those of the model, without what gradient checkpointing repeats, and
+    with attention over rows of max_length.
+    """
+    flops = plan["time"]["flops_per_token"]
+    sheet = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if sheet is None or not flops:
+        return None
+    peak = 1e12 * (sheet.float32_tflops if plan["mixed_precision"] == "no" else sheet.tflops)
+    return float(flops / (plan["topology"]["world_size"] * peak))
 
 
 class _Appender:

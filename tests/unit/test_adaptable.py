@@ -20,6 +20,7 @@ LAYERS = {
     ],
     "qwen2_vl as published": ["visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj", "lm_head"],
     "llama4": ["language_model.model.layers.0.feed_forward.router", "language_model.model.layers.0.self_attn.q_proj"],
+    "deepseek_v4": ["model.layers.0.self_attn.o_a_proj", "model.layers.0.self_attn.o_b_proj"],
     "mllama": [
         "model.language_model.layers.3.cross_attn.q_proj",
         "model.language_model.layers.3.mlp.up_proj",
@@ -48,6 +49,7 @@ def tensors(model: str) -> list[Tensor]:
         ("gemma3", [2], [0, 1]),
         ("qwen2_vl as published", [1], [0]),
         ("llama4", [1], []),
+        ("deepseek_v4", [1], []),
         ("mllama", [2], [0, 1]),
         ("mamba2", [0, 2], []),
         ("linear attention", [0, 1], []),

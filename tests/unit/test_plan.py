@@ -438,7 +438,9 @@ def test_no_gpu_is_looked_for_unless_asked(folder: Path, tmp_path: Path) -> None
     done = run(folder, "8b.yaml", PATH=path)
     assert "H100, because neither --gpu nor --cluster names a GPU;" in done.stdout
     assert not asked.exists()
-    assert "NVIDIA L4" in run(folder, "8b.yaml", "--gpu", "local", PATH=path).stdout
+    page = run(folder, "8b.yaml", "--gpu", "local", PATH=path).stdout
+    assert "NVIDIA L4" in page
+    assert " s per step, " in page  # its data sheet is known by that name, too
     assert asked.exists()
 
 

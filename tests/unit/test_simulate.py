@@ -184,6 +184,41 @@ def test_one_block_of_each_kind(
     assert (found.model_parameters, found.trainable_parameters) == (every.model_parameters, every.trainable_parameters)
 
 
+# What a model asks of values that fake tensors do not have.
+ASKING = {
+    "jetmoe": {"num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 4},  # a list of tokens per expert
+    "longcat_flash": {  # a loop over the experts that have tokens
+        "num_layers": 2,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 48,
+        "n_routed_experts": 4,
+        "zero_expert_num": 0,
+        "moe_topk": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 32,
+        "num_key_value_heads": 4,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "head_dim": 8,
+        "v_head_dim": 16,
+    },
+    "llama": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},  # the last position
+}
+
+
+@pytest.mark.parametrize("kind", ASKING)
+def test_what_depends_on_values(folder: Path, tmp_path: Path, kind: str) -> None:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = {"model_type": kind, **sizes, "vocab_size": VOCABULARY, "pad_token_id": 0, **ASKING[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"cuda": False, "micro_batch_size": 1}
+    sets = [f"model.name_or_path={tmp_path}", "data.packing=false", "lora.target_modules=[q_proj, kv_proj, q_b_proj]"]
+    fake, real = traced(folder, *sets, **options), traced(folder, *sets, fake=False, **options)
+    assert fake.states == real.states
+    for segment in real.peaks:
+        assert fake.total(segment) == pytest.approx(real.total(segment), rel=0.02), segment
+
+
 def test_the_line_is_what_is_traced(folder: Path) -> None:
     wanted = recipe(folder, "training.mixed_precision=bf16", "training.global_batch_size=64")
     counted = Counted(wanted, Traced(wanted))

@@ -21,7 +21,7 @@ from distft.runs.directory import RunDir
 from distft.train.chat import RowProblem, Tokenization
 from distft.train.encoding import Counts, fit
 from distft.train.losses import mean_loss, summed_loss
-from distft.train.metrics import MetricsLog, tokens_per_step
+from distft.train.metrics import MetricsLog, token_share, tokens_per_step
 from distft.train.sampler import StreamSampler
 from distft.train.shards import Share
 from distft.train.step_state import set_schedule
@@ -344,7 +344,7 @@ def test_ranks_with_the_same_range_share_its_writing() -> None:
 
 
 def test_speed_counts_the_tokens_since_the_last_line(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", torch.device("cpu"), tokens=700)
+    log = MetricsLog(tmp_path / "metrics.jsonl", torch.device("cpu"), tokens=700, token_share=1e-4)
     logs = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3}
     for step, tokens in ((5, 1700), (6, 1900)):
         log.clock = time.perf_counter() - 2
@@ -353,6 +353,20 @@ def test_speed_counts_the_tokens_since_the_last_line(tmp_path: Path) -> None:
     assert first["tokens_per_second"] == pytest.approx(1000 / 2, rel=0.05)
     assert second["tokens_per_second"] == pytest.approx(200 / 2, rel=0.05)
     assert ("eval_loss" in first, second["eval_loss"]) == (False, 3.0)
+    assert first["mfu"] == pytest.approx(0.05, rel=0.05)
+
+
+def test_what_a_token_takes_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"time": {"flops_per_token": 48e9}, "topology": {"world_size": 4}, "mixed_precision": "bf16"}
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    # 6 FLOPs for each of 8 billion weights; four A100 of 312 TFLOP/s at 13,000 tokens a second are half used.
+    assert 13_000 * token_share(plan, gpu) == pytest.approx(0.5)
+    assert token_share(plan | {"mixed_precision": "no"}, gpu) == pytest.approx(16 * token_share(plan, gpu))
+    assert token_share(plan | {"time": {"flops_per_token": None}}, gpu) is None
+    assert token_share(plan, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU of next year")
+    assert token_share(plan, gpu) is None
 
 
 @pytest.mark.parametrize(("steps", "seconds"), [([1, 2, 9], 300), ([10, 20, 30], 400)])

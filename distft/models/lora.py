@@ -220,6 +220,13 @@ def rank_of(lora: Lora, path: str) -> int:
     return lora.r if pattern is None else lora.rank_pattern[pattern]
 
 
+def ranks_in_words(lora: Lora) -> str:
+    """The ranks of the adapters, and what is trained whole beside them."""
+    ranks = sorted({lora.r, *lora.rank_pattern.values()})
+    text = f"LoRA r {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    return text + (f", {', '.join(lora.modules_to_save)} whole" if lora.modules_to_save else "")
+
+
 def check_options(lora: Lora, targets: Sequence[str], without: Iterable[str] = ()) -> None:
     """Check that every option which is about some of the layers is about one that is there.
 

@@ -92,7 +92,8 @@ def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
         rank = f"r {lora.r}"
         if changes_base(lora):
             rank = f"r {2 * lora.r}: trained from {lora.init_lora_weights} with r {lora.r}, saved for the base as it is"
-        what = f"{kind} adapter ({rank}) of {base}{on}"
+        whole = f", with {', '.join(lora.modules_to_save)} trained whole" if lora.modules_to_save else ""
+        what = f"{kind} adapter ({rank}) of {base}{on}{whole}"
         if merged:
             rounded = " as they are after quantizing and dequantizing" if recipe.model.quantization else ""
             what = f"{what}, merged into its weights{rounded}"

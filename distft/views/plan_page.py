@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from distft.models.lora import ranks_in_words
 from distft.planner.limits import Limits
 from distft.planner.plan import PRECISIONS, RecipePlan
 from distft.planner.search import ABOUT
@@ -67,7 +68,7 @@ def _verdict(plan: RecipePlan) -> str:
 
 def _job(plan: RecipePlan, width: int) -> Iterator[str]:
     m, b, recipe = plan.model, plan.batch, plan.recipe
-    adapters = f"LoRA r {recipe.lora.r}" if recipe.lora else "full fine-tuning"
+    adapters = ranks_in_words(recipe.lora) if recipe.lora else "full fine-tuning"
     if recipe.training.train_only:
         adapters = "fine-tuning of a part"
     quantized = f" on {recipe.model.quantization}" if recipe.model.quantization else ""

@@ -109,6 +109,7 @@ def test_final_and_merge(runs: Callable[[Job], Result], tmp_path: Path, tuning: 
     adapter = PeftModel.from_pretrained(base, run.final)
     trained = logits(adapter, rows)
     assert before is None or (trained - before).abs().max() > 0.1
+    assert "lm_head trained whole" in (run.final / "README.md").read_text()
     names = set(load_file(run.final / "adapter_model.safetensors"))
     assert {f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens")} <= names
     if "tied" in tuning:
@@ -171,6 +172,9 @@ def test_an_adapter_that_was_a_part_of_the_base(
     assert config["lora_alpha"] == pytest.approx(8 * factor)
     assert config["rank_pattern"] == {"up_proj": 4}
     assert config["alpha_pattern"] == {"down_proj": pytest.approx(3 * factor)}
+    assert (
+        f"(r 8: trained from {tuning} with r 4, saved for the base as it is)" in (run.final / "README.md").read_text()
+    )
     base = AutoModelForCausalLM.from_pretrained(tiny.path / "model")
     before = logits(base, ROWS)
     plain = logits(PeftModel.from_pretrained(base, run.final), ROWS)

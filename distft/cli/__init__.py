@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import sys
@@ -49,13 +50,18 @@ COMMANDS = {
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Print a DistftError on standard error, and exit with its status."""
+    """Print a DistftError on standard error, and exit with its status. A full disk is no bug either."""
     try:
         yield
     except DistftError as error:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(_other_file(error) or str(error), err=True)
         raise SystemExit(error.exit_status) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        click.echo(f"error: no space left on the device of {error.filename or 'standard output'}", err=True)
+        raise SystemExit(1) from None
 
 
 def _other_file(error: DistftError) -> str | None:

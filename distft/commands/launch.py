@@ -152,6 +152,8 @@ class Launch(ABC):
         from distft.views.progress import say
 
         cluster = self.target.cluster
+        if self.run is None:
+            RunDir.check_writable(self.target.runs_dir(self.settings))
         if cluster is None:
             only_this_machine(self.plan.topology)
         say(console, summary.plan_lines(self.plan))

@@ -187,7 +187,7 @@ def _resolve_paths(document: Document[Recipe], folder: Path, needed: Collection[
                     continue
                 hint = paths.hint(path, text, path_field)
                 if path_field.absent is None or dotted(path_field.steps) in needed or paths.holds(Path.exists, path):
-                    document.problem(steps, f"no such {path_field.kind}: {shown}{hint}")
+                    document.problem(steps, f"{paths.missing(path, path_field.kind)}: {shown}{hint}")
                     continue
                 notes.append(f"{dotted(steps)}: {shown} is not here{path_field.absent}{hint}")
             elif after and not path.is_dir():

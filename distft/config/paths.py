@@ -123,6 +123,17 @@ def holds(test: Callable[[Path], bool], path: Path) -> bool:
         return False
 
 
+def missing(path: Path, kind: str) -> str:
+    """`no such file`, to be put before a path that is not there: or that nobody may look."""
+    try:
+        path.stat()
+    except PermissionError:
+        return "no permission to look at"
+    except (OSError, ValueError):
+        pass
+    return f"no such {kind}"
+
+
 def hint(path: Path, text: str, field: PathField) -> str:
     """What may have been meant by a path that is not there."""
     is_word = field.instead in (_HUB_MODEL, _HUB_DATA) and not re.search(r"/|\.", text)

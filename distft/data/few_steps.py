@@ -13,6 +13,7 @@ from distft.data.mixing import is_mix
 from distft.data.reading import Tally, are_here, batches, examples
 from distft.data.sources import as_sources, find_data
 from distft.errors import DistftError
+from distft.units import plural
 
 FEW = 10
 BYTES_PER_TOKEN = 4  # of UTF-8, where no tokenizer says it: English of today's tokenizers
@@ -65,7 +66,7 @@ def _warning(recipe: Recipe, rows: int | None = None, packed: bool = False, abou
     steps = training.optimizer_steps(rows or 0)
     if steps >= FEW:
         return []
-    why = [] if rows is None else [f"{about}{rows:,} {'packed ' * packed}rows"]
+    why = [] if rows is None else [f"{about}{plural(rows, 'packed row' if packed else 'row')}"]
     why.append(f"global batch size {training.global_batch_size:,}")
     why += [f"training.max_steps {training.max_steps}"] if training.max_steps else []
     more = ["a higher training.max_steps" if training.max_steps else "more training.num_train_epochs"]

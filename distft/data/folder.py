@@ -31,7 +31,11 @@ class Folder:
 
 
 def local_folder(path: Path) -> Folder:
-    """A folder on this machine, with all below it."""
+    """A folder on this machine, with all below it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
 
     def text(name: str) -> str | None:
         try:
@@ -46,11 +50,14 @@ def local_folder(path: Path) -> Folder:
         assert kind is not None
         return DataFile(str(path / name), *kind, path / name)
 
-    if (saved := saved_splits(path)) is not None:
-        return Folder(str(path), [], [], text, file, saved)
-    configs = splits.read_configs(text(splits.README), text(splits.YAML), str(path))
-    patterns = [one for config in configs for several in (config.patterns or {}).values() for one in several]
-    names, left_out = _walk(path, with_hidden=any(splits.is_unusual(f"{one}/x") for one in patterns))
+    try:
+        if (saved := saved_splits(path)) is not None:
+            return Folder(str(path), [], [], text, file, saved)
+        configs = splits.read_configs(text(splits.README), text(splits.YAML), str(path))
+        patterns = [one for config in configs for several in (config.patterns or {}).values() for one in several]
+        names, left_out = _walk(path, with_hidden=any(splits.is_unusual(f"{one}/x") for one in patterns))
+    except PermissionError as error:  # of a folder whose names may be listed, and nothing more
+        raise DataError(f"{error.filename}: cannot be read (permission denied)") from None
     return Folder(str(path), names, left_out, text, file)
 
 

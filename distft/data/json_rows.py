@@ -35,7 +35,8 @@ def _parse(text: bytes) -> dict[str, Any] | RowProblem:
     try:
         row = json.loads(text.decode())
     except json.JSONDecodeError as error:
-        return RowProblem("not-json", f"not JSON ({error.msg}, column {error.colno})")
+        fix = "; remove the comma after the object" if error.doc[error.pos :].strip() == "," else ""
+        return RowProblem("not-json", f"not JSON ({error.msg}, column {error.colno}){fix}")
     except UnicodeDecodeError as error:
         return RowProblem("not-utf8", f"not JSON in UTF-8 (byte {error.start + 1}); save the file as UTF-8")
     except RecursionError:

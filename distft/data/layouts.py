@@ -174,10 +174,16 @@ def _unknown(samples: Mapping[str, Any]) -> NoReturn:
                 "save that list as a file"
             ),
         )
+    # Text and Question are not text and question.
+    known = {name for names in (CONVERSATIONS, *PAIRS, ("prompt", "completion", "text", "input_ids")) for name in names}
+    meant = {name.strip().lower(): name for name in samples if name.strip().lower() in known - samples.keys()}
+    example = "data.columns gives them other names, such as {messages: dialog} or {text: content}"
+    if meant:
+        example = f"rename {', '.join(f'{json.dumps(name)} to {known}' for known, name in meant.items())}"
     raise RowProblem(
         "format-unknown",
         f"got the fields {', '.join(samples) or '(none)'}; need messages, prompt + completion, instruction + output, "
-        "text or input_ids; data.columns gives them other names, such as {messages: dialog} or {text: content}",
+        f"text or input_ids; {example}",
     )
 
 

@@ -19,12 +19,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distft.config.paths import HUB_PAGE, data_is_there, locate_data
+from distft.config.paths import HUB_PAGE, data_is_there, holds, locate_data
 from distft.config.recipe import Data, Recipe, Source
 from distft.config.schema_text import closest, did_you_mean
 from distft.data.batches import Objects
 from distft.data.conversations import MESSAGE_FIELDS
-from distft.data.files import Found, some
+from distft.data.files import DataFile, Found, some
 from distft.data.formats import Example, Formatter
 from distft.data.hub import pinned as pinned_path
 from distft.data.layouts import SAMPLE, Layout, find_layout
@@ -108,7 +108,7 @@ def batches(found: Sequence[Found], data: Data) -> Iterator[tuple[int, Batch, La
         for file in source.files:
             layout: Layout | None = None
             for batch in read_batches([file]):
-                layout = layout or _layout(batch, data)
+                layout = layout or _layout(batch, data, file)
                 yield number, batch, layout or Layout("text", {})  # no row of the batch can be read at all
 
 
@@ -180,14 +180,19 @@ def _parts(source: Found) -> list[Found]:
     return [replace(source, files=(file,)) for file in source.files]
 
 
-def _layout(batch: Batch, data: Data) -> Layout | None:
+def _layout(batch: Batch, data: Data, file: DataFile) -> Layout | None:
     rows = [(place, row) for place, row in islice(batch.rows(), SAMPLE) if not isinstance(row, RowProblem)]
     if not rows:
         return None
     try:
         layout = find_layout([row for _, row in rows], data.format, data.columns)
     except RowProblem as problem:
-        raise DataError(f"{rows[0][0]}: {problem.text}") from None
+        header = (
+            "; the first line of a CSV file must name the fields"
+            if (file.kind, problem.kind) == ("csv", "format-unknown")
+            else ""
+        )
+        raise DataError(f"{rows[0][0]}: {problem.text}{header}") from None
     return replace(layout, seen_at=next((place for place, row in rows if layout.has_needed(row)), ""))
 
 
@@ -246,7 +251,7 @@ def read_examples(
 
 def is_absent(source: str) -> bool:
     """Whether a source is a path that is not on this machine."""
-    return Path(source).is_absolute() and not data_is_there(locate_data(Path("/"), source)[0])
+    return Path(source).is_absolute() and not holds(data_is_there, locate_data(Path("/"), source)[0])
 
 
 def are_here(recipe: Recipe) -> bool:

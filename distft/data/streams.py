@@ -21,10 +21,23 @@ BLOCK = 2**20  # bytes that are read at once
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}  # the first bytes
+# The first bytes of a file that is compressed, and of others that are no text.
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+_OTHER = {
+    b"PAR1": "parquet; give it a name that ends in .parquet",
+    b"ARROW1": "Arrow; give it a name that ends in .arrow",
+    b"PK\x03\x04": "a zip archive (or a workbook of Excel's); unpack it, or save it as CSV",
+}
 
 
-def _check_not_compressed(file: DataFile, head: bytes) -> None:
+def _check_text(file: DataFile, head: bytes) -> None:
+    """Raises DataError for a file that has no text, by its first bytes."""
+    if file.kind not in ("parquet", "arrow"):
+        for magic, what in _OTHER.items():
+            if head.startswith(magic):
+                raise DataError(f"{file.name}: is {what}")
+    if file.compression is not None:
+        return
     for magic, suffix in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{file.name}: is compressed, and its name does not say so; add {suffix} to its name")
@@ -82,8 +95,8 @@ def blocks(file: DataFile) -> Generator[bytes]:
                 block = stream.read(BLOCK)
                 if not block:
                     return
-                if not number and file.compression is None:
-                    _check_not_compressed(file, block)
+                if not number:
+                    _check_text(file, block)
                 yield block
     except PermissionError:
         raise DataError(f"{file.name}: cannot be read (permission denied)") from None

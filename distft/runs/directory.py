@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,14 @@ class RunDir:
         except OSError as error:
             raise RecipeError(f"output_dir: {base} cannot be written ({error.strerror})") from None
         raise AssertionError("unreachable: the candidates do not end")
+
+    @staticmethod
+    def check_writable(output_dir: str) -> None:
+        """Raises RecipeError where create() would fail, before hours of preparation."""
+        base = Path(output_dir).absolute()
+        above = next(folder for folder in (base, *base.parents) if os.access(folder, os.F_OK))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise RecipeError(f"output_dir: {base} cannot be written (permission denied: {above})")
 
     @classmethod
     def find(cls, word: str, output_dir: str = "runs") -> RunDir:

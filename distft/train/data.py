@@ -274,11 +274,12 @@ def check_left(recipe: Recipe, what: str, counts: Counts, rows: int) -> None:
     if not counts.documents and counts.long_rows:
         raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit:,} tokens)")
     if not counts.documents and isinstance(recipe.data.eval, float):
-        of = "the one row" if rows == 1 else f"the {rows:,} rows"
+        if rows == 1:
+            raise DataError("data.eval: data.train has one row, and a fraction needs several; name evaluation data")
         change = "raise" if what == "data.eval" else "lower"
         raise DataError(
-            f"data.eval: a fraction of {recipe.data.eval} leaves none of {of} of data.train for {what}; {change} it, "
-            "or name evaluation data"
+            f"data.eval: a fraction of {recipe.data.eval} leaves none of the {rows:,} rows of data.train for {what}; "
+            f"{change} it, or name evaluation data"
         )
     if not counts.documents:
         raise DataError(f"{what}: no row is left: all are marked not to be trained")

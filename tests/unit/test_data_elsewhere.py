@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,39 @@ def test_a_misspelt_name_is_still_helped(folder: Path, tiny: Tiny) -> None:
     write(tiny.recipe(data__train="row.jsonl"))
     expected = f"data.train: {folder}/row.jsonl is not here; its rows are not checked; did you mean rows.jsonl?"
     assert run("validate", "recipe.yaml", "--cluster", "site.yaml").stderr == f"warning: {expected}\n"
+
+
+NO_RIGHTS = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(NO_RIGHTS) and shutil.which("setpriv") is None, reason="root may read everything")
+def test_what_nobody_may_read_or_write(folder: Path, tiny: Tiny) -> None:
+    """Folders that cannot be entered, or whose names may be listed and nothing more; a run directory that cannot be
+    made, which is said before anything is prepared."""
+    for name, mode in {"closed": 0, "listed": 0o444, "fixed": 0o555}.items():
+        Path(name).mkdir()
+        Path(name, "rows.jsonl").write_text('{"text": "5"}\n')
+        Path(name).chmod(mode)
+    site = ["--cluster", "site.yaml"]
+    for train, words, status, text in (
+        ("closed/rows.jsonl", ["validate"], 2, f"no permission to look at: {folder}/closed/rows.jsonl ("),
+        ("closed/rows.jsonl", ["validate", *site], 0, f"{folder}/closed/rows.jsonl is not here; "),
+        ("closed", ["validate"], 2, f"{folder}/closed"),
+        ("listed", ["validate"], 2, ": cannot be read (permission denied)\n"),
+        (
+            "fixed",
+            ["launch", "--set", "output_dir=fixed/runs"],
+            2,
+            f"output_dir: {folder}/fixed/runs cannot be written",
+        ),
+    ):
+        write(tiny.recipe(data__train=train))
+        command = [*NO_RIGHTS, sys.executable, "-m", "distft", words[0], "recipe.yaml", *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DISTFT_CACHE": "cache"})
+        assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (status, True, False), done.stderr
+    assert not Path("cache").exists()
+    for name in ("closed", "listed", "fixed"):
+        Path(name).chmod(0o755)
 
 
 def test_misspelt_files_beside_the_recipe(folder: Path) -> None:

@@ -635,6 +635,17 @@ def refusal(path: Path, **data: Any) -> str:
     return str(caught.value).replace(f"{path.parent}/", "")
 
 
+def test_names_and_lines_that_are_nearly_right(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path / "a.jsonl", [{"Question": "q", " answer": "a"}])).endswith(
+        '; rename "Question" to question, " answer" to answer'
+    )
+    path = tmp_path / "b.csv"
+    path.write_text("read,file\nlist,dict\n")
+    assert refusal(path).endswith("; the first line of a CSV file must name the fields")
+    comma = refusal(write(tmp_path / "c.jsonl", ['{"text": "a"},', '{"text": "b"}']))
+    assert comma.startswith("c.jsonl:1: not JSON (Extra data, column 14); remove the comma after the object\n")
+
+
 def test_rows_of_another_format_in_a_file(tmp_path: Path) -> None:
     """The row's fields are named, and a row that is of the file's format."""
     chat, pair, text = {"messages": [USER, ANSWER]}, {"prompt": "q", "completion": "a"}, {"text": "t"}

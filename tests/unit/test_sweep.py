@@ -10,7 +10,6 @@ from benchmarks.plan_sweep import Found, look_at
 GAPS = ("blt",)  # and qwen4_exp, qwen4_exp_text: docs/plan.md says why
 COUNTED = (
     "dbrx",
-    "hunyuan_v1_dense",
     "jetmoe",
     "arcee",
     "ernie4_5_moe",

@@ -68,7 +68,7 @@ class RunCallback(TrainerCallback):
         self.recipe, self.plan, self.trainer, self.start = recipe, plan, trainer, start
         self.checkpointer, self.status, self.stopping, self.watchdog = checkpointer, status, stopping, watchdog
         self.stop = StopAgreement(run, stopping, watchdog, device)
-        share = token_share(plan, device)
+        share = token_share(plan)
         self.metrics = MetricsLog(run.metrics if status.writes else None, device, start.position.tokens, share)
         self.position = start.position
         self.step_tokens = tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)

@@ -65,7 +65,7 @@ class MetricsLog:
             self.file.write(json.dumps(line) + "\n")
 
 
-def token_share(plan: Mapping[str, Any], device: torch.device) -> float | None:
+def token_share(plan: Mapping[str, Any]) -> float | None:
     """Seconds for which a token would occupy all GPUs of a run at the data sheet's rate; times tokens per second, the
     MFU (PaLM, arXiv 2204.02311, appendix B). None on a CPU or an unknown GPU.
 
@@ -73,7 +73,7 @@ def token_share(plan: Mapping[str, Any], device: torch.device) -> float | None:
     with attention over rows of max_length.
     """
     flops = plan["time"]["flops_per_token"]
-    sheet = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    sheet = data_sheet(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if sheet is None or not flops:
         return None
     peak = 1e12 * (sheet.float32_tflops if plan["mixed_precision"] == "no" else sheet.tflops)

@@ -57,6 +57,7 @@ def test_trains_and_goes_on(
     plan = json.loads((done.run_dir / "plan.json").read_text())
     assert plan["topology"]["gpu"] == "NVIDIA H100 80GB HBM3"
     assert set(records.read_text().split()) == {backend}
+    assert all(0 < mfu < 0.1 for mfu in done.column("mfu"))
     assert done.column("peak_memory_bytes") == [GIB] * 4  # what the emulated allocator says
     losses = done.column("loss")
     assert losses == pytest.approx(trained(recipe, 2).column("loss"), rel=1e-6)

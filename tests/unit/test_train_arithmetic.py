@@ -358,15 +358,15 @@ def test_speed_counts_the_tokens_since_the_last_line(tmp_path: Path) -> None:
 
 def test_what_a_token_takes_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"time": {"flops_per_token": 48e9}, "topology": {"world_size": 4}, "mixed_precision": "bf16"}
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    assert token_share(plan) is None  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
     # 6 FLOPs for each of 8 billion weights; four A100 of 312 TFLOP/s at 13,000 tokens a second are half used.
-    assert 13_000 * token_share(plan, gpu) == pytest.approx(0.5)
-    assert token_share(plan | {"mixed_precision": "no"}, gpu) == pytest.approx(16 * token_share(plan, gpu))
-    assert token_share(plan | {"time": {"flops_per_token": None}}, gpu) is None
-    assert token_share(plan, torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU of next year")
-    assert token_share(plan, gpu) is None
+    assert 13_000 * token_share(plan) == pytest.approx(0.5)
+    assert token_share(plan | {"mixed_precision": "no"}) == pytest.approx(16 * token_share(plan))
+    assert token_share(plan | {"time": {"flops_per_token": None}}) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU of next year")
+    assert token_share(plan) is None
 
 
 @pytest.mark.parametrize(("steps", "seconds"), [([1, 2, 9], 300), ([10, 20, 30], 400)])

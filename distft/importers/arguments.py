@@ -42,7 +42,7 @@ def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | No
         shared or {},
         "" if micro else f" (per_device_train_batch_size is {draft.kind}'s default)",
     )
-    _length(options, defaults)
+    common.duration(options, "num_train_epochs", defaults["num_train_epochs"])
     rate = options.number("learning_rate")
     if rate is not None:
         options.set("training.learning_rate", "learning_rate", rate)
@@ -81,18 +81,6 @@ def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | No
         options.set("output_dir", "output_dir", folder)
     for name in ("arguments", "logging"):
         table(name).apply(options)
-
-
-def _length(options: Options, defaults: dict[str, Any]) -> None:
-    steps, epochs = options.integer("max_steps"), options.number("num_train_epochs")
-    if steps and steps > 0:
-        options.set("training.max_steps", "max_steps", steps)
-        if epochs is not None:
-            options.drop("num_train_epochs", "max_steps says when training ends")
-        return
-    if epochs is not None:
-        options.set("training.num_train_epochs", "num_train_epochs", float(epochs))
-    options.draft.default("training.num_train_epochs", defaults["num_train_epochs"], "num_train_epochs")
 
 
 def _warmup(options: Options) -> None:

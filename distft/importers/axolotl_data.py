@@ -21,10 +21,7 @@ _RL = "distft trains on examples alone; this needs preferences or a reward"
 def read(options: Options) -> None:
     """All options of the data."""
     draft = options.draft
-    length = options.integer("sequence_len")
-    if length:
-        options.set("data.max_length", "sequence_len", length)
-    draft.default("data.max_length", 512, "sequence_len")
+    common.max_length(options, "sequence_len", 512)
     packs = options.flag("sample_packing")
     if packs is not None:
         options.set("data.packing", "sample_packing", packs)

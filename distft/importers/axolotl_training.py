@@ -14,15 +14,7 @@ def read(options: Options) -> None:
     """All options of the training."""
     draft = options.draft
     _batch(options)
-    steps, epochs = options.integer("max_steps"), options.number("num_epochs")
-    if steps and steps > 0:
-        options.set("training.max_steps", "max_steps", steps)
-        if epochs is not None:
-            options.drop("num_epochs", "max_steps says when training ends")
-    elif epochs is not None:
-        options.set("training.num_train_epochs", "num_epochs", epochs)
-    if "training.max_steps" not in draft.fields:
-        draft.default("training.num_train_epochs", 1, "num_epochs")
+    common.duration(options, "num_epochs", 1)
     rate = options.number("learning_rate")
     if rate is None:
         draft.problems.append(f"learning_rate is missing ({draft.file.name})")

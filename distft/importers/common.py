@@ -155,6 +155,28 @@ def add_tokens(options: Options, name: str, tokens: list[str]) -> None:
     options.set("model.add_tokens", name, list(dict.fromkeys([*before, *tokens])))
 
 
+def duration(options: Options, epochs_name: str, default: float) -> None:
+    """max_steps, which goes before epochs; `default` epochs where neither is said."""
+    steps, epochs = options.integer("max_steps"), options.number(epochs_name)
+    if steps and steps > 0:
+        options.set("training.max_steps", "max_steps", steps)
+        if epochs is not None:
+            options.drop(epochs_name, "max_steps says when training ends")
+        return
+    if epochs is not None:
+        options.set("training.num_train_epochs", epochs_name, float(epochs))
+    options.draft.default("training.num_train_epochs", default, epochs_name)
+
+
+def max_length(options: Options, name: str, default: int) -> bool:
+    """The longest row, in tokens. Whether the file says it."""
+    length = options.integer(name)
+    if length:
+        options.set("data.max_length", name, length)
+    options.draft.default("data.max_length", default, name)
+    return bool(length)
+
+
 def target_modules(options: Options, name: str) -> None:
     value = options.take(name)
     if value in ("all-linear", "all_linear", ["all-linear"], "all", ["all"]):

@@ -216,10 +216,7 @@ def _freeze(options: Options) -> None:
 
 def _data(options: Options, stage: str) -> None:
     draft = options.draft
-    length = options.integer("cutoff_len")
-    if length:
-        options.set("data.max_length", "cutoff_len", length)
-    draft.default("data.max_length", 2048, "cutoff_len")
+    common.max_length(options, "cutoff_len", 2048)
     _packing(options, stage)
     if stage == "pt":
         draft.default("data.long_rows", "split", "cutoff_len")

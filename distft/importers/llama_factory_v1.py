@@ -132,9 +132,7 @@ def _quantization(options: Options) -> None:
 
 def _data(options: Options) -> None:
     draft = options.draft
-    if (length := options.integer("cutoff_len")) is not None:
-        options.set("data.max_length", "cutoff_len", length)
-    draft.default("data.max_length", 2048, "cutoff_len")
+    common.max_length(options, "cutoff_len", 2048)
     draft.default("data.long_rows", "truncate", "cutoff_len")
     _batching(options)
     # core/data_engine.py, _prefix_cuts: a row for each answer, which is its last turn and keeps its thought
@@ -249,15 +247,7 @@ def _training(options: Options) -> None:
     """config/training_args.py; core/base_trainer.py: torch's AdamW at a constant rate, the mean over all tokens."""
     draft = options.draft
     _batch(options)
-    steps, epochs = options.integer("max_steps"), options.number("num_train_epochs")
-    if steps and steps > 0:
-        options.set("training.max_steps", "max_steps", steps)
-        if epochs is not None:
-            options.drop("num_train_epochs", "max_steps says when training ends")
-    else:
-        if epochs is not None:
-            options.set("training.num_train_epochs", "num_train_epochs", epochs)
-        draft.default("training.num_train_epochs", 3, "num_train_epochs")
+    common.duration(options, "num_train_epochs", 3)
     common.plain_number(options, "learning_rate", "training.learning_rate", 1e-4)
     common.plain_number(options, "max_grad_norm", "training.max_grad_norm", 1.0)
     draft.default("training.lr_scheduler_type", "constant", "lr_scheduler_config")

@@ -86,11 +86,8 @@ def _lora(options: Options) -> None:
 
 def _data(options: Options) -> None:
     draft = options.draft
-    length = options.integer("max_length")
-    if length:
-        options.set("data.max_length", "max_length", length)
-    draft.default("data.max_length", 1024, "max_length")
-    if "max_length" in options.data and not length:
+    said = common.max_length(options, "max_length", 1024)
+    if "max_length" in options.data and not said:
         draft.warn("max_length: null is no limit; distft needs one: raise data.max_length above the longest row")
         draft.default("data.long_rows", "error", "max_length")
     packs, strategy = options.flag("packing"), options.text("packing_strategy")

@@ -44,10 +44,10 @@ def plan(
     Raises:
         DistftError: the request is wrong.
     """
-    loaded = read_recipe(path, sets, replace(target, gpu=gpu).needed_files(for_launch=False))
-    recipe = loaded.recipe
     assumed = gpu is None and not target.cluster
-    where = replace(target, gpu=USUAL_GPU if assumed else gpu).where()
+    target = replace(target, gpu=USUAL_GPU if assumed else gpu)
+    loaded = read_recipe(path, sets, target.needed_files(for_launch=False))
+    recipe, where = loaded.recipe, target.where()
     measured = None
     if calibrate_with:
         name = where.device.name if where.device.type == "cuda" else None

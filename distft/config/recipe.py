@@ -203,8 +203,8 @@ class Data(Group):
     `owner/name@revision`, or a file or folder in it: `hf://datasets/owner/name/path`), or a list of these. Folders and
     hub ids are searched for splits as `datasets` does it, and their split `train` is taken; `:split` at the end names
     another one, `@config` after a folder one of its configurations. Paths are relative to the recipe's folder. What is
-    not on this machine is an error, but a warning where another machine is planned for (`--cluster` of plan, validate
-    and render, and of a launch whose nodes read it; `plan --gpu`)."""
+    not on this machine is an error, but a warning where another machine is planned for (`--cluster` of validate
+    and render, and of a launch whose nodes read it; `plan`, but for `--gpu local`)."""
 
     eval: (
         NonEmpty | Annotated[float, Field(gt=0, lt=1)] | Annotated[list[NonEmpty | Source], Field(min_length=1)] | None

@@ -50,7 +50,7 @@ def run(*arguments: str, expect: int = 0) -> Result:
 
 
 def test_plan(folder: Path) -> None:
-    for options in (["--cluster", "site.yaml"], ["--gpu", "rtx4090"]):
+    for options in ([], ["--cluster", "site.yaml"], ["--gpu", "rtx4090"]):
         assert f"warning: {GONE}" in run("plan", "recipe.yaml", *options).stdout
         assert GONE in json.loads(run("plan", "recipe.yaml", *options, "--json").stdout)["warnings"]
 
@@ -66,7 +66,7 @@ def test_validate(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["plan"], ["plan", "--gpu", "local"], ["validate"], ["render", "-o", "job"], ["launch"], ["data"], ["verify"]],
+    [["plan", "--gpu", "local"], ["validate"], ["render", "-o", "job"], ["launch"], ["data"], ["verify"]],
     ids=lambda words: " ".join(words),
 )
 def test_data_that_must_be_here(folder: Path, tiny: Tiny, command: list[str]) -> None:

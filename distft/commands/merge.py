@@ -47,9 +47,7 @@ def check(run: RunDir, output: Path, step: int | None) -> None:
     if not run.trains_recipe:
         raise RecipeError(f"RUN: {run.name} ran your own script; distft does not know what it saved")
     if validate(load_yaml(run.recipe, Recipe)).lora is None:
-        raise RecipeError(
-            f"RUN: {run.name} trained all weights, so there is nothing to merge: final/ is the whole model"
-        )
+        raise RecipeError(f"RUN: {run.name} has no adapter, so there is nothing to merge: final/ is the whole model")
     found = checkpoints.complete(run)
     have = f"complete checkpoints: {', '.join(str(c.step) for c in reversed(found)) or 'none'}"
     if step is not None and step not in [checkpoint.step for checkpoint in found]:

@@ -93,7 +93,9 @@ def _find_in(source: Source, folder: Folder, config: str | None, split: str | No
     if not any(found.files.values()):
         left = "; ".join(dict.fromkeys(f"{one.name}: {one.why}" for one in folder.left_out[:4]))
         raise DataError(f"{source.path}: no data file in {folder.subject}; need {SUFFIXES}" + f" ({left})" * bool(left))
-    taken = _choose(found.files, split, use, source.path)
+    in_some = {name for names in found.files.values() for name in names}
+    others = [name for name in folder.names if name not in in_some and not splits.is_unusual(name)]
+    taken = _choose(found.files, split, use, source.path, others)
     chosen = found.files[taken]
     reasons = {name: f"split {other}" for other, names in reversed(list(found.files.items())) for name in names}
     reasons |= dict.fromkeys(chosen, "of another kind")
@@ -113,7 +115,10 @@ def _find_in(source: Source, folder: Folder, config: str | None, split: str | No
     return Found(source, tuple(files.values()), (*folder.left_out, *left_out), taken, found.how, where)
 
 
-def _choose(files: Mapping[str, list[str]], wanted: str | None, use: Use, where: str) -> str:
+def _choose(
+    files: Mapping[str, list[str]], wanted: str | None, use: Use, where: str, others: Sequence[str] = ()
+) -> str:
+    """The split that is used. `others`: files in no split."""
     present = [split for split, names in files.items() if names]
     if wanted is None:
         wanted = next(
@@ -128,6 +133,12 @@ def _choose(files: Mapping[str, list[str]], wanted: str | None, use: Use, where:
     base = re.sub(r":[^/:]*$", "", where)
     near = next((split for split in present if wanted and wanted in splits.KEYWORDS.get(split, ())), None)
     near = near or (closest(wanted, present) if wanted else None) or present[0]
+    if wanted is None and use == "train" and others:
+        some = ", ".join(others[:3]) + f" and {len(others) - 3} more" * (len(others) > 3)
+        raise DataError(
+            f"{where}: {what}: beside the files of {names}, {some} count to no split; name what is trained on, as in "
+            f"{base}/{others[0]}, or put train into its name"
+        )
     raise DataError(f"{where}: {what}; it has {names}: name one after a colon, as in {base}:{near}")
 
 

@@ -241,7 +241,10 @@ def check_options(lora: Lora, targets: Sequence[str], without: Iterable[str] = (
     for name in excludes:
         matches = matcher(name if isinstance(lora.exclude_modules, str) else [name])
         if not any(map(matches, targets)):
-            raise PlanError(f"lora.exclude_modules: got {name}, which is none of the layers of lora.target_modules")
+            raise PlanError(
+                f"lora.exclude_modules: got {name}, which is none of the layers of lora.target_modules"
+                f"{_near(name, targets)}"
+            )
     wanted, without = _numbers(lora), set(without)
     have = {_block(path) for path in targets} - {None}
     if missing := [number for number in wanted or () if number not in have]:
@@ -257,9 +260,15 @@ def check_options(lora: Lora, targets: Sequence[str], without: Iterable[str] = (
         if unused := [pattern for pattern in patterns if pattern not in used]:
             raise PlanError(
                 f"lora.{option}: got {unused[0]}, which is the end of no name of a layer with an adapter"
-                + (f", such as {found[-1]}" if found else "")
                 + (" (or an earlier pattern has all of these)" if len(patterns) > 1 else "")
+                + _near(unused[0], found)
             )
+
+
+def _near(name: str, paths: Sequence[str]) -> str:
+    """The end of a path that may have been meant, else which there are."""
+    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return did_you_mean(closest(name, ends)) or (f"; these end in {', '.join(ends[:12])}" if ends else "")
 
 
 def _targets(lora: Lora, tensors: Iterable[Tensor]) -> list[str]:

@@ -233,6 +233,22 @@ def muon_leaves_experts_to_adamw(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "training.optim: muon where no matrix of a hidden layer is trained",
+    "distft/train/muon.py, matrices",
+    "use adamw_torch_fused, or name such a layer in training.train_only",
+    kind="warning",
+)
+def muon_needs_a_matrix(case: RecipeCase) -> str | None:
+    """AdamW trains embeddings, the output layer, norms and biases under Muon, too."""
+    if not is_muon(case):
+        return None
+    fixed = case.model.fixed
+    if any(tensor.is_hidden_matrix and tensor.name not in fixed for tensor in case.model.tensors):
+        return None
+    return "training.optim: muon has no matrix to train: all that is trained has AdamW"
+
+
+@rule(
     "model.attn_implementation: eager with rows of 4096 tokens or more, where sdpa is available",
     "transformers 5.23 models/llama/modeling_llama.py:193, eager_attention_forward",
     "use model.attn_implementation: auto",
@@ -281,8 +297,13 @@ def tied_embeddings_come_apart(case: RecipeCase) -> str | None:
     if not lora or not model.sizes.tie_word_embeddings:
         return None
     named = [t for t in saved(lora, (*model.tensors, *model.tied)) if t.kind in ("embedding", "output")]
-    layers = ", ".join(module_of(tensor) for tensor in vocabulary_tensors(named, model.vocab_size))
-    return f"lora.modules_to_save: {layers} shares its weight with the other end of the model" if layers else None
+    layers = " and ".join(module_of(tensor) for tensor in vocabulary_tensors(named, model.vocab_size))
+    if not layers:
+        return None
+    share = (
+        "share one weight, of which each trains a copy" if " and " in layers else "shares its weight with the other end"
+    )
+    return f"lora.modules_to_save: {layers} {share}: the adapter works with peft, and cannot be merged"
 
 
 @rule(

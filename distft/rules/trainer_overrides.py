@@ -74,6 +74,8 @@ def planned_arguments_belong_in_the_recipe(case: RecipeCase) -> str | None:
     if not case.trainer:
         return None
     given = [f"{key} (set {PLANNED[key]})" for key in sorted(case.trainer.keys() & PLANNED.keys())]
+    if "optim" in case.trainer and case.recipe.training.optim == "muon":
+        given.append("optim, and training.optim is muon (leave one of them out)")
     return f"trainer.overrides: got {', '.join(given)}" if given else None
 
 

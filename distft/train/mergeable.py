@@ -50,7 +50,9 @@ def obstacles(conversion: Conversion, parameters: Iterable[str]) -> list[str]:
     groups: dict[Group, None] = {}
     for name in parameters:
         if name in tied:
-            found.append(f"{name} is tied to another weight, which a merge would change as well")
+            found.append(
+                f"{name} is tied to another weight, which a merge would change as well: use final/ with peft, as it is"
+            )
         elif name not in conversion.group_of:
             found.append(f"{name}: the base's files have nothing for it")
         else:

@@ -330,7 +330,7 @@ def test_what_cannot_be_merged(lora: Result, tiny: Tiny, tmp_path: Path) -> None
     shutil.rmtree(run.checkpoints)
     refused(run, "(complete checkpoints: none)", cwd=tmp_path)
     run.recipe.write_text(yaml.safe_dump(tiny.recipe() | {"lora": None}))
-    refused(run, "tiny trained all weights", cwd=tmp_path)
+    refused(run, "tiny has no adapter", cwd=tmp_path)
     run.recipe.unlink()
     refused(run, "tiny ran your own script", cwd=tmp_path)
 

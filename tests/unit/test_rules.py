@@ -517,6 +517,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "planned-arguments-belong-in-the-recipe": [
         ({"trainer": over(per_device_train_batch_size=4)}, {"trainer": over(neftune_noise_alpha=5.0)}),
         ({"trainer": over(load_best_model_at_end=True)}, {"trainer": over()}),
+        ({**MUON, "trainer": over(optim="adamw_torch")}, {"trainer": over()}),
     ],
     "trainer-arguments-must-have-an-effect": [
         ({"trainer": over(train_sampling_strategy="group_by_length")}, {"trainer": over(dataloader_num_workers=2)}),
@@ -629,6 +630,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z2, "training__optim": "paged_adamw_32bit", "offload": "optimizer"}, {"offload": "none"}),
     ],
     "muon-leaves-experts-to-adamw": [({**MUON, "tensors": EXPERTS}, {"tensors": PLAIN_LAYERS})],
+    "muon-needs-a-matrix": [({**MUON, **PART, "train_only": ["lm_head.weight"]}, {"train_only": None})],
     "eager-attention-keeps-all-scores": [
         ({"model__attn_implementation": "eager", "data__max_length": 4096}, {"data__max_length": 4095}),
         ({"model__attn_implementation": "eager", "data__max_length": 8192}, {"config": {"model_type": "gpt_oss"}}),

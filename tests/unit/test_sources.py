@@ -287,6 +287,12 @@ def test_the_split_that_is_taken(tmp_path: Path, names: str, use: Any, after: st
 @pytest.mark.parametrize(
     ("names", "use", "after", "expected"),
     [
+        (
+            "dev.jsonl a.jsonl",
+            "train",
+            "",
+            "no split train: beside the files of validation, a.jsonl count to no split; name what is trained on",
+        ),
         ("test.jsonl dev.jsonl", "train", "", "no split train; it has validation, test: name one after a colon"),
         ("train.jsonl", "train", ":test", "no split test; it has train"),
         ("train.jsonl dev.jsonl", "train", ":valid", ":validation$"),

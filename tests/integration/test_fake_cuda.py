@@ -39,7 +39,7 @@ def gpus(shared: Path) -> dict[str, str]:
     ],
     ids=["ddp", "fsdp", "zero3", "nf4-zero2"],
 )
-def test_trains_and_goes_on(
+def test_trains(
     tiny: Tiny,
     tmp_path: Path,
     trained: Callable[..., Result],
@@ -48,7 +48,7 @@ def test_trains_and_goes_on(
     backend: str,
     changes: dict[str, Any],
 ) -> None:
-    """The losses of CPU ranks, before a checkpoint and from it on."""
+    """The losses of CPU ranks; under ddp, also from a checkpoint on."""
     recipe = tiny.recipe(training__mixed_precision="bf16", checkpoint__save_steps=2, **changes)
     recipe["parallelism"] = {"strategy": strategy}
     records = tmp_path / "records"
@@ -61,6 +61,8 @@ def test_trains_and_goes_on(
     assert done.column("peak_memory_bytes") == [GIB] * 4  # what the emulated allocator says
     losses = done.column("loss")
     assert losses == pytest.approx(trained(recipe, 2).column("loss"), rel=1e-6)
+    if strategy != "ddp":
+        return
     run = RunDir(done.run_dir)
     shutil.rmtree(run.final)
     shutil.rmtree(run.checkpoints / "step-4")

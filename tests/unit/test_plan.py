@@ -464,9 +464,9 @@ def test_a_family_without_a_formula_is_counted(folder: Path, glm: tuple[str, ...
 
 
 def test_a_guess_never_says_that_it_fits(
-    folder: Path, glm: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tiny: Tiny
+    folder: Path, glm: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """As on a login node without distft[train]."""
+    """As on a login node without distft[train], where nobody has counted this model."""
     from distft.errors import MissingPartError, PlanError
     from distft.jobs import planned
 
@@ -474,6 +474,7 @@ def test_a_guess_never_says_that_it_fits(
         raise MissingPartError("training needs torch")
 
     monkeypatch.setattr(planned.extras, "require", missing)
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path))  # else another test's counts may be kept
     recipe = load_recipe(folder / "8b.yaml", ["model.name_or_path=glm", "data.max_length=256"])
     where = Where(Topology(1, 1), named_device("H100", 1))
     with pytest.raises(PlanError, match="plan where distft\\[train\\] is installed"):

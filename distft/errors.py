@@ -17,9 +17,10 @@ class DistftError(Exception):
 
 class RecipeError(DistftError):
     """The problems of a recipe, all at once, one line each in `problems`. `read`: the file and its data, where it was
-    read as YAML: it may be no recipe at all."""
+    read as YAML: it may be no recipe at all. `loaded`: a LoadedRecipe, where nothing but its data is wrong."""
 
     read: tuple[str, Mapping[str, Any]] | None = None
+    loaded: Any = None
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)

@@ -60,13 +60,14 @@ def status(runs: tuple[str, ...], output_dir: str, as_json: bool) -> None:
 
 
 def _line(run: RunDir, status: Status) -> str:
-    from distft.views.summary import eval_losses
+    from distft.views.summary import eval_losses, loss_name
 
     step = f"step {status.step}/{status.max_steps}" if status.max_steps else ""
     losses = eval_losses(status)
     expected = f"expected to start {status.expected_start}" if status.expected_start else ""
     state = str(status.state or "unknown")
-    parts = [f"{run.name:<24} {state:<10}", step, losses and f"eval loss {losses}", status.reason, expected]
+    trained = f"trained on {loss_name(status.loss_type)}" if status.loss_type else ""
+    parts = [f"{run.name:<24} {state:<10}", step, trained, losses and f"eval loss {losses}", status.reason, expected]
     return "  ".join(part for part in parts if part).rstrip()
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from distft.config.loading import read_recipe
 from distft.data import few_steps
-from distft.errors import NoModelError
 from distft.jobs.planned import plan_any
 from distft.jobs.target import Target
 from distft.planner import calibrate, limits
@@ -52,10 +51,8 @@ def plan(
     if calibrate_with:
         name = where.device.name if where.device.type == "cuda" else None
         measured = calibrate.flops_per_second(calibrate_with, target.runs_dir(recipe), name)
-    try:
+    with loaded.placing_errors():
         made = plan_any(recipe, where, compare=True, measured=measured, simulate=simulate)
-    except NoModelError as error:
-        raise NoModelError(f"{error}{loaded.model_hint}") from None
     if assumed:
         text = f"{USUAL_GPU}, because neither --gpu nor --cluster names a GPU; --gpu local is this machine's"
         made = replace(made, assumptions=(text, *made.assumptions))

@@ -209,6 +209,10 @@ class Document(Generic[M]):
             context = f"{error.context}{since}, " if error.context else ""
             problem = error.problem or ""
             reason = context + problem + "; indent with spaces" * (repr("\t") in problem)
+            if "escape" in problem and mark:
+                escape = re.findall(r"\\.", text[: mark.index + 1])[-1]
+                reason = f"in double quotes a backslash begins an escape, as in \\n, and {escape} is none; "
+                reason += "write the backslash twice, or leave the quotes out"
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             reason = f"character U+{error.character:04X} is not allowed"

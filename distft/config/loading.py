@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from distft.config import paths
+from distft.config import paths, schema_text
 from distft.config.document import Document, M, dump_yaml, load_yaml
 from distft.config.paths import PATH_FIELDS
 from distft.config.recipe import EXCLUSIVE_FIELDS, EXCLUSIVE_IN_SOURCE, FORMAT_COLUMNS, Recipe
@@ -30,14 +31,22 @@ from distft.config.schema_text import (
     describe,
     did_you_mean,
     dotted,
-    field,
     fits,
     keys,
     options,
     show,
 )
-from distft.errors import RecipeError
+from distft.errors import NoModelError, PlanError, RecipeError
 
+# Lists in which something that is there twice was meant to be something else.
+LISTS_OF_NAMES = (
+    ("lora", "target_modules"),
+    ("lora", "exclude_modules"),
+    ("lora", "layers_to_transform"),
+    ("lora", "modules_to_save"),
+    ("model", "add_tokens"),
+    ("training", "train_only"),
+)
 DATA_FILES = ("data.train", "data.eval", "data.chat_template")
 
 
@@ -62,12 +71,28 @@ class LoadedRecipe:
     """A recipe, and what the user should know about how it was read.
 
     `model_hint` is what may have been meant by the model's name, to be put after an error: a hub id may be a folder's
-    name that is misspelt, and only the hub knows.
+    name that is misspelt, and only the hub knows. `places` is where the recipe's values are, by their dotted names.
     """
 
     recipe: Recipe
     notes: tuple[str, ...]
     model_hint: str = ""
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def placing_errors(self) -> Iterator[None]:
+        """Puts after a PlanError what only this knows: the places of the values that it is about."""
+        try:
+            yield
+        except PlanError as error:
+            hint = self.model_hint if isinstance(error, NoModelError) else ""
+            lines = [self._placed(line) for line in f"{error}{hint}".splitlines()]
+            raise type(error)("\n".join(lines)) from None
+
+    def _placed(self, line: str) -> str:
+        name = re.match(r"[a-z_]+(\.[a-z_]+)*(?=: )", line)
+        place = self.places.get(name[0]) if name else None
+        return f"{line} ({place})" if place else line
 
 
 def read_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[str] = ()) -> LoadedRecipe:
@@ -91,10 +116,25 @@ def read_document(document: Document[Recipe], folder: Path, needed: Collection[s
     """The same of a document that is or will be in `folder`. Raises RecipeError for all problems at once."""
     notes = [*_replace_exclusive(document), *_resolve_paths(document, folder, needed)]
     _check_together(document)
-    recipe = validate(document)
+    wrong_data: RecipeError | None = None
+    try:
+        recipe = validate(document)
+    except RecipeError as error:
+        if any(steps[:1] != ("data",) for steps in document.wrong):
+            raise
+        try:
+            recipe = document.model.model_validate(document.data)
+        except ValidationError:
+            raise error from None
+        wrong_data = error
     name = Path(recipe.model.name_or_path)
     hint = "" if name.is_absolute() else paths.near(paths.locate(folder, str(name)))
-    return LoadedRecipe(recipe, tuple(notes), hint)
+    places = {dotted(steps): document.where(steps) for steps in document.places if steps}
+    loaded = LoadedRecipe(recipe, tuple(notes), hint, places)
+    if wrong_data is not None:
+        wrong_data.loaded = loaded
+        raise wrong_data
+    return loaded
 
 
 def load_recipe(path: str | Path, sets: Sequence[str] = (), needed: Collection[str] = ()) -> Recipe:
@@ -122,7 +162,7 @@ def _explain(document: Document[Any], error: ValidationError) -> None:
     for steps, item in found.items():
         if steps in outer or steps in document.wrong:
             continue
-        kind, schema = item["type"], field(document.schema, steps)
+        kind, schema = item["type"], schema_text.field(document.schema, steps)
         if kind == "extra_forbidden":
             text = _unknown(document.schema, steps)
         elif kind == "missing":
@@ -140,7 +180,7 @@ def _unknown(schema: dict[str, Any], steps: Steps) -> str:
     for known_steps in keys(schema):
         if known_steps[-1] == name:
             return f"unknown key; it belongs in {dotted(known_steps[:-1]) or 'the top level'}"
-    known = [key for option in options(field(schema, steps[:-1])) for key in option.get("properties", ())]
+    known = [key for option in options(schema_text.field(schema, steps[:-1])) for key in option.get("properties", ())]
     return "unknown key" + (did_you_mean(closest(name, known)) or f"; allowed: {', '.join(known)}")
 
 
@@ -279,6 +319,11 @@ def _check_targets(document: Document[Recipe]) -> None:
         patterns = document.get(steps)
         for pattern in patterns if isinstance(patterns, dict) else ():
             _check_pattern(document, (*steps, pattern), str(pattern))
+    for steps in LISTS_OF_NAMES:
+        values = document.get(steps)
+        for n, value in enumerate(values if isinstance(values, list) else ()):
+            if value in values[:n]:
+                document.problem((*steps, n), f"got {show(value)}, which is in the list already")
     targets, blocks = ("lora", "target_modules"), ("lora", "layers_to_transform")
     if isinstance(value := document.get(targets), str) and value != "all-linear" and document.get(blocks) is not None:
         text = "cannot be given with a regular expression in lora.target_modules, which can name the blocks itself"

@@ -406,6 +406,14 @@ class Recipe(Group):
         """The optimizer that actually runs: trainer.overrides may name one that the recipe has no word for."""
         return str(self.trainer.overrides.get("optim", self.training.optim))
 
+    @property
+    def loss_type(self) -> str | None:
+        """The loss that is trained, where it is not the plain cross-entropy."""
+        if self.training.loss_type != "nll":
+            return self.training.loss_type
+        smoothing = self.trainer.overrides.get("label_smoothing_factor")
+        return f"label smoothing {smoothing}" if smoothing else None
+
 
 class ScriptTraining(Group):
     """What distft must know about the training of your own script."""

@@ -1,4 +1,4 @@
-"""The warning about a training that has hardly any optimizer steps."""
+"""The warnings about a training that has hardly any optimizer steps, or fewer rows than one of them trains."""
 
 from __future__ import annotations
 
@@ -20,28 +20,32 @@ BYTES_PER_TOKEN = 4  # of UTF-8, where no tokenizer says it: English of today's 
 
 
 def warnings(recipe: Recipe, counts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line where data (its `counts`, by split) make fewer than FEW optimizer steps: what to change. Else none."""
+    """A line where data (its `counts`, by split) make fewer than FEW optimizer steps, and one where they are fewer rows
+    than the global batch has: what to change."""
     rows = counts["train"]["rows"]
     return _warning(recipe, rows, rows < counts["train"]["documents"])
 
 
 def expected(recipe: Recipe, row_tokens: float | None = None) -> list[str]:
-    """The same before the data is tokenized, of rows on this machine; no more are read than make FEW steps.
+    """The same before the data is tokenized, of rows on this machine; no more are read than needed for both.
 
     Args:
         row_tokens: tokens of a row in the mean, where they are known.
     """
-    if recipe.training.max_steps:
-        return _warning(recipe)
     try:
         rows = _rows(recipe, row_tokens)
     except DistftError:  # what is wrong with the data is said where it is checked
+        rows = None
+    if recipe.training.max_steps and (not rows or rows >= recipe.training.global_batch_size):
+        return _warning(recipe)  # there may be more rows
+    if not rows:
         return []
-    return _warning(recipe, rows, recipe.data.packing, "about " * recipe.data.packing) if rows else []
+    return _warning(recipe, rows, recipe.data.packing, "about " * recipe.data.packing)
 
 
 def _rows(recipe: Recipe, row_tokens: float | None) -> int | None:
-    """Rows of the training data as they are packed: all, or as many as make FEW steps. None where that is not known."""
+    """Rows of the training data as they are packed: all, or as many as make FEW steps and a global batch. None where
+    that is not known."""
     data, sources = recipe.data, as_sources(recipe.data.train)
     if not are_here(recipe) or is_mix(sources):
         return None
@@ -56,7 +60,8 @@ def _rows(recipe: Recipe, row_tokens: float | None) -> int | None:
             else:
                 amount += 1
             rows = ceil(trained * amount)
-            if recipe.training.optimizer_steps(rows) >= FEW:
+            training = recipe.training
+            if rows >= training.global_batch_size and (training.max_steps or training.optimizer_steps(rows) >= FEW):
                 return rows
     return rows
 
@@ -64,15 +69,23 @@ def _rows(recipe: Recipe, row_tokens: float | None) -> int | None:
 def _warning(recipe: Recipe, rows: int | None = None, packed: bool = False, about: str = "") -> list[str]:
     training = recipe.training
     steps = training.optimizer_steps(rows or 0)
-    if steps >= FEW:
-        return []
-    why = [] if rows is None else [f"{about}{plural(rows, 'packed row' if packed else 'row')}"]
-    why.append(f"global batch size {training.global_batch_size:,}")
-    why += [f"training.max_steps {training.max_steps}"] if training.max_steps else []
-    more = ["a higher training.max_steps" if training.max_steps else "more training.num_train_epochs"]
-    if not training.max_steps:  # which is independent of the rows
-        more += ["a smaller training.global_batch_size", *(["data.packing: false"] if packed else [])]
-    return [
-        f"this run makes only {about}{steps} optimizer step{'s' * (steps != 1)}: {', '.join(why)}. It will learn "
-        f"little; what helps: {', '.join(more)}"
-    ]
+    known = [] if rows is None else [f"{about}{plural(rows, 'packed row' if packed else 'row')}"]
+    unpack = ["data.packing: false"] if packed else []
+    found = []
+    if steps < FEW:
+        why = [*known, f"global batch size {training.global_batch_size:,}"]
+        why += [f"training.max_steps {training.max_steps}"] if training.max_steps else []
+        more = ["a higher training.max_steps" if training.max_steps else "more training.num_train_epochs"]
+        if not training.max_steps:  # which is independent of the rows
+            more += ["a smaller training.global_batch_size", *unpack]
+        found.append(
+            f"this run makes only {'' if training.max_steps else about}{steps} optimizer step{'s' * (steps != 1)}: "
+            f"{', '.join(why)}. It will learn little; what helps: {', '.join(more)}"
+        )
+    if rows is not None and rows < training.global_batch_size:
+        more = ["more data", "a smaller training.global_batch_size", *unpack]
+        found.append(
+            f"each optimizer step trains rows of data.train more than once: the global batch has "
+            f"{training.global_batch_size:,}, the data {known[0]}; what helps: {', '.join(more)}"
+        )
+    return found

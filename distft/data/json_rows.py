@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from distft.config.schema_text import show
 from distft.data.batches import BATCH, Objects, Row
 from distft.data.files import DataFile
 from distft.data.problems import RowProblem
@@ -31,9 +32,23 @@ class Lines:
                 yield f"{self.name}:{number}", _parse(line)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises RowProblem for a key that is there twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise RowProblem("key-twice", f"{show(key)} is there twice in one object; leave one of them out")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse(text: bytes) -> dict[str, Any] | RowProblem:
     try:
-        row = json.loads(text.decode())
+        row = _DECODER.decode(text.decode())
+    except RowProblem as problem:
+        return problem
     except json.JSONDecodeError as error:
         fix = "; remove the comma after the object" if error.doc[error.pos :].strip() == "," else ""
         return RowProblem("not-json", f"not JSON ({error.msg}, column {error.colno}){fix}")
@@ -132,7 +147,7 @@ class _Text:
         size = BLOCK
         while True:
             try:
-                value, self.at = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, self.at = _DECODER.raw_decode(self.text, self.at)
                 return value
             except json.JSONDecodeError as error:
                 # A string that goes on is reported where it starts; a word or an escape is short.
@@ -141,17 +156,19 @@ class _Text:
                     raise self.problem(error.msg, error.pos) from None
                 self.read(size)
                 size *= 2
+            except RowProblem as problem:
+                raise DataError(f"{self.place(self.at)}: {problem}") from None
             except RecursionError:
                 raise self.problem("nested too deeply", self.at) from None
             except ValueError as number:  # of more than 4300 digits
                 raise self.problem(first_line(number), self.at) from None
 
-    def here(self) -> int:
-        """The line of the next character."""
-        return self.line + self.text.count("\n", 0, self.at)
+    def place(self, at: int) -> str:
+        """The file and the line of a character."""
+        return f"{self.file.name}:{self.line + self.text.count(chr(10), 0, at)}"
 
     def problem(self, text: str, at: int) -> DataError:
-        return DataError(f"{self.file.name}:{self.line + self.text.count(chr(10), 0, at)}: not JSON ({text})")
+        return DataError(f"{self.place(at)}: not JSON ({text})")
 
 
 def _read_values(text: _Text) -> Iterator[Row]:
@@ -159,7 +176,7 @@ def _read_values(text: _Text) -> Iterator[Row]:
     name = text.file.name
     if text.peek() != "[":
         while text.peek():
-            place, value = f"{name}:{text.here()}", text.value()
+            place, value = text.place(text.at), text.value()
             yield place, value if isinstance(value, dict) else _no_object(value)
         return
     text.at += 1

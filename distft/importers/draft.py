@@ -101,15 +101,23 @@ class Draft:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def global_batch_size(self, parts: Mapping[str, int], shared: Mapping[str, int], why: str = "") -> None:
+    def global_batch_size(
+        self, parts: Mapping[str, int], shared: Mapping[str, int], why: str = "", alone: str = ""
+    ) -> None:
         """training.global_batch_size from its factors per GPU, and --gpus, without which that is a problem.
 
         Args:
             shared: numbers of GPUs that work on the same rows.
             why: what to say of the factors.
+            alone: what says that they were used on one GPU, whatever --gpus is.
         """
         product, sharing = prod(parts.values()), prod(shared.values())
         text = " x ".join(f"{name} {factor}" for name, factor in parts.items())
+        if alone:
+            self.set("training.global_batch_size", product, f"{text} x 1 GPU")
+            if self.gpus not in (None, 1):
+                self.warn(f"training.global_batch_size: {product}, without --gpus {self.gpus}: {alone}")
+            return
         if self.gpus is None:
             self.problems.append(
                 f"--gpus is missing: {self.file.name} says {text} for each GPU{why}, and not on how many it was used; "

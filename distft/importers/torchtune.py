@@ -322,7 +322,7 @@ def _training(options: Options) -> None:
         "batch_size": options.integer("batch_size") or 1,
         "gradient_accumulation_steps": options.integer("gradient_accumulation_steps") or 1,
     }
-    draft.global_batch_size(parts, shared)
+    draft.global_batch_size(parts, shared, alone=_one_gpu(draft))
     epochs, most = options.integer("epochs") or 1, options.integer("max_steps_per_epoch")
     if most:
         draft.set(
@@ -363,6 +363,15 @@ def _training(options: Options) -> None:
         options.set("checkpoint.save_steps", "save_every_n_steps", steps)
     if folder := options.text("output_dir"):
         options.set("output_dir", "output_dir", folder)
+
+
+def _one_gpu(draft: Draft) -> str:
+    """What says that a file is for a recipe of torchtune's that runs on one GPU: its name, or the command in its first
+    comment, which its examples and their copies have."""
+    if "single_device" in draft.file.name:
+        return f"{draft.file.name} is for a recipe of torchtune's on one GPU"
+    command = re.search(r"^#\s*tune run (\w+_single_device)\b", draft.file.read_text(), re.MULTILINE)
+    return f"{command[1]}, which {draft.file.name} is for, runs on one GPU" if command else ""
 
 
 def _optimizer(options: Options) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from distft.config.document import Document
 from distft.config.loading import DATA_FILES, read_recipe, validate
 from distft.config.recipe import Recipe, ScriptSettings
 from distft.data.reading import check_files, pinned
-from distft.errors import ClusterError, MissingPartError, NoModelError
+from distft.errors import ClusterError, DistftError, MissingPartError, RecipeError
 from distft.hardware.devices import (
     GPUS,
     Device,
@@ -114,7 +115,7 @@ def plan_recipe(
     need_weights: bool = False,
     for_launch: bool = False,
 ) -> tuple[Recipe, RecipePlan]:
-    """Load and plan a recipe, and check the rows of its data that is on this machine.
+    """Load and plan a recipe, and check the rows of its data that is on this machine: all problems at once.
 
     Args:
         need_weights: refuse a model without weights; planning alone needs only its config.json.
@@ -124,16 +125,36 @@ def plan_recipe(
     Raises:
         DistftError: the request is wrong.
     """
-    loaded = read_recipe(path, sets, target.needed_files(for_launch))
-    # A data set of the hub may change while a run goes on, so the run's recipe names its commit.
-    recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() else loaded.recipe
+    wrong: list[DistftError] = []
     try:
-        plan = plan_any(recipe, target.where(), need_weights)
-    except NoModelError as error:
-        raise NoModelError(f"{error}{loaded.model_hint}") from None
-    # Where this machine prepares the data, or nothing is started, some rows are enough.
-    data = check_files(recipe, None if for_launch and not target.prepares_data() else CHECKED_ROWS)
+        loaded = read_recipe(path, sets, target.needed_files(for_launch))
+    except RecipeError as error:
+        if error.loaded is None:
+            raise
+        loaded = error.loaded
+        wrong.append(error)
+    # A data set of the hub may change while a run goes on, so the run's recipe names its commit.
+    recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() and not wrong else loaded.recipe
+    where = target.where()
+    with _collecting(wrong), loaded.placing_errors():
+        plan = plan_any(recipe, where, need_weights)
+    if not any(isinstance(error, RecipeError) for error in wrong):
+        # Where this machine prepares the data, or nothing is started, some rows are enough.
+        whole = for_launch and not target.prepares_data() and not wrong
+        with _collecting(wrong):
+            data = check_files(recipe, None if whole else CHECKED_ROWS)
+    if wrong:
+        raise wrong[0] if len(wrong) == 1 else DistftError("\n".join(map(str, wrong)))
     return recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings), data=tuple(data))
+
+
+@contextmanager
+def _collecting(wrong: list[DistftError]) -> Iterator[None]:
+    """Lets what follows tell of its own problems too."""
+    try:
+        yield
+    except DistftError as error:
+        wrong.append(error)
 
 
 def plan_script(

@@ -6,7 +6,7 @@ import re
 
 from distft.models import kinds
 from distft.models.attention import NO_FLASH
-from distft.models.lora import named_but_left_out
+from distft.models.lora import matcher, module_of, named_but_left_out, saved
 from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
 from distft.rules import upstream
 from distft.rules.core import RecipeCase, rule
@@ -349,6 +349,22 @@ def some_layers_get_no_adapter(case: RecipeCase) -> str | None:
         return None
     texts = [f"{_names(paths)}: {why}" for why, paths in named_but_left_out(lora, model.left_out_layers).items()]
     return f"lora.target_modules: no adapter on {'; on '.join(texts)}" if texts else None
+
+
+@rule(
+    "lora.modules_to_save with a layer that lora.target_modules names too",
+    "peft 0.21.2 tuners/tuners_utils.py, check_target_module_exists",
+    "name it in one of the two",
+    kind="warning",
+)
+def modules_to_save_have_no_adapter(case: RecipeCase) -> str | None:
+    """What is trained whole gets no adapter beside it: peft passes it over."""
+    lora = case.recipe.lora
+    if not lora or not lora.modules_to_save or lora.target_modules == "all-linear":
+        return None
+    is_target = matcher(lora.target_modules)
+    both = {path: None for tensor in saved(lora, case.model.tensors) if is_target(path := module_of(tensor))}
+    return f"lora.modules_to_save: {_names(list(both))} trained whole, so without an adapter" if both else None
 
 
 @rule(

@@ -136,10 +136,11 @@ def _result(run: RunDir, step: int | None) -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     if last:
         found += [("steps", f"{last['step']:,}"), ("tokens trained on", f"{last['tokens']:,}")]
-        found.append(("loss, first and last step", f"{first['loss']:.4f} → {last['loss']:.4f}"))
+        loss = f" ({status.loss_type})" if status.loss_type else ""
+        found.append((f"loss{loss}, first and last step", f"{first['loss']:.4f} → {last['loss']:.4f}"))
     before, after = status.eval_loss_before, status.eval_loss_after
     if step is None and before is not None and after is not None:
-        found.append(("eval loss", f"{before:.4f} → {after:.4f}"))
+        found.append((f"eval loss{' (nll)' * bool(status.loss_type)}", f"{before:.4f} → {after:.4f}"))
     return found
 
 

@@ -90,6 +90,7 @@ class Status:
 
     step: int | None = None
     max_steps: int | None = None
+    loss_type: str | None = None  # of the training, where it is not the plain cross-entropy
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ def main() -> None:
     plan = worker.enter(run)
     stopping = Stopping(run)
     try:
+        # bitsandbytes looks on the hub for a CPU kernel whose absence changes nothing.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         with worker.importing():  # only now, so that a failing import shows in this rank's log
             from distft.train import cpu_ranks
 

@@ -77,6 +77,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
             started=read_status(run).started or time.time(),
             ended=None,
             data=prepared.counts,
+            loss_type=recipe.loss_type,
             identity=checkpointer.identity,
             versions={name: extras.installed().get(name) for name in model_card.PACKAGES},
             nodes=os.environ.get("SLURM_JOB_NODELIST"),

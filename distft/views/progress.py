@@ -19,6 +19,7 @@ from distft.runs.files import BLOCK, read_blocks
 from distft.runs.metrics import metrics_inode, read_metrics
 from distft.runs.status import State, Status, read_status
 from distft.units import GIB
+from distft.views import summary
 
 PLAIN_SECONDS = 5.0  # between two plain lines, at least; the last one is always shown
 TRACEBACK = re.compile(r"^(\[rank\d+\]: *)?Traceback \(most recent call last\)", re.MULTILINE)
@@ -38,6 +39,7 @@ class Follower:
         self.first: dict[str, Any] = {}  # lines of metrics.jsonl; {} before there is one
         self.latest: dict[str, Any] = {}
         self.max_steps: int | None = None
+        self.loss = "loss"
         self.shown_step, self.shown_at = 0, 0.0
         self.output = None if run.trains_recipe else ScriptOutput(run)
         self.shown = {BEFORE} if resumed else set()
@@ -68,7 +70,7 @@ class Follower:
     def poll(self, last: bool = False) -> None:
         """Read what is new and show it."""
         status = read_status(self.run)
-        self.max_steps = status.max_steps
+        self.max_steps, self.loss = status.max_steps, summary.loss_name(status.loss_type)
         self._read_metrics()
         if self.output:
             say(self.console, self.output.lines(last))
@@ -138,7 +140,7 @@ class Follower:
     def _numbers(self) -> str:
         first, latest = self.first, self.latest
         parts = [
-            f"loss {latest['loss']:.4f}",
+            f"{self.loss} {latest['loss']:.4f}",
             f"{latest['tokens_per_second']:,.0f} tok/s",
             f"{latest['peak_memory_bytes'] / GIB:.1f} GiB",
         ]

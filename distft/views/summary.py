@@ -104,6 +104,11 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def loss_name(loss_type: str | None) -> str:
+    """`loss`, or what it is where it is not the plain cross-entropy: `loss (dft)`."""
+    return f"loss ({loss_type})" if loss_type else "loss"
+
+
 def eval_losses(status: Status) -> str:
     """The eval loss before the training and, once it is measured, after; "" where there is no eval data."""
     return " -> ".join(f"{loss:.4f}" for loss in (status.eval_loss_before, status.eval_loss_after) if loss is not None)

@@ -5,6 +5,7 @@ Real processes over gloo. Each job asserts what really wrapped the model.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from jobs import (
     EMBEDDINGS_TOO,
     FP32,
@@ -25,8 +27,13 @@ from jobs import (
     alone,
     assert_ran,
 )
+from rich.console import Console
 from running import Result, launch
 from tiny import Tiny
+
+from distft.cli import main
+from distft.runs.directory import RunDir
+from distft.views.progress import Follower
 
 # 8-bit states are rounded in blocks, and sharding moves the blocks' borders.
 TOLERANCE = {"adamw_bnb_8bit": 1e-3, "paged_adamw_8bit": 1e-3}
@@ -102,6 +109,17 @@ PEFT: dict[str, Any] = {"full": None, "unpacked full": None, "muon full": None}
 PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS, "loraplus": EMBEDDINGS_TOO, "pissa": PISSA}
 PEFT |= {name: PLAIN | TUNINGS[name]["lora"] for name in ("olora", "gaussian", "orthogonal")}
 OTHERS = ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor", *list(PEFT)[2:]]
+
+
+def test_another_loss_is_named_wherever_it_is_shown(runs: Callable[[Job], Result]) -> None:
+    for tuning, name in (("lora", "loss"), ("dft", "loss (dft)")):
+        run, lines = RunDir(runs(alone(tuning)).run_dir), io.StringIO()
+        with Follower(run, Console(file=lines)):
+            pass
+        assert f"step 4/4  {name} " in lines.getvalue()
+        assert f"| {name}, first and last step |" in (run.final / "README.md").read_text()
+        done = CliRunner().invoke(main, ["status", str(run.path)])
+        assert ("trained on loss (dft)" in done.output) == (tuning == "dft")
 
 
 @pytest.mark.parametrize("tuning", [*OTHERS, *LOSSES])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_what_cannot_be_combined(refused: Callable[..., str], changes: dict[str,
 def test_target_modules_that_do_not_exist(refused: Callable[..., str], tiny: Tiny) -> None:
     said = refused(lora={"target_modules": ["query_proj"]})
     assert "got query_proj, and the model has no such layer; it has down_proj, gate_proj, k_proj" in said
+
+
+def test_recipe_model_and_data_are_checked_at_once(refused: Callable[..., str], tiny: Tiny, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"lora__target_modules": ["qq_proj"], "data__train": str(tmp_path / "gone.jsonl")}
+    path, layer = refused(**changes).splitlines()
+    assert re.fullmatch(r"error: data.train: no such file: .*gone.jsonl \(recipe.yaml:\d+\)", path)
+    assert re.fullmatch(
+        r"lora.target_modules: got qq_proj, and the model has no such layer; .* \(recipe.yaml:\d+\)", layer
+    )
+    changes["data__train"] = data_file(tmp_path, [ROW, {"messages": 5}])
+    layer, row, _ = refused(**changes).splitlines()
+    assert layer.startswith("error: lora.target_modules: got qq_proj") and "rows.jsonl:2: messages" in row
+    given = "--set", "lora.layers_to_transform=[0, 0]"
+    lines = refused(*given, **changes).splitlines()
+    assert lines == [f"error: lora.layers_to_transform[1]: got 0, which is in the list already ({' '.join(given)})"]
 
 
 def test_several_nodes_without_a_cluster(refused: Callable[..., str]) -> None:

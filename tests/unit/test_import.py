@@ -177,7 +177,7 @@ def test_what_is_missing(here: Path) -> None:
         "on how many it was used; with --gpus N, training.global_batch_size is 8 x N\n"
     )
     assert "cannot read none.yml: no such file" in run("none.yml")[2]
-    assert "No such option" in run("x.yml", "--gpu", "2")[2]
+    assert "no such option '--gpu'; did you mean one of: '--gpus', '--output'?" in run("x.yml", "--gpu", "2")[2]
     assert "cannot be written" in run("x.yml", "--gpus", "1", "-o", "no/folder/r.yaml")[2]
     assert (
         "--cluster-out: axolotl's file says nothing of the machines"

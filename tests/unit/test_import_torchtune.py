@@ -151,6 +151,41 @@ def test_torchtune_options(here: Path, changes: dict[str, Any], expected: dict[s
     assert {name: draft.fields.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("gpus", [None, 1, 4])
+@pytest.mark.parametrize(
+    ("name", "comment", "who"),
+    [
+        ("x_single_device.yaml", "", "x_single_device.yaml is for a recipe of torchtune's on one GPU"),
+        (
+            "x.yaml",
+            "# To launch on a single device:\n#   tune run lora_finetune_single_device --config x\n",
+            "lora_finetune_single_device, which x.yaml is for, runs on one GPU",
+        ),
+        (
+            "x.yaml",
+            "# on one: 7B_lora_single_device.yaml\n#  tune run --nproc_per_node 2 lora_finetune_distributed\n",
+            "",
+        ),
+    ],
+    ids=["name", "comment", "neither"],
+)
+def test_a_single_device_recipe_names_its_world(
+    here: Path, name: str, comment: str, who: str, gpus: int | None
+) -> None:
+    (here / name).write_text(comment + TORCHTUNE)
+    draft = read_file(here / name, here, gpus)
+    said = [text for text in draft.warnings if text.startswith("training.global_batch_size")]
+    if who:
+        assert (draft.fields["training.global_batch_size"], draft.problems) == (16, [])
+        assert said == ([f"training.global_batch_size: 16, without --gpus 4: {who}"] if gpus == 4 else [])
+    else:
+        assert (draft.fields.get("training.global_batch_size"), len(draft.problems)) == (
+            gpus and 16 * gpus,
+            gpus is None,
+        )
+        assert said == []
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

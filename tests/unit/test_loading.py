@@ -512,6 +512,16 @@ def test_an_override_below_a_null_starts_a_fresh_group():
     assert load(f"{GOOD}lora: {{r: 1, use_dora: true}}", "lora.r=8").lora.use_dora
 
 
+@pytest.mark.parametrize(("path", "escape"), [(r"C:\x", r"\x"), (r"C:\Users", r"\U"), (r"\_\d", r"\d")])
+def test_a_backslash_in_double_quotes(path: str, escape: str) -> None:
+    said = (
+        f"in double quotes a backslash begins an escape, as in \\n, and {escape} is none; write the backslash twice, "
+    )
+    given = f'name="{path}"'
+    assert problem(GOOD, given) == f"not valid YAML: {said}or leave the quotes out (--set {given})"
+    assert problem(f'a: 1\nb: "{path}"') == f"not valid YAML: {said}or leave the quotes out (recipe.yaml:2)"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -262,17 +262,19 @@ def test_maps_and_json_columns(tmp_path: Path) -> None:
 def test_rows_that_are_wrong_are_found_all_at_once(tmp_path: Path) -> None:
     deep = "[" * 2000 + "]" * 2000
     lines = ['{"a": 1}', '{"a": }', "[1]", '"x"', f'{{"a": {deep}}}', '{"a": ' + "1" * 5000 + "}", "null", '{"b": "']
+    lines.insert(1, '{"a": [{"role": "x", "n": 1, "role": "x"}]}')
     path = tmp_path / "a.jsonl"
     path.write_bytes("\n".join(lines).encode() + b'\xff"}')
     assert problems(path) == [
-        ":2: not-json: not JSON (Expecting value, column 7)",
-        ":3: not-an-object: got a JSON list, need an object with fields",
-        ":4: not-an-object: got a JSON string, need an object with fields",
-        ":5: nested-too-deeply: nested too deeply to be read",
-        ":6: not-json: not JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; "
+        ':2: key-twice: "role" is there twice in one object; leave one of them out',
+        ":3: not-json: not JSON (Expecting value, column 7)",
+        ":4: not-an-object: got a JSON list, need an object with fields",
+        ":5: not-an-object: got a JSON string, need an object with fields",
+        ":6: nested-too-deeply: nested too deeply to be read",
+        ":7: not-json: not JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; "
         "use sys.set_int_max_str_digits() to increase the limit)",
-        ":7: not-an-object: got a JSON null, need an object with fields",
-        ":8: not-utf8: not JSON in UTF-8 (byte 8); save the file as UTF-8",
+        ":8: not-an-object: got a JSON null, need an object with fields",
+        ":9: not-utf8: not JSON in UTF-8 (byte 8); save the file as UTF-8",
     ]
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n3\n\n4,5,6\n")
@@ -292,6 +294,7 @@ def test_rows_that_are_wrong_are_found_all_at_once(tmp_path: Path) -> None:
     ("name", "data", "expected"),
     [
         ("a.json", b'[{"a": 1},\n {"a": }]', ":2: not JSON (Expecting value)"),
+        ("a.json", b'[{"a": 1},\n {"b": {"a": 1, "a": 2}}]', ':2: "a" is there twice in one object; leave one of them'),
         ("a.json", b'[{"a": 1}\n {"a": 2}]', ":2: not JSON (expecting ',' between objects)"),
         ("a.json", b'[{"a": 1},\n {"a": 2}', ":2: not JSON (the list does not end)"),
         ("a.json", b'[{"a": 1}, {"a": "', ":1: not JSON (Unterminated string starting at)"),

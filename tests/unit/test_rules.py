@@ -640,6 +640,16 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"tied": True, "lora__target_modules": ["model.embed_tokens"]}, {"lora__target_modules": "all-linear"}),
     ],
     "tied-embeddings-come-apart": [({"tied": True, **saving("embed_tokens")}, {"tied": False})],
+    "modules-to-save-have-no-adapter": [
+        (
+            {"lora__modules_to_save": ["q_proj"], "lora__target_modules": ["q_proj", "v_proj"]},
+            {"lora__target_modules": ["v_proj"]},
+        ),
+        (
+            {"lora__modules_to_save": ["q_proj"], "lora__target_modules": r".*\.[qv]_proj"},
+            {"lora__target_modules": "all-linear"},
+        ),
+    ],
     "some-layers-get-no-adapter": [
         ({"tensors": IMAGES}, {"tensors": PLAIN_LAYERS}),
         ({"tensors": IMAGES, "lora__target_modules": ["qkv", "q_proj"]}, {"lora__target_modules": ["q_proj"]}),

@@ -95,7 +95,13 @@ def test_a_number_of_warmup_steps() -> None:
     ("changes", "rows", "expected"),
     [
         ({}, 320, None),
-        ({"max_steps": 10}, 1, None),
+        ({"max_steps": 10}, 32, None),
+        (
+            {"max_steps": 10},
+            1,
+            "each optimizer step trains rows of data.train more than once: the global batch has 32, the data 1 row; "
+            "what helps: more data, a smaller training.global_batch_size",
+        ),
         (
             {},
             288,
@@ -104,8 +110,8 @@ def test_a_number_of_warmup_steps() -> None:
         ),
         (
             {"num_train_epochs": 0.5},
-            20,
-            "this run makes only 1 optimizer step: 20 packed rows, global batch size 32. It will learn little; what "
+            40,
+            "this run makes only 1 optimizer step: 40 packed rows, global batch size 32. It will learn little; what "
             "helps: more training.num_train_epochs, a smaller training.global_batch_size, data.packing: false",
         ),
         (
@@ -130,9 +136,27 @@ def test_few_steps(tiny: Tiny, changes: dict[str, Any], rows: int, expected: str
         ({"packing": False}, {"global_batch_size": 9}, None, None),
         ({"packing": False}, {"global_batch_size": 10}, None, "this run makes only 9 optimizer steps: 90 rows, "),
         ({"packing": False, "eval": 0.5}, {"global_batch_size": 9}, None, "only 5 optimizer steps: 45 rows, "),
-        ({}, {"num_train_epochs": 2}, 16.0, "only about 2 optimizer steps: about 23 packed rows, "),
+        ({}, {"num_train_epochs": 2, "global_batch_size": 23}, 16.0, "only about 2 optimizer steps: about 23 packed "),
+        (
+            {},
+            {"num_train_epochs": 20},
+            16.0,
+            "more than once: the global batch has 32, the data about 23 packed rows; ",
+        ),
+        (
+            {"packing": False},
+            {"max_steps": 12, "global_batch_size": 91},
+            None,
+            "the global batch has 91, the data 90 rows",
+        ),
+        ({"packing": False}, {"max_steps": 12, "global_batch_size": 90}, None, None),
         ({}, {"global_batch_size": 4}, 64.0, None),
-        ({}, {"max_steps": 4}, None, "only 4 optimizer steps: global batch size 32, training.max_steps 4. It"),
+        (
+            {},
+            {"max_steps": 4, "global_batch_size": 8},
+            None,
+            "only 4 optimizer steps: global batch size 8, training.max_",
+        ),
         ({"train": "/gone.jsonl"}, {}, None, None),
         ({"train": "/gone.jsonl"}, {"max_steps": 4}, None, "only 4 optimizer steps: "),
         ({"columns": {"messages": "x"}}, {}, None, None),  # validate and launch say what is wrong

@@ -25,7 +25,9 @@ MESSAGE_FIELDS = frozenset(
 # Names that other tools give to the two sides of a message.
 _ROLE_NAMES = ("from", "speaker", "author", "sender", "participant", "name")
 _CONTENT_NAMES = ("value", "text", "message", "body", "utterance")
-_FLAGS = ("weight", "train", "training", "loss")
+# Keys by which a message, or a whole row, says whether it is trained: weights by 0 or 1; `masked` by false.
+_WEIGHTS = ("weight", "loss_weight")
+FLAGS = (*_WEIGHTS, "train", "training", "loss", "masked")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = {
     **dict.fromkeys(("image", "image_url", "input_image"), "image"),
@@ -135,7 +137,7 @@ class Messages:
         if not isinstance(name, str) or not name:
             has = _instead(self.role, message) if name is None else ""
             raise RowProblem("role", f"{where}.{self.role}: got {shown(name)}, need a string{has}")
-        content, flags = message.pop(self.content, None), {key: message.pop(key, None) for key in _FLAGS}
+        content, flags = message.pop(self.content, None), {key: message.pop(key, None) for key in FLAGS}
         if "train_detail" in message:
             raise RowProblem("flag-unsupported", f"{where}.train_detail: a turn is trained or not; split the message")
         calls = message.pop("tool_calls", None)
@@ -240,17 +242,32 @@ def _is_trained(flags: Mapping[str, Any], role: str, where: str) -> bool:
         if value is None:
             continue
         if value not in (0, 1):
-            need = "0 or 1" if key == "weight" else "true or false"
+            need = "0 or 1" if key in _WEIGHTS else "true or false"
             text = f"{where}.{key}: got {shown(value)}, need {need}; a turn is trained or not"
             raise RowProblem("flag-unsupported", text)
-        if value and key != "weight" and role != "assistant":
+        says_yes = bool(value) != (key == "masked")
+        if says_yes and key not in (*_WEIGHTS, "masked") and role != "assistant":
             raise RowProblem(
                 "flag-ignored",
                 f"{where}.{key}: only the assistant's turns are trained; remove the flag, or set "
                 f"data.ignore_fields: [{key}]",
             )
-        trained = trained and bool(value)
+        trained = trained and says_yes
     return trained
+
+
+def says_no(key: str, value: Any) -> bool | None:
+    """Whether one of FLAGS on a whole row says that it is not trained; None where the value is none of a flag's: a
+    column `loss` may be a number that somebody measured.
+
+    Args:
+        value: in CSV, all are text.
+    """
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "0": 0, "1": 1}.get(value.lower())
+    if isinstance(value, bool):
+        return value == (key == "masked")
+    return value == 0 if key in _WEIGHTS and value in (0, 1) else None
 
 
 def _calls(value: Any, where: str, parameters: Mapping[str, frozenset[str]]) -> list[dict[str, Any]]:

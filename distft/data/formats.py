@@ -14,12 +14,23 @@ or, for a tokenizer without a chat template, the prompt of Stanford's Alpaca.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distft.config.recipe import Data
-from distft.data.conversations import Messages, from_json, parameters_of, read_tools, roles_line, shown, strings_in
+from distft.data.conversations import (
+    FLAGS,
+    Messages,
+    from_json,
+    parameters_of,
+    read_tools,
+    roles_line,
+    says_no,
+    shown,
+    strings_in,
+)
 from distft.data.layouts import CONTENTS, MASKS, MEDIA, OPTIONS, ROLES, Layout
 from distft.data.problems import RowProblem, Untrained
 
@@ -68,16 +79,21 @@ class Formatter:
 
     Args:
         roles, ignored: data.roles and data.ignore_fields.
+        trains_all: whether data.train_on is everything.
         has_chat_template: whether an instruction can become a conversation.
+        control: matches the tokenizer's control tokens, where it is known.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    trains_all: bool = False
     has_chat_template: bool = True
+    control: re.Pattern[str] | None = None
 
     @classmethod
-    def of(cls, data: Data, has_chat_template: bool = True) -> Formatter:
-        return cls(data.roles, frozenset(data.ignore_fields), has_chat_template)
+    def of(cls, data: Data, has_chat_template: bool = True, control: re.Pattern[str] | None = None) -> Formatter:
+        ignored = frozenset(data.ignore_fields)
+        return cls(data.roles, ignored, data.train_on == "everything", has_chat_template, control)
 
     def example(self, row: Mapping[str, Any] | RowProblem, layout: Layout) -> Example:
         """What a row is trained as.
@@ -89,6 +105,7 @@ class Formatter:
         if isinstance(row, RowProblem):
             raise row
         row = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
+        _check_whole(row, layout)
         try:
             example = _KINDS[layout.format](self, row, layout)
             if not all(map(_is_whole, strings_in(example.fields))):
@@ -97,6 +114,14 @@ class Formatter:
         except RecursionError:
             raise RowProblem("nested-too-deeply", "nested too deeply") from None
         return example
+
+    def control_token(self, example: Example) -> str | None:
+        """The first control token that stands in what a message says: templates do not escape it, so it is one."""
+        if self.control is None or example.kind != "messages":
+            return None
+        texts = (message["content"] for message in example.fields["messages"])
+        found = next((match for text in texts if text and (match := self.control.search(text))), None)
+        return found[0] if found else None
 
     # ---- conversations
 
@@ -112,7 +137,17 @@ class Formatter:
     def _read_messages(self, value: Any, where: str, layout: Layout, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
         role, content = layout.columns.get("role", ROLES[0]), layout.columns.get("content", CONTENTS[0])
         reader = Messages(role, content, self.roles, layout.has_sharegpt_roles, self.ignored)
-        return reader.read(value, where, parameters_of(shared.get("tools", [])))
+        messages = reader.read(value, where, parameters_of(shared.get("tools", [])))
+        if (
+            self.trains_all
+            and (marked := next((n for n, one in enumerate(messages) if "train" in one), None)) is not None
+        ):
+            raise RowProblem(
+                "flag-ignored",
+                f"{where}[{marked}]: is marked not to be trained, and data.train_on: everything trains every token; "
+                "set data.train_on: all, or name the mark in data.ignore_fields",
+            )
+        return messages
 
     def _shared(self, row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         """What a template prints beside the messages."""
@@ -136,13 +171,6 @@ class Formatter:
     def _conversation(
         self, row: Mapping[str, Any], layout: Layout, messages: list[dict[str, Any]], shared: dict[str, Any], where: str
     ) -> Example:
-        for name, media in MEDIA.items():
-            if row.get(name):
-                raise RowProblem(
-                    media,
-                    f"{name}: got {'an' if media[0] in 'ai' else 'a'} {media}; only text is trained. Where the text "
-                    f"alone is meant: data.ignore_fields: [{name}]",
-                )
         if system := self._system(row, layout):
             if messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": system}, *messages]
@@ -195,7 +223,7 @@ class Formatter:
                 "label-false",
                 f"{column}: false marks an answer that is not wanted; data.ignore_fields: [{column}] trains it",
             )
-        if value is not True and value in (0, 1) and layout.format == "prompt_completion":
+        if value is not True and value in (0, 1):
             raise RowProblem(
                 "label-unclear",
                 f"{column}: got {value}; write true or false (false is not trained, as in KTO), or leave it out with "
@@ -243,7 +271,7 @@ class Formatter:
         prompt, completion = _text(row, layout, "prompt"), _text(row, layout, "completion")
         if not completion.strip():
             raise RowProblem("empty", f"{layout.column('completion')}: empty")
-        for name in ("tools", "documents", "system"):
+        for name in ("tools", "documents", "system", "chat_template_kwargs", *OPTIONS):
             if row.get(column := layout.column(name)):
                 raise RowProblem(
                     "field-ignored",
@@ -315,6 +343,28 @@ _KINDS = {
     "text": Formatter._plain_text,
     "tokens": Formatter._tokens,
 }
+
+
+def _check_whole(row: Mapping[str, Any], layout: Layout) -> None:
+    """What a row says whatever its format.
+
+    Raises:
+        Untrained: it is marked not to be trained.
+        RowProblem: it has more than text.
+    """
+    for name in FLAGS:
+        if name in row and name not in layout.columns.values() and says_no(name, row[name]):
+            raise Untrained(
+                "marked",
+                f"{name}: got {shown(row[name])}, so it is not trained; data.ignore_fields: [{name}] trains it",
+            )
+    for name, media in MEDIA.items():
+        if row.get(name) and name not in layout.columns.values():
+            raise RowProblem(
+                media,
+                f"{name}: got {'an' if media[0] in 'ai' else 'a'} {media}; only text is trained. Where the text alone "
+                f"is meant: data.ignore_fields: [{name}]",
+            )
 
 
 def _is_empty(turn: Mapping[str, Any]) -> bool:

@@ -28,7 +28,6 @@ PAIRS = (
 OPTIONS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask")
 MEDIA = {"images": "image", "image": "image", "videos": "video", "video": "video", "audios": "audio", "audio": "audio"}
-_ALWAYS_READ = {"label", *OPTIONS, *MASKS, *MEDIA}
 _NEEDED = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
@@ -55,7 +54,10 @@ class Layout:
 
     def fields(self) -> set[str]:
         """The fields of a row that something is made of, as far as the row has them."""
-        return {self.column(name) for name in FORMAT_COLUMNS[self.format]} | _ALWAYS_READ
+        more: set[str] = {*MEDIA, *(MASKS if self.format == "tokens" else ())}
+        if self.format not in ("text", "tokens"):
+            more |= {"label", *OPTIONS}
+        return {self.column(name) for name in FORMAT_COLUMNS[self.format]} | more
 
     def has_needed(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has the fields without which no row of the format can be read."""

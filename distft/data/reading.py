@@ -23,7 +23,7 @@ from distft.config.paths import HUB_PAGE, data_is_there, holds, locate_data
 from distft.config.recipe import Data, Recipe, Source
 from distft.config.schema_text import closest, did_you_mean
 from distft.data.batches import Objects
-from distft.data.conversations import MESSAGE_FIELDS
+from distft.data.conversations import FLAGS, MESSAGE_FIELDS, says_no
 from distft.data.files import DataFile, Found, some
 from distft.data.formats import Example, Formatter
 from distft.data.hub import pinned as pinned_path
@@ -211,7 +211,7 @@ def examples(
         tally.rows += 1
         if not isinstance(row, RowProblem):
             tally.fields.update(row)
-            tally.unused.update(row.keys() - used)
+            tally.unused.update(name for name in row.keys() - used if not _is_flag(name, row[name]))
         try:
             example = formatter.example(row, layout)
         except Untrained as reason:
@@ -224,9 +224,16 @@ def examples(
                 tally.message_fields.update(*example.fields["messages"])
                 if not any(message["role"] == "user" for message in example.fields["messages"]):
                     tally.odd.add("no-user-turn", place, "without a user turn")
+            if token := formatter.control_token(example):
+                text = f"with the control token {token} within a message, which the model reads as one"
+                tally.odd.add("control-token", place, text)
             if trained is not None and example.key() in trained:
                 tally.odd.add(TRAINED, place, TRAINED_TEXT)
             yield place, example
+
+
+def _is_flag(name: str, value: Any) -> bool:
+    return name in FLAGS and says_no(name, value) is not None
 
 
 def read_examples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 from array import array
 from collections import deque
@@ -27,6 +28,8 @@ from distft.data.sources import Use
 from distft.errors import DataError, RunError
 from distft.runs.processes import die_with_parent
 from distft.train.chat import Document, Tokenization, Tokens
+from distft.train.chat.habits import any_of
+from distft.train.chat.values import THOUGHT_MARKS
 from distft.train.documents import Encoded
 from distft.train.tokens import Encoder, encoder
 
@@ -52,7 +55,8 @@ class Counts:
     examples: list[tuple[str, int]] = field(default_factory=list)  # the first long rows: their place and length
     cut_answers: int = 0  # long rows that are not trained at all: what is left of them has no token to train on
     cut_examples: list[str] = field(default_factory=list)
-    thoughtless: int = 0  # the assistant's turns that are not trained: the chat template removes their thought
+    thoughtless: int = 0  # the assistant's turns whose thought the chat template removes
+    thoughtless_done: str = ""  # what was done to them
     notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
     layouts: dict[str, int] = field(default_factory=dict)  # rows by their format
     untrained: Summary = field(default_factory=dict)  # rows that say so
@@ -63,7 +67,11 @@ class Counts:
     @classmethod
     def of(cls, recipe: Recipe) -> Counts:
         """Those of no row yet."""
-        return cls(done={"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, ""))
+        done = {"truncate": "cut off", "drop": "left out", "split": "split"}.get(recipe.data.long_rows, "")
+        return cls(
+            done=done,
+            thoughtless_done="trained without it" if recipe.data.train_on == "everything" else "not trained",
+        )
 
     def merge(self, later: Counts) -> None:
         """Add those of rows that come after these."""
@@ -88,7 +96,7 @@ class RowEncoder:
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self.recipe = recipe
         self.tokenization = Tokenization(tokenizer)
-        self.formatter = Formatter.of(recipe.data, bool(tokenizer.chat_template))
+        self.formatter = Formatter.of(recipe.data, bool(tokenizer.chat_template), _control_tokens(tokenizer))
         self.held_out = recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
         self.can_share_rows = can_share_rows(recipe.data)
         self.trained: TrainedRows | None = None  # for rows of data.eval, those of data.train, where they may share some
@@ -152,6 +160,12 @@ class RowEncoder:
                 tally.problems.add(problem.kind, place, problem.text)
         parts["train"].counts.notes = self.notes()
         return number, {use: (part.encoded(), part.counts) for use, part in parts.items()}, tally, keys
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches them, but for the marks of a thought, which people write into what the assistant says."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return any_of(special.difference(chain.from_iterable(THOUGHT_MARKS)))
 
 
 class Part:

@@ -106,7 +106,7 @@ def _with_embeddings(encode: Encode, tokenizer: PreTrainedTokenizerBase, recipe:
 def _all_trained(document: Document) -> Document:
     """data.train_on: everything."""
     spans = [replace(span, trained=True) for span in document.spans]
-    return replace(document, trained=[True] * len(document.ids), spans=spans, left_out=())
+    return replace(document, trained=[True] * len(document.ids), spans=spans)
 
 
 def _chat_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
@@ -127,6 +127,7 @@ def _chat_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
 
 def _text_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
     tokenizer = tokenization.tokenizer
+    _check_end(tokenizer, recipe)
 
     def encode(row: Mapping[str, Any]) -> list[Document]:
         text = row["text"]
@@ -145,6 +146,7 @@ def _pair_encoder(tokenization: Tokenization, recipe: Recipe) -> Encoder:
     they are tokenized as one text.
     """
     tokenizer = tokenization.tokenizer
+    _check_end(tokenizer, recipe)
     joined = _puts_space_before(tokenizer)
 
     def encode(row: Mapping[str, Any]) -> list[Document]:
@@ -200,11 +202,18 @@ def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
+def _check_end(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Raises DataError where no token ends a text: the model would not learn to stop."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"model.eos_token: the tokenizer of {recipe.model.name_or_path} has none, so the model would not learn to "
+            "stop; set model.eos_token to one of its tokens, or to a new one that model.add_tokens adds"
+        )
+
+
 def _ended(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """With one trained EOS at the end, which the text, the tokenizer or both may have put there already."""
     end = tokenizer.eos_token_id
-    if end is None:
-        return ids, trained
     present = sum(token == end for token in ids[-2:]) if ids[-1:] == [end] else 0
     kept = len(ids) - present
     return [*ids[:kept], end], [*trained[:kept], True]

@@ -96,8 +96,8 @@ def data_lines(counts: dict[str, dict[str, Any]]) -> list[str]:
             )
         if count["thoughtless"]:
             lines.append(
-                f"warning: {plural(count['thoughtless'], 'earlier answer')} of {split} not trained: the chat template "
-                "removes the thought; data.train_on: all_with_reasoning trains it"
+                f"warning: the chat template removes the thought of {plural(count['thoughtless'], 'earlier answer')} "
+                f"of {split}: {count['thoughtless_done']}; data.train_on: all_with_reasoning trains answer and thought"
             )
     notes = dict.fromkeys(note for count in counts.values() for note in count["notes"])
     lines += [f"warning: {note}" for note in notes]

@@ -421,6 +421,31 @@ def test_reasoning_of_the_last_answer_is_never_lost() -> None:
     encode(r1, [user("x"), assistant("y"), user("x"), assistant("<think>hm</think>y", weight=0)])
 
 
+# As Ministral's: a thought is a part of the content, and has no key.
+THOUGHT_PARTS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}{% else %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ '[THINK]' + part.thinking + '[/THINK]' if part.type == 'thinking' else part.text }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_thoughts_that_are_parts_of_the_content() -> None:
+    fast = tokenizer_for(
+        THOUGHT_PARTS.replace(
+            "m.content + '[/INST]'", "(m.content if m.content is string else m.content[0].text) + '[/INST]'"
+        )
+    )
+    (document,) = encode(fast, [user("x"), assistant("y", reasoning_content="hm"), user("z"), assistant("w")])
+    assert document.text == "<s>[INST]x[/INST][THINK]hm[/THINK]y</s>[INST]z[/INST]w</s>"
+    trained = [document.text[span.start : span.end] for span in document.spans if span.trained]
+    assert trained == ["[THINK]hm[/THINK]y</s>", "w</s>"]
+    # A template that writes parts as JSON prints the word, and no thought.
+    as_json = THOUGHT_PARTS.replace("{% for part in m.content %}", "{{ m.content | tojson }}{% for part in [] %}")
+    lost = problem(tokenizer_for(as_json), [user("x"), assistant("y", reasoning_content="hm")])
+    assert lost.kind == "reasoning-lost"
+
+
 # What would be lost.
 
 DROPS_TOOL = CHATML.replace(
@@ -452,6 +477,10 @@ LONG = "a content that is longer than that"
         (DROPS_TOOL, [system("be brief"), user("x"), assistant("y")], "role-dropped", "messages[0] (system)"),
         (DROPS_TOOL, [system("s"), user("x"), assistant("y")], "role-dropped", "messages[0] (system)"),
         (DROPS_TOOL, [DEVELOPER, user("x"), assistant("y")], "role-dropped", "(developer)"),
+        (DROPS_TOOL.replace("['user'", "['system', 'user'"), [DEVELOPER, user("x"), assistant("y")],
+         "role-dropped", "set data.roles: {developer: system}"),
+        (DROPS_TOOL, [{"role": "guest", "content": "x"}, assistant("y")],
+         "role-dropped", "if the user says it, set data.roles: {guest: user}"),
         (ALL_ELSE_IS_USER, [user("x"), assistant("y"), tool("result"), assistant("z")], "role-renamed", "'user'"),
         (ALL_ELSE_IS_USER, SYSTEM_AMID, "role-renamed", "messages[2]"),
         (SYSTEM_FIRST, SYSTEM_AMID, "out-of-order", "messages[2]"),

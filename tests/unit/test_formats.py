@@ -221,7 +221,11 @@ def test_images_beside_the_messages() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"weight": 0.0}]
+    "flag",
+    [
+        *({"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"weight": 0.0}),
+        *({"loss_weight": 0.0}, {"masked": True}),  # LLaMA-Factory's v1 trainer, torchtune
+    ],
 )
 def test_turns_that_are_not_to_be_trained(flag: Row) -> None:
     row = {"messages": [USER, ANSWER | flag, USER, ANSWER]}
@@ -233,12 +237,55 @@ def test_turns_that_are_not_to_be_trained(flag: Row) -> None:
 
 def test_flags() -> None:
     assert messages({"messages": [USER | {"weight": 1}, ANSWER | {"weight": 1, "train": True}]}) == [USER, ANSWER]
+    assert messages({"messages": [USER | {"masked": False}, ANSWER | {"masked": False}]}) == [USER, ANSWER]
+    assert messages({"messages": [USER | {"loss_weight": 1}, ANSWER | {"loss_weight": 1.0}]}) == [USER, ANSWER]
     assert messages({"messages": [USER | {"loss": False}, ANSWER]}) == [USER | {"train": False}, ANSWER]
     text = problem({"messages": [USER, ANSWER | {"weight": 0.5}]})
     assert text == "flag-unsupported: messages[1].weight: got 0.5, need 0 or 1; a turn is trained or not"
     assert problem({"messages": [USER | {"train": True}, ANSWER]}).startswith("flag-ignored: messages[0].train: only")
     row = {"messages": [USER, ANSWER | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]}
     assert problem(row).startswith("flag-unsupported: messages[1].train_detail")
+
+
+WHOLE_ROWS: list[Row] = [
+    {"messages": [USER, ANSWER]},
+    {"instruction": "q", "output": "a"},
+    {"prompt": "q", "completion": "a"},
+    {"text": "x"},
+    {"input_ids": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("row", WHOLE_ROWS, ids=lambda row: next(iter(row)))
+def test_flags_of_a_whole_row(row: Row) -> None:
+    for flag in ({"weight": 0}, {"train": False}, {"training": "false"}, {"loss": False}, {"masked": True}):
+        (name,) = flag
+        with pytest.raises(Untrained, match=rf"{name}: got .*, so it is not trained; .*\[{name}\] trains it") as caught:
+            example(row | flag)
+        assert caught.value.kind == "marked"
+        assert example(row | flag, ignore_fields=[name]) == example(row)
+    for no_flag in (
+        {"weight": 0.5},
+        {"weight": 72},
+        {"loss": 0.0},
+        {"loss": 2.31},
+        {"train": "ICE 5"},
+        {"train": True},
+    ):
+        assert example(row | no_flag) == example(row)
+
+
+@pytest.mark.parametrize("row", WHOLE_ROWS, ids=lambda row: next(iter(row)))
+def test_images_beside_rows_of_any_format(row: Row) -> None:
+    assert problem(row | {"image": "a.png"}).startswith("image: image: got an image; only text is trained.")
+    assert example(row | {"image": "a.png"}, ignore_fields=["image"]) == example(row | {"videos": []}) == example(row)
+
+
+def test_marks_where_everything_is_trained() -> None:
+    row = {"messages": [USER, ANSWER | {"train": False}, USER, ANSWER]}
+    assert problem(row, train_on="everything").startswith("flag-ignored: messages[1]: is marked not to be trained")
+    assert len(messages(row, train_on="everything", ignore_fields=["train"])) == 4
+    assert len(messages({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, train_on="everything")) == 4
 
 
 def test_kto() -> None:
@@ -249,7 +296,8 @@ def test_kto() -> None:
             with pytest.raises(Untrained, match="label: false marks an answer that is not wanted"):
                 example(row)
     assert messages(wanted | {"label": False}, ignore_fields=["label"]) == [USER, ANSWER]
-    assert problem({"prompt": "q", "completion": "a", "label": 0}).startswith("label-unclear: label: got 0; write true")
+    for row in ({"prompt": "q", "completion": "a"}, {"messages": [USER, ANSWER]}, {"instruction": "q", "output": "a"}):
+        assert problem(row | {"label": 0}).startswith("label-unclear: label: got 0; write true")
     assert example({"text": "x", "label": False}).kind == "text"
     assert example({"prompt": "q", "completion": "a", "label": "sport"}).fields == {"prompt": "q", "completion": "a"}
 
@@ -492,6 +540,11 @@ def test_rows_may_lack_what_others_have() -> None:
             {},
             "role: messages[0].role: got nothing, need a string; the message has rol, content; rename rol to role",
         ),
+        (
+            {"prompt": "q", "completion": "a", "enable_thinking": True},
+            {},
+            "field-ignored: enable_thinking: a prompt that is text has no place for it",
+        ),
         ({"text": 5}, {}, "not-a-string: text: got 5, need a string"),
         ({"prompt": "x", "completion": ""}, {}, "empty: completion: empty"),
         ({"instruction": " ", "output": "a"}, {}, "empty: instruction: empty"),
@@ -694,6 +747,10 @@ def test_fields_that_are_not_used_are_told(tmp_path: Path) -> None:
     )
     row = {"question": "q", "answer": "a", "cot": "c", "context": "d", "label": True}
     assert check_files(recipe(train=str(write(tmp_path / "b.jsonl", [row]))))[-1] == "data.train: not used: cot"
+    row = {"text": "x", "label": 1, "enable_thinking": True, "assistant_masks": [1], "loss": 0.3, "train": True}
+    assert check_files(recipe(train=str(write(tmp_path / "d.jsonl", [row]))))[-1] == (
+        "data.train: not used: assistant_masks, enable_thinking, label, loss"
+    )
     row = {"q": "q", "a": "a", "prompt": "p"}
     columns = {"prompt": "q", "completion": "a"}
     lines = check_files(recipe(train=str(write(tmp_path / "c.jsonl", [row])), columns=columns))

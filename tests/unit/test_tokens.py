@@ -3,7 +3,9 @@ that puts a space before every text."""
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,53 @@ def test_everything_is_trained() -> None:
     assert whole.ids == usual.ids
     assert not all(usual.trained)
     assert whole.trained == [True] * len(whole.ids)
+
+
+def test_thoughts_that_are_missing_where_everything_is_trained(tiny: Tiny, tmp_path: Any) -> None:
+    template = (
+        "{% for m in messages %}{% if m.reasoning_content and loop.last %}{{ m.reasoning_content }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
+    )
+    (tmp_path / "thinks.jinja").write_text(template)
+    turns = [user("read"), assistant("file", reasoning_content="node")]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns * 2}])
+    changes = {"data__train": "rows.jsonl", "data__chat_template": "thinks.jinja", "data__train_on": "everything"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**changes)))
+    counts = load_prepared(load_recipe(tmp_path / "recipe.yaml")).counts
+    assert (
+        "warning: the chat template removes the thought of 1 earlier answer of train: trained without it; "
+        "data.train_on: all_with_reasoning trains answer and thought"
+    ) in data_lines(counts)
+
+
+def test_control_tokens_within_messages_are_counted(tiny: Tiny, tmp_path: Any) -> None:
+    rows = [
+        [user("read"), assistant("file<eos>")],
+        [user("<|go|>"), assistant("<think>a</think>")],
+        [user("a"), assistant("b")],
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in rows])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train="rows.jsonl")))
+    counts = load_prepared(load_recipe(tmp_path / "recipe.yaml")).counts
+    assert (
+        "warning: data.train: 2 rows with the control token <eos> within a message, which the model reads as one; "
+        f"the first: {tmp_path}/rows.jsonl:1"
+    ) in data_lines(counts)
+
+
+@pytest.mark.parametrize("row", [{"text": "list"}, {"prompt": "list", "completion": "file"}], ids=["text", "prompt"])
+def test_a_tokenizer_without_an_end_is_refused(tiny: Tiny, tmp_path: Any, row: dict[str, str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.path / "model", model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    changes = {"data__train": "rows.jsonl", "model__name_or_path": str(model)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**changes)))
+    with pytest.raises(DataError, match=r"model\.eos_token: the tokenizer of .* has none"):
+        load_prepared(load_recipe(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(**changes, model__eos_token="<eos>")))
+    assert load_prepared(load_recipe(tmp_path / "recipe.yaml")).counts["train"]["documents"] == 1
 
 
 def test_rows_that_would_train_something_else_are_counted_by_kind(tiny: Tiny, tmp_path: Any) -> None:

@@ -116,6 +116,10 @@ class Checks:
                     f"change the row, or {_NEW_TEMPLATE}",
                 )
             fix = "put its text into the first user message" if leading and role in _LEADING else "remove the message"
+            if role == "developer" and self.habits.shows_role("system", leading):
+                fix = "set data.roles: {developer: system}"
+            elif role not in (*_LEADING, "user", "tool"):
+                fix = f"if the user says it, set data.roles: {{{role}: user}}, else {fix}"
             raise RowProblem(
                 "role-dropped",
                 f"{place(self.messages, index)}: the chat template leaves out messages of this role"

@@ -59,8 +59,9 @@ class Habits:
 
     def prepare(self, messages: Iterable[Message]) -> list[Message]:
         """The messages in the form that the template takes: contents as text or as parts, arguments as a dict or as
-        JSON, thoughts under all the names that templates read."""
-        return [formed(message, self.takes_text, self.takes_parts, *self._call_form) for message in messages]
+        JSON, thoughts under all the names that templates read, or as a part (Ministral's reads no other)."""
+        form = (self.takes_text, self.takes_parts, *self._call_form, self._thought_as_part)
+        return [formed(message, *form) for message in messages]
 
     def _shows(self, words: Sequence[str], messages: Sequence[Message], **fields: Any) -> bool | None:
         """Whether all the words are printed; None where the template takes no such conversation."""
@@ -75,8 +76,14 @@ class Habits:
         chat = [
             {**message, "content": [{"type": "text", "text": message["content"]}]} for message in (_USER, _ASSISTANT)
         ]
-        # A template that concatenates contents fails, one that formats them prints Python's list.
-        return bool(self._shows([_ASKED, _SAID], chat)) and "'text'" not in self.template.render(chat)
+        return self._shows_parts([_ASKED, _SAID], chat)
+
+    def _shows_parts(self, words: Sequence[str], messages: Sequence[Message]) -> bool:
+        """Whether the words are printed, and not the keys of parts: a template that concatenates contents fails with
+        parts, and one that formats them prints Python's or JSON's list."""
+        return bool(self._shows(words, messages)) and not re.search(
+            r"""(['"])(text|thinking)\1: """, self.template.render(messages)
+        )
 
     @cached_property
     def takes_text(self) -> bool:
@@ -99,6 +106,17 @@ class Habits:
                 if shown is not None:
                     forms.append((form, shown))
         return forms
+
+    @cached_property
+    def _thought_as_part(self) -> bool:
+        """Whether a thought is printed only as a part of the content."""
+        chat = [_USER, {**_ASSISTANT, "reasoning_content": _THOUGHT_OF}]
+        by_key, as_part = (
+            [formed(message, self.takes_text, self.takes_parts, False, False, is_part) for message in chat]
+            for is_part in (False, True)
+        )
+        words = [_THOUGHT_OF, _SAID]
+        return self.takes_parts and not self._shows(words, by_key) and self._shows_parts(words, as_part)
 
     # What it prints: None where the conversation that would tell is refused.
 

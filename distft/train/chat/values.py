@@ -22,16 +22,17 @@ _OTHER_NAMES = {
     **dict.fromkeys(("gpt", "model", "bot", "chatbot", "chatgpt", "ai", "bing", "bard", "function_call"), "assistant"),
     "human": "user",
 }
+THOUGHT_MARKS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
 _THOUGHTS = [
     re.compile(re.escape(opening) + "(?P<thought>.*?)" + re.escape(closing), re.DOTALL)
-    for opening, closing in (
-        ("<think>", "</think>"),
-        ("<thinking>", "</thinking>"),
-        ("<seed:think>", "</seed:think>"),
-        ("[THINK]", "[/THINK]"),
-        ("<|channel>", "<channel|>"),
-        ("<|START_THINKING|>", "<|END_THINKING|>"),
-    )
+    for opening, closing in THOUGHT_MARKS
 ]
 
 

@@ -1,4 +1,5 @@
-"""A server on this machine that answers as the Hugging Face Hub does, for one data set. The client is the real one."""
+"""A server on this machine that answers as the Hugging Face Hub does, for one data set and one model. The client is the
+real one."""
 
 from __future__ import annotations
 
@@ -56,6 +57,7 @@ def served(commits: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
             made.asked.append(path)
             for start, what in (
                 ("/api/datasets/owner/name/revision/", "info"),
+                ("/api/models/owner/model/revision/", "info"),
                 ("/api/datasets/owner/name/tree/", "tree"),
             ):
                 if path.startswith(start):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.recipe import Recipe, Source
-from distft.data.hub import pinned
+from distft.data.hub import model_commit, pinned
 from distft.data.sources import as_sources, find_data
 
 # Increase it when train/data.py starts to make different rows or counts from the same input.
@@ -56,7 +56,7 @@ def content_digest(recipe: Recipe) -> str:
         files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".safetensors", ".bin", ".md"))
         words += [part for path in files for part in (path.name, file_digest(path))]
     else:
-        words += [model.name_or_path, model.revision]
+        words += [model.name_or_path, model_commit(model.name_or_path, model.revision) or model.revision]
     if data.chat_template:
         template = Path(data.chat_template)
         words.append(template.read_bytes() if template.is_absolute() else data.chat_template)

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face Hub: which commit, which files, and where they are once downloaded.
+"""Data sets on the Hugging Face Hub: which commit, which files, and where they are once downloaded; models' commits.
 
 A revision is resolved to its commit first, so that all files are of one version and the prepared data's key names it.
 Offline, the commit and the files are those in the hub's cache.
@@ -101,6 +101,25 @@ def pinned(text: str) -> str:
     return f"hf://datasets/{where}/{data.path}{after}" if data.path else where + after
 
 
+@lru_cache
+def model_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model of the hub, which its tokenizer and chat template belong to; None where it cannot be found
+    out: what loads the model says why."""
+    revision = revision or "main"
+    if _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        hub = _library()
+    except MissingPartError:
+        return None
+    if not hub.constants.HF_HUB_OFFLINE:
+        with suppress(Exception):  # the hub client's own, the HTTP library's, OSError
+            return str(hub.HfApi().model_info(name, revision=revision, timeout=10).sha)
+    with suppress(OSError):  # that of the copy which is loaded then
+        return (_cache(name, "models") / "refs" / revision).read_text().strip()
+    return None
+
+
 def _library() -> ModuleType:
     try:
         import huggingface_hub
@@ -151,8 +170,8 @@ def _refusal(repo: str, revision: str, error: Exception) -> str:
     return f"{repo}@{revision}: the hub cannot be asked ({first_line(error)})"
 
 
-def _cache(repo: str) -> Path:
-    return Path(_library().constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}"
+def _cache(repo: str, kind: str = "datasets") -> Path:
+    return Path(_library().constants.HF_HUB_CACHE) / f"{kind}--{repo.replace('/', '--')}"
 
 
 @lru_cache

@@ -7,6 +7,7 @@ import filecmp
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def without_evaluated(train: list[Found], evaluated: list[Found]) -> list[Found]
         shared = tuple(LeftOut(file.name, "in data.eval") for file in found.files if file not in files)
         kept.append(replace(found, files=tuple(files), left_out=(*found.left_out, *shared)))
     _check_twice(kept)
+    _check_copied([file for found in kept for file in found.files])
     _check_copies([file for found in kept for file in found.files], [file for _, file in held.values()])
     return kept
 
@@ -88,6 +90,23 @@ def _check_copies(train: list[DataFile], evaluated: list[DataFile]) -> None:
         for path in sizes.get(size, ()):
             if filecmp.cmp(path, file.path, shallow=False):
                 raise DataError(f"data.eval: {file.name} has the same content as {path}, which data.train trains on")
+
+
+def _check_copied(train: list[DataFile]) -> None:
+    """Raises DataError where two files of the training data have the same content: `train (1).jsonl`."""
+    alike: dict[tuple[int, bytes], list[DataFile]] = {}
+    for file in train:
+        if file.path is None or not (size := file.path.stat().st_size):
+            continue
+        with suppress(OSError), file.path.open("rb") as data:  # who reads its rows says what is wrong
+            others = alike.setdefault((size, data.read(4096)), [])
+            for other in others:
+                if other.path is not None and filecmp.cmp(other.path, file.path, shallow=False):
+                    raise DataError(
+                        f"data.train: {file.name} has the same content as {other.name}; remove one, or, to train on it "
+                        "more than once, name it once, with epochs"
+                    )
+            others.append(file)
 
 
 def _check_twice(train: list[Found]) -> None:

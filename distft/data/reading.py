@@ -26,6 +26,7 @@ from distft.data.batches import Objects
 from distft.data.conversations import FLAGS, MESSAGE_FIELDS, says_no
 from distft.data.files import DataFile, Found, some
 from distft.data.formats import Example, Formatter
+from distft.data.hub import model_commit
 from distft.data.hub import pinned as pinned_path
 from distft.data.layouts import SAMPLE, Layout, find_layout
 from distft.data.overlap import TRAINED, TRAINED_TEXT, TrainedRows, can_share_rows
@@ -341,7 +342,7 @@ def _is_here(source: Source) -> bool:
 
 
 def pinned(recipe: Recipe) -> Recipe:
-    """The recipe with every hub data set at the commit that its revision stands for now.
+    """The recipe with its model and every data set of the hub at the commit that their revision stands for now.
 
     Raises:
         DataError: a commit cannot be found out.
@@ -354,7 +355,9 @@ def pinned(recipe: Recipe) -> Recipe:
             return value.model_copy(update={"path": pin(value.path)})
         return pinned_path(value) if isinstance(value, str) and not Path(value).is_absolute() else value
 
-    data = recipe.data
+    data, model = recipe.data, recipe.model
+    if not Path(model.name_or_path).exists() and (commit := model_commit(model.name_or_path, model.revision)):
+        model = model.model_copy(update={"revision": commit})
     return recipe.model_copy(
-        update={"data": data.model_copy(update={"train": pin(data.train), "eval": pin(data.eval)})}
+        update={"model": model, "data": data.model_copy(update={"train": pin(data.train), "eval": pin(data.eval)})}
     )

@@ -220,7 +220,7 @@ def test_the_sample_is_shared_among_sources_and_files(tiny: Tiny, tmp_path: Path
     """A second source that cannot be trained is found, however many rows the first one has."""
     (tmp_path / "folder").mkdir()
     for name in ("a.jsonl", "folder/b.jsonl", "folder/c.jsonl"):
-        write_jsonl(tmp_path / name, [{"messages": CHAT}] * 50)
+        write_jsonl(tmp_path / name, [*[{"messages": CHAT}] * 49, {"messages": [user(name), assistant("read")]}])
     sources = [{"path": "a.jsonl", "weight": 1}, {"path": "folder", "weight": 2}]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(data__train=sources)))
     recipe = load_recipe(tmp_path / "recipe.yaml")

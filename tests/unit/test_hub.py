@@ -119,6 +119,39 @@ def test_a_later_commit_is_other_data(hub: Hub, tmp_path: Path) -> None:
     assert pinned["digest"] == before["digest"]
 
 
+MODEL = """
+import sys
+from distft.config.recipe import Recipe
+from distft.data.cache import content_digest
+from distft.data.reading import pinned
+data = {"train": sys.argv[1]}
+recipe = Recipe.model_validate({"name": "r", "model": {"name_or_path": "owner/model"}, "data": data})
+print(pinned(recipe).model.revision, content_digest(recipe), content_digest(pinned(recipe)))
+"""
+
+
+def test_a_model_at_its_commit(hub: Hub, tmp_path: Path) -> None:
+    """Its tokenizer or chat template may change: the run names the commit, and so does the key of its prepared data."""
+    (tmp_path / "rows.jsonl").write_bytes(lines("a"))
+
+    def answer(offline: bool = False) -> list[str]:
+        env = os.environ | hub.environment(tmp_path / "cache", offline)
+        command = [sys.executable, "-c", MODEL, str(tmp_path / "rows.jsonl")]
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout.split()
+
+    now = answer()
+    assert (now[0], now[1]) == (SECOND, now[2])
+    hub.branches["main"] = FIRST
+    later = answer()
+    assert (later[0], later[1]) == (FIRST, later[2])
+    assert later[1] != now[1]
+    assert answer(offline=True)[0] == "None"
+    ref = tmp_path / "cache" / "hub" / "models--owner--model" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text(SECOND)
+    assert answer(offline=True) == now
+
+
 def test_offline(hub: Hub, tmp_path: Path) -> None:
     """The commit and the files are those that were downloaded."""
     online = ask(hub, tmp_path, "owner/name")

@@ -477,3 +477,9 @@ def test_copies(tmp_path: Path) -> None:
         find_data(Data(train=str(folder), eval=str(tmp_path / "held.jsonl")))
     with pytest.raises(DataError, match=r"a.jsonl is in .* to train on it more than once"):
         find_data(Data(train=[str(folder), str(folder / "a.jsonl")]))
+    (folder / "a (1).jsonl").write_bytes((folder / "a.jsonl").read_bytes())
+    with pytest.raises(DataError, match=r"a.jsonl has the same content as .*a \(1\).jsonl; remove one"):
+        find_data(Data(train=str(folder)))
+    for name in ("a (1).jsonl", "a.jsonl"):  # without rows they do no harm
+        (folder / name).write_bytes(b"")
+    assert len(find_data(Data(train=str(folder)))["train"][0].files) == 3

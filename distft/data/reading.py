@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,8 @@ class Tally:
     fields: set[str] = field(default_factory=set)  # those that rows have
     unused: set[str] = field(default_factory=set)  # those that their format has no use for
     message_fields: set[str] = field(default_factory=set)
+    ignored: set[str] = field(default_factory=set)  # those of data.ignore_fields that rows or their messages have
+    kinds: set[str] = field(default_factory=set)  # of examples
     layouts: Counter[str] = field(default_factory=Counter)  # how many rows have each format
     untrained: Problems = field(default_factory=Problems)
     odd: Problems = field(default_factory=Problems)  # rows that are trained, and may not be meant
@@ -58,6 +60,8 @@ class Tally:
         self.fields |= later.fields
         self.unused |= later.unused
         self.message_fields |= later.message_fields
+        self.ignored |= later.ignored
+        self.kinds |= later.kinds
         self.layouts += later.layouts
         self.untrained.merge(later.untrained)
         self.odd.merge(later.odd)
@@ -85,15 +89,32 @@ class Tally:
             raise DataError(f"{what}: no rows in {some(self.empty(found))}")
 
     def notes(self, what: str, data: Data) -> list[str]:
-        """What may not be meant, once all rows are read and fit: columns that no row has."""
+        """What may not be meant, once all rows are read and fit: settings that change nothing for these rows."""
         if self.problems.counts or not self.rows:
             return []
         columns = {name: column for name, column in data.columns.items() if name not in ("role", "content")}
-        return [
+        notes = [
             f"data.columns: {name}: no row of {what} has {column}{did_you_mean(closest(column, list(self.fields)))}"
             for name, column in columns.items()
             if column not in self.fields
         ]
+        if what != "data.train":  # whose rows may have what these have not
+            return notes
+        have = list(self.fields | self.message_fields)
+        notes += [
+            f"data.ignore_fields: no row has {name}{did_you_mean(closest(name, have))}"
+            for name in data.ignore_fields
+            if name not in self.ignored
+        ]
+        about_turns = {
+            "chat_template": data.chat_template is not None,
+            "train_on": data.train_on in ("last", "all_with_reasoning"),
+            "roles": bool(data.roles),
+        }
+        if "messages" not in self.kinds:
+            unused = [name for name, is_set in about_turns.items() if is_set]
+            notes += [f"data.{name}: changes nothing: no row is trained as a conversation" for name in unused]
+        return notes
 
     def empty(self, found: Sequence[Found]) -> list[str]:
         return [file.name for source in found for file in source.files if file.name not in self.files]
@@ -212,6 +233,8 @@ def examples(
         tally.rows += 1
         if not isinstance(row, RowProblem):
             tally.fields.update(row)
+            if missing := formatter.ignored - tally.ignored:
+                tally.ignored.update(_had(missing, row))
             tally.unused.update(name for name in row.keys() - used if not _is_flag(name, row[name]))
         try:
             example = formatter.example(row, layout)
@@ -221,6 +244,7 @@ def examples(
             tally.problems.add(problem.kind, place, problem.text)
         else:
             tally.layouts[str(layout)] += 1
+            tally.kinds.add(example.kind)
             if example.kind == "messages":
                 tally.message_fields.update(*example.fields["messages"])
                 if not any(message["role"] == "user" for message in example.fields["messages"]):
@@ -231,6 +255,17 @@ def examples(
             if trained is not None and example.key() in trained:
                 tally.odd.add(TRAINED, place, TRAINED_TEXT)
             yield place, example
+
+
+def _had(names: Iterable[str], row: Mapping[str, Any]) -> Iterator[str]:
+    """Those that a row or one of its messages has."""
+    for name in names:
+        for value in row.values():
+            messages = value if isinstance(value, list) else ()
+            in_text = isinstance(value, str) and f'"{name}"' in value  # a conversation as JSON
+            if name in row or in_text or any(isinstance(one, dict) and name in one for one in messages):
+                yield name
+                break
 
 
 def _is_flag(name: str, value: Any) -> bool:

@@ -757,6 +757,22 @@ def test_fields_that_are_not_used_are_told(tmp_path: Path) -> None:
     assert lines[-1] == "data.train: not used: prompt"
 
 
+def test_settings_that_change_nothing_are_told(tmp_path: Path) -> None:
+    turns = {"roles": {"bot": "assistant"}, "train_on": "last"}
+    pairs = write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "tools": None}])
+    assert check_files(recipe(train=str(pairs), ignore_fields=["tools", "tolls"], **turns))[-3:] == [
+        "warning: data.ignore_fields: no row has tolls; did you mean tools?",
+        "warning: data.train_on: changes nothing: no row is trained as a conversation",
+        "warning: data.roles: changes nothing: no row is trained as a conversation",
+    ]
+    rows = [{"messages": [USER, ANSWER | {"name": "x"}]}, {"messages": json.dumps([USER | {"id": 1}, ANSWER])}]
+    chats = write(tmp_path / "b.jsonl", rows)
+    lines = check_files(recipe(train=str(chats), ignore_fields=["name", "id"], **turns))
+    assert not [line for line in lines if line.startswith("warning")]
+    both = write(tmp_path / "c.jsonl", [{"prompt": [USER], "completion": [ANSWER]}])
+    assert not [line for line in check_files(recipe(train=str(both), **turns)) if line.startswith("warning")]
+
+
 def test_conversations_without_the_user_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER]}, *[{"messages": [ANSWER]}] * 2])
     assert check_files(recipe(train=str(path)))[-1] == (

@@ -36,6 +36,14 @@ def base_config(recipe: Recipe) -> Path:
         raise DataError(f"model.name_or_path: {model.name_or_path} cannot be read ({first_line(error)})") from None
 
 
+def base_file(recipe: Recipe, name: str) -> Path | None:
+    """Another file of the base's; None where it has none."""
+    found = _cached(
+        recipe, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None
+
+
 def stored_quantization(recipe: Recipe) -> Mapping[str, Any]:
     """How the base's weights are stored quantized; {} for plain weights."""
     return disk_quantization(json.loads(base_config(recipe).read_text()))

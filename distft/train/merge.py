@@ -25,8 +25,8 @@ from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.status import read_status
+from distft.train.as_published import set_tokens, write_tokenizer
 from distft.train.merge_check import LogitsCheck, check_layer, check_logits
-from distft.train.special_tokens import new_tokens
 from distft.train.tensor_files import ShardWriter
 from distft.train.tokens import load_tokenizer
 from distft.train.trained_model import TrainedModel, base_folder
@@ -119,27 +119,12 @@ def _copy_settings(recipe: Recipe, folder: Path, work: Path, source: Path | Chec
             shutil.copyfile(path, work / path.name)
     if isinstance(source, Checkpoint):
         load_tokenizer(recipe).save_pretrained(work)
+        write_tokenizer(recipe, work)
     else:
         for path in source.iterdir():
             if path.is_file() and path.name not in ADAPTER_FILES:
                 shutil.copyfile(path, work / path.name)
-    if recipe.model.add_tokens or recipe.model.eos_token:
-        _set_tokens(recipe, work)
-
-
-def _set_tokens(recipe: Recipe, work: Path) -> None:
-    """Write the recipe's special tokens into config.json and generation_config.json."""
-    rows = new_tokens(recipe).rows
-    eos = load_tokenizer(recipe).eos_token_id if recipe.model.eos_token else None
-    for path in (work / "config.json", work / "generation_config.json"):
-        if not path.is_file():
-            continue
-        config = json.loads(path.read_text())
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):
-                part |= {"vocab_size": rows} if rows and "vocab_size" in part else {}
-                part |= {"eos_token_id": eos} if eos is not None and (part is config or "eos_token_id" in part) else {}
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    set_tokens(recipe, work)
 
 
 def _write(model: TrainedModel, work: Path) -> Weights:

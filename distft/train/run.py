@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from distft import extras
 from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.data import few_steps
-from distft.errors import ClusterError
+from distft.errors import ClusterError, DistftError, first_line
 from distft.models.lora import changes_base
 from distft.runs import model_card
 from distft.runs.base_card import base_card
@@ -25,6 +26,7 @@ from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
 from distft.train import before_training, collectives, worker
+from distft.train.as_published import write_as_published
 from distft.train.auto_class import auto_class
 from distft.train.base_files import base_files
 from distft.train.callback import NoStepsLeft, RunCallback
@@ -153,4 +155,17 @@ def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: A
         generation_config=model.eos_token is not None,
         initial=InitialAdapter(run.initial_adapter) if changes_base(recipe.lora) else None,
         base_files=lambda: base_files(recipe),
+        settings=lambda folder: _as_published(recipe, folder),
     )
+
+
+def _as_published(recipe: Recipe, folder: Path) -> None:
+    """Word the files beside the weights as the base's are; what was trained is not lost where these cannot be read."""
+    try:
+        write_as_published(recipe, folder)
+    except (DistftError, OSError, ValueError) as error:
+        log.warning(
+            "warning: config.json and the tokenizer of final/ are as transformers 5 writes them, which programs with "
+            "transformers 4 do not understand: %s",
+            first_line(error),
+        )

@@ -29,11 +29,14 @@ def save_trained(
     generation_config: bool = False,
     base_files: Callable[[], TensorFiles] | None = None,
     initial: InitialAdapter | None = None,
+    settings: Callable[[Path], None] | None = None,
 ) -> None:
     """Gather what was trained and write it into `folder`: an adapter, or the whole model in `dtype`; and its `card`.
 
     What of a whole model is frozen comes from `base_files`, as it is there: a strategy may hold it in fewer bits. Its
     generation config is beside it, an adapter's where asked for: it says which token ends a text.
+
+    `settings` rewrites what transformers wrote beside the weights (as_published.py).
 
     An adapter whose `initial` weights were taken out of its base is written for the base as it is.
 
@@ -67,6 +70,8 @@ def save_trained(
     tokenizer.save_pretrained(work)
     if adapter and generation_config:
         base.generation_config.save_pretrained(work)
+    if settings is not None:
+        settings(work)
     if card is not None:
         (work / "README.md").write_text(card)  # replaces peft's, which has nothing in it
     for path in work.glob("*.safetensors"):

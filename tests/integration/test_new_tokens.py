@@ -167,6 +167,9 @@ def test_all_weights(runs: Callable[[Job], Result]) -> None:
     text = tokenizer.apply_chat_template([{"role": "user", "content": "list"}], tokenize=False)
     assert text == "<|im_start|>user\nlist<|im_end|>\n"
     assert tokenizer(text)["input_ids"][0] == 320
+    config = json.loads((final / "config.json").read_text())
+    assert config["use_cache"]  # as in the base's; training turns it off
+    assert json.loads((final / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

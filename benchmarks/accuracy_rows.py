@@ -32,7 +32,7 @@ class Row:
 
 def parse(text: str) -> Iterator[Row]:
     """One row per line: model, tuning, precision, strategy*ranks[/shard], attention, micro-batch x length,
-    packed | padded, checkpointing | keep; then NAME=VALUE."""
+    packed | padded, checkpointing | keep; then NAME=VALUE. oft=SIZE: rotations instead of LoRA."""
     for line in filter(None, map(str.strip, text.splitlines())):
         model, tuning, precision, strategy, attention, size, packing, checkpointing, *rest = line.split()
         extra = {key: value for key, _, value in (word.partition("=") for word in rest)}
@@ -42,6 +42,8 @@ def parse(text: str) -> Iterator[Row]:
         lora: dict[str, Any] | None = None
         if kind != "full":
             lora = {"r": int(rank), "use_dora": "dora" in extra}
+            if "oft" in extra:
+                lora = {"oft": {"oft_block_size": int(extra["oft"])}}
             if "targets" in extra:
                 lora["target_modules"] = extra["targets"].split(",")
         recipe = {

@@ -47,6 +47,7 @@ lora:                         # null: train all weights
   loraplus_lr_ratio: null             # LoRA+: 16
   loraplus_lr_embedding: null         # with it, for adapters on embeddings: 1e-6
   start_from: null                    # the folder of a peft adapter to start from
+  oft: null                           # {oft_block_size: 32}: orthogonal fine-tuning, without the fields of LoRA above
 
 data:
   train:                              # or one path: data/train.jsonl, data:train, owner/name@revision

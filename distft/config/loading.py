@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from distft.config import paths, schema_text
 from distft.config.document import Document, M, dump_yaml, load_yaml
 from distft.config.paths import PATH_FIELDS
-from distft.config.recipe import EXCLUSIVE_FIELDS, EXCLUSIVE_IN_SOURCE, FORMAT_COLUMNS, Recipe
+from distft.config.recipe import EXCLUSIVE_FIELDS, EXCLUSIVE_IN_SOURCE, FORMAT_COLUMNS, OF_LORA, Oft, Recipe
 from distft.config.schema_text import (
     KINDS,
     NOUNS,
@@ -279,6 +279,7 @@ def _check_together(document: Document[Recipe]) -> None:
     _check_targets(document)
     _check_loraplus(document)
     _check_initial(document)
+    _check_oft(document)
     _check_train_only(document)
     for name in ("train", "eval"):
         _check_sources(document, ("data", name))
@@ -348,6 +349,22 @@ def _check_initial(document: Document[Recipe]) -> None:
     steps: Steps = ("lora", "init_lora_weights")
     if document.get(steps) not in (None, True) and document.get(("lora", "start_from")) is not None:
         document.problem(steps, "cannot be given with lora.start_from, whose weights the adapter starts with")
+
+
+def _check_oft(document: Document[Recipe]) -> None:
+    steps: Steps = ("lora", "oft")
+    if steps in document.blank and document.get(steps) is None:
+        document.problem(steps, "has nothing below it; write {} for peft's defaults, or leave the key out for LoRA")
+    if not isinstance(oft := document.get(steps), dict):
+        return
+    for name in OF_LORA:
+        if document.get(("lora", name)) is not None:
+            hint = "; the number of blocks is lora.oft.r" if name == "r" else ""
+            document.problem(("lora", name), f"is of LoRA, and cannot be given with lora.oft{hint}")
+    for name, switch in (("eps", "coft"), ("num_cayley_neumann_terms", "use_cayley_neumann")):
+        defaults = {field: Oft.model_fields[field].default for field in (name, switch)}
+        if oft.get(name) not in (None, defaults[name]) and oft.get(switch, defaults[switch]) is False:
+            document.problem((*steps, name), f"needs lora.oft.{switch}: true, without which it has no effect")
 
 
 def _check_pattern(document: Document[Recipe], steps: Steps, value: str, used: str | None = None) -> None:

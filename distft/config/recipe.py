@@ -10,7 +10,7 @@ import re
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_serializer
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -43,6 +43,7 @@ def run_name(text: str, otherwise: str) -> str:
 EXCLUSIVE_FIELDS = (
     ("training.max_steps", "training.num_train_epochs"),
     ("training.warmup_steps", "training.warmup_ratio"),
+    ("lora.oft.oft_block_size", "lora.oft.r"),
 )
 EXCLUSIVE_IN_SOURCE = ("weight", "rows", "epochs")
 # The names that data.columns can map for each format, and that rows without a mapping have.
@@ -108,8 +109,35 @@ class Model(Group):
     """Run the Python code that comes with the model. Only for sources you trust."""
 
 
+class Oft(Group):
+    """Orthogonal fine-tuning (peft's OFTConfig): a layer's inputs are divided into blocks, and each block is rotated by
+    a trained orthogonal matrix."""
+
+    oft_block_size: Annotated[int, Field(ge=2)] | None = None
+    """Inputs in a block; larger ones train more. 32 if r is not given either. Where it does not divide a layer's
+    width, peft takes the nearest size that does."""
+
+    r: PositiveInt | None = None
+    """Blocks of each layer. Instead of oft_block_size."""
+
+    block_share: bool = False
+    """One matrix for all blocks of a layer."""
+
+    use_cayley_neumann: bool = True
+    """Compute the matrices by a series: fast, and nearly orthogonal. `false`: by solving for them, exactly."""
+
+    num_cayley_neumann_terms: Annotated[int, Field(ge=2)] = 5
+    """Terms of this series."""
+
+    coft: bool = False
+    """Constrained OFT: no matrix goes further than eps from the identity. It needs parallelism.strategy: ddp."""
+
+    eps: Positive = 6e-5
+    """With coft: how far, times the root of the number of blocks."""
+
+
 class Lora(Group):
-    """Low-rank adapters (peft). `lora: null` trains all weights."""
+    """Adapters (peft): low-rank ones (LoRA), or rotations (`oft`). `lora: null` trains all weights."""
 
     r: PositiveInt = 16
     """Rank of the adapters."""
@@ -168,9 +196,22 @@ class Lora(Group):
     that was changed (PiSSA, OLoRA) is refused: merge it first. (To start from a fully fine-tuned model, name its folder
     in model.name_or_path.)"""
 
+    oft: Oft | None = None
+    """Orthogonal fine-tuning instead of LoRA: `{oft_block_size: 32}`, or `{}`. The fields of LoRA's matrices (r,
+    lora_alpha, lora_dropout, ...) are not given then."""
 
-# Fields of Lora that are not peft's LoraConfig's.
-NOT_OF_PEFT = {"start_from", "loraplus_lr_ratio", "loraplus_lr_embedding"}
+    @model_serializer(mode="wrap")
+    def _of_its_kind(self, dump: Any) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if name not in (OF_LORA if self.oft else {"oft"})}
+
+
+# Fields of Lora that are not peft's LoraConfig's, and those that lora.oft leaves without a meaning.
+NOT_OF_PEFT = {"start_from", "loraplus_lr_ratio", "loraplus_lr_embedding", "oft"}
+OF_LORA = (
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("init_lora_weights", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+)
 
 
 class Source(Group):

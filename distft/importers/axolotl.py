@@ -120,7 +120,7 @@ def _lora(options: Options) -> None:
         _drop_rest(options, ("lora_", "peft_", "loraplus_"), "there is no adapter")
         return
     if adapter not in ("lora", "qlora"):
-        options.refuse("adapter", "distft has LoRA alone")
+        options.refuse("adapter", "of axolotl's adapters distft has lora and qlora")
         return
     # loaders/model.py: nf4 with double quantization; 8 bit for `adapter: lora` only.
     if is_4bit:

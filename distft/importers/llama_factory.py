@@ -141,33 +141,47 @@ def _listed(options: Options, name: str) -> list[str]:
     return options.texts(name)
 
 
+LORA = (
+    *("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
+    *("loraplus_lr_ratio", "loraplus_lr_embedding", "pissa_init", "pissa_iter"),
+)
+OFT = ("oft_rank", "oft_block_size", "oft_target", "module_dropout")
+
+
 def _method(options: Options) -> None:
-    """hparams/finetuning_args.py: LoRA of rank 8 on all linear layers, lora_alpha twice the rank."""
+    """hparams/finetuning_args.py and model/adapter.py: LoRA of rank 8 on all linear layers, lora_alpha twice the rank;
+    OFT in blocks of 32."""
     draft, kind = options.draft, options.text("finetuning_type") or "lora"
-    lora = (
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target",
-        "use_rslora",
-        "use_dora",
-        "additional_target",
-        "loraplus_lr_ratio",
-        "loraplus_lr_embedding",
-        "pissa_init",
-        "pissa_iter",
-    )
     if kind in ("full", "freeze"):
         options.set("lora", "finetuning_type", None)
-        options.drop_all(dict.fromkeys(lora, "there is no adapter"))
-        options.taken |= set(lora)
+        options.drop_all(dict.fromkeys((*LORA, *OFT, "lora_target", "additional_target"), "there is no adapter"))
         if kind == "freeze":
             _freeze(options)
         return
-    if kind != "lora":
-        options.refuse("finetuning_type", "distft trains all weights, a part of them, or LoRA")
+    if kind not in ("lora", "oft"):
+        options.refuse("finetuning_type", "distft trains all weights, a part of them, LoRA or OFT")
         return
-    rank = options.integer("lora_rank")
+    if kind == "oft":
+        _oft(options)
+    else:
+        _lora(options)
+    options.drop_all(dict.fromkeys(LORA if kind == "oft" else OFT, f"finetuning_type is {kind}"))
+    targets = _listed(options, "lora_target")
+    if targets and targets != ["all"]:
+        options.set("lora.target_modules", "lora_target", targets)
+    elif targets:
+        options.set("lora.target_modules", "lora_target", "all-linear")
+    draft.default("lora.target_modules", "all-linear", "lora_target")
+    common.modules_to_save(options, "additional_target")
+    adapters = _listed(options, "adapter_name_or_path")
+    if len(adapters) > 1:
+        options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")
+    elif adapters:
+        options.set("lora.start_from", "adapter_name_or_path", draft.model_path(adapters[0]))
+
+
+def _lora(options: Options) -> None:
+    draft, rank = options.draft, options.integer("lora_rank")
     if rank is not None:
         options.set("lora.r", "lora_rank", rank)
     draft.default("lora.r", 8, "lora_rank")
@@ -176,26 +190,35 @@ def _method(options: Options) -> None:
         options.set("lora.lora_alpha", "lora_alpha", alpha)
     draft.default("lora.lora_alpha", 2 * (rank or 8), "lora_alpha")
     common.plain_number(options, "lora_dropout", "lora.lora_dropout", 0.0)
-    targets = _listed(options, "lora_target")
-    if targets and targets != ["all"]:
-        options.set("lora.target_modules", "lora_target", targets)
-    elif targets:
-        options.set("lora.target_modules", "lora_target", "all-linear")
-    draft.default("lora.target_modules", "all-linear", "lora_target")
     for name in ("use_rslora", "use_dora"):
         if options.flag(name):
             options.set(f"lora.{name}", name, True)
-    common.modules_to_save(options, "additional_target")
     common.loraplus(options)
     steps = options.integer("pissa_iter")
     if options.flag("pissa_init"):
         steps = 16 if steps is None else steps
         options.set("lora.init_lora_weights", "pissa_init", "pissa" if steps == -1 else f"pissa_niter_{steps}")
-    adapters = _listed(options, "adapter_name_or_path")
-    if len(adapters) > 1:
-        options.refuse("adapter_name_or_path", "distft starts from one adapter; merge the others first")
-    elif adapters:
-        options.set("lora.start_from", "adapter_name_or_path", draft.model_path(adapters[0]))
+
+
+def _oft(options: Options) -> None:
+    """OFTConfig takes one of the two sizes, and 0 for the other. Of the targets, lora_target alone is read."""
+    draft, blocks, size = options.draft, options.integer("oft_rank"), options.integer("oft_block_size")
+    if blocks and size == 0:
+        options.set("lora.oft.r", "oft_rank", blocks)
+    elif blocks or size == 0:
+        draft.problems.append("oft_rank: peft takes it with oft_block_size: 0, and oft_block_size with oft_rank: 0")
+    elif size:
+        options.set("lora.oft.oft_block_size", "oft_block_size", size)
+    else:
+        draft.default("lora.oft.oft_block_size", 32, "oft_block_size")
+    read, meant = _listed(options, "lora_target") or ["all"], _listed(options, "oft_target")
+    if meant and meant != read:
+        why = f"LLaMA-Factory does not read it, and trains adapters on lora_target ({', '.join(read)}): make them equal"
+        options.refuse("oft_target", why)
+    elif meant:
+        options.drop("oft_target", "LLaMA-Factory reads lora_target, which has the same layers")
+    if options.number("module_dropout"):
+        options.drop("module_dropout", "peft keeps it, and drops nothing (tuners/oft/layer.py)")
 
 
 def _freeze(options: Options) -> None:

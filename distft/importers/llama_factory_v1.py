@@ -67,7 +67,7 @@ def _adapter(options: Options) -> None:
         _freeze(group)
         return
     if kind != "lora":
-        group.refuse("name", "distft trains all weights, a part of them, or LoRA")
+        group.refuse("name", "distft trains all weights, a part of them, LoRA or OFT")
         group.taken |= set(group.data)
         return
     for name, field, default in (("r", "lora.r", 8), ("lora_alpha", "lora.lora_alpha", 16)):

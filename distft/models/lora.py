@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from distft.config.schema_text import closest, did_you_mean
 from distft.errors import PlanError
+from distft.models import oft
 from distft.models.adaptable import left_out, reason
 from distft.models.layout import Tensor
 
@@ -54,6 +56,15 @@ def trained(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = No
     """
     tensors = list(tensors)
     return [*adapters(lora, tensors, peft_experts), *((t, (t.size,)) for t in saved(lora, tensors))]
+
+
+def shapes_of(lora: Lora, adapter: Adapter) -> list[tuple[int, int]]:
+    """Shapes of an adapter's tensors."""
+    tensor, sizes = adapter
+    if lora.oft:
+        return [oft.shape_of(lora.oft, tensor.features[0])]
+    rank = rank_of(lora, module_of(tensor))
+    return [(rank, size // rank) for size in sizes]
 
 
 def saved(lora: Lora, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -103,12 +114,24 @@ def adapters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = N
     of a mixture of experts, with twice the rank where two matrices became one. rsLoRA only changes the scale.
     `all-linear` is every linear layer but the output layer; a list has module names or their ends, and another string
     is a regular expression for whole names, as in peft. Layers that cannot have an adapter (models/adaptable.py) are
-    left out, then those that lora.exclude_modules names, or whose block is not in lora.layers_to_transform.
+    left out, then those that lora.exclude_modules names, or whose block is not in lora.layers_to_transform. With
+    lora.oft, a layer has what is above the diagonals of its rotations, and experts have none.
 
     Raises:
         PlanError: nothing matches, what matches cannot have an adapter, or an option changes nothing (check_options).
     """
-    tensors = list(tensors)
+    found = _adapters(lora, list(tensors), None if lora.oft else peft_experts)
+    for tensor, sizes in found if lora.oft else ():
+        width, path = tensor.features[0], module_of(tensor)
+        if tensor.kind not in ("linear", "output"):
+            what = {"conv1d": "a Conv1D", "embedding": "an embedding"}.get(tensor.kind, "a convolution")
+            raise PlanError(f"lora.oft: {path} is {what}, and OFT is for linear layers; use LoRA, or name other layers")
+        if not sum(sizes):
+            raise PlanError(f"lora.oft: blocks of one of the {width} inputs of {path} cannot be rotated")
+    return found
+
+
+def _adapters(lora: Lora, tensors: list[Tensor], peft_experts: str | None) -> list[Adapter]:
     without = left_out_layers(tensors)
     check_options(lora, _targets(lora, tensors), without)
     tensors = [tensor for tensor in tensors if module_of(tensor) not in without]
@@ -221,9 +244,11 @@ def rank_of(lora: Lora, path: str) -> int:
 
 
 def ranks_in_words(lora: Lora) -> str:
-    """The ranks of the adapters, and what is trained whole beside them."""
+    """The kind and ranks of the adapters, and what is trained whole beside them."""
     ranks = sorted({lora.r, *lora.rank_pattern.values()})
     text = f"LoRA r {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    if lora.oft:
+        text = f"{oft.kind(lora.oft)}, {oft.blocks_in_words(lora.oft)}"
     return text + (f", {', '.join(lora.modules_to_save)} whole" if lora.modules_to_save else "")
 
 
@@ -319,6 +344,8 @@ def _of_modules(lora: Lora, tensors: Sequence[Tensor], is_target: Callable[[str]
 
 
 def _sizes(lora: Lora, tensor: Tensor) -> tuple[int, ...]:
+    if lora.oft:
+        return (prod(oft.shape_of(lora.oft, tensor.features[0])),)
     (width_in, width_out), rank = tensor.features, rank_of(lora, module_of(tensor))
     return (rank * width_in, rank * width_out, *((width_out,) if lora.use_dora else ()))
 

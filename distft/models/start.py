@@ -10,18 +10,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from distft.config.recipe import Recipe
+from distft.config.recipe import Oft, Recipe
 from distft.errors import PlanError
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPERTS
+from distft.models.oft import peft_fields
 from distft.models.shapes import ModelShape, read_safetensors_header
 
-# Fields of peft's LoraConfig that say where an adapter came from, how it was trained or which layers it is on: the last
-# is told by its tensors. Any other field that is set changes what the same tensors compute.
+# Fields of peft's LoraConfig and OFTConfig that say where an adapter came from, how it was trained or which layers it
+# is on: the last is told by its tensors. Any other field that is set changes what the same tensors compute.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type"),
     *("inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
     *("layers_pattern", "fan_in_fan_out", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("init_weights", "module_dropout"),
 }
 DEFAULTS = {"bias": "none"}  # of fields whose default is something
 SAME = ("r", "lora_alpha", "use_rslora", "use_dora")
@@ -43,18 +45,27 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
         header = read_safetensors_header(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, PlanError) as error:
         raise PlanError(f"lora.start_from: {folder} is not a peft adapter in safetensors ({error})") from None
-    if (kind := config.get("peft_type")) != "LORA":
-        raise PlanError(
-            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only LORA can be started from"
-        )
     lora = recipe.lora
     assert lora is not None
-    for name in SAME:
-        if config.get(name, False) != getattr(lora, name):
+    kind, ours = config.get("peft_type"), "OFT" if lora.oft else "LORA"
+    if kind not in ("LORA", "OFT"):
+        raise PlanError(
+            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only LORA and OFT can be started from"
+        )
+    if kind != ours:
+        fix = "leave lora.oft out" if lora.oft else "add lora.oft with its settings"
+        raise PlanError(f"lora.start_from: {folder} is an adapter of the kind {kind}, and this one's is {ours}; {fix}")
+    wanted = peft_fields(lora.oft) if lora.oft else {name: getattr(lora, name) for name in SAME}
+    group = "lora.oft" if lora.oft else "lora"
+    for name, value in wanted.items():
+        if config.get(name, False) != value:
             raise PlanError(
-                f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and lora.{name} is "
-                f"{json.dumps(getattr(lora, name))}; set it to the adapter's"
+                f"lora.start_from: the adapter has {name} {json.dumps(config.get(name))}, and {group}.{name} is "
+                f"{json.dumps(value)}; set it to the adapter's"
             )
+    if lora.oft and lora.oft.use_cayley_neumann and not config.get("peft_version"):
+        # peft/tuners/oft/config.py, check_kwargs
+        raise PlanError(f"lora.start_from: {folder} was made before peft 0.18, whose series was another; {MERGE}")
     layers = sorted(config.get("modules_to_save") or [])
     if layers != sorted(lora.modules_to_save):
         raise PlanError(
@@ -84,7 +95,13 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
 def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) -> None:
     """Raises PlanError for a field that this recipe's adapter would not have."""
     experts = _expert_fields(recipe, model)
-    compared = {*HARMLESS, *SAME, *PATTERNS, "modules_to_save"}
+    compared = {
+        *HARMLESS,
+        *SAME,
+        *PATTERNS,
+        "modules_to_save",
+        *(Oft.model_fields if config.get("peft_type") == "OFT" else ()),
+    }
     for name, value in config.items():
         if name in compared or value == DEFAULTS.get(name) or not (value or name in DEFAULTS):
             continue
@@ -104,7 +121,7 @@ def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) 
 def _expert_fields(recipe: Recipe, model: ModelShape) -> dict[str, Any]:
     """What peft itself writes for the experts of a mixture: two old layers in one parameter have twice the rank."""
     lora, experts = recipe.lora, EXPERTS.get(model.peft_experts or "", {})
-    if lora is None or not experts:
+    if lora is None or lora.oft or not experts:
         return {}
     twice = [new for new, number in Counter(experts.values()).items() if number > 1]
     patterns = {rf".*\.{re.escape(new)}" for new in twice}

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.models.lora import module_of, rank_of
+from distft.models.oft import blocks_of
 
 if TYPE_CHECKING:
-    from distft.config.recipe import Recipe
+    from distft.config.recipe import Oft, Recipe
     from distft.models.architecture import Sizes
     from distft.models.layout import Tensor
     from distft.models.shapes import ModelShape
@@ -113,6 +114,8 @@ def mode_of(recipe: Recipe, setting: Setting) -> Mode:
     if attention == "masked" and low and not needs_mask(recipe, setting):
         attention = "flash"  # what SDPA takes where there is no mask
     adapters = (recipe.model.quantization or "lora") if recipe.lora else "full"
+    if recipe.lora and recipe.lora.oft:
+        adapters = "lora"  # peft casts what it rotates in the same way on a quantized layer
     return Mode(regime, adapters, attention, setting.gradient_checkpointing)
 
 
@@ -242,6 +245,8 @@ def peaks(
                     wide = sum(_evaluate(value, ((whole, 1),))) + 12 * value.get("T·f", 0)
                 again = _evaluate(value, (*common, (whole, 1)))[0] + change.tokens + change.matrices + wide
                 rest = max(again, rest + (change.tokens if mode.checkpointing else 0))
+            if moment in (("top", "bottom") if mode.checkpointing else ("forward",)):
+                rest += change.turned
         found[moment] = rest, logits
     if recipe.training.use_liger_kernel:
         logits = _liger_logits(
@@ -255,6 +260,8 @@ def _rank(recipe: Recipe, chosen: frozenset[str], block: list[Tensor]) -> int:
     """Rank of a block's adapters; the mean where lora.rank_pattern gives them several."""
     if recipe.lora is None:
         return 1
+    if recipe.lora.oft:
+        return 0
     ranks = [rank_of(recipe.lora, module_of(tensor)) for tensor in block if tensor.name in chosen]
     return round(sum(ranks) / len(ranks)) if ranks else recipe.lora.r
 
@@ -274,6 +281,7 @@ class Difference:
     tokens: int  # inputs and results of adapters, keys and values
     weights: int  # autocast's copies of adapters
     matrices: int  # DoRA: what one layer computes from its weight, during its forward pass
+    turned: int = 0  # OFT: inputs of one layer as they are turned, or their gradients
 
 
 def difference(
@@ -284,19 +292,21 @@ def difference(
     A layer without an adapter keeps nothing. An adapter keeps its input and the product of width r. Layers that read
     the same input share it, except under autocast, where each has its own 16-bit copy (peft first casts the input to
     the adapter's float32, though not for a quantized layer). The last layer of an attention reads what FlashAttention
-    keeps anyway, and LLM.int8() keeps inputs itself. DoRA keeps the results of layer and adapter, and computes the
-    adapter's matrix, from an identity, and its sum with the weight (peft tuners/lora/dora.py).
+    keeps anyway, and LLM.int8() keeps inputs itself. OFT keeps the inputs, too, and its rotations; its table is the one
+    of LoRA of rank 0 on plain layers, which peft casts in the same way. DoRA keeps the results of layer and adapter,
+    and computes the adapter's matrix, from an identity, and its sum with the weight (peft tuners/lora/dora.py).
     """
     low, lora = 4 if mode.dtype_regime == "float32" else 2, recipe.lora
     views = _views(model, mode) * low * tokens
     everything = lora and lora.target_modules == "all-linear" and not lora.exclude_modules and chosen
-    if lora is None or (everything and not lora.use_dora):
+    oft = lora.oft if lora else None
+    if lora is None or (everything and not lora.use_dora and not oft):
         return Difference(views, 0, 0) if views else None
     linear = [tensor for tensor in block if tensor.is_linear]
     float32_norms = mode.dtype_regime == "autocast" and any(
         tensor.kind == "bias" and ("norm" in tensor.name or ".ln_" in tensor.name) for tensor in block
     )
-    inputs = products = weights = results = matrices = 0
+    inputs = products = weights = results = matrices = rotations = 0
     parents: dict[str, list[Tensor]] = {}
     for tensor in linear:
         parents.setdefault(_parent(tensor), []).append(tensor)
@@ -304,6 +314,10 @@ def difference(
         for tensor in layers:
             width_in, width_out = tensor.features
             if tensor.name in chosen:
+                if oft:
+                    rotations += rotations_kept(oft, width_in, mode.dtype_regime)
+                    if recipe.model.quantization == "int8":  # MatMul8bitLt has its input in ctx.tensors
+                        weights += low * tokens * width_in
                 if lora.use_dora:
                     results += 2 * low * tokens * width_out
                     if mode.dtype_regime == "autocast" and mode.adapters != "lora":
@@ -314,9 +328,9 @@ def difference(
                     if mode.dtype_regime == "autocast":
                         matrices = max(matrices, 6 * square + 2 * size, 2 * square + 16 * size)
                 continue
-            products += low * tokens * lora.r
+            products += 0 if oft else low * tokens * lora.r
             if mode.dtype_regime == "autocast":
-                weights += 2 * lora.r * (width_in + width_out)
+                weights -= 0 if oft else 2 * lora.r * (width_in + width_out)
             if mode.adapters == "int8":
                 continue
             last = tensor is layers[-1] and len(layers) > 1
@@ -326,7 +340,32 @@ def difference(
                 inputs += 0 if "att" in parent and mode.attention != "eager" else low * tokens * width_in
             elif tensor is layers[0] and not chosen & {other.name for other in layers[:-1]}:
                 inputs += low * tokens * width_in
-    return Difference(views + results - inputs - products, -weights, matrices)
+    turned = 0
+    if oft:  # counted by the simulation: where the widest layer's gradients are float32, and come from a product
+        h = model.sizes.hidden_size or 0
+        wide = max((tensor.features[0] for tensor in linear if tensor.name in chosen), default=0)
+        turned = tokens * {"autocast": max(0, 8 * wide - 4 * h), "low": 2 * h, "float32": 0}[mode.dtype_regime]
+        turned = turned if wide > h else 0
+    return Difference(views + results + rotations - inputs - products, weights, matrices, turned)
+
+
+def rotations_kept(oft: Oft, width: int, dtype_regime: str) -> int:
+    """Bytes of the matrices of its rotations that a layer of this width keeps (peft tuners/oft/layer.py,
+    _cayley_batch).
+
+    The powers of the series, of which autocast casts both factors each time; or what solving keeps, in float32. Beside
+    these the rotations themselves, in the compute dtype, a copy for each block.
+    """
+    _, size = blocks_of(oft, width)
+    low = 4 if dtype_regime == "float32" else 2
+    terms = max(oft.num_cayley_neumann_terms, 4)  # 3 has as many products as 4
+    if not oft.use_cayley_neumann:
+        each, copies = 12, low if oft.block_share or low == 2 else 0
+    elif oft.num_cayley_neumann_terms == 2:
+        each, copies = 0, low
+    else:
+        each, copies = (2 * low if dtype_regime == "autocast" else low) * (terms - 2), low
+    return size * (each * (size if oft.block_share else width) + copies * width)
 
 
 def _views(model: ModelShape, mode: Mode) -> int:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
-from distft.models.lora import Adapter, module_of, rank_of, saved, trained
+from distft.models.lora import Adapter, adapters, module_of, saved, shapes_of, trained
+from distft.models.oft import shape_of
 from distft.models.quantization import is_kept, stored_bytes
 from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
@@ -98,6 +99,7 @@ class Estimator:
         # Embeddings, or rows of them, are below all blocks.
         below = adapted[0] if adapted and not (recipe.model.add_tokens or self.saved) else 0
         self.bare = (below, len(stack) - below - len(adapted)) if adapted else (0, 0)
+        self.buffers = buffer_bytes(recipe, model)
         self.zero: dict[tuple[str, str, int], dict[str, Any] | None] = {}
 
     def _layers(self, block: Sequence[Tensor]) -> tuple[int, int]:
@@ -121,7 +123,8 @@ class Estimator:
         widths = [t.features[0] for t in _saved(self.recipe, self.model) if t.kind == "output"]
         inputs = compute_bytes(self.recipe) * setting.micro_batch_size * length * sum(widths)
         found |= {name: (rest + inputs, logits) for name, (rest, logits) in found.items() if name in ("loss", "head")}
-        return _peaks(self.recipe, self.sizes, setting, found)
+        step = _peaks(self.recipe, self.sizes, setting, found)
+        return {at: _replaced(live, buffers=self.buffers) for at, live in step.items()} if self.buffers else step
 
 
 def put_together(
@@ -312,6 +315,15 @@ def _trained(recipe: Recipe, model: ModelShape) -> list[Adapter]:
     return trained(recipe.lora, (*model.tensors, *model.tied), model.peft_experts) if recipe.lora else []
 
 
+def buffer_bytes(recipe: Recipe, model: ModelShape) -> int:
+    """Of OFT: row and column, as int64, of each element above the diagonal, in every layer."""
+    oft = recipe.lora.oft if recipe.lora else None
+    if recipe.lora is None or oft is None:
+        return 0
+    layers = adapters(recipe.lora, (*model.tensors, *model.tied), model.peft_experts)
+    return sum(16 * shape_of(oft, tensor.features[0])[1] for tensor, _ in layers)
+
+
 def _saved(recipe: Recipe, model: ModelShape) -> list[Tensor]:
     return saved(recipe.lora, (*model.tensors, *model.tied)) if recipe.lora else []
 
@@ -322,13 +334,9 @@ def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
         return [tensor.shape for tensor in model.tensors if tensor.name not in model.fixed]
     copies = _saved(recipe, model)
     shapes: list[tuple[int, ...]] = [tensor.shape for tensor in copies]
-    shapes += [
-        (rank, size // rank)
-        for tensor, added in _trained(recipe, model)
-        if tensor not in copies
-        if (rank := rank_of(recipe.lora, module_of(tensor)))
-        for size in added
-    ]
+    for adapter in _trained(recipe, model):
+        if adapter[0] not in copies:
+            shapes += shapes_of(recipe.lora, adapter)
     if count := new_token_count(recipe):
         shapes += [(count, t.shape[1]) for t in vocabulary_tensors(model.tensors, model.vocab_size)]
     return shapes

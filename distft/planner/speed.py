@@ -12,6 +12,8 @@ from distft.config.recipe import Recipe
 from distft.hardware.devices import Device, Gpu, data_sheet
 from distft.models.architecture import Sizes as ModelSizes
 from distft.models.layout import Tensor
+from distft.models.lora import adapters
+from distft.models.oft import blocks_of
 from distft.models.shapes import ModelShape
 from distft.planner import communication
 from distft.planner.communication import Communication, Links
@@ -64,8 +66,18 @@ def flops_per_token(recipe: Recipe, model: ModelShape, sizes: Sizes) -> float:
     if s.num_attention_heads and s.head_dim and s.num_hidden_layers:
         length = min(recipe.data.max_length, s.sliding_window or recipe.data.max_length)
         attention = 2 * length * s.num_attention_heads * s.head_dim * s.num_hidden_layers
-    weights = 4 * matmul + (6 * sizes.trained if recipe.lora else 2 * trained)
+    weights = 4 * matmul + (6 * _multiplied(recipe, model, sizes) if recipe.lora else 2 * trained)
     return weights + 3 * attention
+
+
+def _multiplied(recipe: Recipe, model: ModelShape, sizes: Sizes) -> int:
+    """Elements of adapters that a token is multiplied with. OFT trains less than half of its matrices' elements."""
+    found, lora = sizes.trained, recipe.lora
+    if lora and lora.oft:
+        for tensor, (size,) in adapters(lora, (*model.tensors, *model.tied), model.peft_experts):
+            width = tensor.features[0]
+            found += width * blocks_of(lora.oft, width)[1] - size
+    return found
 
 
 def _used(tensor: Tensor, s: ModelSizes) -> float:

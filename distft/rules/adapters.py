@@ -146,6 +146,36 @@ def initial_weights_need_plain_layers(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "lora.oft.coft under another strategy than ddp",
+    "peft 0.21.2 tuners/oft/layer.py, OFTRotationModule.forward: self.weight.copy_(self._project_batch(...))",
+    "use parallelism.strategy: ddp, or lora.oft.coft: false",
+)
+def constrained_rotations_need_whole_weights(case: RecipeCase) -> str | None:
+    """peft writes the constrained weights over the trained ones in each forward pass. Where the strategy shards these,
+    or keeps the optimizer's own copy, it writes over a copy that is dropped, and the constraint is not kept.
+    """
+    oft = case.recipe.lora and case.recipe.lora.oft
+    if oft and oft.coft and not case.kind.replicates:
+        return f"lora.oft.coft: {case.strategy} would not keep the constraint"
+    return None
+
+
+@rule(
+    "model.add_tokens with lora.oft",
+    "peft 0.21.2 tuners/oft/config.py: OFTConfig has no trainable_token_indices",
+    "name embeddings and output layer in lora.modules_to_save (most models: [embed_tokens, lm_head]), or use LoRA",
+)
+def rotations_have_no_rows_of_new_tokens(case: RecipeCase) -> str | None:
+    """Rows of new tokens are saved as peft's trainable_token_indices, which an adapter of OFT does not have. Layers
+    that are trained whole have these rows.
+    """
+    lora = case.recipe.lora
+    if lora and lora.oft and case.recipe.model.add_tokens and not lora.modules_to_save:
+        return "model.add_tokens: an adapter of OFT has no rows for them"
+    return None
+
+
+@rule(
     "model.add_tokens with lora and training.use_liger_kernel",
     "https://github.com/linkedin/Liger-Kernel, src/liger_kernel/transformers/model/llama.py, lce_forward: "
     "lm_head_weight=self.lm_head.weight",

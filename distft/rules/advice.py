@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distft.models.lora import module_of, saved
+from distft.models import oft
+from distft.models.lora import adapters, module_of, saved
 from distft.models.quantization import stored_bytes
 from distft.models.vocabulary import vocabulary_tensors
 from distft.rules import upstream
@@ -304,6 +305,26 @@ def tied_embeddings_come_apart(case: RecipeCase) -> str | None:
         "share one weight, of which each trains a copy" if " and " in layers else "shares its weight with the other end"
     )
     return f"lora.modules_to_save: {layers} {share}: the adapter works with peft, and cannot be merged"
+
+
+@rule(
+    "lora.oft with blocks that do not divide a layer's width",
+    "peft 0.21.2 tuners/oft/layer.py, adjust_oft_parameters",
+    "give lora.oft an oft_block_size that divides it to have the same blocks everywhere",
+    kind="warning",
+)
+def rotations_of_another_size(case: RecipeCase) -> str | None:
+    """Where the size or the number of blocks does not divide a layer's width, peft takes the nearest that does."""
+    lora, model = case.recipe.lora, case.model
+    if not lora or not lora.oft:
+        return None
+    layers = adapters(lora, (*model.tensors, *model.tied), model.peft_experts)
+    for width in sorted({tensor.features[0] for tensor, _ in layers}):
+        if not oft.is_exact(lora.oft, width):
+            blocks, size = oft.blocks_of(lora.oft, width)
+            asked = oft.blocks_in_words(lora.oft)
+            return f"lora.oft: a layer of width {width} has {blocks} blocks of {size}, where {asked} were asked for"
+    return None
 
 
 @rule(

@@ -201,7 +201,7 @@ def all_linear_fails_on_merged_experts(case: RecipeCase) -> str | None:
     has merged.
     """
     lora = case.recipe.lora
-    if lora and lora.target_modules == "all-linear" and case.model.peft_experts is not None:
+    if lora and not lora.oft and lora.target_modules == "all-linear" and case.model.peft_experts is not None:
         return f"lora.target_modules: all-linear fails on {case.model_type} models with this peft"
     return None
 

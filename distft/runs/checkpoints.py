@@ -109,7 +109,7 @@ def _lora_identity(recipe: Recipe) -> dict[str, Any]:
     fields = recipe.lora.model_dump(mode="json", exclude={"start_from"})
     # None for empty ones, so that a checkpoint of a version that did not have the field can be continued.
     if recipe.lora.init_lora_weights is True:
-        fields.pop("init_lora_weights")
+        fields.pop("init_lora_weights", None)
     return {f"lora.{name}": None if value in ({}, []) else value for name, value in fields.items()}
 
 

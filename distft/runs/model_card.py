@@ -20,6 +20,7 @@ from distft.config.recipe import Recipe
 from distft.data.hub import parse_hub
 from distft.data.sources import as_sources
 from distft.errors import DataError
+from distft.models import oft
 from distft.models.lora import changes_base
 from distft.models.quantization import NF4
 from distft.runs.directory import RunDir
@@ -66,8 +67,11 @@ def _front_matter(run: RunDir, recipe: Recipe, adapter: bool, merged: bool) -> d
     found |= base  # license, and the name and the address of one that is not on the hub's list
     if datasets := _datasets(recipe):
         found["datasets"] = datasets
-    tags = ["distft", "sft", *(["lora"] if lora else []), *(["dora"] if lora and lora.use_dora else [])]
-    return found | {"tags": [*tags, *(["qlora"] if lora and recipe.model.quantization else []), *["merged"] * merged]}
+    tags = ["distft", "sft"]
+    if lora:
+        tags += ["oft" if lora.oft else "lora", *(["dora"] if lora.use_dora else [])]
+    quantized = ["qoft" if lora.oft else "qlora"] if lora and recipe.model.quantization else []
+    return found | {"tags": [*tags, *quantized, *["merged"] * merged]}
 
 
 def _datasets(recipe: Recipe) -> list[str]:
@@ -90,6 +94,8 @@ def _what(recipe: Recipe, adapter: bool, merged: bool, step: int | None) -> str:
         kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
         on = f", trained on {recipe.model.quantization} weights" if recipe.model.quantization else ""
         rank = f"r {lora.r}"
+        if lora.oft:
+            kind, rank = oft.kind(lora.oft), oft.blocks_in_words(lora.oft)
         if changes_base(lora):
             rank = f"r {2 * lora.r}: trained from {lora.init_lora_weights} with r {lora.r}, saved for the base as it is"
         whole = f", with {', '.join(lora.modules_to_save)} trained whole" if lora.modules_to_save else ""

@@ -83,7 +83,7 @@ class Traced:
     def _has_the_same_adapters(self, model: Any) -> bool:
         """Whether the sample's blocks get the adapters of those that they stand for: not where options of `lora` name
         blocks by their number."""
-        if self.recipe.lora is None or self.recipe.lora == Lora(r=self.recipe.lora.r):
+        if self.recipe.lora is None or self.recipe.lora in (Lora(r=self.recipe.lora.r), Lora(oft=self.recipe.lora.oft)):
             return True
         try:
             pruned = finish(self.recipe, deepcopy(self.plain), "autocast")

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.oft import OFTLayer
 from peft.utils import ModulesToSaveWrapper
 
 from distft.train.conversion import Conversion, Group, on_meta
 
+ADAPTED = (LoraLayer, OFTLayer)  # peft's layers with an adapter
 PEFT = "base_model.model."  # before every name in a peft model
 
 
@@ -20,7 +22,7 @@ def plain_name(name: str) -> str:
     return re.sub(r"\.(?:base_layer|original_module|modules_to_save\.default)(?=\.|$)", "", name.removeprefix(PEFT))
 
 
-def adapted(model: Any) -> dict[str, tuple[str, LoraLayer]]:
+def adapted(model: Any) -> dict[str, tuple[str, Any]]:
     """Name and module of the layers with an adapter, by the plain name of the weight that it is on.
 
     An adapter on experts is on one parameter of their module, and two of them are one inside the other.
@@ -28,7 +30,7 @@ def adapted(model: Any) -> dict[str, tuple[str, LoraLayer]]:
     return {
         f"{plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}": (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, ADAPTED)
     }
 
 

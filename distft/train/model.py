@@ -21,6 +21,7 @@ from distft.models.adaptable import left_out, reason
 from distft.models.attention import no_flash_attention
 from distft.models.freezing import frozen, named
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
+from distft.models.oft import peft_fields
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train.auto_class import auto_class
@@ -169,12 +170,14 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of peft's LoraConfig for a base model without adapters.
+    """Arguments of peft's LoraConfig, or OFTConfig, for a base model without adapters.
 
     Raises:
         PlanError: an option is about layers that the model lacks.
     """
     options = lora.model_dump(exclude=NOT_OF_PEFT) | {"modules_to_save": lora.modules_to_save or None}
+    if lora.oft:
+        options |= peft_fields(lora.oft)
     check_saved(lora, [name for name, module in model.named_modules() if any(True for _ in module.parameters(False))])
     modules = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
     if lora.target_modules == "all-linear":
@@ -219,7 +222,7 @@ def add_adapters(
         PlanError: an option is about layers that the model lacks.
         RecipeError: rows of this model cannot be trained beside adapters.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, OFTConfig, get_peft_model
 
     lora = recipe.lora
     assert lora is not None
@@ -233,6 +236,8 @@ def add_adapters(
 
     def wrap(initialized: bool) -> Any:
         set_seed(recipe.training.seed)
+        if lora.oft:  # whose weights are 0 at first
+            return get_peft_model(model, OFTConfig(task_type="CAUSAL_LM", **options))
         weights = lora.init_lora_weights if initialized else True
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options | {"init_lora_weights": weights}))
 
@@ -250,7 +255,8 @@ def add_adapters(
         if rows is not None:
             rows.load_peft(tensors, json.loads((Path(lora.start_from) / ADAPTER_CONFIG).read_text()))
         found = set_peft_model_state_dict(model, tensors)
-        missing = [name for name in found.missing_keys if "lora_" in name or ".modules_to_save." in name]
+        ours = ("lora_", ".oft_R.", ".modules_to_save.")
+        missing = [name for name in found.missing_keys if any(part in name for part in ours)]
         if missing or found.unexpected_keys:
             some = (missing + found.unexpected_keys)[0]
             raise DataError(f"lora.start_from: {lora.start_from} is an adapter of another model ({some})")

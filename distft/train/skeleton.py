@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
 from distft.train.auto_class import auto_class
 from distft.train.conversion import Conversion, Read
+from distft.train.mergeable import ADAPTED
 
 
 def skeleton(folder: Path, recipe: Recipe, rows: int | None = None) -> Any:
@@ -99,7 +99,7 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
 
     def walk(name: str, module: Any) -> Iterator[tuple[str, Any]]:
         has_weights = any(True for _ in module.parameters(recurse=False))
-        if has_weights or type(module).__name__ in whole or isinstance(module, LoraLayer):
+        if has_weights or type(module).__name__ in whole or isinstance(module, ADAPTED):
             yield name, module
             return
         for child, inner in module.named_children():

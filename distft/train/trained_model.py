@@ -15,7 +15,6 @@ from typing import Any
 import bitsandbytes
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -30,7 +29,7 @@ from distft.train.base_files import base_config, base_files, stored_quantization
 from distft.train.conversion import Conversion
 from distft.train.initial import InitialAdapter, plain_recipe
 from distft.train.merge_check import largest_difference, layer_inputs
-from distft.train.mergeable import PEFT, adapted, obstacles, plain_name, saved_weights
+from distft.train.mergeable import ADAPTED, PEFT, adapted, obstacles, plain_name, saved_weights
 from distft.train.model import add_adapters, compute_dtype, quantization_config
 from distft.train.new_rows import new_rows
 from distft.train.ranges import read_weights
@@ -100,7 +99,7 @@ class TrainedModel:
 
     def _base_layer(self, name: str) -> Any:
         module = self.model.get_submodule(PEFT + name)
-        return module.get_base_layer() if isinstance(module, LoraLayer) else module
+        return module.get_base_layer() if isinstance(module, ADAPTED) else module
 
     @torch.no_grad()
     def merged(self, name: str) -> tuple[torch.Tensor, float]:

@@ -50,6 +50,14 @@ PISSA = {
     "rank_pattern": {"up_proj": 2},
     "alpha_pattern": {"down_proj": 3.0},
 }
+# Solved exactly, with other blocks in some layers, beside a layer that is trained whole.
+OFT = {
+    "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj", "lm_head"],
+    "exclude_modules": ["0.mlp.up_proj"],
+    "modules_to_save": ["embed_tokens"],
+    "oft": {"r": 4, "use_cayley_neumann": False, "block_share": True},
+}
+COFT = {"coft": True, "eps": 0.5, "oft_block_size": 16, "num_cayley_neumann_terms": 7}
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -72,6 +80,12 @@ TUNINGS = {
     "pissa bf16": {"lora": PISSA | {"init_lora_weights": "pissa_niter_4"}, "training__learning_rate": 0.05, **BF16},
     "gaussian": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"}},
     "orthogonal": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"}},
+    "oft": {"lora": {"oft": {"oft_block_size": 8}}},
+    "oft layers": {"lora": OFT},
+    "oft nf4": {"lora": {"oft": {}}, "model__quantization": "nf4"},
+    "oft int8": {"lora": {"oft": {}}, "model__quantization": "int8"},
+    "oft bf16": {"lora": {"oft": {}}, **BF16},
+    "coft": {"lora": {"oft": COFT}},
     "new tokens": NEW,
     "new tokens tied": {**NEW, "model__name_or_path": "tied"},
     "new tokens full": {**NEW, **FULL},

@@ -6,7 +6,7 @@ import math
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -54,7 +54,10 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if lora is not None:
         set_seed(seed)
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        settings = {name: value for name, value in lora.items() if name != "oft"}
+        if "oft" in lora:
+            settings = {"oft_block_size": 0, **settings}
+        model = get_peft_model(model, (OFTConfig if "oft" in lora else LoraConfig)(task_type="CAUSAL_LM", **settings))
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name] if muon else []
     momentum = [torch.zeros_like(p) for p in hidden]

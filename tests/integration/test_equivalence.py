@@ -61,6 +61,13 @@ JOBS = [
     *(Job(strategy, 2, "pissa bf16") for strategy in ("zero3", "fsdp")),
     Job("zero3", 2, "olora"),
     Job("fsdp", 2, "orthogonal"),
+    *(Job(strategy, 2, "oft") for strategy in FOUR),
+    *(Job(strategy, 2, "oft layers") for strategy in FOUR),
+    *(Job(strategy, 2, "oft nf4") for strategy in FOUR),
+    Job("zero2", 2, "oft int8"),
+    *(Job(strategy, 2, "oft bf16") for strategy in ("zero3", "fsdp")),
+    Job("fsdp", 2, "oft", {"training__gradient_checkpointing": True, "training__micro_batch_size": 1}),
+    Job("ddp", 2, "coft", {"training__micro_batch_size": 1}),
     Job("ddp", 2, "int8"),
     Job("zero2", 2, "int8"),
     Job("fsdp", 2, "adamw_torch"),
@@ -108,7 +115,9 @@ PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 PEFT: dict[str, Any] = {"full": None, "unpacked full": None, "muon full": None}
 PEFT |= {"some layers": SOME_LAYERS, "whole layers": PLAIN | WHOLE_LAYERS, "loraplus": EMBEDDINGS_TOO, "pissa": PISSA}
 PEFT |= {name: PLAIN | TUNINGS[name]["lora"] for name in ("olora", "gaussian", "orthogonal")}
-OTHERS = ["full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor", *list(PEFT)[2:]]
+OF_OFT = {name: TUNINGS[name]["lora"] for name in ("oft", "oft layers", "coft")}
+PEFT |= {name: {"target_modules": "all-linear", **lora, **lora["oft"]} for name, lora in OF_OFT.items()}
+OTHERS = ["oft nf4", "full", "nf4", "int8", "dora", "rslora", "unpacked", "bf16", "adafactor", *list(PEFT)[2:]]
 
 
 def test_another_loss_is_named_wherever_it_is_shown(runs: Callable[[Job], Result]) -> None:

@@ -63,6 +63,9 @@ def test_as_one_process_does(runs: Callable[[Job], Result], job: Job) -> None:
         (Job("ddp", 1, "loraplus"), Job("zero2", 2, "loraplus")),
         (Job("zero2", 2, "loraplus"), Job("zero3", 2, "loraplus")),
         (Job("zero3", 2, "loraplus"), Job("fsdp", 4, "loraplus")),
+        (Job("fsdp", 2, "oft layers"), Job("zero2", 2, "oft layers")),
+        (Job("zero3", 2, "oft layers"), Job("fsdp", 4, "oft layers")),
+        (Job("zero2", 2, "oft layers"), Job("ddp", 1, "oft layers")),
         (Job("fsdp", 2, "pissa"), Job("zero3", 2, "pissa")),
         (Job("zero3", 2, "pissa"), Job("ddp", 1, "pissa")),
         (Job("ddp", 1, "pissa"), Job("fsdp", 4, "pissa")),
@@ -194,6 +197,39 @@ def test_an_adapter_that_was_a_part_of_the_base(
     again["lora"] |= {name: config[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
     again["lora"]["start_from"] = str(run.final)
     assert trained(again).status["eval_loss_before"] == pytest.approx(result.status["eval_loss_after"], abs=FP32)
+
+
+@pytest.mark.parametrize("tuning", ["oft", "oft layers", "oft nf4", "coft"])
+def test_rotations(
+    runs: Callable[[Job], Result], trained: Callable[..., Result], tiny: Tiny, tmp_path: Path, tuning: str
+) -> None:
+    """final/ as plain peft loads it, the merged model, and a run that starts from final/ compute the same."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    before = runs(alone(tuning))
+    run, recipe = RunDir(before.run_dir), alone(tuning).recipe(tiny)
+    card = (run.final / "README.md").read_text()
+    assert {
+        "oft": "# tiny\n\nOFT adapter (blocks of 8) of `model`.",
+        "oft layers": "OFT adapter (4 blocks) of `model`, with embed_tokens trained whole.",
+        "oft nf4": "OFT adapter (blocks of 32) of `model`, trained on nf4 weights.",
+        "coft": "constrained OFT adapter (blocks of 16) of `model`.",
+    }[tuning] in card
+    assert ("- oft\n" in card, "- lora\n" in card, "lora_alpha" in card) == (True, False, False)
+    answer = merge(run, tmp_path / "merged")
+    assert answer.logits.difference < 1e-4
+    recipe["lora"] = {**recipe["lora"], "start_from": str(run.final)}
+    again = trained(recipe)
+    assert again.status["eval_loss_before"] == pytest.approx(before.status["eval_loss_after"], abs=FP32)
+    if "nf4" in tuning:
+        return
+    base = AutoModelForCausalLM.from_pretrained(recipe["model"]["name_or_path"])
+    untrained = logits(base, ROWS)
+    adapter = logits(PeftModel.from_pretrained(base, run.final), ROWS)
+    assert (adapter - untrained).abs().max() > 0.1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, ROWS), adapter, atol=1e-4, rtol=0)
 
 
 def test_starts_from_layers_that_were_trained_whole(

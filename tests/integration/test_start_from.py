@@ -52,6 +52,32 @@ def test_an_adapter_that_would_mean_something_else(
         plan_recipe(str(tmp_path / "recipe.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"oft_block_size": 8}, None, "is an adapter of the kind OFT, and this one's is LORA; add lora.oft with its"),
+        ({"oft_block_size": 8}, {}, "has oft_block_size 8, and lora.oft.oft_block_size is 32; set it to the adapter's"),
+        ({"oft_block_size": 8, "coft": True}, {"oft_block_size": 8}, "has coft true, and lora.oft.coft is false"),
+        ({"oft_block_size": 8, "bias": "oft_only"}, {"oft_block_size": 8}, 'has bias "oft_only"'),
+        ({"oft_block_size": 8, "module_dropout": 0.5}, {"oft_block_size": 8}, None),
+        ({"oft_block_size": 0, "r": 4, "use_cayley_neumann": False}, {"r": 4, "use_cayley_neumann": False}, None),
+    ],
+)
+def test_rotations_that_would_mean_something_else(
+    tiny: Tiny, tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any] | None, said: str | None
+) -> None:
+    from peft import OFTConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.path / "model")
+    config = OFTConfig(task_type="CAUSAL_LM", target_modules="all-linear", **theirs)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    recipe = tiny.recipe(lora={"start_from": "adapter", **({} if ours is None else {"oft": ours})})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PlanError, match=re.escape(said)) if said else contextlib.nullcontext():
+        plan_recipe(str(tmp_path / "recipe.yaml"))
+
+
 def test_starts_as_peft_loads_it(tiny: Tiny, tmp_path: Path) -> None:
     """An adapter of peft's on some blocks: the loss before training is that of the model that peft merges."""
     from peft import LoraConfig, PeftModel, get_peft_model

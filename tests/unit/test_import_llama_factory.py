@@ -159,7 +159,7 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"dataset": "pairs"}, "ranking"),
         ({"dataset": "pictures"}, "images"),
         ({"finetuning_type": "freeze", "use_llama_pro": True}, "use_llama_pro"),
-        ({"finetuning_type": "oft"}, "finetuning_type"),
+        ({"finetuning_type": "galore"}, "finetuning_type"),
         ({"use_eaft_loss": True, "eaft_alpha": 2}, "eaft_alpha"),
         ({"use_muon": True}, "use_muon"),
         ({"use_galore": True}, "use_galore"),
@@ -255,6 +255,34 @@ def test_llama_factory_experts_on_the_host(imported: Import, described: Path) ->
     assert not draft.refused
     assert {"use_kt", "kt_weight_path", "kt_non_expert_weight_path"} <= {item.option for item in draft.dropped}
     assert any(text.startswith("kt_weight_path: these are quantized experts") for text in draft.warnings)
+
+
+def test_oft(imported: Import, described: Path) -> None:
+    given = {**LLAMA_FACTORY, "finetuning_type": "oft", "oft_block_size": 32, "oft_target": "all", "lora_rank": 8}
+    draft = imported({**given, "module_dropout": 0.1, "additional_target": "lm_head"})
+    assert not draft.refused
+    lora = {name: value for name, value in draft.fields.items() if name.startswith("lora")}
+    assert lora == {
+        "lora.oft.oft_block_size": 32,
+        "lora.target_modules": "all-linear",
+        "lora.modules_to_save": ["lm_head"],
+    }
+    dropped = {item.option: item.why for item in draft.dropped}
+    assert dropped["lora_rank"] == "finetuning_type is oft"
+    assert dropped["module_dropout"].startswith("peft keeps it, and drops nothing")
+    blocks = imported({**given, "oft_rank": 4, "oft_block_size": 0})
+    assert blocks.fields["lora.oft.r"] == 4
+    assert "lora.oft.oft_block_size" not in blocks.fields
+    plain = imported({**LLAMA_FACTORY, "finetuning_type": "oft"})
+    assert (plain.fields["lora.oft.oft_block_size"], plain.refused) == (32, [])
+    other = imported({**given, "oft_target": "q_proj,v_proj"})
+    assert reasons(other) == {
+        "oft_target": "LLaMA-Factory does not read it, and trains adapters on lora_target (all): make them equal"
+    }
+    with pytest.raises(RecipeError, match=r"oft_rank: peft takes it with oft_block_size: 0"):
+        imported({**given, "oft_rank": 4})
+    unused = imported({**LLAMA_FACTORY, "finetuning_type": "lora", "oft_block_size": 32})
+    assert [item.option for item in unused.dropped if "oft" in item.option] == ["oft_block_size"]
 
 
 def test_variants_of_lora(imported: Import, described: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from distft.config.document import MAX_BYTES, Document, load_yaml
@@ -204,6 +206,45 @@ def test_initial_weights(folder):
 def test_a_rate_that_would_have_no_effect():
     text, _ = recipe_with("lora.loraplus_lr_embedding", "1e-5")
     assert problem(text).startswith("lora.loraplus_lr_embedding: needs lora.loraplus_lr_ratio")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["lora.r=8", "lora.oft={}"], "lora.r: is of LoRA, and cannot be given with lora.oft; the number of blocks is"),
+        (["lora.use_dora=true", "lora.oft={}"], "lora.use_dora: is of LoRA, and cannot be given with lora.oft"),
+        (["lora.oft={oft_block_size: 8, r: 2}"], "lora.oft.r: cannot be given with lora.oft.oft_block_size"),
+        (["lora.oft={oft_block_size: 1}"], "lora.oft.oft_block_size: got 1, need >= 2"),
+        (["lora.oft={eps: 0.1}"], "lora.oft.eps: needs lora.oft.coft: true"),
+        (
+            ["lora.oft={num_cayley_neumann_terms: 6, use_cayley_neumann: false}"],
+            "lora.oft.num_cayley_neumann_terms: needs lora.oft.use_cayley_neumann: true",
+        ),
+        (["lora.oft={module_dropout: 0.1}"], "lora.oft.module_dropout: unknown key; allowed: oft_block_size"),
+    ],
+)
+def test_what_does_not_go_with_oft(settings, expected):
+    text, _ = recipe_with("lora.target_modules", "all-linear")
+    assert problem(text, *settings).startswith(expected)
+
+
+def test_oft_without_settings():
+    text, _ = recipe_with("lora.oft", "")
+    assert problem(text).startswith("lora.oft: has nothing below it; write {} for peft's defaults")
+
+
+def test_a_recipe_of_oft_is_written_without_what_it_lacks(folder):
+    from distft.config.document import dump_yaml
+
+    text, _ = recipe_with("lora.oft", "{coft: true}")
+    (folder / "recipe.yaml").write_text(text)
+    recipe = load_recipe(folder / "recipe.yaml")
+    (folder / "again.yaml").write_text(dump_yaml(recipe))
+    assert load_recipe(folder / "again.yaml") == recipe
+    lora = yaml.safe_load((folder / "again.yaml").read_text())["lora"]
+    assert set(lora) == {
+        *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "start_from", "oft")
+    }
 
 
 def test_a_pattern_names_blocks_itself():
@@ -735,8 +776,9 @@ def test_epochs_replace_steps():
 
 @pytest.mark.parametrize("names", EXCLUSIVE_FIELDS)
 def test_exclusive_fields_exist_and_are_unset_by_default(names):
-    for group, name in (field.split(".") for field in names):
-        assert getattr(getattr(load(GOOD), group), name) in (None, "auto")
+    recipe = load(GOOD, "lora.oft={}")
+    for name in names:
+        assert functools.reduce(getattr, name.split("."), recipe) in (None, "auto")
 
 
 @pytest.mark.parametrize("below", ["", "  # r: 8\n"])

@@ -34,7 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {"model_type": "falcon", "multi_query": True, "bias": False, **SIZES, **COMMON, "vocab_size": 1000},
 }
 FULL, BF16 = "lora=null", "training.mixed_precision=bf16"
-LORA = "lora.r=8"
+LORA, OFT = "lora.r=8", "lora.oft={}"
 QV = "lora.target_modules=[q_proj, v_proj]"
 
 
@@ -263,6 +263,7 @@ def test_buffers_of_the_model_are_counted_once(folder: Path) -> None:
 # ---- against the simulation
 
 SAVED = "lora.modules_to_save=[embed_tokens,lm_head]"
+TWO = {"world_size": 2, "shard_size": 2}
 SIMULATED = [
     ("llama", [LORA, BF16, "training.loss_type=dft"], {"micro_batch_size": 2}),
     ("llama", [FULL, "training.loss_type=eaft"], {}),
@@ -270,6 +271,11 @@ SIMULATED = [
     ("llama", [LORA, BF16, QV], {"attn_implementation": "flash_attention_2"}),
     ("llama", [LORA, BF16, "lora.use_dora=true"], {"strategy": "zero2", "world_size": 2, "shard_size": 2}),
     ("llama", [LORA, BF16, "model.quantization=nf4"], {"micro_batch_size": 2}),
+    ("llama", [OFT, BF16], {"gradient_checkpointing": True, "micro_batch_size": 2}),
+    ("llama", [OFT, BF16, "lora.oft.num_cayley_neumann_terms=7"], {"attn_implementation": "flash_attention_2"}),
+    ("llama", [OFT, BF16, QV, "lora.oft.use_cayley_neumann=false"], {"strategy": "zero2", **TWO}),
+    ("llama", [OFT, "lora.oft.block_share=true", "training.optim=adafactor"], {}),
+    ("llama", [OFT, BF16, "model.quantization=nf4"], {"strategy": "zero3", **TWO}),
     ("llama", [LORA, "lora.rank_pattern={down_proj: 32}", "lora.exclude_modules=[q_proj]"], {}),
     ("llama", [LORA, BF16, SAVED], {"strategy": "fsdp", "world_size": 2, "shard_size": 2}),
     ("llama", [LORA, BF16, "lora.layers_to_transform=[1]"], {"strategy": "zero3", "world_size": 2, "shard_size": 2}),

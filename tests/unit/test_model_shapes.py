@@ -20,12 +20,13 @@ from running import distft
 from tiny import Tiny
 
 from distft.config.loading import load_recipe
-from distft.config.recipe import NOT_OF_PEFT, Lora
+from distft.config.recipe import NOT_OF_PEFT, Lora, Oft
 from distft.errors import PlanError
 from distft.models.adaptable import left_out
 from distft.models.architecture import describe
 from distft.models.families import FAMILIES
-from distft.models.lora import adapters, lora_parameters, module_of, rank_of
+from distft.models.lora import adapters, lora_parameters, module_of, rank_of, shapes_of
+from distft.models.oft import peft_fields
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.models.start import check_start
 from distft.train.model import peft_options
@@ -144,8 +145,8 @@ def _meta_model(config: str) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
 
 
-def peft_model(config: dict[str, Any], options: dict[str, Any]) -> Any:
-    """What peft makes of a model on the meta device with these options of its LoraConfig."""
+def peft_model(config: dict[str, Any], options: dict[str, Any], kind: Any = None) -> Any:
+    """What peft makes of a model on the meta device with these options of its LoraConfig, or of a config of `kind`."""
     from peft import LoraConfig, get_peft_model
 
     model = meta_model(config)
@@ -153,7 +154,7 @@ def peft_model(config: dict[str, Any], options: dict[str, Any]) -> Any:
         options |= {"exclude_modules": "|".join(f"(?:{pattern})" for pattern in patterns)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D's fan_in_fan_out, and of tied embeddings
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options), low_cpu_mem_usage=True)
+        return get_peft_model(model, (kind or LoraConfig)(task_type="CAUSAL_LM", **options), low_cpu_mem_usage=True)
 
 
 def peft_count(config: dict[str, Any], lora: Lora) -> int:
@@ -236,6 +237,46 @@ def test_lora_counts_are_those_of_peft(config: dict[str, Any]) -> None:
             our_count(config, dora)
         dora = Lora(r=5, use_dora=True, target_modules=["q_proj", "o_proj"])
     assert our_count(config, dora) == peft_count(config, dora)
+
+
+ROTATIONS = [Oft(oft_block_size=8), Oft(oft_block_size=7), Oft(r=3), Oft(oft_block_size=4, block_share=True), Oft()]
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_oft_counts_are_those_of_peft(config: dict[str, Any]) -> None:
+    """Also where the blocks do not divide a width, and where experts have no adapter."""
+    from peft import OFTConfig
+
+    linear = [tensor for tensor in describe(config).tensors if tensor.is_linear]
+    for oft in ROTATIONS:
+        lora = Lora(oft=oft)
+        if any(tensor.kind == "conv1d" for tensor in linear):
+            with pytest.raises(PlanError, match=r"c_attn is a Conv1D, and OFT is for linear layers"):
+                our_count(config, lora)
+            continue
+        theirs = peft_model(config, {"target_modules": "all-linear", **peft_fields(oft)}, OFTConfig)
+        assert our_count(config, lora) == theirs.get_nb_trainable_parameters()[0], oft
+        shapes = {tuple(p.shape) for p in theirs.parameters() if p.requires_grad}
+        assert {shape for adapter in adapters(lora, linear) for shape in shapes_of(lora, adapter)} == shapes
+
+
+def test_rotations_of_one_input() -> None:
+    with pytest.raises(PlanError, match=r"blocks of one of the 24 inputs of model.layers.0.self_attn.q_proj cannot be"):
+        our_count({"model_type": "llama", **BASE}, Lora(oft=Oft(r=24)))
+    with pytest.raises(PlanError, match=r"model.embed_tokens is an embedding, and OFT is for linear layers"):
+        our_count({"model_type": "llama", **BASE}, Lora(target_modules=["embed_tokens"], oft=Oft()))
+
+
+def test_module_dropout_drops_nothing() -> None:
+    """So lora.oft has no such field."""
+    import torch
+    from peft import OFTConfig, get_peft_model
+
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = get_peft_model(base, OFTConfig(target_modules=["0"], oft_block_size=2, module_dropout=0.9)).train()
+    torch.nn.init.normal_(model.base_model.model[0].oft_R["default"].weight)
+    inputs = torch.randn(3, 8)
+    assert all(torch.equal(model(inputs), model(inputs)) for _ in range(9))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

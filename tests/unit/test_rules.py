@@ -195,6 +195,13 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"lora__init_lora_weights": "orthogonal", "lora__r": 7}, {"lora__r": 8}),
         ({"lora__init_lora_weights": "pissa", "lora__r": 65}, {"lora__r": 64}),
     ],
+    "constrained-rotations-need-whole-weights": [
+        ({**strategy, "lora__oft": {"coft": True}}, {"strategy": "ddp"}) for strategy in (Z1, Z2, Z3, FSDP)
+    ],
+    "rotations-have-no-rows-of-new-tokens": [
+        ({**NEW_TOKENS, "lora__oft": {}}, {"lora__oft": None}),
+        ({**NEW_TOKENS, "lora__oft": {}}, saving("lm_head", "embed_tokens")),
+    ],
     "liger-skips-the-rows-of-new-tokens": [
         ({**NEW_TOKENS, "training__use_liger_kernel": True}, {"lora": None}),
     ],
@@ -635,6 +642,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"model__attn_implementation": "eager", "data__max_length": 4096}, {"data__max_length": 4095}),
         ({"model__attn_implementation": "eager", "data__max_length": 8192}, {"config": {"model_type": "gpt_oss"}}),
     ],
+    "rotations-of-another-size": [
+        ({"lora__oft": {"oft_block_size": 48}}, {"lora__oft": {"oft_block_size": 16}}),
+        ({"lora__oft": {"r": 3}}, {"lora__oft": None}),
+    ],
     "tied-embeddings-take-no-adapter": [
         ({"tied": True, "lora__target_modules": ["q_proj", "lm_head"]}, {"tied": False}),
         ({"tied": True, "lora__target_modules": ["model.embed_tokens"]}, {"lora__target_modules": "all-linear"}),
@@ -807,7 +818,7 @@ group = types.SimpleNamespace
 recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
     lora=group(use_dora=False, target_modules="all-linear", modules_to_save=[], exclude_modules=None,
-               init_lora_weights=True, layers_to_transform=None),
+               init_lora_weights=True, layers_to_transform=None, oft=None),
     data=group(packing=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    train_only=[], loss_type="nll",

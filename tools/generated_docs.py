@@ -76,6 +76,8 @@ training:
   weight_decay: 0.0
   max_grad_norm: 1.0
   optim: adamw_torch_fused
+  optim_args: null                    # of galore_adamw, apollo_adamw: {rank: 128, update_proj_gap: 200, scale: 0.25}
+  optim_target_modules: all-linear    # of these: or parts of names, [attn, mlp]
   loss_type: nll                      # or dft, eaft
   train_only: []                      # a part, without lora: ['model\\.layers\\.-[12]', lm_head]
   mixed_precision: bf16

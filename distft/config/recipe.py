@@ -68,7 +68,11 @@ Optim = Literal[
     "paged_adamw_32bit",
     "adafactor",
     "muon",
+    "galore_adamw",
+    "apollo_adamw",
 ]
+LOW_RANK = ("galore_adamw", "apollo_adamw")
+OWN_OPTIMIZERS = ("muon", *LOW_RANK)  # those that distft makes itself
 
 
 class Group(BaseModel):
@@ -294,6 +298,23 @@ class Data(Group):
     file on this machine."""
 
 
+class OptimArgs(Group):
+    """Options of galore_adamw and apollo_adamw, by transformers' names."""
+
+    rank: PositiveInt = 128
+    """Directions that a matrix's gradient is projected onto."""
+
+    update_proj_gap: PositiveInt = 200
+    """Steps after which these are chosen anew."""
+
+    scale: Positive | None = None
+    """GaLore: factor of the update, 0.25 if not given. APOLLO: its square root is the factor, 1 if not given."""
+
+    scale_type: Literal["channel", "tensor"] = "channel"
+    """APOLLO: one factor for each row of the longer side, or one for the matrix (APOLLO-Mini, with `rank: 1`, `scale:
+    128`)."""
+
+
 class Training(Group):
     """Optimization."""
 
@@ -331,7 +352,17 @@ class Training(Group):
     optim: Optim = "adamw_torch_fused"
     """Optimizer, by transformers' name. The 8-bit and paged ones come from bitsandbytes. `muon`: torch's Muon for the
     matrices of hidden layers, its steps scaled to the size of AdamW's; AdamW for embeddings, output layer, norms,
-    biases and experts. It needs `lora: null`, and ddp, fsdp or hsdp."""
+    biases and experts. It needs `lora: null`, and ddp, fsdp or hsdp. `galore_adamw` and `apollo_adamw`: AdamW's moments
+    of the gradients of linear layers in a few directions only (optim_args); for GaLore these are the largest singular
+    vectors and the steps stay within them, for APOLLO they are random and only scale the gradient. They need `lora:
+    null` and ddp."""
+
+    optim_args: OptimArgs | None = None
+    """Options of galore_adamw and apollo_adamw."""
+
+    optim_target_modules: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
+    """The linear layers of galore_adamw and apollo_adamw, by parts of their names: `[attn, mlp]`; the rest has AdamW.
+    `all-linear`: every one except the output layer."""
 
     train_only: list[NonEmpty] = []
     """The part of the model that is trained, with `lora: null`; the rest is frozen, and comes out as it went in.
@@ -446,6 +477,12 @@ class Recipe(Group):
     def optim(self) -> str:
         """The optimizer that actually runs: trainer.overrides may name one that the recipe has no word for."""
         return str(self.trainer.overrides.get("optim", self.training.optim))
+
+    @property
+    def low_rank(self) -> OptimArgs | None:
+        """The options of GaLore and APOLLO; None for other optimizers."""
+        training = self.training
+        return (training.optim_args or OptimArgs()) if training.optim in LOW_RANK else None
 
     @property
     def loss_type(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distft.importers import common
+from distft.importers import common, low_rank
 from distft.importers.options import Options
 from distft.importers.sharding import read_deepspeed, read_fsdp
 from distft.importers.tables import table
@@ -24,12 +24,13 @@ _END = "distft evaluates before and after training, and every training.eval_step
 _SAVES = "without checkpoint.save_steps, the run saves at its end"
 
 
-def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | None = None) -> None:
+def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | None = None, alone: str = "") -> None:
     """All of transformers' arguments.
 
     Args:
         defaults: as in DEFAULTS.
         shared: how many GPUs work on the same rows.
+        alone: as of Draft.global_batch_size.
     """
     draft = options.draft
     micro = options.integer("per_device_train_batch_size")
@@ -41,6 +42,7 @@ def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | No
         },
         shared or {},
         "" if micro else f" (per_device_train_batch_size is {draft.kind}'s default)",
+        alone,
     )
     common.duration(options, "num_train_epochs", defaults["num_train_epochs"])
     rate = options.number("learning_rate")
@@ -60,6 +62,7 @@ def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | No
             options.set(f"trainer.overrides.{name}", name, value)
         elif value is not None:
             options.drop(name, "transformers' default")
+    low_rank.transformers(options)
     common.schedule(
         options, "lr_scheduler_type", options.group("lr_scheduler_kwargs").data, defaults["lr_scheduler_type"]
     )

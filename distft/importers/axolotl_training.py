@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from distft.importers import common
+from distft.config.recipe import LOW_RANK
+from distft.importers import common, low_rank
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
 
@@ -32,13 +33,14 @@ def read(options: Options) -> None:
         options.refuse("optimizer", f"{why}: muon")
     else:
         common.optimizer(options, "optimizer", "adamw_torch_fused")
-    if options.is_on("optim_args"):
+    if draft.fields.get("training.optim") not in LOW_RANK and options.is_on("optim_args"):
         options.refuse("optim_args", "distft passes its optimizer no other arguments")
     for name, other in (("adam_beta1", ""), ("adam_beta2", ""), ("adam_epsilon", ""), ("adam_eps", "adam_epsilon")):
         if options.number(name) is not None and name != "adam_eps":
             options.set(f"trainer.overrides.{other or name}", name, options.number(name))
     if options.has("adam_eps"):
         options.drop("adam_eps", "axolotl has no such option (it is adam_epsilon), and does not read it")
+    low_rank.transformers(options)
     _schedule(options)
     _precision(options)
     checkpointing = options.take("gradient_checkpointing")

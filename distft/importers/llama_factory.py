@@ -9,7 +9,7 @@ from typing import Any
 
 from distft.config.paths import near
 from distft.config.schema_text import clean, closest, did_you_mean, show
-from distft.importers import arguments, common, freezing
+from distft.importers import arguments, common, freezing, low_rank
 from distft.importers.datasets import DataSet, Format, cached_file, set_formats, simplest, sources
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
@@ -33,7 +33,7 @@ def read(options: Options) -> None:
     _model(options)
     _method(options)
     _data(options, stage)
-    arguments.read(options, arguments.DEFAULTS, _shared(options))
+    arguments.read(options, arguments.DEFAULTS, _shared(options), low_rank.layerwise(options))
     _precision(options)
     _optimizer(options)
     _loss(options)
@@ -49,7 +49,9 @@ def read(options: Options) -> None:
 
 
 def _optimizer(options: Options) -> None:
-    """train/trainer_utils.py, _create_muon_optimizer: the steps of torch's, scaled alike. It replaces `optim`."""
+    """train/trainer_utils.py, create_custom_optimizer: GaLore, then APOLLO. _create_muon_optimizer: the steps of
+    torch's, scaled alike. All replace `optim`."""
+    low_rank.llama_factory(options)
     if options.flag("use_muon"):
         options.set("training.optim", "use_muon", "muon")
         if options.draft.fields.get("lora", True) is not None:

@@ -23,7 +23,7 @@ from distft.models.shapes import read_config, shape_of
 from distft.models.vocabulary import rows_needed
 from distft.planner.counting import Counts, Step
 from distft.planner.memory import Peaks
-from distft.planner.sharding import Muon, Sizes, Unit
+from distft.planner.sharding import LowRank, Muon, Sizes, Unit
 from distft.runs.files import write_atomically
 
 MOST = 100  # files, of 20 to 500 kB each; the one that was not used for longest goes
@@ -90,6 +90,7 @@ def _same(value: Any) -> Any:
 _PARTS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("embedding", "block", "tail"), lambda value: Unit(**value)),
     "muon": lambda value: Muon(**value),
+    "low_rank": lambda value: LowRank(**value),
 }
 
 

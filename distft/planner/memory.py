@@ -7,7 +7,7 @@ latter by counting, and shares the former and put_together; benchmarks/plan_accu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
 from distft.planner import activations, sharding
 from distft.planner.setting import Setting
-from distft.planner.sharding import Muon, Share, Sizes, Unit
+from distft.planner.sharding import LowRank, Muon, Share, Sizes, Unit
 from distft.rules.upstream import NOT_QUANTIZED
 from distft.strategies.deepspeed import PERSISTENT
 from distft.units import GIB
@@ -308,7 +308,29 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
             ),
             low,
         ),
+        low_rank=low_rank_of(recipe, [tensor.shape for tensor in low_rank_tensors(recipe, model)]),
     )
+
+
+def low_rank_tensors(recipe: Recipe, model: ModelShape) -> list[Tensor]:
+    """The matrices that GaLore or APOLLO trains: train/low_rank.py, matrices."""
+    if recipe.low_rank is None or recipe.lora:
+        return []
+    targets = recipe.training.optim_target_modules
+    return [
+        tensor
+        for tensor in model.tensors
+        if tensor.name not in model.fixed
+        if tensor.is_linear
+        if targets == "all-linear" or any(target in module_of(tensor) for target in targets)
+    ]
+
+
+def low_rank_of(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> LowRank:
+    """Sizes of the matrices of GaLore or APOLLO; none under another optimizer."""
+    if recipe.low_rank is None:
+        return LowRank()
+    return LowRank.of(shapes, recipe.low_rank.rank, recipe.training.optim == "apollo_adamw")
 
 
 def _trained(recipe: Recipe, model: ModelShape) -> list[Adapter]:
@@ -344,13 +366,14 @@ def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
 
 def ddp_states(recipe: Recipe, sizes: Sizes, trained: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Bytes of the states under DDP. Under autocast trained parameters are float32, and so are their gradients and
-    AdamW's two moments; Muon has one of its matrices. Adafactor keeps one mean per row and one per column of a matrix
-    (arXiv 1804.04235).
+    AdamW's two moments; Muon has one of its matrices, GaLore and APOLLO have smaller ones (sharding.py). Adafactor
+    keeps one mean per row and one per column of a matrix (arXiv 1804.04235).
 
     Args:
         trained: shapes of the trained tensors.
     """
-    optimizer = 8 * sizes.trained - 4 * sizes.muon.elements
+    low_rank = sizes.low_rank
+    optimizer = 8 * (sizes.trained - low_rank.elements) + 4 * (low_rank.state_elements - sizes.muon.elements)
     if recipe.training.optim == "adafactor":
         optimizer = sum(4 * (sum(shape) if len(shape) == 2 else prod(shape)) for shape in trained)
     return {
@@ -384,4 +407,4 @@ def optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
     (torch/optim/adam.py, _multi_tensor_adam), the fused one none; Adafactor has three copies of a tensor's update."""
     if optim == "adamw_torch":
         return 4 * sizes.trained
-    return 12 * sizes.largest_trained if optim == "adafactor" else sizes.muon.step_bytes
+    return 12 * sizes.largest_trained if optim == "adafactor" else max(sizes.muon.step_bytes, sizes.low_rank.step_bytes)

@@ -52,6 +52,32 @@ class Muon:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """The matrices that GaLore or APOLLO trains; none under another optimizer.
+
+    A matrix of M x n elements (n the shorter side) has a projection (r x n) and two moments (M x r); APOLLO's also the
+    norm of its last update. GaLore's new projection decomposes the gradient: a copy of it, U (M x n) and V (n x n). A
+    step has the gradient in r directions, two more of its size, and the update (train/low_rank.py).
+    """
+
+    elements: int = 0
+    state_elements: int = 0
+    step_bytes: int = 0  # temporaries of the largest one
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]], rank: int, is_apollo: bool) -> LowRank:
+        """For matrices of these shapes."""
+        elements = states = step = 0
+        for long, short in ((max(shape), min(shape)) for shape in shapes):
+            r = rank if is_apollo else min(rank, short)
+            elements += long * short
+            states += r * short + 2 * long * r + is_apollo
+            choosing = 0 if is_apollo else 2 * long * short + short * short
+            step = max(step, 4 * choosing, 4 * (long * short + 3 * long * r))
+        return cls(elements, states, step)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What there is to divide among the ranks."""
 
@@ -68,6 +94,7 @@ class Sizes:
     small_bytes: int  # of tensors that ZeRO-3 leaves whole
     tied: bool  # input and output embeddings share one weight
     muon: Muon = Muon()
+    low_rank: LowRank = LowRank()
 
     @property
     def gathered_bytes(self) -> int:

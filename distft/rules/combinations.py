@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distft.models.attention import LARGEST_HEAD, largest_head
+from distft.models.lora import module_of
 from distft.rules.core import Case, RecipeCase, look, rule
 from distft.strategies.kinds import that_offload
 
@@ -14,6 +15,10 @@ def is_bitsandbytes(optim: str) -> bool:
 
 def is_muon(case: RecipeCase) -> bool:
     return case.optim == "muon"
+
+
+def is_low_rank(case: RecipeCase) -> bool:
+    return case.recipe.low_rank is not None
 
 
 @rule(
@@ -147,6 +152,50 @@ def matrix_optimizers_need_whole_matrices(case: RecipeCase) -> str | None:
     if case.optim.startswith(("adafactor", "galore", "apollo")) and not case.kind.replicates:
         return f"training.optim: {case.optim} needs whole matrices, which {case.strategy} splits"
     return None
+
+
+@rule(
+    "training.optim: galore_adamw or apollo_adamw with lora",
+    "arXiv 2403.03507 and 2412.05270 (full-parameter training); LlamaFactory finetuning_args.py refuses it, too",
+    "use adamw_torch_fused, or train the model's own weights with lora: null",
+)
+def low_rank_optimizers_need_the_models_matrices(case: RecipeCase) -> str | None:
+    """The two factors of an adapter are as thin as the gradients that these optimizers make: nothing is saved."""
+    is_one = is_low_rank(case) and case.recipe.lora
+    return f"training.optim: {case.optim} is for the model's own matrices" if is_one else None
+
+
+@rule(
+    "training.optim: galore_adamw or apollo_adamw where no linear layer is trained by it",
+    "distft/train/low_rank.py, matrices",
+    "name parts of names in training.optim_target_modules, or use adamw_torch_fused",
+)
+def low_rank_optimizers_need_a_layer(case: RecipeCase) -> str | None:
+    """What they do not train has AdamW, with its whole moments. A part of a name that is in none was mistyped."""
+    training = case.recipe.training
+    if not is_low_rank(case) or case.recipe.lora:
+        return None
+    targets = training.optim_target_modules
+    names = [module_of(t) for t in case.model.tensors if t.is_linear and t.name not in case.model.fixed]
+    if targets == "all-linear":
+        return None if names else f"training.optim: {case.optim} has no linear layer to train"
+    unused = [target for target in targets if not any(target in name for name in names)]
+    return f"training.optim_target_modules: got {unused[0]}, which is in no name of such a layer" if unused else None
+
+
+@rule(
+    "training.optim_args or training.optim_target_modules with another optimizer than galore_adamw and apollo_adamw",
+    "distft/train/low_rank.py, which alone reads them",
+    "leave it out",
+)
+def optim_args_are_of_low_rank_optimizers(case: RecipeCase) -> str | None:
+    """An option that nobody reads would be taken for a setting. So would APOLLO's scale_type with GaLore."""
+    training = case.recipe.training
+    if is_low_rank(case):
+        other = training.optim == "galore_adamw" and training.optim_args and training.optim_args.scale_type == "tensor"
+        return "training.optim_args.scale_type: galore_adamw has none" if other else None
+    given = {"optim_args": training.optim_args, "optim_target_modules": training.optim_target_modules != "all-linear"}
+    return next((f"training.{name}: {case.optim} has none" for name, value in given.items() if value), None)
 
 
 @rule(

@@ -76,12 +76,14 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
 
     Left out is what does not change the maths: strategy, world size, micro-batch, gradient checkpointing.
     """
-    training = recipe.training
+    training, low_rank = recipe.training, recipe.low_rank
     return {
         **model_identity(recipe),
         **_lora_identity(recipe),
         **({"data": content_digest(recipe)} if with_data else {}),
         "training.train_only": training.train_only or None,
+        "training.optim_args": low_rank and low_rank.model_dump(mode="json"),
+        "training.optim_target_modules": training.optim_target_modules if low_rank else None,
         "training.loss_type": training.loss_type if training.loss_type != "nll" else None,
         **{
             f"training.{name}": getattr(training, name)

@@ -18,7 +18,7 @@ from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
 from distft.planner.sharding import Muon, Sizes, Unit
 from distft.strategies.deepspeed import PERSISTENT
-from distft.train import muon
+from distft.train import low_rank, muon
 from distft.train.auto_class import auto_class
 from distft.train.model import add_adapters, compute_dtype, freeze
 
@@ -243,7 +243,12 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         bnb_bytes=sum(memory.bnb_state_bytes(recipe.training.optim, p.numel(), p is embedding.weight) for p in trained),
         tied=tied,
         muon=Muon.of((tuple(p.shape) for p in (muon.matrices(model) if recipe.training.optim == "muon" else ())), low),
+        low_rank=memory.low_rank_of(recipe, [tuple(p.shape) for p in _low_rank(recipe, model)]),
     )
+
+
+def _low_rank(recipe: Recipe, model: Any) -> list[Any]:
+    return low_rank.matrices(model, recipe.training.optim_target_modules) if recipe.low_rank else []
 
 
 def states_of(recipe: Recipe, model: Any, sizes: Sizes) -> Counter[str]:

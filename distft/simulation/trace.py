@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.config.recipe import Recipe
 from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
-from distft.train import muon
+from distft.train import low_rank, muon
 from distft.train.losses import mean_loss
 from distft.train.model import compute_dtype
 
@@ -235,6 +235,11 @@ def make_optimizer(recipe: Recipe, model: Any) -> Any | None:
     if name == "muon":
         dtype = torch.float32 if recipe.training.mixed_precision == "no" else torch.bfloat16
         return muon.make(model, (), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, dtype=dtype)
+    if recipe.low_rank is not None:
+        # The second step, which is recorded, chooses directions, too.
+        often = recipe.low_rank.model_copy(update={"update_proj_gap": 1})
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"optim_args": often})})
+        return low_rank.make(model, recipe, (), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     if name.startswith("adamw_torch"):
         fused = name == "adamw_torch_fused"
         return torch.optim.AdamW(parameters, fused=fused, foreach=not fused)

@@ -7,12 +7,14 @@ rows it gets from the other ranks under FSDP2, and sends the others the result. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+from distft.train.matrix_optimizer import MatrixOptimizer, grouped
 
 # torch.optim.Muon's defaults (torch/optim/_muon.py), which are those of https://kellerjordan.github.io/posts/muon.
 MOMENTUM = 0.95
@@ -21,43 +23,18 @@ ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for the parameter groups with `use_muon`, AdamW for the others.
-
-    A matrix has one state, its momentum; all else has AdamW's two.
+class Muon(MatrixOptimizer):
+    """A matrix has one state, its momentum.
 
     Args:
         dtype: of the Newton-Schulz iteration.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-        self.dtype, others = dtype, self._others()
-        self.adamw = torch.optim.AdamW(others, betas=betas, eps=eps, fused=True) if others else None
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype = torch.bfloat16, **options: Any):
+        super().__init__(groups, **options)
+        self.dtype = dtype
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step of all parameters with a gradient. Collective."""
-        assert closure is None
-        for group in self.param_groups:
-            if group["use_muon"]:
-                self._step([p for p in group["params"] if p.grad is not None], group["lr"], group["weight_decay"])
-        if self.adamw is not None:
-            # It has the groups and states of this optimizer, which accelerate replaces (load_state_dict).
-            self.adamw.param_groups, self.adamw.state = self._others(), self.state
-            self.adamw.step()
-
-    def _others(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if not group["use_muon"]]
-
-    def _step(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+    def step_matrices(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
         for parameter in parameters:
             state, gradient = self.state[parameter], _local(parameter.grad)
             if not state:
@@ -157,22 +134,8 @@ def matrices(model: Any) -> list[torch.nn.Parameter]:
 
 
 def make(model: Any, decaying: Collection[str], *, weight_decay: float, **options: Any) -> Muon:
-    """The optimizer of a model's trained parameters, with Muon's `options`.
-
-    Args:
-        decaying: names of the parameters that weight decay applies to.
-    """
-    of_muon = {id(parameter) for parameter in matrices(model)}
-    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = id(parameter) in of_muon, weight_decay if name in decaying else 0.0
-            groups.setdefault(kind, []).append(parameter)
-    made = [
-        {"params": parameters, "use_muon": use_muon, "weight_decay": decay}
-        for (use_muon, decay), parameters in groups.items()
-    ]
-    return Muon(made, **options)
+    """The optimizer of a model's trained parameters, with Muon's `options`; `decaying` as of `grouped`."""
+    return Muon(grouped(model, matrices(model), decaying, weight_decay), **options)
 
 
 def _local(tensor: Any) -> torch.Tensor:

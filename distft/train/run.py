@@ -108,9 +108,8 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
         loss_type=recipe.training.loss_type,
-        muon=recipe.optim == "muon",
+        recipe=recipe,
         data_collator=Collator(tokenizer.pad_token_id, recipe.data.packing, attention == "flash_attention_2"),
-        lora=recipe.lora,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

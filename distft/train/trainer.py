@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from distft.config.recipe import Lora, Recipe
+from distft.config.recipe import OWN_OPTIMIZERS, Recipe
 from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
-from distft.train import loraplus, muon
+from distft.train import loraplus, low_rank, muon
 from distft.train.blocks import sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
@@ -62,8 +62,8 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "warmup_steps": training.warmup(max_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        # transformers knows all of them but Muon, which create_optimizer makes.
-        **({} if training.optim == "muon" else {"optim": training.optim}),
+        # transformers knows all others; create_optimizer makes these.
+        **({} if training.optim in OWN_OPTIMIZERS else {"optim": training.optim}),
         "bf16": training.mixed_precision == "bf16",
         "fp16": training.mixed_precision == "fp16",
         "gradient_checkpointing": plan["gradient_checkpointing"],
@@ -96,11 +96,10 @@ class RecipeTrainer(Trainer):
         *,
         stream: StreamSampler,
         loss_type: str = "nll",
-        muon: bool = False,
-        lora: Lora | None = None,
+        recipe: Recipe | None = None,
         **kwargs: Any,
     ):
-        self.stream, self.muon, self.lora = stream, muon, lora
+        self.stream, self.recipe = stream, recipe
         super().__init__(**kwargs)
         self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
@@ -116,23 +115,27 @@ class RecipeTrainer(Trainer):
         return self.stream
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' optimizer, with the rates of LoRA+; or Muon, which it does not have."""
-        made = self.optimizer is None
-        if self.optimizer is None and self.muon:
-            model, args = self.model if model is None else model, self.args
-            self.optimizer = muon.make(
-                model,
-                self.get_decay_parameter_names(model),
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                dtype=torch.bfloat16 if args.bf16 or args.fp16 else torch.float32,
-            )
+        """transformers' optimizer, with the rates of LoRA+; or one of distft's own."""
+        made, recipe, given = self.optimizer is None, self.recipe, self.model if model is None else model
+        if made and recipe is not None and recipe.training.optim in OWN_OPTIMIZERS:
+            self.optimizer = self._own_optimizer(recipe, given)
         optimizer = super().create_optimizer(model)
-        if made and self.lora is not None:
-            loraplus.set_rates(optimizer, self.model if model is None else model, self.lora)
+        if made and recipe is not None and recipe.lora is not None:
+            loraplus.set_rates(optimizer, given, recipe.lora)
         return optimizer
+
+    def _own_optimizer(self, recipe: Recipe, model: Any) -> torch.optim.Optimizer:
+        args, decaying = self.args, self.get_decay_parameter_names(model)
+        options: dict[str, Any] = {
+            "lr": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
+        if recipe.low_rank is not None:
+            return low_rank.make(model, recipe, decaying, **options)
+        dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
+        return muon.make(model, decaying, dtype=dtype, **options)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """transformers' schedule, in which the first step of the warm-up trains, too: theirs has a rate of 0."""

@@ -58,6 +58,7 @@ OFT = {
     "oft": {"r": 4, "use_cayley_neumann": False, "block_share": True},
 }
 COFT = {"coft": True, "eps": 0.5, "oft_block_size": 16, "num_cayley_neumann_terms": 7}
+OFTEN = {"update_proj_gap": 2, "scale": 2.0}  # GaLore and APOLLO choose new directions
 TUNINGS = {
     "lora": {},
     "full": FULL,
@@ -98,6 +99,8 @@ TUNINGS = {
     "adafactor": {"training__optim": "adafactor"},
     "muon full": {**FULL, "training__optim": "muon"},
     "muon full bf16": {**FULL, **BF16, "training__optim": "muon"},
+    "galore full": {**FULL, "training__optim": "galore_adamw", "training__optim_args": {"rank": 8, **OFTEN}},
+    "apollo full": {**FULL, "training__optim": "apollo_adamw", "training__optim_args": {"rank": 4, **OFTEN}},
     "adamw_bnb_8bit": {"training__optim": "adamw_bnb_8bit"},
     "paged_adamw_8bit": {"training__optim": "paged_adamw_8bit"},
     "paged_adamw_32bit": {"training__optim": "paged_adamw_32bit"},
@@ -107,6 +110,8 @@ OPTIMIZER = {
     "adafactor": "transformers Adafactor",
     "muon full": "distft Muon",
     "muon full bf16": "distft Muon",
+    "galore full": "distft LowRank",
+    "apollo full": "distft LowRank",
     "adamw_bnb_8bit": "bitsandbytes AdamW 8-bit",
     "paged_adamw_8bit": "bitsandbytes AdamW 8-bit",
     "paged_adamw_32bit": "bitsandbytes AdamW 32-bit",

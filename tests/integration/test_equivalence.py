@@ -74,6 +74,8 @@ JOBS = [
     Job("ddp", 2, "adafactor"),
     *(Job(strategy, ranks, "muon full", changes) for strategy, ranks, changes in STRATEGIES if "zero" not in strategy),
     Job("fsdp", 2, "muon full bf16"),
+    Job("ddp", 2, "galore full"),
+    Job("ddp", 4, "apollo full", {"training__optim_target_modules": ["attn", "mlp"]}),
     Job("ddp", 2, "adamw_bnb_8bit"),
     Job("zero2", 2, "paged_adamw_8bit"),
     Job("zero3", 2, "paged_adamw_32bit"),

@@ -1,4 +1,4 @@
-"""training.optim: muon goes on from checkpoints of other strategies; test_equivalence.py has its losses."""
+"""distft's own optimizers go on from checkpoints of other strategies; test_equivalence.py has their losses."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ TUNING = "muon full"
         (Job("ddp", 2, TUNING), Job("fsdp", 4, TUNING)),
         (Job("fsdp", 4, TUNING), Job("ddp", 2, TUNING)),
         (Job("hsdp", 4, TUNING, {"parallelism__hsdp_shard_size": 2}), alone(TUNING)),
+        (alone("galore full"), Job("ddp", 2, "galore full")),
+        (Job("ddp", 2, "apollo full"), alone("apollo full")),
     ],
     ids=lambda job: str(job),
 )
 def test_goes_on_from_another(
     trained: Callable[..., Result], warm: WarmRanks, tiny: Tiny, tmp_path: Path, target: Job, source: Job
 ) -> None:
-    before, reference = (RunDir(trained(job.recipe(tiny), job.ranks).run_dir) for job in (source, alone(TUNING)))
+    before, reference = (RunDir(trained(job.recipe(tiny), job.ranks).run_dir) for job in (source, alone(target.tuning)))
     run = create(target.recipe(tiny), tmp_path, target.ranks)
     shutil.copytree(before.checkpoint(SAVED), run.checkpoint(SAVED))
     shutil.copy(before.metrics, run.metrics)

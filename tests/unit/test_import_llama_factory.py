@@ -163,6 +163,10 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         ({"use_eaft_loss": True, "eaft_alpha": 2}, "eaft_alpha"),
         ({"use_muon": True}, "use_muon"),
         ({"use_galore": True}, "use_galore"),
+        ({"finetuning_type": "full", "use_galore": True, "optim": "adamw_8bit"}, "optim"),
+        ({"finetuning_type": "full", "use_galore": True, "galore_proj_type": "left"}, "galore_proj_type"),
+        ({"finetuning_type": "full", "use_apollo": True, "apollo_proj": "svd"}, "apollo_proj"),
+        ({"finetuning_type": "full", "use_apollo": True, "apollo_scale_front": True}, "apollo_scale_front"),
         ({"lora_ranks": 8}, "lora_ranks"),
         ({"eval_dataset": "named"}, "named.formatting"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
@@ -183,6 +187,36 @@ def test_llama_factory_refuses(imported: Import, described: Path, options: dict[
 def test_losses(imported: Import, described: Path, options: dict[str, Any], expected: str | None) -> None:
     draft = imported({**LLAMA_FACTORY, **options})
     assert (draft.fields.get("training.loss_type"), draft.refused) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"use_galore": True}, {"optim": "galore_adamw", "rank": 16, "update_proj_gap": 200, "scale": 2.0}),
+        (
+            {"use_apollo": True, "apollo_rank": 1, "apollo_scale": 128, "apollo_scale_type": "tensor"},
+            {"optim": "apollo_adamw", "rank": 1, "update_proj_gap": 200, "scale": 128.0, "scale_type": "tensor"},
+        ),
+        (
+            {
+                "use_galore": True,
+                "galore_target": "mlp,self_attn",
+                "galore_update_interval": 50,
+                "galore_layerwise": True,
+            },
+            {"rank": 16, "update_proj_gap": 50, "optim_target_modules": ["mlp", "self_attn"], "max_grad_norm": 0.0},
+        ),
+    ],
+    ids=["galore", "apollo-mini", "layerwise"],
+)
+def test_low_rank(imported: Import, described: Path, options: dict[str, Any], expected: dict[str, Any]) -> None:
+    draft = imported({**LLAMA_FACTORY, "finetuning_type": "full", **options}, gpus=4)
+    assert draft.refused == []
+    names = {name.rpartition(".")[2]: value for name, value in draft.fields.items() if name.startswith("training.")}
+    assert names | expected == names
+    draft.check()
+    single = [text for text in draft.warnings if "galore_layerwise runs on one GPU" in text]
+    assert len(single) == ("galore_layerwise" in options)
 
 
 def test_muon(imported: Import, described: Path) -> None:

@@ -172,3 +172,22 @@ def test_bad_command_lines(here: Path, script: str, expected: str) -> None:
     assert run("--", "python", "other.py", "--x")[2].startswith(
         "error: command: not a command that trains; need `trl sft"
     )
+
+
+def test_low_rank_optimizers(imported: Import) -> None:
+    """trainer_optimizer.py: no weight decay, and an epsilon of its own."""
+    given = {"optim": "galore_adamw", "optim_target_modules": ["attn", "mlp"], "weight_decay": 0.1}
+    draft = imported({**TRL, **given, "use_peft": False, "optim_args": "rank=64, update_proj_gap=100, scale=0.10"})
+    assert draft.refused == []
+    assert {name: value for name, value in draft.fields.items() if "optim" in name or "epsilon" in name} == {
+        "training.optim": "galore_adamw",
+        "training.optim_args.rank": 64,
+        "training.optim_args.update_proj_gap": 100,
+        "training.optim_args.scale": 0.1,
+        "training.optim_target_modules": ["attn", "mlp"],
+        "trainer.overrides.adam_epsilon": 1e-6,
+    }
+    assert draft.fields["training.weight_decay"] == 0.0
+    assert any(text.startswith("training.weight_decay: 0, as transformers") for text in draft.warnings)
+    for changed in ({"optim_args": "proj_type=left"}, {"optim_target_modules": r".*\\.mlp\\..*"}):
+        assert reasons(imported({**TRL, **given, "use_peft": False, **changed}))

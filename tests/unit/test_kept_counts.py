@@ -119,6 +119,8 @@ def test_all_sizes_are_kept(folder: Path, counts: list[str]) -> None:
         == planned._count(load_recipe(folder / "recipe.yaml", ["lora=null", "training.optim=muon"])).sizes
     )
     assert kept.muon.elements > 0
+    counted, kept = (model(folder, "lora=null", "training.optim=galore_adamw").sizes for _ in range(2))
+    assert counted == kept and kept.low_rank.state_elements > 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sizes": {}}'], ids=["empty", "half", "list", "lacking"])

@@ -268,6 +268,8 @@ SIMULATED = [
     ("llama", [LORA, BF16, "training.loss_type=dft"], {"micro_batch_size": 2}),
     ("llama", [FULL, "training.loss_type=eaft"], {}),
     ("llama", [FULL, BF16], {"gradient_checkpointing": True}),
+    ("llama", [FULL, "training.optim=galore_adamw"], {}),
+    ("llama", [FULL, "training.optim=apollo_adamw", "training.optim_args.rank=8"], {}),
     ("llama", [LORA, BF16, QV], {"attn_implementation": "flash_attention_2"}),
     ("llama", [LORA, BF16, "lora.use_dora=true"], {"strategy": "zero2", "world_size": 2, "shard_size": 2}),
     ("llama", [LORA, BF16, "model.quantization=nf4"], {"micro_batch_size": 2}),

@@ -142,6 +142,7 @@ QLORA = {"model__quantization": "nf4"}
 INT8 = {"model__quantization": "int8"}
 NEW_TOKENS = {"model__add_tokens": ["<|im_end|>"]}
 MUON = {"training__optim": "muon", "lora": None}
+GALORE = {"training__optim": "galore_adamw", "lora": None}
 EXPERTS = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.experts.down_proj", (4, 64, 64), "experts"))
 PART = {"training__train_only": ["lm_head"]}
 REENTRANT = {"use_reentrant": True}
@@ -220,7 +221,18 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "matrix-optimizers-need-whole-matrices": [
         ({**Z2, "offload": "optimizer", "training__optim": "adafactor"}, {"training__optim": "adamw_bnb_8bit"}),
-        ({**FSDP, "trainer": over(optim="galore_adamw")}, {"strategy": "ddp"}),
+        ({**FSDP, **GALORE}, {"strategy": "ddp"}),
+        ({**FSDP, "trainer": over(optim="galore_adafactor")}, {"strategy": "ddp"}),
+    ],
+    "low-rank-optimizers-need-the-models-matrices": [({"training__optim": "apollo_adamw"}, {"lora": None})],
+    "low-rank-optimizers-need-a-layer": [
+        ({**GALORE, "training__optim_target_modules": ["self_atn"]}, {"training__optim_target_modules": ["self_attn"]}),
+        ({**GALORE, **PART, "train_only": ["lm_head.weight"]}, {"train_only": None}),
+    ],
+    "optim-args-are-of-low-rank-optimizers": [
+        ({"training__optim_args": {"rank": 8}}, {"training__optim": "galore_adamw"}),
+        ({"training__optim_target_modules": ["mlp"]}, {"training__optim": "galore_adamw"}),
+        ({**GALORE, "training__optim_args": {"scale_type": "tensor"}}, {"training__optim": "apollo_adamw"}),
     ],
     "muon-is-not-for-zero": [
         ({**MUON, **Z1}, FSDP),
@@ -545,6 +557,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "trainer-optimizer-must-exist": [
         ({"trainer": over(optim="muon")}, {"trainer": over(optim="sgd")}),
+        ({"trainer": over(optim="galore_adamw")}, {"trainer": over(optim="sgd")}),
         ({"trainer": over(optim="schedule_free_adamw")}, {"trainer": over(optim="lion_8bit")}),
     ],
     "trainer-schedule-must-exist": [
@@ -821,10 +834,11 @@ recipe = group(
                init_lora_weights=True, layers_to_transform=None, oft=None),
     data=group(packing=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
-                   train_only=[], loss_type="nll",
+                   train_only=[], loss_type="nll", optim_args=None, optim_target_modules="all-linear",
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
-    deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}), optim="adamw_torch")
+    deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}),
+    optim="adamw_torch", low_rank=None)
 sizes = group(tie_word_embeddings=False)
 config = {"model_type": "llama"}
 model = group(config=config, head_dim=128, parameters=100, trainable_parameters=10, peft_experts=None, sizes=sizes,

@@ -2,9 +2,11 @@
 
 python tools/try_elsewhere.py RUN_OR_FOLDER [--only vllm,lm_eval] [--python vllm=VENV/bin/python] [--llama-cpp CHECKOUT]
 
-RUN_OR_FOLDER is a run directory (its final/ is tried), a model or an adapter of peft. Each program gets the same texts,
-in float32 and without a network, and answers with the log-probability of every token and with the tokens that it
-generates greedily. A line for each: same, differs, fails, not tried. Exit status 1 if one differs or fails.
+RUN_OR_FOLDER is a run directory (its final/ is tried), a model or an adapter of peft. Each program gets the same tokens
+(lm_eval: texts), in float32 and without a network, and answers with the log-probability of every token and with the
+tokens that it generates greedily. A line for each: same, differs, fails, not tried. Exit status 1 if one differs or
+fails. What reads the tokenizer's files by transformers must split texts as they are split here; llama.cpp has a
+tokenizer of its own, and what that does otherwise is a note.
 
 This file is also what runs in another program's environment (--child), so it imports nothing but Python's library
 outside of functions.
@@ -16,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,8 +48,8 @@ class Answer:
     """What a program computed. Log-probabilities are of each token after a text's first, natural logarithms."""
 
     version: str
-    tokens: list[list[int]] = field(default_factory=list)  # of each text, as the program splits it
-    chat: list[int] | str | None = None  # CHAT as tokens; the template's text where that is all there is
+    tokens: list[list[int]] = field(default_factory=list)  # of each text, as the tokenizer in the folder splits it
+    chat: list[int] | None = None  # CHAT as tokens
     generated: list[list[int]] = field(default_factory=list)
     best: list[list[float]] = field(default_factory=list)  # log-probability of each generated token
     gaps: list[list[float]] = field(default_factory=list)  # to the second best
@@ -62,7 +65,8 @@ def child_transformers(ask: dict[str, Any]) -> Answer:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(ask["folder"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(ask["base"] or ask["folder"], dtype=torch.float32)
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}  # before 5.21 sdpa left Gemma 2's soft caps out
+    model = transformers.AutoModelForCausalLM.from_pretrained(ask["base"] or ask["folder"], **options)
     version = f"transformers {transformers.__version__}"
     if ask["base"]:
         import peft
@@ -121,10 +125,10 @@ def child_vllm(ask: dict[str, Any]) -> Answer:
 
     # prompt_logprobs would say more, and fail beside an adapter (vllm issue 29955).
     sampling = vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW, logprobs=0)
-    answer = Answer(f"vllm {vllm.__version__}")
-    for made in llm.generate(list(ask["texts"]), sampling, lora_request=request, use_tqdm=False):
+    answer = Answer(f"vllm {vllm.__version__}", [llm.get_tokenizer()(text).input_ids for text in ask["texts"]])
+    prompts = [{"prompt_token_ids": tokens} for tokens in ask["tokens"]]
+    for made in llm.generate(prompts, sampling, lora_request=request, use_tqdm=False):
         tokens, given = list(made.outputs[0].token_ids), made.outputs[0].logprobs
-        answer.tokens.append(list(made.prompt_token_ids))
         answer.generated.append(tokens)
         answer.best.append([row[token].logprob for row, token in zip(given, tokens, strict=True)])
     if ask["chat"]:
@@ -192,10 +196,13 @@ def child_llama_cpp(ask: dict[str, Any]) -> Answer:
         return made, done.stdout
 
     model, said = convert("convert_hf_to_gguf.py", ask["base"] or ask["folder"], "model.gguf")
-    options = {}
+    options, notes = {}, []
     if ask["base"]:
         adapter, _ = convert("convert_lora_to_gguf.py", ask["folder"], "adapter.gguf", "--base", ask["base"])
         options = {"lora_path": adapter}
+        config = json.loads((Path(ask["folder"]) / "adapter_config.json").read_text())
+        unread = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]
+        notes += [f"convert_lora_to_gguf.py does not read the adapter's {name}: merge it first" for name in unread]
     f32 = llama_cpp.GGML_TYPE_F32
     llm = llama_cpp.Llama(
         model, n_ctx=ask["longest"] + 8, logits_all=True, n_gpu_layers=0, type_k=f32, type_v=f32, **options
@@ -208,15 +215,15 @@ def child_llama_cpp(ask: dict[str, Any]) -> Answer:
         scores -= scores.max(-1, keepdims=True)
         return scores - numpy.log(numpy.exp(scores).sum(-1, keepdims=True))
 
-    answer = Answer(f"llama_cpp {llama_cpp.__version__}")
-    texts = [text.encode() for text in ask["texts"]]
+    answer = Answer(f"llama_cpp {llama_cpp.__version__}", notes=notes)
     if "unknown pre-tokenizer" in said:
-        answer.notes.append("llama.cpp does not know the base's pre-tokenizer, so it got tokens and no text")
-    elif ask["base"]:
-        answer.notes.append("the tokenizer is the base's")
+        answer.notes.append("llama.cpp does not know the pre-tokenizer, so it got no text")
     else:
-        answer.tokens = [llm.tokenize(text, add_bos=True, special=True) for text in texts]
-        answer.chat = llm.metadata.get("tokenizer.chat_template")
+        split = [llm.tokenize(text.encode(), add_bos=True, special=True) for text in ask["texts"]]
+        wrong = [i for i, tokens in enumerate(split) if tokens != ask["tokens"][i]]
+        whose = "the base's tokenizer" if ask["base"] else "the tokenizer"
+        how = f"otherwise: {wrong}" if wrong else "alike"
+        answer.notes.append(f"{whose} as llama.cpp has it splits texts {how}")
     for tokens in ask["tokens"]:
         found = list(tokens)
         for _ in range(NEW):
@@ -296,7 +303,7 @@ def last_words(log: str) -> str:
     """The line of a log that says what went wrong: of the first traceback, or of what was logged as an error."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     start = [line.removeprefix("[rank0]: ").split(":")[0] for line in lines]
-    errors = [line for line, word in zip(lines, start, strict=True) if word == "ERROR" or word.endswith("Error")]
+    errors = [line for line, word in zip(lines, start, strict=True) if re.fullmatch(r"ERROR|[\w.]*Error", word)]
     return (errors[0] if errors else lines[-1] if lines else "it ended without a word")[:300]
 
 

@@ -131,6 +131,11 @@ def _use(recipe: Recipe, adapter: bool, kind: str) -> str:
             "\n\nIt was trained on 4-bit weights; for the same outputs load the base with "
             f"`BitsAndBytesConfig({settings})`."
         )
+    if adapter and recipe.lora and (recipe.lora.use_rslora or recipe.lora.alpha_pattern):
+        code += (
+            "\n\nFor llama.cpp merge it into its base first (`distft merge`): convert_lora_to_gguf.py reads neither "
+            "`use_rslora` nor `alpha_pattern`, so the adapter would get another scale, without a word."
+        )
     return code
 
 

@@ -464,6 +464,7 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     for line in (
         "rsLoRA adapter (r 4) of `base`.",
         "from peft import AutoPeftModelForCausalLM\n",
+        "For llama.cpp merge it into its base first",  # rsLoRA
         "| strategy | ddp |",
         "| nodes × ranks | 1 × 2 (CPU) |",
         "| global batch | 8 = 4 micro × 1 accumulation × 2 ranks |",
@@ -488,7 +489,7 @@ def test_card(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     assert front["library_name"] == "transformers"
     assert (front["tags"], front["license"]) == (["distft", "sft", "lora", "merged"], "apache-2.0")
     assert "from transformers import AutoModelForCausalLM\n" in text
-    assert "merged into its weights." in text
+    assert "merged into its weights." in text and "llama.cpp" not in text
 
 
 def test_card_of_a_hub_id(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
@@ -511,6 +512,8 @@ def test_card_of_a_hub_id(lora: Result, tiny: Tiny, tmp_path: Path) -> None:
     run.metrics.unlink()
     run.status.write_text("{}")  # of a run from before there were cards
     text = model_card.text(run)
-    assert "bnb_4bit_quant_type" in text
+    assert "bnb_4bit_quant_type" in text and "llama.cpp" not in text
+    run.recipe.write_text(yaml.safe_dump(tiny.recipe(lora__alpha_pattern={"q_proj": 64})))
+    assert "For llama.cpp merge it into its base first" in model_card.text(run)
     run.recipe.write_text(yaml.safe_dump(tiny.recipe() | {"lora": None}))
     assert "library_name: transformers" in model_card.text(run)

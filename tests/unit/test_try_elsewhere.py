@@ -76,4 +76,5 @@ def test_last_words() -> None:
     log = "INFO: starts\n[rank0]: Traceback (most recent call last):\n[rank0]: ValueError: no DoRA\nit ended"
     assert last_words(log) == "[rank0]: ValueError: no DoRA"
     assert last_words("a file\nAssertionError\nended with status 1\n") == "AssertionError"
+    assert last_words("    raise NotImplementedError\nNotImplementedError\n") == "NotImplementedError"
     assert last_words("one\ntwo\n") == "two"

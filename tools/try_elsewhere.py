@@ -265,7 +265,7 @@ def question(folder: Path, base: str | None, work: Path, checkout: Path | None) 
         base = base or config["base_model_name_or_path"]
         if not (Path(base) / "config.json").is_file():
             raise ValueError(f"{adapter}: the base {base} is not a folder here; name its folder with --base")
-        rank = max([config["r"], *config["rank_pattern"].values()])
+        rank = max([config.get("r") or 1, *config.get("rank_pattern", {}).values()])  # OFT has no ranks
         grows = bool(config.get("trainable_token_indices"))
     elif not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: neither a model (config.json) nor an adapter (adapter_config.json)")

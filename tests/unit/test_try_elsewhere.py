@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import try_elsewhere
+from peft import LoraConfig, OFTConfig
 from tiny import Tiny
 from try_elsewhere import NEW, PROGRAMS, Answer, compare, last_words
 
@@ -70,6 +71,16 @@ def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     adapter = {"base_model_name_or_path": "owner/name", "r": 4, "rank_pattern": {}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     assert "the base owner/name is not a folder here; name its folder with --base" in refused()
+
+
+def test_an_adapter_without_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny.path / "model"
+    (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    for config, rank in ((OFTConfig(oft_block_size=8), 1), (LoraConfig(r=4, rank_pattern={"q_proj": 16}), 16)):
+        config.base_model_name_or_path = str(model)
+        config.save_pretrained(tmp_path)
+        asked = try_elsewhere.question(tmp_path, None, tmp_path, None)
+        assert (asked["rank"], asked["base"]) == (rank, str(model))
 
 
 def test_last_words() -> None:

@@ -375,6 +375,10 @@ class Training(Group):
     entropy of the 20 likeliest words over 3. All are means over the trained tokens of the global batch, `loss` in
     metrics.jsonl; the eval loss is always `nll`."""
 
+    loss: Literal["chunked", "full"] = "chunked"
+    """How it is computed. `chunked`: some tokens at a time, so that the logits of all are never there; the same loss.
+    `full`: from all logits at once. `full` is taken, and said, where a model cannot have the other."""
+
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """`bf16` needs Ampere or later (or a CPU), `fp16` needs a GPU, `no` is float32 throughout."""
 

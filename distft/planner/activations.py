@@ -8,12 +8,13 @@ Coefficients are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.models.chunks import chunk_tokens, head_is_trained, why_full
 from distft.models.lora import module_of, rank_of
 from distft.models.oft import blocks_of
 
@@ -248,11 +249,8 @@ def peaks(
             if moment in (("top", "bottom") if mode.checkpointing else ("forward",)):
                 rest += change.turned
         found[moment] = rest, logits
-    if recipe.training.use_liger_kernel:
-        logits = _liger_logits(
-            value["T"], sizes.hidden_size, sizes.vocab_size, 4 if mode.dtype_regime == "float32" else 2
-        )
-        found |= {moment: (found[moment][0], logits) for moment in ("loss", "head")}
+    if why_full(recipe, model, setting.kind.zero_stage) is None:
+        found |= _in_chunks(found, value, model, mode, _float32_norms(mode, block), head_is_trained(recipe, model))
     return found
 
 
@@ -266,12 +264,42 @@ def _rank(recipe: Recipe, chosen: frozenset[str], block: list[Tensor]) -> int:
     return round(sum(ranks) / len(ranks)) if ranks else recipe.lora.r
 
 
-def _liger_logits(tokens: int, hidden: int, vocab: int, low: int) -> int:
-    """Bytes of the logits with Liger's fused linear cross entropy. It computes logits and, in place, their gradient for
-    as many tokens at a time as take about the bytes of the hidden states (liger_kernel/ops/
-    fused_linear_cross_entropy.py: chunk_size). Its other kernels save memory too, which is not counted."""
-    chunk = -(-tokens // -(-vocab // hidden))
-    return 2 * low * vocab * min(tokens, 1 << (chunk - 1).bit_length())
+def _in_chunks(
+    found: Mapping[str, tuple[int, int]],
+    value: Mapping[str, int],
+    model: ModelShape,
+    mode: Mode,
+    wide: bool,
+    trained: bool,
+) -> dict[str, tuple[int, int]]:
+    """The moments of the loss with training.loss: chunked (train/chunked_loss.py).
+
+    Kept are the hidden states of the trained tokens and their gradient; of an output layer that is `trained`, the
+    float32 sum of its gradient. A chunk has its logits, their float32 copy and as much again while the cross-entropy is
+    computed; then the logits and their gradient, beside the chunk's gradient of the output layer.
+
+    Args:
+        wide: the last norm gives float32.
+    """
+    low = 4 if mode.dtype_regime == "float32" else 2
+    states = (12 - low if wide else 2 * low) * value["T·h"]
+    words = value["T·V"] // value["T"]
+    chunk = min(value["T"], chunk_tokens(words)) * words
+    # Gemma 2 caps them, also where its config.json does not say so.
+    capped = low * chunk if model.config.get("final_logit_softcapping", model.model_type == "gemma2") else 0
+    sums = 4 * value["h·V"] if trained else 0
+    gradients = {"autocast": 6, "low": 2, "float32": 4}[mode.dtype_regime] * value["h·V"] if trained else 0
+    kept, logits = max(((states, (low + 8) * chunk + capped), (states + gradients, 2 * low * chunk + capped)), key=sum)
+    norm = 0 if low == 4 or wide else 12 * value["T·h"]  # the last RMSNorm's backward pass, in float32
+    head = found["head"][0] + states + sums + norm
+    return {"loss": (found["loss"][0] + kept + sums, logits), "head": (head, 0)}
+
+
+def _float32_norms(mode: Mode, block: Sequence[Tensor]) -> bool:
+    """Whether norms give float32: autocast computes LayerNorm so, and RMSNorm returns the dtype that it was given."""
+    return mode.dtype_regime == "autocast" and any(
+        tensor.kind == "bias" and ("norm" in tensor.name or ".ln_" in tensor.name) for tensor in block
+    )
 
 
 @dataclass(frozen=True)
@@ -303,9 +331,7 @@ def difference(
     if lora is None or (everything and not lora.use_dora and not oft):
         return Difference(views, 0, 0) if views else None
     linear = [tensor for tensor in block if tensor.is_linear]
-    float32_norms = mode.dtype_regime == "autocast" and any(
-        tensor.kind == "bias" and ("norm" in tensor.name or ".ln_" in tensor.name) for tensor in block
-    )
+    float32_norms = _float32_norms(mode, block)
     inputs = products = weights = results = matrices = rotations = 0
     parents: dict[str, list[Tensor]] = {}
     for tensor in linear:

@@ -99,22 +99,6 @@ def saved_layers_are_not_quantized(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "lora.modules_to_save that names the output layer with training.use_liger_kernel",
-    "https://github.com/linkedin/Liger-Kernel, src/liger_kernel/transformers/model/llama.py, lce_forward",
-    "use training.use_liger_kernel: false",
-)
-def liger_reads_the_output_layer(case: RecipeCase) -> str | None:
-    """Liger's fused loss multiplies with the output layer's weight instead of calling the layer. A copy of it that is
-    sharded is gathered only when it is called.
-    """
-    if not case.recipe.lora or not case.recipe.training.use_liger_kernel:
-        return None
-    if any(tensor.kind == "output" for tensor in saved(case.recipe.lora, both_ends(case))):
-        return "training.use_liger_kernel: its loss would not call the output layer of lora.modules_to_save"
-    return None
-
-
-@rule(
     "lora.init_lora_weights: pissa, olora or orthogonal, where peft's are not for this adapter",
     "peft 0.21.2 tuners/lora/layer.py, pissa_init, olora_init, orthogonal_init; LLaMA-Factory's hparams/parser.py "
     "refuses PiSSA on quantized weights, too",
@@ -172,20 +156,4 @@ def rotations_have_no_rows_of_new_tokens(case: RecipeCase) -> str | None:
     lora = case.recipe.lora
     if lora and lora.oft and case.recipe.model.add_tokens and not lora.modules_to_save:
         return "model.add_tokens: an adapter of OFT has no rows for them"
-    return None
-
-
-@rule(
-    "model.add_tokens with lora and training.use_liger_kernel",
-    "https://github.com/linkedin/Liger-Kernel, src/liger_kernel/transformers/model/llama.py, lce_forward: "
-    "lm_head_weight=self.lm_head.weight",
-    "use training.use_liger_kernel: false, or train all weights with lora: null",
-)
-def liger_skips_the_rows_of_new_tokens(case: RecipeCase) -> str | None:
-    """Liger's fused loss multiplies with the output layer's weight itself, instead of calling the layer, so it would
-    not see the rows that are trained beside it.
-    """
-    lora = case.recipe.lora
-    if lora and not lora.modules_to_save and case.recipe.model.add_tokens and case.recipe.training.use_liger_kernel:
-        return "training.use_liger_kernel: its loss does not see the rows of model.add_tokens"
     return None

@@ -368,20 +368,6 @@ def flash_attention_needs_small_heads(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "training.use_liger_kernel with a training.loss_type other than nll",
-    "https://github.com/linkedin/Liger-Kernel, src/liger_kernel/transformers/model/llama.py, lce_forward: the loss is "
-    "computed inside the model, without logits",
-    "use training.use_liger_kernel: false",
-)
-def liger_has_one_loss(case: RecipeCase) -> str | None:
-    """Liger's fused loss is the cross-entropy, and leaves no logits from which another one could be computed."""
-    loss_type = case.recipe.training.loss_type
-    if case.recipe.training.use_liger_kernel and loss_type != "nll":
-        return f"training.use_liger_kernel: its fused loss is nll, and training.loss_type is {loss_type}"
-    return None
-
-
-@rule(
     "training.use_liger_kernel on CPU ranks",
     "https://github.com/linkedin/Liger-Kernel, README: Triton kernels, for CUDA and ROCm",
     "use training.use_liger_kernel: false",

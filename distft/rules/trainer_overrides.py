@@ -76,6 +76,8 @@ def planned_arguments_belong_in_the_recipe(case: RecipeCase) -> str | None:
     given = [f"{key} (set {PLANNED[key]})" for key in sorted(case.trainer.keys() & PLANNED.keys())]
     if "optim" in case.trainer and case.recipe.training.optim in OWN_OPTIMIZERS:
         given.append(f"optim, and training.optim is {case.recipe.training.optim} (leave one of them out)")
+    if (case.trainer.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
+        given.append("liger_kernel_config.fused_linear_cross_entropy (training.loss: chunked does the same)")
     return f"trainer.overrides: got {', '.join(given)}" if given else None
 
 

@@ -222,7 +222,11 @@ def _recipe(mode: Mode) -> dict[str, Any]:
         "model": {"name_or_path": ".", "quantization": quantization},
         "lora": None if mode.adapters == "full" else {"r": RANK},
         "data": {"train": ["data.jsonl"], "max_length": LENGTH, "packing": True},
-        "training": {"mixed_precision": "no" if mode.dtype_regime == "float32" else "bf16", "global_batch_size": ROWS},
+        "training": {
+            "mixed_precision": "no" if mode.dtype_regime == "float32" else "bf16",
+            "global_batch_size": ROWS,
+            "loss": "full",
+        },
     }
 
 

@@ -27,6 +27,7 @@ from distft.config.recipe import Lora, Recipe
 from distft.errors import PlanError, SimulationError
 from distft.models.architecture import guess_sizes
 from distft.models.attention import planned_attention
+from distft.models.chunks import why_full
 from distft.models.layout import Tensor
 from distft.models.shapes import shape_of
 from distft.planner.counting import Counted, Step
@@ -36,6 +37,7 @@ from distft.simulation import depth
 from distft.simulation.depth import Sample
 from distft.simulation.fake_model import base, failure, finish, sizes_of, states_of
 from distft.simulation.trace import trace
+from distft.train import chunked_loss
 
 
 def simulate(recipe: Recipe, setting: Setting) -> Memory:
@@ -101,6 +103,12 @@ class Traced:
             self.sample = depth.whole(self.plain)
             return self._traced(self.plain, self.sample, step)
 
+    def _is_chunked(self, step: Step) -> bool:
+        """Whether the loss is; a step of ZeRO stands for all its stages."""
+        stage = 3 if step.dtype_regime == "zero" else None
+        base = self.plain
+        return why_full(self.recipe, self.model, stage) is None and chunked_loss.obstacle(base, "ddp") is None
+
     def _traced(self, plain: Any, sample: Sample, step: Step) -> Peaks:
         model = finish(self.recipe, deepcopy(plain), step.dtype_regime)
         here = states_of(self.recipe, model, sizes_of(self.recipe, model))
@@ -113,6 +121,7 @@ class Traced:
                 gradient_checkpointing=step.checkpointing,
                 attn_implementation=self.attention,
                 accumulating=step.accumulating,
+                chunked=self._is_chunked(step),
             )
         except Exception as error:  # a shape that depends on values, an operator that fake tensors lack, ...
             raise failure(self.recipe, error) from error

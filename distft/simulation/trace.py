@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.config.recipe import Recipe
+from distft.models.chunks import chunk_tokens
 from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
-from distft.train import low_rank, muon
+from distft.train import chunked_loss, low_rank, muon
 from distft.train.losses import mean_loss
 from distft.train.model import compute_dtype
 
@@ -259,6 +260,7 @@ def trace(
     gradient_checkpointing: bool,
     attn_implementation: str,
     accumulating: bool = False,
+    chunked: bool = False,
     fake: bool = True,
     cuda: bool = True,
 ) -> Trace:
@@ -266,6 +268,7 @@ def trace(
 
     Args:
         accumulating: gradients of earlier micro-batches exist.
+        chunked: the loss is computed in chunks.
         fake: False runs it on real tensors of zeros.
         cuda: False keeps the CPU's own kernels.
     """
@@ -275,7 +278,8 @@ def trace(
     # FlashAttention gets the micro-batch as one row (distft/train/trainer.py, Collator).
     rows, columns = (1, micro_batch_size * length) if flash else (micro_batch_size, length)
     config = model.config.get_text_config()
-    book = Ledger(config.vocab_size, rows * columns)
+    tokens = rows * columns
+    book = Ledger(config.vocab_size, min(tokens, chunk_tokens(config.vocab_size)) if chunked else tokens)
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode())
@@ -283,6 +287,7 @@ def trace(
             # Experts under adapters are in the compute dtype: autocast makes no copy of each, and some stand for all.
             values = stack.enter_context(Values(columns, SOME_EXPERTS if recipe.lora else None))
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda tensor: values.tolist(tensor)))
+            stack.enter_context(patch.object(chunked_loss, "trained_tokens", lambda found: torch.arange(len(found))))
         stack.enter_context(book)
         if cuda:
             stack.enter_context(CudaKernels())
@@ -314,6 +319,8 @@ def trace(
                 p.grad = None
 
         _watch_blocks(model, book)
+        if chunked:
+            chunked_loss.add(model if recipe.lora is None else model.get_base_model())
         forward = model.forward
         if dtype_regime != "zero" and dtype is not torch.float32:
             # accelerate/accelerator.py, prepare_model: autocast, and outputs converted to float32.
@@ -325,7 +332,11 @@ def trace(
             batch["position_ids"] = torch.zeros_like(ids)
         elif rows > 1:
             batch["attention_mask"] = torch.ones_like(ids)
-        loss = _loss(forward, batch, torch.ones((), dtype=torch.long), recipe.training.loss_type)
+        count = torch.ones((), dtype=torch.long)
+        if chunked:
+            loss = forward(**batch, chunked=recipe.training.loss_type, num_items_in_batch=count).loss
+        else:
+            loss = _loss(forward, batch, count, recipe.training.loss_type)
         book.enter("backward")
         # As loss.backward(), which would turn the function mode off; checkpointed blocks are recomputed in here.
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)

@@ -69,8 +69,12 @@ class NewRows(torch.nn.Module):
     def _embed(self, module: Any, inputs: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
         return self.input(inputs[0], embedded, getattr(module, "embed_scale", None))
 
-    def _predict(self, module: Any, inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
-        return (self.output or self.input)(inputs[0], logits, None, output=True)
+    def predict(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of hidden states with these rows, from those of the output layer."""
+        return (self.output or self.input)(hidden, logits, None, output=True)
+
+    def _predict(self, module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return self.predict(inputs[0], output) if output.dim() else output  # a sum: train/chunked_loss.py
 
     def layers(self) -> dict[str, str]:
         """Name of the layer, by the side whose rows it has."""

@@ -25,7 +25,7 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
-from distft.train import before_training, collectives, worker
+from distft.train import before_training, chunked_loss, collectives, worker
 from distft.train.as_published import write_as_published
 from distft.train.auto_class import auto_class
 from distft.train.base_files import base_files
@@ -108,6 +108,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
         loss_type=recipe.training.loss_type,
+        chunked=chunked_loss.use(recipe, model, plan["strategy"]),
         recipe=recipe,
         data_collator=Collator(tokenizer.pad_token_id, recipe.data.packing, attention == "flash_attention_2"),
         processing_class=tokenizer,

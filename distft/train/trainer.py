@@ -25,6 +25,9 @@ from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
 from distft.train.step_state import set_schedule
 
+# check_chunks: tokens, and differences per token that rounding makes in float32 and in 16 bit.
+CHECKED, EXACT, LOW = 64, 1e-4, 5e-2
+
 
 class Collator:
     """Rows to a batch of tensors (micro-batch x longest row).
@@ -68,7 +71,9 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "fp16": training.mixed_precision == "fp16",
         "gradient_checkpointing": plan["gradient_checkpointing"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan["gradient_checkpointing"] else None,
+        # Its kernels for layers; its loss does what train/chunked_loss.py does, and not under every strategy.
         "use_liger_kernel": training.use_liger_kernel,
+        "liger_kernel_config": {"fused_linear_cross_entropy": False},
         "seed": training.seed,
         "report_to": list(training.report_to),
         "use_cpu": not torch.cuda.is_available(),
@@ -96,10 +101,12 @@ class RecipeTrainer(Trainer):
         *,
         stream: StreamSampler,
         loss_type: str = "nll",
+        chunked: bool = False,
         recipe: Recipe | None = None,
         **kwargs: Any,
     ):
         self.stream, self.recipe = stream, recipe
+        self.loss_type, self.chunked = loss_type, chunked
         super().__init__(**kwargs)
         self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
@@ -153,6 +160,38 @@ class RecipeTrainer(Trainer):
         samples, tokens = super().get_batch_samples(*args, **kwargs)
         return samples, tokens.long() if torch.is_tensor(tokens) else tokens
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """In chunks where `chunked` (train/chunked_loss.py); as Trainer does elsewhere. Both are summed over ranks."""
+        if not self.chunked:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, chunked=self.loss_type, num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"] * self.accelerator.num_processes  # whose gradients are averaged over the ranks
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def check_chunks(self) -> str | None:
+        """Compare the loss of some tokens in chunks with the one of the model's own logits. Where they differ, the
+        model does something else to its logits, and `chunked` is turned off. Collective. Returns why it was."""
+        rows = self.train_dataset
+        assert isinstance(rows, Dataset)
+        ids = rows[0]["input_ids"][:CHECKED]
+        inputs = self._prepare_inputs(self.data_collator([{"input_ids": ids, "labels": ids}]))
+        labels = inputs.pop("labels")
+        self.model_wrapped.eval()
+        whole, count = summed_loss(self.model_wrapped(**inputs).logits, labels)
+        chunked = self.model_wrapped(**inputs, labels=labels, chunked="nll").loss
+        self.model_wrapped.train()
+        difference = ((chunked - whole).abs() / count).reshape(1)
+        if self.args.world_size > 1:
+            dist.all_reduce(difference, dist.ReduceOp.MAX)
+        low = self.args.bf16 or self.args.fp16
+        if difference.item() <= (LOW if low else EXACT):
+            return None
+        self.chunked = False
+        return f"in chunks it would differ by {difference.item():.1e} from the one of the model's own logits"
+
     def step_loss(self) -> float:
         """This rank's part of the step's loss, before it is logged; it is nan or infinite where that is."""
         return self._tr_loss.item()
@@ -180,6 +219,10 @@ class RecipeTrainer(Trainer):
             batch = [rows[i] if i < len(rows) else _without_labels(rows[0]) for i in indices]
             inputs = self._prepare_inputs(self.data_collator(batch))
             labels = inputs.pop("labels")
+            if self.chunked:
+                loss = self.model_wrapped(**inputs, labels=labels, chunked="nll").loss
+                total += torch.stack((loss, (labels[..., 1:] != IGNORE).sum())).double()
+                continue
             logits = self.model_wrapped(**inputs).logits
             total += torch.stack(summed_loss(logits, labels)).double()
         self.model_wrapped.train()

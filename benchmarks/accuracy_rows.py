@@ -57,6 +57,7 @@ def parse(text: str) -> Iterator[Row]:
                 # else's figure is compared.
                 "global_batch_size": (1 if "peak" in extra else 2) * micro * int(ranks),
                 "optim": extra.get("optim", "adamw_torch_fused"),
+                "loss": "full" if "peak" in extra else "chunked",  # published rows are from before chunks
             },
         }
         setting = Setting(

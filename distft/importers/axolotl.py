@@ -7,7 +7,7 @@ import re
 
 from distft.config.recipe import INITIAL_WEIGHTS
 from distft.importers import axolotl_data, axolotl_training, common, freezing
-from distft.importers.common import MEMORY, SPEED
+from distft.importers.common import SPEED
 from distft.importers.draft import Left
 from distft.importers.options import Options
 from distft.importers.sharding import needs_groups, read_deepspeed, read_fsdp
@@ -22,8 +22,9 @@ _LEGACY_ATTENTION = (
     "eager_attention",
     "sage_attention",
 )
+CHUNKED = "training.loss: chunked does the same, with every model"
 _PLUGINS = {
-    "CutCrossEntropyPlugin": MEMORY,
+    "CutCrossEntropyPlugin": CHUNKED,
     "LigerPlugin": "training.use_liger_kernel, where one of its options is on",
     "SwanLabPlugin": "no effect on what is trained; training.report_to: [swanlab]",
     "LMEvalPlugin": "no benchmarks are run after training",
@@ -212,7 +213,11 @@ def _plugins(options: Options) -> None:
         else:
             why = "distft runs no plugins; this one may change what is trained"
             options.draft.refused.append(Left("plugins", plugin, why, options.line("plugins")))
-    kernels = [name for name in options.data if name.startswith("liger_") and options.is_on(name)]
+    fused = ("liger_fused_linear_cross_entropy", "liger_cross_entropy")
+    for name in filter(options.is_on, fused):
+        options.drop(name, CHUNKED)
+    ours = (*fused, "liger_use_token_scaling")
+    kernels = [name for name in options.data if name.startswith("liger_") and name not in ours and options.is_on(name)]
     if kernels:
         options.set("training.use_liger_kernel", kernels[0], True)
         options.taken |= set(kernels)

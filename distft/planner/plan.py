@@ -12,6 +12,7 @@ from distft.config.recipe import Recipe, ScriptSettings
 from distft.errors import PlanError
 from distft.hardware.devices import Device, data_sheet
 from distft.hardware.topology import Topology
+from distft.models.chunks import why_full
 from distft.models.quantization import bits_in_memory
 from distft.models.shapes import ModelShape, read_config, read_model_shape
 from distft.models.start import check_start
@@ -364,6 +365,8 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
             found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for what is offloaded")
     if recipe.model.attn_implementation == "auto":
         found.append("attention: SDPA; with FlashAttention-2, where it is installed, ranks need less")
+    if full := why_full(recipe, search.model, chosen.setting.kind.zero_stage):
+        found.append(f"loss: from the logits of all tokens at once ({full})")
     return tuple(found)
 
 

@@ -169,7 +169,7 @@ def _loss(model: Any, hidden: torch.Tensor, labels: torch.Tensor, loss_type: str
 
     def parameters() -> Iterator[Any]:  # those that a sharding strategy has put there for this call
         yield from layer.parameters()
-        yield from rows.parameters() if rows else ()
+        yield from rows.predicting.parameters() if rows else ()
 
     transform = _transform(model.config.get_text_config())
     chunk = chunk_tokens(model.config.get_text_config().vocab_size)

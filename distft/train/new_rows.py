@@ -69,9 +69,14 @@ class NewRows(torch.nn.Module):
     def _embed(self, module: Any, inputs: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
         return self.input(inputs[0], embedded, getattr(module, "embed_scale", None))
 
+    @property
+    def predicting(self) -> _Rows:
+        """The rows of the output layer."""
+        return self.output or self.input
+
     def predict(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The logits of hidden states with these rows, from those of the output layer."""
-        return (self.output or self.input)(hidden, logits, None, output=True)
+        return self.predicting(hidden, logits, None, output=True)
 
     def _predict(self, module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return self.predict(inputs[0], output) if output.dim() else output  # a sum: train/chunked_loss.py

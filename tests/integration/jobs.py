@@ -160,12 +160,20 @@ STRATEGIES = [
 ]
 
 
+def loss_of(job: Job) -> str:
+    """How the loss is computed: under ZeRO-3 not in chunks where the output layer has more than its weight."""
+    asked: str = job.changes.get("training__loss", "chunked")
+    more = job.tuning.startswith(("whole layers", "loraplus", "new tokens")) and "full" not in job.tuning
+    return "full" if job.strategy == "zero3" and more else asked
+
+
 def assert_ran(result: Result, job: Job) -> None:
     ran, strategy = result.status["ran"], job.strategy
     assert ran["kind"] == strategy
     model_class = "LlamaForCausalLM" if "full" in job.tuning else "PeftModelForCausalLM"
     assert ran["wrapped"] == WRAPPED[strategy.rstrip("123")].format(model_class)
     assert (ran["world_size"], ran["backend"]) == (job.ranks, "gloo")
+    assert ran["loss"] == loss_of(job)
     assert ran["gradient_checkpointing"] is job.changes.get("training__gradient_checkpointing", False)
     if job.tuning in OPTIMIZER:
         assert ran["optimizer"] == OPTIMIZER[job.tuning]

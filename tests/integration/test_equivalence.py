@@ -45,6 +45,7 @@ JOBS = [
     *(Job(strategy, 2, "lora", {"training__gradient_checkpointing": True}) for strategy in FOUR),
     # Accumulation 4; else it is 1. Micro-batches differ in their trained tokens.
     *(Job(strategy, 2, "lora", {"training__micro_batch_size": 1}) for strategy in FOUR),
+    *(Job(strategy, 2, tuning, {"training__loss": "full"}) for tuning in ("lora", "full") for strategy in FOUR),
     *(Job(strategy, 2, "unpacked") for strategy in ("ddp", "zero3", "fsdp")),
     *(Job(strategy, 2, tuning) for tuning in ("bf16", "bf16 full") for strategy in FOUR),
     *(Job(strategy, 2, "dft", {"training__micro_batch_size": 1}) for strategy in ("ddp", "zero3", "fsdp")),
@@ -171,6 +172,14 @@ def test_a_model_of_its_own_code(
     assert_same(result, runs(alone("lora")))
     refused = launch(tiny.recipe(**trusted | {"model__trust_remote_code": False}), tmp_path, expect=2)
     assert "model.trust_remote_code" in refused.stderr
+    # What the output layer gives is not what it predicts with.
+    code = OWN_MODEL.replace("        return super().forward(", "        found = super().forward(").rstrip()
+    code += "\n        found.logits = found.logits * 0.5\n        return found\n"
+    (folder / "modeling_own.py").write_text(code)
+    scaled = trained(tiny.recipe(name="scaled", **trusted))
+    assert (scaled.status["ran"]["loss"], result.status["ran"]["loss"]) == ("full", "chunked")
+    assert "loss: full (in chunks it would differ by " in (scaled.run_dir / "logs" / "rank-0.log").read_text()
+    assert scaled.column("loss")[0] != pytest.approx(result.column("loss")[0], abs=1e-3)
 
 
 def test_tracker(trained: Callable[..., Result], tiny: Tiny) -> None:

@@ -182,9 +182,6 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**QLORA, **saving("q_proj")}, {"model__quantization": None}),
         ({**INT8, **saving("q_proj", "lm_head")}, saving("embed_tokens", "lm_head")),
     ],
-    "liger-reads-the-output-layer": [
-        ({"training__use_liger_kernel": True, **saving("lm_head")}, saving("embed_tokens")),
-    ],
     "initial-weights-need-plain-layers": [
         ({**QLORA, "lora__init_lora_weights": "pissa"}, {"model__quantization": None}),
         ({**INT8, "lora__init_lora_weights": "orthogonal"}, {"lora__init_lora_weights": "gaussian"}),
@@ -202,9 +199,6 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "rotations-have-no-rows-of-new-tokens": [
         ({**NEW_TOKENS, "lora__oft": {}}, {"lora__oft": None}),
         ({**NEW_TOKENS, "lora__oft": {}}, saving("lm_head", "embed_tokens")),
-    ],
-    "liger-skips-the-rows-of-new-tokens": [
-        ({**NEW_TOKENS, "training__use_liger_kernel": True}, {"lora": None}),
     ],
     "int8-has-no-dora": [({**INT8, "lora__use_dora": True}, QLORA)],
     "offload-needs-a-strategy-that-can": [
@@ -271,9 +265,6 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FLASH, "training__mixed_precision": "no"}, {"training__mixed_precision": "bf16"})
     ],
     "flash-attention-needs-small-heads": [({**FLASH, "head_dim": 257}, {"head_dim": 256})],
-    "liger-has-one-loss": [
-        ({"training__use_liger_kernel": True, "training__loss_type": "dft"}, {"training__loss_type": "nll"})
-    ],
     "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
     "zero3-frees-frozen-weights-too-early": [
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),

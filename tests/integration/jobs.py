@@ -77,8 +77,8 @@ TUNINGS = {
     "whole layers tied": {"lora": BOTH_ENDS, "model__name_or_path": "tied"},
     "loraplus": {"lora": {**EMBEDDINGS_TOO, **LORAPLUS}},
     "pissa": {"lora": PISSA, "training__learning_rate": 0.05},
-    "olora": {"lora": {**PISSA, "init_lora_weights": "olora", "use_rslora": True}, "training__learning_rate": 0.05},
-    "pissa bf16": {"lora": PISSA | {"init_lora_weights": "pissa_niter_4"}, "training__learning_rate": 0.05, **BF16},
+    "olora": {"lora": {**PISSA, "init_lora_weights": "olora", "use_rslora": True}, "training__learning_rate": 0.02},
+    "pissa bf16": {"lora": PISSA | {"init_lora_weights": "pissa_niter_4"}, "training__learning_rate": 0.02, **BF16},
     "gaussian": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"}},
     "orthogonal": {"lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"}},
     "oft": {"lora": {"oft": {"oft_block_size": 8}}},
@@ -163,7 +163,7 @@ STRATEGIES = [
 def loss_of(job: Job) -> str:
     """How the loss is computed: under ZeRO-3 not in chunks where the output layer has more than its weight."""
     asked: str = job.changes.get("training__loss", "chunked")
-    more = job.tuning.startswith(("whole layers", "loraplus", "new tokens")) and "full" not in job.tuning
+    more = job.tuning.startswith(("whole layers", "loraplus", "new tokens", "oft layers")) and "full" not in job.tuning
     return "full" if job.strategy == "zero3" and more else asked
 
 

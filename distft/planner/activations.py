@@ -215,6 +215,7 @@ def peaks(
     if recipe.lora and recipe.lora.target_modules != "all-linear" and not experts:
         value["e·h·m"] = 0  # an adapter on experts is multiplied out and added to their weights
     base, (saved,) = table["base"][0], table["saved"]
+    more_wide = _autocast_in_float32(model.model_type or "", mode) if setting.kind.engine == "fsdp2" else {}
     kept, depth = kept_in_backward(saved, mode.checkpointing), sizes.num_hidden_layers
     if model.train_only is not None:  # nothing is kept below the lowest trained block; all above count as trained
         depth = max(1, min(depth, model.backward_blocks))
@@ -226,7 +227,8 @@ def peaks(
     for moment in MOMENTS[2:]:
         each = saved if moment in ("forward", "loss") else kept
         times = {"forward": depth - 1, "bottom": 1}.get(moment, depth)
-        common = [(base, 1), (each, times)]
+        recomputed = moment in ("top", "bottom", "forward")
+        common = [(base, 1), (each, times), (more_wide, int(recomputed) if mode.checkpointing else times)]
         rest, logits = max((_evaluate(value, (*common, (peak, 1))) for peak in table[moment]), key=sum)
         if less and not mode.checkpointing and moment != "bottom":
             rest += bare[1] * (less.tokens + less.weights)
@@ -289,10 +291,27 @@ def _in_chunks(
     capped = low * chunk if model.config.get("final_logit_softcapping", model.model_type == "gemma2") else 0
     sums = 4 * value["h·V"] if trained else 0
     gradients = {"autocast": 6, "low": 2, "float32": 4}[mode.dtype_regime] * value["h·V"] if trained else 0
-    kept, logits = max(((states, (low + 8) * chunk + capped), (states + gradients, 2 * low * chunk + capped)), key=sum)
-    norm = 0 if low == 4 or wide else 12 * value["T·h"]  # the last RMSNorm's backward pass, in float32
-    head = found["head"][0] + states + sums + norm
+    normed = 12 * value["T·h"]  # the last norm, in float32, before there is a chunk and after all
+    first = (states, (low + 8) * chunk + capped), (states + gradients, 2 * low * chunk + capped), (normed, 0)
+    kept, logits = max(first, key=sum)
+    head = found["head"][0] + states + sums + (0 if low == 4 or wide else normed)
     return {"loss": (found["loss"][0] + kept + sums, logits), "head": (head, 0)}
+
+
+@lru_cache
+def _autocast_in_float32(family: str, mode: Mode) -> Polynomial:
+    """What a block keeps under FSDP beyond the table's mode `low`: accelerate leaves autocast on (accelerator.py,
+    prepare_model), which computes the powers of gelu_new and LayerNorm in float32."""
+    if mode.dtype_regime != "low":
+        return {}
+    with_it, without = (
+        polynomials(family, replace(mode, dtype_regime=regime, adapters="full", checkpointing=False))["saved"][0]
+        for regime in ("autocast", "low")
+    )
+    more = {name: with_it.get(name, 0) - without.get(name, 0) for name in ("T", "T·f", "T·h")}
+    found = {name: more[name] for name in ("T", "T·f") if more[name] > 0}
+    # T is LayerNorm's statistics; without it, T·h is autocast's float32 hidden states, which FSDP has not.
+    return found | {"T·h": max(8.0, more["T·h"])} if "T" in found else found
 
 
 def _float32_norms(mode: Mode, block: Sequence[Tensor]) -> bool:

@@ -53,19 +53,12 @@ class _Summed(torch.autograd.Function):
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
         for start in range(0, len(hidden), chunk):
             here = slice(start, start + chunk)
-            with torch.set_grad_enabled(any(wanted)):
-                states = hidden[here].detach().requires_grad_(wanted[0])
-                logits = head(states)
-            loss, gradient = _of_chunk(logits.detach(), targets[here], loss_type, with_gradient=any(wanted))
+            loss, found = _step(hidden[here], targets[here], head, loss_type, trained, any(wanted), wanted[0])
             total += loss
-            if gradient is None:
-                continue
-            inputs = [states] * wanted[0] + trained
-            found = list(torch.autograd.grad(logits, inputs, gradient))
             if of_hidden is not None:
                 of_hidden[here] = found.pop(0)
-            for sum_, one in zip(sums, found, strict=True):
-                sum_ += one
+            while found:
+                sums[len(sums) - len(found)] += found.pop(0)
         ctx.wanted = wanted
         ctx.dtypes = [p.dtype for p in trained]
         ctx.save_for_backward(*([] if of_hidden is None else [of_hidden]), *sums)
@@ -81,6 +74,26 @@ class _Summed(torch.autograd.Function):
             *(None,) * 5,
             *(next(saved).mul_(scale[0]).to(next(dtypes)) if wanted else None for wanted in ctx.wanted[6:]),
         )
+
+
+def _step(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Head,
+    loss_type: str,
+    trained: list[torch.Tensor],
+    training: bool,
+    through: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A chunk's loss and gradients: of its hidden states if they are wanted (`through`), then of `trained`. A function
+    of its own, so that nothing of a chunk is left when the next one begins."""
+    with torch.set_grad_enabled(training):
+        states = hidden.detach().requires_grad_(through)
+        logits = head(states)
+    loss, gradient = _of_chunk(logits.detach(), targets, loss_type, with_gradient=training)
+    if gradient is None:
+        return loss, []
+    return loss, list(torch.autograd.grad(logits, [states] * through + trained, gradient))
 
 
 def _of_chunk(

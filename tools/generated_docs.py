@@ -79,6 +79,7 @@ training:
   optim_args: null                    # of galore_adamw, apollo_adamw: {rank: 128, update_proj_gap: 200, scale: 0.25}
   optim_target_modules: all-linear    # of these: or parts of names, [attn, mlp]
   loss_type: nll                      # or dft, eaft
+  loss: chunked                       # or full: the logits of all tokens at once
   train_only: []                      # a part, without lora: ['model\\.layers\\.-[12]', lm_head]
   mixed_precision: bf16
   gradient_checkpointing: auto        # only if needed to fit

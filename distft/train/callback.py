@@ -79,10 +79,10 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.stopping.training = True
+        ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         why = self.trainer.check_chunks() if self.trainer.chunked else None
         if why is not None and self.status.writes:
             log.warning("loss: full (%s)", why)
-        ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         ran["loss"] = "chunked" if self.trainer.chunked else "full"
         self.status.update(ran=ran)
         strategy_check.check(self.plan, ran)

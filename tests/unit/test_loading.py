@@ -151,7 +151,7 @@ def test_an_integer_is_a_number_but_not_the_other_way_round():
             "training.optim",
             "adam",
             'got "adam", need one of adamw_torch_fused, adamw_torch, adamw_bnb_8bit, paged_adamw_8bit, '
-            "paged_adamw_32bit, adafactor, muon; did you mean adamw_torch?",
+            "paged_adamw_32bit, adafactor, muon, galore_adamw, apollo_adamw; did you mean adamw_torch?",
         ),
         ("training.gradient_checkpointing", "1", "got 1 (an integer), need one of auto, true, false"),
         ("training.report_to", "wandb", 'got "wandb" (a string), need a list of strings'),

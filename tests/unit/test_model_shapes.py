@@ -691,8 +691,10 @@ def test_planning_takes_no_weights_and_launching_does(tiny: Tiny, folder: Path, 
     }
     assert distft("launch", "recipe.yaml", "--dry-run", cwd=tmp_path).returncode == 0
     done = distft("launch", "recipe.yaml", cwd=tmp_path)
+    lines = (tmp_path / "recipe.yaml").read_text().splitlines()
+    at = f"recipe.yaml:{next(number for number, line in enumerate(lines, 1) if 'name_or_path' in line)}"
     assert done.returncode == 2
-    assert done.stderr == f"error: model.name_or_path: {folder} has no weights (*.safetensors); add them\n"
+    assert done.stderr == f"error: model.name_or_path: {folder} has no weights (*.safetensors); add them ({at})\n"
     assert not (tmp_path / "runs").exists()
 
 
@@ -710,5 +712,5 @@ def test_adapters_in_the_wrong_place(tmp_path: Path) -> None:
     recipe.write_text(f"{{name: a, model: {{name_or_path: {tmp_path}}}, data: {{train: rows.jsonl}}}}")
     with pytest.raises(PlanError, match=r"is a peft adapter, not a model; .*\(owner/base\) and set lora.start_from: "):
         read_model_shape(load_recipe(recipe))
-    with pytest.raises(PlanError, match="is an adapter of the kind IA3, and only LORA can be started from"):
+    with pytest.raises(PlanError, match="is an adapter of the kind IA3, and only LORA and OFT can be started from"):
         check_start(tmp_path, load_recipe(recipe), ModelShape("owner/base", 0, 4, 0))

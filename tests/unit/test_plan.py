@@ -233,7 +233,7 @@ def _rows(n: int) -> str:
 
 
 def test_a_tight_fit_is_shown_and_must_be_worth_it(folder: Path) -> None:
-    sets = ("model.quantization=nf4", "data.max_length=2048", "parallelism.offload=none")
+    sets = ("model.quantization=nf4", "data.max_length=2048", "parallelism.offload=none", "training.loss=full")
     found = plan(folder, "8b", 1, 1, "rtx4090", *sets)
     with_room = found.search.variant("ddp", "none", True)
     assert found.fits and not found.chosen.roomy and not found.gradient_checkpointing
@@ -460,7 +460,7 @@ def test_a_family_without_a_formula_is_counted(folder: Path, glm: tuple[str, ...
     found = json.loads(done.stdout)
     assert (found["memory"]["simulated"], found["memory"]["fits"]) == (True, True)
     assert found["model"]["parameters"] > 2 * 4000 * 256
-    assert not found["warnings"]
+    assert all("more than once" in text for text in found["warnings"])  # of the few rows
 
 
 def test_a_guess_never_says_that_it_fits(

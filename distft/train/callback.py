@@ -80,15 +80,18 @@ class RunCallback(TrainerCallback):
     ) -> None:
         self.stopping.training = True
         ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
-        why = self.trainer.check_chunks() if self.trainer.chunked else None
-        if why is not None and self.status.writes:
-            log.warning("loss: full (%s)", why)
-        ran["loss"] = "chunked" if self.trainer.chunked else "full"
         self.status.update(ran=ran)
         strategy_check.check(self.plan, ran)
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint, state)
-        elif (loss := self._evaluate()) is not None:
+        # Only now: FSDP leaves some weights gathered after a forward pass, and would not see those of the checkpoint.
+        why = self.trainer.check_chunks() if self.trainer.chunked else None
+        if why is not None and self.status.writes:
+            log.warning("loss: full (%s)", why)
+        self.status.update(ran=ran | {"loss": "chunked" if self.trainer.chunked else "full"})
+        if state.global_step >= state.max_steps:
+            raise NoStepsLeft
+        if self.start.checkpoint is None and (loss := self._evaluate()) is not None:
             self.status.update(eval_loss_before=loss)
         if self.stop.why:
             raise NoStepsLeft
@@ -100,8 +103,6 @@ class RunCallback(TrainerCallback):
         self.checkpointer.restore(checkpoint, self.trainer)
         self.status.update(restore_seconds=time.perf_counter() - began)
         state.global_step = self.trainer._globalstep_last_logged = self.position.step
-        if state.global_step >= state.max_steps:
-            raise NoStepsLeft
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -25,13 +25,17 @@ class After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports a package as ever, and then does something to it."""
 
     def __init__(self, package: str, then: Callable[[Any], None]):
-        self.package, self.then = package, then
+        self.package, self.then, self.looking = package, then, False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.package:
+        """Also asked by who only looks whether there is such a package."""
+        if name != self.package or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
         self.loader, spec.loader = spec.loader, self
         return spec
 
@@ -39,6 +43,7 @@ class After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
         module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.then(module)

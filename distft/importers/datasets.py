@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from distft.importers.options import Options
 # Formats that `auto` tells by the fields of rows, and reads as if they were named.
 _TOLD_APART = ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens")
 _SLICE = re.compile(r"(?P<split>\w+)(?:\[(?P<start>\d*%?):(?P<end>\d*%?)\])?")
+
+SECONDS = 5  # that the hub may take to answer
 
 
 @dataclass(frozen=True)
@@ -117,15 +120,16 @@ def with_share(entries: list[str | dict[str, Any]], share: dict[str, Any]) -> li
     return [({"path": entry} if isinstance(entry, str) else entry) | share for entry in entries]
 
 
-def cached_file(repo: str, name: str) -> Path | None:
-    """A file of a data set on the hub that is in the hub's cache."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
+def hub_file(repo: str, name: str) -> Path | None:
+    """A file of a data set on the hub, from the hub's cache or downloaded; None where it cannot be had from here."""
+    with contextlib.suppress(Exception):  # the hub's errors, httpx's, OSError
+        import huggingface_hub as hub
 
-        found = try_to_load_from_cache(repo, name, repo_type="dataset")
-    except (ImportError, ValueError):
-        return None
-    return Path(found) if isinstance(found, str) else None
+        found = hub.try_to_load_from_cache(repo, name, repo_type="dataset")
+        if isinstance(found, str):
+            return Path(found)
+        return Path(hub.hf_hub_download(repo, name, repo_type="dataset", etag_timeout=SECONDS))
+    return None
 
 
 def simplest(entries: list[str | dict[str, Any]]) -> str | list[str | dict[str, Any]]:

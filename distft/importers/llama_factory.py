@@ -10,7 +10,7 @@ from typing import Any
 from distft.config.paths import near
 from distft.config.schema_text import clean, closest, did_you_mean, show
 from distft.importers import arguments, common, freezing, low_rank
-from distft.importers.datasets import DataSet, Format, cached_file, set_formats, simplest, sources
+from distft.importers.datasets import DataSet, Format, hub_file, set_formats, simplest, sources
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT
 from distft.importers.tables import table
@@ -307,9 +307,9 @@ def _dataset_info(options: Options) -> dict[str, Any] | None:
         options.drop("dataset_dir", "names are ids on the hub")
         return None
     if folder and folder.startswith("REMOTE:"):
-        file = cached_file(folder[7:], "dataset_info.json")
+        file = hub_file(folder[7:], "dataset_info.json")
         if file is None:
-            options.refuse("dataset_dir", f"it is not in the hub's cache: download {folder[7:]}, and name its folder")
+            options.refuse("dataset_dir", f"dataset_info.json of {folder[7:]} cannot be had from the hub here")
             return {}
     else:
         where = draft.locate(folder or "data")

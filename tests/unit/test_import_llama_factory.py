@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import SECOND, served
 from importing import Import, reasons
+from running import distft
 
 from distft.errors import RecipeError
 from distft.models.freezing import named
@@ -267,21 +269,19 @@ def test_llama_factory_without_its_data_sets(imported: Import, tmp_path: Path) -
     assert imported({**LLAMA_FACTORY, "dataset_dir": "ONLINE", "dataset": "o/n"}).fields["data.train"] == "o/n"
 
 
-def test_llama_factory_descriptions_on_the_hub(
-    imported: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {**LLAMA_FACTORY, "dataset_dir": "REMOTE:owner/described"}
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert reasons(imported(options)) == {
-        "dataset_dir": "it is not in the hub's cache: download owner/described, and name its folder"
-    }
-    folder = tmp_path / "datasets--owner--described"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("a" * 40)
-    (folder / "snapshots" / ("a" * 40)).mkdir(parents=True)
-    info = {"mine": {"hf_hub_url": "owner/rows"}}
-    (folder / "snapshots" / ("a" * 40) / "dataset_info.json").write_text(json.dumps(info))
-    assert imported(options).fields["data.train"] == "owner/rows"
+def test_llama_factory_descriptions_on_the_hub(tmp_path: Path) -> None:
+    options = {**LLAMA_FACTORY, "dataset_dir": "REMOTE:owner/name"}
+    (tmp_path / "theirs.yaml").write_text(json.dumps(options))
+    info = json.dumps({"mine": {"hf_hub_url": "owner/rows"}}).encode()
+    with served({SECOND: {"dataset_info.json": info}}) as hub:
+
+        def done(offline: bool) -> str:
+            env = hub.environment(tmp_path / "cache", offline=offline)
+            return distft("import", "theirs.yaml", "--gpus", "1", cwd=tmp_path, env=env).stdout
+
+        assert "dataset_info.json of owner/name cannot be had from the hub here" in done(offline=True)
+        for offline in (False, True):  # the second time from the cache
+            assert "train: owner/rows" in done(offline)
 
 
 def test_llama_factory_experts_on_the_host(imported: Import, described: Path) -> None:

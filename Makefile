@@ -6,8 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_SOURCE ?=
 QUICKSTART ?= quickstart
-# Tests at a time: one waits for SLURM most of the time, two compute.
-WORKERS ?= 3
+# Tests at a time, for two cores: one waits for SLURM most of the time, the others for processes now and then.
+WORKERS ?= 4
 RANKS ?= 2
 BIN := $(VENV)/bin
 

@@ -41,7 +41,8 @@ def _not_trained(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     elif other := [part for part in _OTHER if part in components]:
         found[rf"(?:.*\.)?(?:{'|'.join(other)})(?:\..*)?"] = OTHER_INPUTS
     gate = ".cross_attn_attn_gate"
-    found |= {rf"{re.escape(name.removesuffix(gate))}\..*": _CROSS for name in names if name.endswith(gate)}
+    # The gates are parameters of the layer itself.
+    found |= {rf"{re.escape(name.removesuffix(gate))}(?:\..*)?": _CROSS for name in names if name.endswith(gate)}
     return tuple(found.items())
 
 

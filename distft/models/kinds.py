@@ -82,7 +82,12 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
             return None
         return f"{kind} is an encoder, which sees the tokens that it would predict (no {key} in its config.json)"
     types = _table("CAUSAL_LM")
-    if kind in types or _has_own_code(config) or (kind in IMAGES_AND_TEXT and kind in _table("IMAGE_TEXT_TO_TEXT")):
+    # The text part of a model that has a class for it alone (mllama, emu3).
+    if (
+        types & {kind, kind.removesuffix("_text_model")}
+        or _has_own_code(config)
+        or (kind in IMAGES_AND_TEXT and kind in _table("IMAGE_TEXT_TO_TEXT"))
+    ):
         return None
     found = next((text for name, text in OTHERS.items() if kind in _table(name)), None)
     if found:

@@ -63,6 +63,35 @@ def test_images_and_text(lora: Any, once: Callable[..., Path], tiny: Tiny, train
         assert moved == {name for name in before if "language_model" in name}
 
 
+@pytest.mark.parametrize("lora", [{"r": 4}, None])
+def test_layers_that_images_alone_go_through(
+    lora: Any, once: Callable[..., Path], tiny: Tiny, trained: Callable[..., Result]
+) -> None:
+    """Llama 3.2 Vision: its layers of cross attention are skipped where there is no image."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vision = {"hidden_size": 32, "attention_heads": 2, "num_hidden_layers": 2, "num_global_layers": 1, "image_size": 32}
+    vision |= {"intermediate_size": 32, "vision_output_dim": 64, "patch_size": 16, "intermediate_layers_indices": [0]}
+
+    def make(folder: Path) -> None:
+        text = {**SIZES, "num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0}
+        config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
+        torch.manual_seed(0)
+        AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+        make_tokenizer(folder)
+
+    model = once("left_out/mllama", make)
+    changes = {"model__name_or_path": str(model), "lora": lora, "training__max_steps": 3}
+    runs = [
+        trained(tiny.recipe(**changes, parallelism__strategy=name), ranks)
+        for name, ranks in (("ddp", 1), ("ddp", 2), ("fsdp", 2))
+    ]
+    for run in runs:
+        assert run.column("loss") == pytest.approx(runs[0].column("loss"), abs=1e-5)
+    if lora:
+        assert all(not any(".layers.1." in name for name in adapters(run)) for run in runs)
+
+
 @pytest.mark.parametrize("family", LEFT_OUT)
 def test_every_adapter_is_trained(
     family: str, once: Callable[..., Path], tiny: Tiny, trained: Callable[..., Result], tmp_path: Path

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from tiny import Tiny
 
 CASES = [
-    *(Job(strategy, 2, "lora") for strategy in ("ddp", "zero3", "fsdp")),  # an engine each; a launch takes 10 CPU seconds
+    *(
+        Job(strategy, 2, "lora") for strategy in ("ddp", "zero3", "fsdp")
+    ),  # an engine each; a launch takes 10 CPU seconds
     *(Job(strategy, ranks, "lora", changes) for strategy, ranks, changes in STRATEGIES if strategy == "hsdp"),
     Job("ddp", 2, "nf4"),
 ]

@@ -61,6 +61,7 @@ def test_layers(model: str, adapted: list[int], fixed: list[int]) -> None:
     untrained = other_inputs(tensor.name for tensor in tensors(model))
     kept = {module_of(t) for t in tensors(model) if t.name in untrained and t.is_linear}
     assert kept == {LAYERS[model][n] for n in fixed}
+    assert (MORE["mllama"][0] in untrained) == (model == "mllama")  # the gate of the layer that is skipped
 
 
 def test_targets_that_are_named() -> None:

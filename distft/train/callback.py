@@ -84,7 +84,6 @@ class RunCallback(TrainerCallback):
         strategy_check.check(self.plan, ran)
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint, state)
-        # Only now: FSDP leaves some weights gathered after a forward pass, and would not see those of the checkpoint.
         why = self.trainer.check_chunks() if self.trainer.chunked else None
         if why is not None and self.status.writes:
             log.warning("loss: full (%s)", why)

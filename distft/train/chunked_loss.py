@@ -143,7 +143,7 @@ def add(model: Any) -> None:
     meaning of labels stays without `chunked`). It then returns as `loss` the sum of the trained tokens' losses, over
     `num_items_in_batch`, and in training the router loss of a mixture whose config asks for it.
 
-    Called before peft and the strategy wrap it, whose hooks see the arguments.
+    Called before the strategy wraps it.
     """
     original = model.forward
     config = model.config.get_text_config()

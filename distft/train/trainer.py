@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -182,7 +183,7 @@ class RecipeTrainer(Trainer):
         self.model_wrapped.eval()
         whole, count = summed_loss(self.model_wrapped(**inputs).logits, labels)
         chunked = self.model_wrapped(**inputs, labels=labels, chunked="nll").loss
-        self.model_wrapped.train()
+        self._back_to_training()
         difference = ((chunked - whole).abs() / count).reshape(1)
         if self.args.world_size > 1:
             dist.all_reduce(difference, dist.ReduceOp.MAX)
@@ -195,6 +196,14 @@ class RecipeTrainer(Trainer):
     def step_loss(self) -> float:
         """This rank's part of the step's loss, before it is logged; it is nan or infinite where that is."""
         return self._tr_loss.item()
+
+    def _back_to_training(self) -> None:
+        """After forward passes without a backward pass: FSDP would keep the weights of its last unit gathered, and what
+        reads the parameters would see no shards."""
+        self.model_wrapped.train()
+        for module in self.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def eval_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
@@ -225,7 +234,7 @@ class RecipeTrainer(Trainer):
                 continue
             logits = self.model_wrapped(**inputs).logits
             total += torch.stack(summed_loss(logits, labels)).double()
-        self.model_wrapped.train()
+        self._back_to_training()
         if world > 1:
             dist.all_reduce(total)
         return (total[0] / total[1]).item()

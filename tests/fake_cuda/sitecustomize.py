@@ -159,11 +159,21 @@ def without_compiler(deepspeed: Any) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def without_packing(modules: Any) -> None:
+    """Of 4-bit weights for CPUs that multiply bfloat16: another arithmetic than CPU ranks have (train/cpu_ranks.py)."""
+    modules.has_avx512bf16 = lambda: False
+
+
 def smaller(checks: Any) -> None:
     """Matrices whose product does not take the CPU minutes; how fast it is does not matter."""
     checks.GPU_SIZE, checks.SLOW = 256, 0
 
 
 if "FAKE_CUDA" in os.environ:
-    after = {"torch": emulate, "deepspeed": without_compiler, "distft.diagnostics.checks": smaller}
+    after = {
+        "torch": emulate,
+        "deepspeed": without_compiler,
+        "bitsandbytes.nn.modules": without_packing,
+        "distft.diagnostics.checks": smaller,
+    }
     sys.meta_path[:0] = [*(After(name, then) for name, then in after.items()), walked.Finder()]

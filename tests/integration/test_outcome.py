@@ -71,6 +71,7 @@ def test_a_single_step_trains(tiny: Tiny, tmp_path: Path) -> None:
     del recipe["training"]["warmup_ratio"]
     result = launch(recipe, tmp_path)
     assert result.column("learning_rate") == [0.01]
-    (warning,) = result.status["warnings"]
+    warning, repeated = result.status["warnings"]
+    assert repeated.startswith("each optimizer step trains rows of data.train more than once")
     assert re.match(r"this run makes only 1 optimizer step: \d+ packed rows, global batch size 100\. ", warning)
     assert result.stderr.count(f"warning: {warning}") == 1

@@ -295,7 +295,14 @@ def test_preflight_without_budget_fails_saying_which_node(namespaces: Cluster, s
     assert "preflight: bad node node1: versions: " in result.stderr
     assert result.status["reason"].startswith("preflight: bad node node1")
     assert not (result.run_dir / "metrics.jsonl").exists()
-    shown = site.cluster.run("scontrol", "show", "job", result.status["job_id"]).stdout
+    shown = ""
+
+    def ended_there() -> bool:  # until then, EndTime is when its time is up
+        nonlocal shown
+        shown = site.cluster.run("scontrol", "show", "job", result.status["job_id"]).stdout
+        return "JobState=RUNNING" not in shown
+
+    until(ended_there, RunDir(result.run_dir))
     times = re.search(r"StartTime=(\S+) EndTime=(\S+)", shown)
     began, ended = (datetime.fromisoformat(time) for time in times.groups())
     assert (ended - began).total_seconds() < 60

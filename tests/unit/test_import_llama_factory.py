@@ -277,9 +277,8 @@ def test_llama_factory_descriptions_on_the_hub(tmp_path: Path) -> None:
 
         def done(offline: bool) -> str:
             env = hub.environment(tmp_path / "cache", offline=offline)
-            return distft("import", "theirs.yaml", "--gpus", "1", cwd=tmp_path, env=env).stdout.replace(
-                "\n" + 34 * " ", " "
-            )
+            found = distft("import", "theirs.yaml", "--gpus", "1", cwd=tmp_path, env=env).stdout
+            return found.replace("\n" + 34 * " ", " ")
 
         assert "dataset_info.json of owner/name cannot be had from the hub here" in done(offline=True)
         for offline in (False, True):  # the second time from the cache

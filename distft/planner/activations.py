@@ -294,7 +294,9 @@ def _in_chunks(
     normed = 12 * value["T·h"]  # the last norm, in float32, before there is a chunk and after all
     first = (states, (low + 8) * chunk + capped), (states + gradients, 2 * low * chunk + capped), (normed, 0)
     kept, logits = max(first, key=sum)
-    head = found["head"][0] + states + sums + (0 if low == 4 or wide else normed)
+    # Beside the sum there is, where weights are 16 bit, the gradient that is made of it.
+    rounded = 2 * value["h·V"] if trained and mode.dtype_regime == "low" else 0
+    head = found["head"][0] + states + sums + max(rounded, 0 if low == 4 or wide else normed)
     return {"loss": (found["loss"][0] + kept + sums, logits), "head": (head, 0)}
 
 

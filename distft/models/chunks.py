@@ -20,12 +20,17 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
 
 
-def why_full(recipe: Recipe, model: ModelShape, zero_stage: int | None) -> str | None:
-    """Why the loss is computed from all logits at once; None where it is in chunks."""
+def asked_for(recipe: Recipe) -> str | None:
+    """What in the recipe asks for all logits at once."""
     if recipe.training.loss == "full":
         return "training.loss: full"
-    if OVERRIDE in recipe.trainer.overrides:
-        return f"trainer.overrides.{OVERRIDE} needs all logits"
+    return f"trainer.overrides.{OVERRIDE} needs all logits" if OVERRIDE in recipe.trainer.overrides else None
+
+
+def why_full(recipe: Recipe, model: ModelShape, zero_stage: int | None) -> str | None:
+    """Why the loss is computed from all logits at once; None where it is in chunks."""
+    if why := asked_for(recipe):
+        return why
     if zero_stage == 3 and recipe.lora is not None and _changes_head(recipe, model):
         return "ZeRO-3 would gather an output layer with adapters or new rows once for every chunk"
     return None

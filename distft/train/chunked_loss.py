@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from distft.config.recipe import Recipe
 from distft.data.formats import IGNORE
-from distft.models.chunks import OVERRIDE, chunk_tokens
+from distft.models.chunks import asked_for, chunk_tokens
 from distft.strategies.kinds import KINDS
 from distft.train.losses import WEIGHTS
 from distft.train.new_rows import new_rows
@@ -116,12 +117,7 @@ def _of_chunk(
 def use(recipe: Recipe, model: Any, strategy: str) -> bool:
     """Whether a model's loss is computed in chunks, for which its forward is prepared; why not is logged."""
     base = model if recipe.lora is None else model.get_base_model()
-    if recipe.training.loss == "full":
-        return False
-    if OVERRIDE in recipe.trainer.overrides:
-        why: str | None = f"trainer.overrides.{OVERRIDE} needs all logits"
-    else:
-        why = obstacle(base, strategy)
+    why = asked_for(recipe) or obstacle(base, strategy)
     if why is None:
         add(base)
     log.info("loss: %s", "chunked" if why is None else f"full ({why})")
@@ -133,6 +129,8 @@ def obstacle(model: Any, strategy: str) -> str | None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(model, "base_model", model) is model:
         return f"{type(model).__name__} has no output layer that transformers knows"
+    if getattr(model.config.get_text_config(), "output_router_logits", False) and not _has_router_loss(model):
+        return f"{type(model).__name__} has a router loss of its own"
     if KINDS[strategy].zero_stage == 3 and not _is_plain(model, head):
         return "under ZeRO-3 the output layer would be gathered for every chunk, since it has adapters or new rows"
     return None
@@ -217,7 +215,8 @@ def _transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a model does to its logits after the output layer, by its config: scale, then cap.
 
     Names as transformers 5.23 has them: Cohere's logit_scale, Falcon-H1's lm_head_multiplier, Granite's logits_scaling
-    (a divisor; HyperCLOVA X multiplies), Gemma's final_logit_softcapping. `differs` finds what is not here.
+    (a divisor; HyperCLOVA X multiplies), Gemma's final_logit_softcapping. What is not here,
+    RecipeTrainer.check_chunks finds.
     """
     scale = next(
         (v for n in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (v := getattr(config, n, None))), 1.0
@@ -231,6 +230,15 @@ def _transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return transform
+
+
+def _has_router_loss(model: Any) -> bool:
+    """Whether a model's router loss is `_router_loss`: its module has that function, its config what this reads."""
+    config = model.config.get_text_config()
+    needed = ("num_experts_per_tok", "router_aux_loss_coef")
+    has_number = hasattr(config, "num_local_experts") or hasattr(config, "num_experts")
+    has_function = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    return has_function and has_number and all(hasattr(config, name) for name in needed)
 
 
 def _router_loss(config: Any, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:

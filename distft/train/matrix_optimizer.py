@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(torch.optim.Optimizer, ABC):
     """`step_matrices` for the parameter groups with `of_matrices`, AdamW for the others."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
@@ -16,9 +17,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.betas, self.eps, others = betas, eps, self._others()
         self.adamw = torch.optim.AdamW(others, betas=betas, eps=eps, fused=True) if others else None
 
+    @abstractmethod
     def step_matrices(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
         """A step of these. Collective."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

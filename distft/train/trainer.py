@@ -191,7 +191,10 @@ class RecipeTrainer(Trainer):
         if difference.item() <= (LOW if low else EXACT):
             return None
         self.chunked = False
-        return f"in chunks it would differ by {difference.item():.1e} from the one of the model's own logits"
+        return (
+            f"in chunks it would differ by {difference.item():.1e} from the one of the model's own logits; the plan "
+            "counted chunks: set training.loss: full to have it planned so"
+        )
 
     def step_loss(self) -> float:
         """This rank's part of the step's loss, before it is logged; it is nan or infinite where that is."""

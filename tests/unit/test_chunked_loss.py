@@ -167,3 +167,5 @@ def test_what_cannot() -> None:
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"]))
     assert "ZeRO-3" in str(chunked_loss.obstacle(base, "zero3"))
     assert chunked_loss.obstacle(base, "zero2") is None
+    base.config.output_router_logits = True
+    assert "a router loss of its own" in str(chunked_loss.obstacle(base, "ddp"))

@@ -460,3 +460,18 @@ def test_axolotl_options_for_some_layers(imported: Import) -> None:
     assert [(item.option, item.why) for item in refused] == [
         ("peft_init_lora_weights", "distft has gaussian, orthogonal, olora and pissa")
     ]
+
+
+def test_fused_losses_are_the_chunked_one(imported: Import) -> None:
+    """Not Liger's kernels, which need its package and a GPU."""
+    plugins = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]
+    draft = imported({**AXOLOTL, "liger_fused_linear_cross_entropy": True, "plugins": plugins})
+    assert "training.use_liger_kernel" not in draft.fields
+    why = {item.option: item.why for item in draft.dropped}
+    assert (
+        why["liger_fused_linear_cross_entropy"]
+        == why["plugins"]
+        == "training.loss: chunked does the same, with every model"
+    )
+    kernels = imported({**AXOLOTL, "liger_fused_linear_cross_entropy": True, "liger_rope": True})
+    assert kernels.fields["training.use_liger_kernel"] is True

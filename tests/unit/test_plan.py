@@ -247,6 +247,22 @@ def test_a_tight_fit_is_shown_and_must_be_worth_it(folder: Path) -> None:
     assert choose([replace(choice[1], speed=replace(found.speed, step_seconds=80.0)), roomy]) is not roomy
 
 
+def test_the_loss_that_is_not_in_chunks(folder: Path) -> None:
+    """ZeRO-3 with rows of new tokens, a loss that needs all logits, and the wish."""
+    saved = ("parallelism.strategy=zero3", "lora.modules_to_save=[lm_head]")
+    for sets, why in (
+        (saved, "ZeRO-3 would gather an output layer"),
+        (("trainer.overrides.label_smoothing_factor=0.1",), "label_smoothing_factor needs all logits"),
+        (("training.loss=full",), "training.loss: full"),
+    ):
+        found = plan(folder, "8b", 1, 8, "h100-80gb", *sets)
+        (line,) = (text for text in found.assumptions if text.startswith("loss: from the logits of all tokens"))
+        assert why in line
+        assert found.memory.peaks["loss"] > plan(folder, "8b", 1, 8, "h100-80gb").memory.peaks["loss"]
+    chunked = plan(folder, "8b", 1, 8, "h100-80gb", "parallelism.strategy=fsdp", *saved[1:])
+    assert not [text for text in chunked.assumptions if text.startswith("loss:")]
+
+
 def test_typos_in_config_json(folder: Path) -> None:
     for key, value, message in (
         ("num_hidden_layers", 10**9, "num_hidden_layers: got 1,000,000,000, need at most 4,096"),

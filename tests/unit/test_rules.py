@@ -528,6 +528,13 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"trainer": over(per_device_train_batch_size=4)}, {"trainer": over(neftune_noise_alpha=5.0)}),
         ({"trainer": over(load_best_model_at_end=True)}, {"trainer": over()}),
         ({**MUON, "trainer": over(optim="adamw_torch")}, {"trainer": over()}),
+        (
+            {
+                "trainer": over(liger_kernel_config={"fused_linear_cross_entropy": True}),
+                "training__use_liger_kernel": True,
+            },
+            {"trainer": over(liger_kernel_config={"rope": True})},
+        ),
     ],
     "trainer-arguments-must-have-an-effect": [
         ({"trainer": over(train_sampling_strategy="group_by_length")}, {"trainer": over(dataloader_num_workers=2)}),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from distft.config.loading import read_recipe
 from distft.data import few_steps
-from distft.jobs.planned import plan_any
+from distft.jobs.planned import plan_any, with_packing
 from distft.jobs.target import Target
 from distft.planner import calibrate, limits
 from distft.planner.plan import RecipePlan
@@ -46,7 +46,9 @@ def plan(
     assumed = gpu is None and not target.cluster
     target = replace(target, gpu=USUAL_GPU if assumed else gpu)
     loaded = read_recipe(path, sets, target.needed_files(for_launch=False))
-    recipe, where = loaded.recipe, target.where()
+    where = target.where()
+    with loaded.placing_errors():
+        recipe, unpacked = with_packing(loaded.recipe)
     measured = None
     if calibrate_with:
         name = where.device.name if where.device.type == "cuda" else None
@@ -56,6 +58,6 @@ def plan(
     if assumed:
         text = f"{USUAL_GPU}, because neither --gpu nor --cluster names a GPU; --gpu local is this machine's"
         made = replace(made, assumptions=(text, *made.assumptions))
-    made = replace(made, warnings=(*loaded.notes, *few_steps.expected(recipe), *made.warnings))
+    made = replace(made, warnings=(*loaded.notes, *unpacked, *few_steps.expected(recipe), *made.warnings))
     around = limits.limits(made.search, made.chosen)
     return Planned(made, around, [] if made.fits is not False else limits.would_fit(made.search))

@@ -20,7 +20,7 @@ from distft.config.recipe import Recipe, Strategy
 from distft.config.schema_text import closest, did_you_mean
 from distft.data.reading import check_files
 from distft.errors import DistftError, PlanError, RunError
-from distft.jobs.planned import plan_any
+from distft.jobs.planned import plan_any, with_packing
 from distft.jobs.target import CHECKED_ROWS, Target
 from distft.models.shapes import ModelShape, read_model_shape
 from distft.planner.plan import RecipePlan, misfit
@@ -138,11 +138,12 @@ def plan(
     Raises:
         DistftError: a recipe, world size, model or data that cannot be used, or fewer than two runs to compare.
     """
-    recipe = load_recipe(path, sets, needed=DATA_FILES)
+    recipe, unpacked = with_packing(load_recipe(path, sets, needed=DATA_FILES))
     _check_world_sizes(recipe, world_sizes)
     model = read_model_shape(recipe, need_weights=True)
     check_files(recipe, CHECKED_ROWS)
     allowed, notes, fixes = _unequal(recipe, model)
+    notes = (*unpacked, *notes)
     changes = [*sets, *_short(steps), *fixes]
     asked = [("ddp", world_sizes[0], ["parallelism.offload=none"])]
     for ranks in world_sizes:
@@ -193,7 +194,7 @@ def _short(steps: int) -> list[str]:
 
 def _trial(path: str, sets: Sequence[str], strategy: str, ranks: int, usual: bool) -> Trial:
     """Raises PlanError where the run is not possible, or would repeat another."""
-    recipe = load_recipe(path, [*sets, f"parallelism.strategy={strategy}"])
+    recipe, _ = with_packing(load_recipe(path, [*sets, f"parallelism.strategy={strategy}"]))
     made = plan_any(recipe, Target(1, ranks).where(), need_weights=True)
     if strategy not in ("auto", made.strategy):  # fsdp on one rank is planned as ddp
         raise PlanError(NOTHING_TO_SHARD)

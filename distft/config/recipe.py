@@ -286,8 +286,9 @@ class Data(Group):
     max_length: Annotated[int, Field(ge=8, le=10**8)] = 2048
     """Most tokens in a row, and in a packed row."""
 
-    packing: bool = True
-    """Pack several rows into one of max_length tokens; attention does not cross from one to the next."""
+    packing: Literal["auto"] | bool = True
+    """Pack several rows into one of max_length tokens; attention does not cross from one to the next. `auto`: if
+    the model can keep them apart; where not, the plan warns."""
 
     long_rows: Literal["error", "truncate", "drop", "split"] = "error"
     """What to do with rows longer than max_length; their number is always printed. `split` is for `text` only."""
@@ -296,6 +297,13 @@ class Data(Group):
     """A file with a Jinja chat template, for a tokenizer that has none (or to replace its own); or the name of one, for
     a tokenizer that has several. `{% generation %}` marks in it decide which tokens are trained on. `launch` needs the
     file on this machine."""
+
+    @property
+    def packs(self) -> bool:
+        """`packing`, of a recipe in which jobs/planned.py has replaced `auto`."""
+        if self.packing == "auto":
+            raise AssertionError("data.packing: auto was not replaced")
+        return self.packing
 
 
 class OptimArgs(Group):

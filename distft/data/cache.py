@@ -38,7 +38,7 @@ def content_digest(recipe: Recipe) -> str:
         DataError: a file is not here, or the commit of a hub data set cannot be found out.
     """
     data, model = recipe.data, recipe.model
-    words: list[object] = [data.format, data.max_length, data.packing, data.long_rows, recipe.training.seed]
+    words: list[object] = [data.format, data.max_length, data.packs, data.long_rows, recipe.training.seed]
     words += [sorted(data.columns.items()), sorted(data.roles.items()), data.train_on, sorted(data.ignore_fields)]
     words += [model.eos_token, *model.add_tokens]
     words += [model.pad_token, model.trust_remote_code, data.eval if isinstance(data.eval, float) else None]

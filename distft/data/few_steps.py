@@ -40,7 +40,7 @@ def expected(recipe: Recipe, row_tokens: float | None = None) -> list[str]:
         return _warning(recipe)  # there may be more rows
     if not rows:
         return []
-    return _warning(recipe, rows, recipe.data.packing, "about " * recipe.data.packing)
+    return _warning(recipe, rows, recipe.data.packs, "about " * recipe.data.packs)
 
 
 def _rows(recipe: Recipe, row_tokens: float | None) -> int | None:
@@ -54,7 +54,7 @@ def _rows(recipe: Recipe, row_tokens: float | None) -> int | None:
     formatter, tally, rows, amount = Formatter.of(data), Tally(), 0, 0.0
     for _, batch, layout in batches(found, data):
         for _, example in examples(batch, layout, formatter, tally):
-            if data.packing:
+            if data.packs:
                 tokens = row_tokens or sum(len(text.encode()) for text in strings_in(example.fields)) / BYTES_PER_TOKEN
                 amount += min(1, tokens / data.max_length) if data.long_rows != "split" else tokens / data.max_length
             else:

@@ -24,7 +24,7 @@ def read(options: Options) -> None:
     common.max_length(options, "sequence_len", 512)
     packs = options.flag("sample_packing")
     if packs is not None:
-        options.set("data.packing", "sample_packing", packs)
+        options.set("data.packing", "sample_packing", packs and "auto")
     draft.default("data.packing", False, "sample_packing")
     excess = options.text("excess_length_strategy")  # utils/data/utils.py: drop
     long_rows = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(excess or "drop")

@@ -280,14 +280,14 @@ def _packing(options: Options, stage: str) -> None:
     """data/processor/supervised.py: neat_packing keeps documents apart, packing alone does not."""
     draft, packs, neat = options.draft, options.flag("packing"), options.flag("neat_packing")
     if neat:
-        options.set("data.packing", "neat_packing", True)
+        options.set("data.packing", "neat_packing", "auto")
         if packs is not None:
             options.drop("packing", "neat_packing includes it")
     elif packs is not None:
-        options.set("data.packing", "packing", packs)
+        options.set("data.packing", "packing", packs and "auto")
         if packs:
             draft.warn("packing: distft keeps the documents of a packed row apart, as neat_packing does")
-    draft.default("data.packing", stage == "pt", "packing")
+    draft.default("data.packing", stage == "pt" and "auto", "packing")
 
 
 def _evaluation(options: Options, info: dict[str, Any] | None, most: int | None, stage: str) -> list[Format]:

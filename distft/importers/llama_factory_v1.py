@@ -162,7 +162,7 @@ def _batching(options: Options) -> None:
     """plugins/trainer_plugins/batching.py."""
     strategy = options.text("batching_strategy") or "normal"
     if strategy == "dynamic_padding_free":
-        options.set("data.packing", "batching_strategy", True)
+        options.set("data.packing", "batching_strategy", "auto")
         options.draft.warn(
             "batching_strategy: a step has as many tokens; LLaMA-Factory fills micro-batches with rows as they come, "
             "distft packs them into rows of cutoff_len"

@@ -196,7 +196,7 @@ def _data(options: Options) -> None:
     group = options.group("dataset")
     packs = group.flag("packed")
     if packs is not None:
-        group.set("data.packing", "packed", packs)
+        group.set("data.packing", "packed", packs and "auto")
     draft.default("data.packing", False, "dataset.packed")
     if length:
         tokenizer.set("data.max_length", "max_seq_len", length)

@@ -92,7 +92,7 @@ def _data(options: Options) -> None:
         draft.default("data.long_rows", "error", "max_length")
     packs, strategy = options.flag("packing"), options.text("packing_strategy")
     if packs is not None:
-        options.set("data.packing", "packing", packs)
+        options.set("data.packing", "packing", packs and "auto")
     draft.default("data.packing", False, "packing")
     if packs and strategy == "wrapped":
         options.refuse("packing_strategy", "distft keeps the documents of a packed row apart")

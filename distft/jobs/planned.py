@@ -10,6 +10,8 @@ from distft import extras
 from distft.config.recipe import Recipe
 from distft.errors import MissingPartError, PlanError, SimulationError
 from distft.models.architecture import is_known
+from distft.models.kinds import has_own_code
+from distft.models.packing import why_mixed
 from distft.models.shapes import ModelShape, read_config, read_model_shape
 from distft.planner.counting import Counted, Counts
 from distft.planner.kept_counts import Kept
@@ -69,6 +71,27 @@ def plan_any(
             raise
     made = make_plan(recipe, where, compare=compare, measured=measured, model=model)
     return replace(made, warnings=(*made.warnings, f"the memory could not be counted: {why}"))
+
+
+def with_packing(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with true or false for `data.packing: auto`, and warnings: that rows are not packed, and why.
+
+    Rows are packed where the model keeps them apart under every attention, so that the same rows make a step wherever
+    the recipe runs.
+
+    Raises:
+        PlanError: as read_config.
+        MissingPartError: likewise.
+    """
+    if recipe.data.packing != "auto":
+        return recipe, ()
+    config = read_config(recipe)
+    why = why_mixed(str(config.get("model_type") or ""))
+    if recipe.model.trust_remote_code and has_own_code(config):
+        why = "the model's own code may let attention cross from one document to the next"
+    settled = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": not why})})
+    said = "rows are not packed, so training.global_batch_size counts them as they are in the data"
+    return settled, (f"data.packing: auto: {said}: {why}",) if why else ()
 
 
 def _count(recipe: Recipe) -> Counts:

@@ -28,7 +28,7 @@ from distft.hardware.devices import (
     visible_gpus,
 )
 from distft.hardware.topology import Topology
-from distft.jobs.planned import plan_any
+from distft.jobs.planned import plan_any, with_packing
 from distft.jobs.script import script_command
 from distft.planner.plan import RecipePlan, ScriptPlan, script_plan
 from distft.planner.search import Where
@@ -137,6 +137,7 @@ def plan_recipe(
     recipe = pinned(loaded.recipe) if for_launch and target.prepares_data() and not wrong else loaded.recipe
     where = target.where()
     with _collecting(wrong), loaded.placing_errors():
+        recipe, unpacked = with_packing(recipe)
         plan = plan_any(recipe, where, need_weights)
     if not any(isinstance(error, RecipeError) for error in wrong):
         # Where this machine prepares the data, or nothing is started, some rows are enough.
@@ -145,7 +146,7 @@ def plan_recipe(
             data = check_files(recipe, None if whole else CHECKED_ROWS)
     if wrong:
         raise wrong[0] if len(wrong) == 1 else DistftError("\n".join(map(str, wrong)))
-    return recipe, replace(plan, warnings=(*loaded.notes, *plan.warnings), data=tuple(data))
+    return recipe, replace(plan, warnings=(*loaded.notes, *unpacked, *plan.warnings), data=tuple(data))
 
 
 @contextmanager

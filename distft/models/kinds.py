@@ -85,7 +85,7 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
     # The text part of a model that has a class for it alone (mllama, emu3).
     if (
         types & {kind, kind.removesuffix("_text_model")}
-        or _has_own_code(config)
+        or has_own_code(config)
         or (kind in IMAGES_AND_TEXT and kind in _table("IMAGE_TEXT_TO_TEXT"))
     ):
         return None
@@ -106,7 +106,8 @@ def is_causal_type(model_type: str) -> bool:
     return model_type in FAMILIES or model_type in _table("CAUSAL_LM")
 
 
-def _has_own_code(config: Mapping[str, Any]) -> bool:
+def has_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether the model comes with its own Python code."""
     own = config.get("auto_map")
     return isinstance(own, Mapping) and "AutoModelForCausalLM" in own
 

@@ -122,7 +122,7 @@ def mode_of(recipe: Recipe, setting: Setting) -> Mode:
 
 def needs_mask(recipe: Recipe, setting: Setting) -> bool:
     """Whether SDPA needs a mask: packed rows hold several documents, and rows of different lengths are padded."""
-    return recipe.data.packing or setting.micro_batch_size > 1
+    return recipe.data.packs or setting.micro_batch_size > 1
 
 
 @lru_cache

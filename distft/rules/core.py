@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from distft import extras
 from distft.errors import PlanError
 from distft.models.attention import AMPERE, no_flash_attention
+from distft.models.kinds import has_own_code
 from distft.models.quantization import disk_quantization
 from distft.strategies.kinds import KINDS, Kind
 
@@ -151,7 +152,7 @@ class RecipeCase(Case):
     @property
     def has_remote_code(self) -> bool:
         """Whether the model comes with its own Python code."""
-        return look(self.whole_config, "auto_map", "AutoModelForCausalLM") is not None
+        return has_own_code(self.whole_config)
 
     @property
     def runs_remote_code(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from distft.models import kinds
 from distft.models.attention import NO_FLASH
 from distft.models.lora import matcher, module_of, named_but_left_out, saved
+from distft.models.packing import why_mixed
 from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
 from distft.rules import upstream
 from distft.rules.core import RecipeCase, rule
@@ -121,7 +122,7 @@ def checkpointing_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     "data.packing with a model type in which documents of a row see each other",
     "seen with transformers 5.17 and 5.23: the second document of a packed row changes with the first; e.g. "
     "models/gpt_oss/modeling_gpt_oss.py:460 builds its masks without position_ids",
-    "use data.packing: false",
+    "use data.packing: auto or false",
 )
 def packing_needs_separate_documents(case: RecipeCase) -> str | None:
     """In a packed row, documents are told apart by position ids that start again (transformers masking_utils.py,
@@ -130,27 +131,21 @@ def packing_needs_separate_documents(case: RecipeCase) -> str | None:
     it. Under FlashAttention-2 the bounds of documents go to the kernels of attention; whether the models that build
     masks of their own respect them could not be tested, and is not refused.
     """
-    if not case.recipe.data.packing:
-        return None
-    flash, kind = case.attention == "flash_attention_2", case.model_type
-    if kind in upstream.NO_ATTENTION or kind in upstream.MIXES_BY_STATE:
-        return f"data.packing: the state of {kind} carries over from one document to the next"
-    if kind in upstream.MIXES_BY_MASK and not flash:
-        return f"data.packing: the attention of {kind} does not see where a document in a packed row begins"
-    return None
+    why = case.recipe.data.packs and why_mixed(case.model_type, case.attention == "flash_attention_2")
+    return f"data.packing: {why}" if why else None
 
 
 @rule(
     "data.packing with a model that runs its own code",
     "transformers masking_utils.py, find_packed_sequence_indices: a model's class must call it",
-    "use data.packing: false, or check the model's code",
+    "use data.packing: auto or false, or check the model's code",
     kind="warning",
 )
 def packing_relies_on_remote_code(case: RecipeCase) -> str | None:
     """Whether attention stays within a document of a packed row is up to the model's class. For a class that comes with
     the model, this is unknown.
     """
-    if case.recipe.data.packing and case.runs_remote_code:
+    if case.recipe.data.packs and case.runs_remote_code:
         return "data.packing: the model's own code may let attention cross from one document to the next"
     return None
 

@@ -294,7 +294,7 @@ def trace(
             # By default peft asks about CUDA's autocast (tuners/lora/bnb.py, requires_conversion).
             enabled = torch.is_autocast_enabled
             stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)))
-        if not (recipe.data.packing or flash):
+        if not (recipe.data.packs or flash):
             # It looks at position ids, and where it cannot (they are fake) assumes that rows are packed.
             stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
         materialize(model)
@@ -328,7 +328,7 @@ def trace(
         book.enter("forward")
         ids = torch.zeros(rows, columns, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids.clone()}
-        if recipe.data.packing or flash:
+        if recipe.data.packs or flash:
             batch["position_ids"] = torch.zeros_like(ids)
         elif rows > 1:
             batch["attention_mask"] = torch.ones_like(ids)

@@ -232,7 +232,7 @@ def _write(documents: Documents, which: Numbers, data: Data, counts: Counts, pat
             labels = table["labels"].combine_chunks().flatten().to_numpy()
             counts.tokens += len(labels)
             counts.trained_tokens += int((labels != IGNORE).sum())
-            if data.packing:
+            if data.packs:
                 dataset = pack_dataset(Dataset(table, fingerprint=str(start)), data.max_length, "bfd")
                 table = dataset.with_format("arrow")[:]
             else:

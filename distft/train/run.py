@@ -110,7 +110,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         loss_type=recipe.training.loss_type,
         chunked=chunked_loss.use(recipe, model, plan["strategy"]),
         recipe=recipe,
-        data_collator=Collator(tokenizer.pad_token_id, recipe.data.packing, attention == "flash_attention_2"),
+        data_collator=Collator(tokenizer.pad_token_id, recipe.data.packs, attention == "flash_attention_2"),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

@@ -107,7 +107,7 @@ def test_axolotl_qlora(imported: Import, tmp_path: Path) -> None:
         "data.format": "alpaca_prompt",
         "data.eval": 0.05,
         "data.max_length": 4096,
-        "data.packing": True,
+        "data.packing": "auto",
         "data.long_rows": "drop",
         "training.global_batch_size": 64,
         "training.max_steps": 200,

@@ -138,7 +138,7 @@ def test_llama_factory_options(imported: Import, described: Path) -> None:
         "lora.target_modules": ["q_proj", "v_proj"],
         "model.quantization": "nf4",
         "data.train": [{"path": "data/mine.json", "rows": 3}, {"path": "owner/chats", "rows": 3}],
-        "data.packing": True,
+        "data.packing": "auto",
         "data.train_on": "last",
         "data.eval": 0.1,
         "training.global_batch_size": 128,

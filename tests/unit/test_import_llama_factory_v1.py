@@ -118,7 +118,7 @@ def test_data_sets(imported: Import) -> None:
     ("options", "expected"),
     [
         ({"batching_strategy": "padding_free"}, {"data.packing": False, "training.global_batch_size": 32}),
-        ({"batching_strategy": "dynamic_padding_free"}, {"data.packing": True, "training.global_batch_size": 32}),
+        ({"batching_strategy": "dynamic_padding_free"}, {"data.packing": "auto", "training.global_batch_size": 32}),
         ({"global_batch_size": 64}, {"training.global_batch_size": 64}),
         ({"dist_config": None}, {"parallelism.strategy": "ddp", "training.mixed_precision": "no"}),
         ({"dist_config": None, "peft_config": {"name": "lora"}}, {"training.mixed_precision": "bf16"}),

@@ -76,7 +76,7 @@ def test_torchtune(here: Path) -> None:
         "data.format": "alpaca_prompt",
         "data.train_on": "everything",  # train_on_input is true by default
         "data.max_length": 1024,
-        "data.packing": True,
+        "data.packing": "auto",
         "data.long_rows": "truncate",
         "training.global_batch_size": 64,
         "training.max_steps": 200,

@@ -68,7 +68,7 @@ def test_trl_options(imported: Import) -> None:
         "data.train": [{"path": "owner/rows", "config": "en", "rows": 1000}],
         "data.eval": [{"path": "owner/rows:test", "config": "en"}],
         "data.train_on": "all",
-        "data.packing": True,
+        "data.packing": "auto",
         "data.max_length": 4096,
         "lora.r": 16,
         "lora.lora_alpha": 32,

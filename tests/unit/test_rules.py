@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from distft.errors import PlanError
 from distft.hardware.devices import Device, named_device
 from distft.hardware.topology import Topology
 from distft.jobs.target import Target, plan_recipe, plan_script
-from distft.models import kinds
+from distft.models import kinds, packing
 from distft.models.architecture import Sizes
 from distft.models.attention import NO_FLASH, no_flash_attention, planned_attention
 from distft.models.layout import Tensor
@@ -830,7 +831,7 @@ recipe = group(
     model=group(quantization=None, attn_implementation="auto", trust_remote_code=False, add_tokens=[]),
     lora=group(use_dora=False, target_modules="all-linear", modules_to_save=[], exclude_modules=None,
                init_lora_weights=True, layers_to_transform=None, oft=None),
-    data=group(packing=True, max_length=2048),
+    data=group(packs=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    train_only=[], loss_type="nll", optim_args=None, optim_target_modules="all-linear",
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
@@ -926,8 +927,9 @@ def test_model_types_are_transformers() -> None:
     assert set(NAMES) == kinds._table("CAUSAL_LM")
     assert kinds.CAUSAL_IF.keys() | kinds.NOT_TEXT.keys() <= set(NAMES)
     if newest(transformers="5.23"):
-        for name in ("MIXES_BY_MASK", "MIXES_BY_STATE", "NO_ATTENTION", "NO_SDPA", "NO_CHECKPOINTING"):
-            assert getattr(upstream, name) <= set(NAMES), name
+        for names in (upstream.NO_SDPA, upstream.NO_CHECKPOINTING):
+            assert names <= set(NAMES)
+        assert set(NAMES) >= packing.BY_MASK | packing.BY_STATE | packing.NO_ATTENTION
         assert set(NAMES) >= NO_FLASH
 
 
@@ -983,7 +985,7 @@ def test_packed_documents_see_each_other(kind: str, sizes: dict[str, Any], leaks
     with torch.no_grad():
         first, second = (model(ids, position_ids=positions, use_cache=False).logits[:, 12:] for ids in (row, other))
     assert torch.allclose(first, second, atol=1e-4) is not leaks
-    assert (kind in upstream.MIXES_BY_MASK | upstream.MIXES_BY_STATE) is leaks
+    assert (packing.why_mixed(kind) is not None) is leaks
 
 
 # ---- through the planner and the command line
@@ -1156,3 +1158,30 @@ def test_schedules_and_their_arguments() -> None:
         if name.value in ("reduce_lr_on_plateau", "greedy"):  # they follow evaluations of Trainer's
             continue
         assert inspect.signature(function).parameters.keys() - of_distft == SCHEDULES[name.value], name
+
+
+GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+OWN_CLASS = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sets", "why"),
+    [
+        ({}, [], None),
+        (GPT_OSS, ["model.attn_implementation=eager"], "the attention of gpt_oss does not see where"),
+        (OWN_CLASS, ["model.trust_remote_code=true"], "the model's own code may let"),
+        (OWN_CLASS, [], None),  # transformers' class
+    ],
+)
+def test_packing_auto(tiny: Tiny, tmp_path: Path, changes: dict[str, Any], sets: list[str], why: str | None) -> None:
+    """It packs what the model keeps apart; where it does not pack, every command that plans says so."""
+    shutil.copytree(tiny.path / "model", tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    file = written(tiny, tmp_path, model__name_or_path=str(tmp_path / "model"), data__packing="auto")
+    recipe, plan = plan_recipe(file, sets)
+    assert recipe.data.packing is (why is None)
+    said = [text for text in plan.warnings if "rows are not packed" in text]
+    assert len(said) == (why is not None) and all(str(why) in text for text in said)
+    shown = run("plan", file, *(word for text in sets for word in ("--set", text)))
+    assert ("rows are not packed" in " ".join(shown.output.split())) is (why is not None), shown.output

@@ -76,6 +76,9 @@ FAMILIES = (
 # By transformers' model_type: families that distft plans from the headers of the weights.
 BY_WEIGHTS = (
     (r"lfm2-\d+m", "lfm2"),
+    (r"hunyuan-[\d.]+b", "hunyuan_v1_dense"),
+    (r"nemotron-mini", "nemotron"),
+    (r"kimi-linear", "kimi_linear"),
     (r"apertus", "apertus"),
     (r"afm-4", "arcee"),
     (r"mpt-", "mpt"),
@@ -94,6 +97,10 @@ BY_WEIGHTS = (
     (r"qwen3\.5", "qwen3_5"),
     (r"trinity", "afmoe"),
 )
+NO_DEFAULT = {  # as in tencent/Hunyuan-0.5B-Instruct, nvidia/Nemotron-Mini-4B-Instruct
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
 
 
 @dataclass
@@ -220,7 +227,7 @@ def write_weights(folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(folder.name)
+    config = AutoConfig.for_model(folder.name, **NO_DEFAULT.get(folder.name, {}))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.save_pretrained(folder)

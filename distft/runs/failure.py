@@ -20,6 +20,8 @@ OUT_OF_MEMORY = (
     r"Failed to CUDA (calloc|malloc)|Error out of memory at line"
 )
 LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
+# Packages of distft[train]; another one is a matter of the user's script.
+TRAIN_PART = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "datasets", "distft")
 # Pattern in the error → the fix. The first that matches is shown.
 HINTS = (
     (
@@ -27,15 +29,16 @@ HINTS = (
         "out of memory: --set training.micro_batch_size=1, --set training.gradient_checkpointing=true, "
         "--set parallelism.strategy=zero3, or a shorter data.max_length",
     ),
-    (r"(?m)^ *(ModuleNotFoundError|ImportError): ", f"a package is missing: {INSTALL}"),
+    (
+        rf"(?m)^ *(ModuleNotFoundError: |ImportError: cannot import name .* from '({'|'.join(TRAIN_PART)})\b)",
+        f"a package is missing or of another version: {INSTALL}",
+    ),
     (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
     (r"No space left on device", "the disk is full: free some space, or set another output_dir"),
     (r"DataError", "a row of the data is wrong or too long: fix it, or set data.long_rows"),
     (LOST_PEER, "a rank lost its peer: see the other ranks' logs"),
 )
 NO_MODULE = re.compile(r"(?m)^ *ModuleNotFoundError: No module named '([\w.]+)'")
-# Packages of distft[train]; another one is a matter of the user's script.
-TRAIN_PART = {"torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "datasets", "distft"}
 ENDED = re.compile(
     r"time *: (\S+)\n *host *:.*\n *rank *: (\d+) \(local_rank: \d+\)\n *exitcode *: (-?\d+) +\(pid: (\d+)\)"
 )
@@ -145,10 +148,15 @@ def _silent_rank(logs: Sequence[Path], recorded: Collection[int]) -> tuple[int, 
 
 
 def _text(where: str, body: str, searched: str, log: object, run: RunDir) -> str:
-    hint = None if run.trains_recipe else _hint_for_script(searched)
-    hint = hint or next((fix for pattern, fix in HINTS if re.search(pattern, searched)), None)
+    hint = hint_for(searched, run.trains_recipe)
     lines = [where, *(f"  {line}" for line in body.splitlines()), f"log: {log}"]
     return "\n".join([*lines, f"hint: {hint}"] if hint else lines)
+
+
+def hint_for(error: str, trains_recipe: bool) -> str | None:
+    """The usual fix of an error, if one is known."""
+    hint = None if trains_recipe else _hint_for_script(error)
+    return hint or next((fix for pattern, fix in HINTS if re.search(pattern, error)), None)
 
 
 def _hint_for_script(searched: str) -> str | None:

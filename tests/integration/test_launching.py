@@ -328,7 +328,7 @@ def test_the_first_failing_rank_is_shown(tmp_path: Path) -> None:
         ("import not_a_package.inner", "the script needs not_a_package, which the ranks' Python does not have"),
         (
             "raise ModuleNotFoundError(\"No module named 'peft.x'\")",
-            'a package is missing: pip install "distft[train]"',
+            'a package is missing or of another version: pip install "distft[train]"',
         ),
         ("raise OSError(28, 'No space left on device')", "the disk is full"),
         ("raise RuntimeError('EADDRINUSE: address already in use')", "the port is in use"),

@@ -11,7 +11,7 @@ import pytest
 
 from distft.errors import DataError, Hang, RunError
 from distft.runs.directory import RunDir
-from distft.runs.failure import first_failure, rank_errors
+from distft.runs.failure import first_failure, hint_for, rank_errors
 from distft.runs.status import read_status
 from distft.train.status import StatusWriter
 from distft.train.worker import record_error
@@ -109,3 +109,20 @@ def test_host_memory_is_not_the_gpus(tmp_path: Path) -> None:
     record = {"rank": 0, "host": "a", "time": 1.0, "type": "RuntimeError", "user_error": False, "traceback": ""}
     run.rank_error(0).write_text(json.dumps(record | {"message": "DefaultCPUAllocator: can't allocate memory"}))
     assert not first_failure(run, 1).out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (
+            "ImportError: cannot import name 'Old' from 'transformers.x'",
+            'pip install "distft[train]"',
+        ),
+        ("ImportError: cannot import name 'Old' from 'mine' (mine.py)", None),
+        ("ImportError: libcudart.so.12: cannot open shared object file", None),
+        ("ImportError: to use glue, install its dependencies", None),
+    ],
+)
+def test_only_a_missing_package_is_called_missing(error: str, hint: str | None) -> None:
+    found = hint_for(error, trains_recipe=False)
+    assert found is None if hint is None else hint in str(found)

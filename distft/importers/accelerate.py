@@ -3,13 +3,70 @@ part of a recipe. Names and defaults: src/accelerate/commands/config/config_args
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT, read_deepspeed, read_deepspeed_options, read_fsdp, set_strategy
 from distft.importers.tables import table
 
 NAME = "accelerate"
-KEYS = {"compute_environment", "distributed_type", "num_processes", "num_machines", "fsdp_config", "deepspeed_config"}
+KEYS = {
+    "compute_environment",
+    "distributed_type",
+    "mixed_precision",
+    "num_processes",
+    "num_machines",
+    "fsdp_config",
+    "deepspeed_config",
+}
 _REPLICATED = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA")
+# Options of `accelerate launch` (commands/launch.py), by where the config has them.
+_SWITCHES = {
+    "use_deepspeed": "DEEPSPEED",
+    "use_fsdp": "FSDP",
+    "use_megatron_lm": "MEGATRON_LM",
+    "multi_gpu": "MULTI_GPU",
+    "tpu": "TPU",
+}
+_PREFIXES = {
+    "fsdp_": "fsdp_config",
+    "zero": "deepspeed_config",
+    "offload_": "deepspeed_config",
+    "deepspeed_": "deepspeed_config",
+    "gradient_": "deepspeed_config",
+    "parallelism_config_": "parallelism_config",
+    "megatron_lm_": "megatron_lm_config",
+    "fp8_": "fp8_config",
+    "dynamo_": "dynamo_config",
+}
+_PLAIN = {
+    *("accelerate_config", "config_file", "num_processes", "num_machines", "mixed_precision", "machine_rank", "cpu"),
+    *("main_process_ip", "main_process_port", "gpu_ids", "same_network", "rdzv_backend", "rdzv_conf", "downcast_bf16"),
+    *("enable_cpu_affinity", "num_cpu_threads_per_process", "max_restarts", "monitor_interval", "log_dir", "role"),
+    *("main_training_function", "use_parallelism_config"),
+}
+
+
+def is_launchers(name: str) -> bool:
+    """Whether an option of a training script that has transformers' arguments is meant for accelerate's launcher."""
+    begins = name.startswith(tuple(_PREFIXES)) and not name.startswith("gradient_")
+    return name in _PLAIN or name in _SWITCHES or name == "gradient_clipping" or (begins and name != "fsdp_config")
+
+
+def config_of(launcher: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """accelerate's config with what the options of its launcher say instead."""
+    merged = dict(config)
+    for name, value in launcher.items():
+        group = next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), None)
+        if name in _SWITCHES:
+            merged |= {"distributed_type": _SWITCHES[name]} if value is not False else {}
+        elif group:
+            inside = merged.get(group)
+            merged[group] = {**(inside if isinstance(inside, dict) else {}), name: value}
+        else:
+            merged["use_cpu" if name == "cpu" else name] = value
+    return merged
 
 
 def read(options: Options) -> None:
@@ -39,7 +96,7 @@ def read(options: Options) -> None:
 
 
 def _strategy(options: Options) -> None:
-    kind = str(options.take("distributed_type") or "NO").upper()
+    kind = str(options.take("distributed_type") or "").upper()
     if kind == "DEEPSPEED":
         config = options.group("deepspeed_config")
         if config.has("deepspeed_config_file"):
@@ -52,10 +109,10 @@ def _strategy(options: Options) -> None:
         read_fsdp([], options.group("fsdp_config"), options, "fsdp_config")
     elif kind in _REPLICATED:
         set_strategy(options, "distributed_type", "ddp")
-    else:
+    elif kind:
         options.refuse("distributed_type", "distft has DDP, DeepSpeed's ZeRO and FSDP2")
-    for name in ("deepspeed_config", "fsdp_config"):
-        options.taken.add(name)
+    unused = dict.fromkeys(("deepspeed_config", "fsdp_config"), "of another distributed_type: accelerate reads it not")
+    options.drop_all(unused)
 
 
 def _precision(options: Options) -> None:

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from distft.errors import RecipeError
 
-MOST_VALUES = 64  # of one option
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _ASSIGNMENT = re.compile(r"(?:export\s+)?(\w+)=(.*)", re.DOTALL)
-_SCRIPT = re.compile(r"(.*/)?sft[\w-]*\.py")
+_SCRIPT = re.compile(r"(.*/)?sft[\w-]*\.py|trl\.scripts\.sft")
 _LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "trl", "uv", "deepspeed")
+_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?:(?<=\s)|^)#.*""")
+# What says on how many GPUs a launcher starts it; torchrun's and DeepSpeed's are by node.
+_PER_NODE = {"nproc_per_node": "nnodes", "num_gpus": "num_nodes"}
 
 
 @dataclass(frozen=True)
 class Command:
-    """The script's options, and what the launcher's say: `config_file` of accelerate, and how many processes."""
+    """The script's options, and what the launcher's say.
+
+    Args:
+        launcher: options of accelerate's launcher.
+        others: options of another launcher, but for the number of processes.
+    """
 
     options: dict[str, Any]
+    launcher: dict[str, Any]
+    others: dict[str, Any]
     processes: int | None = None
-    config_file: str | None = None
 
 
 def is_command(words: Sequence[str]) -> bool:
     """Whether it runs TRL's SFT: `trl sft …`, or a script named sft….py through any launcher."""
-    return ("sft" in words[:2] and words[0] == "trl") or any(_SCRIPT.fullmatch(word) for word in words)
+    return _script(words) is not None
+
+
+def _script(words: Sequence[str]) -> int | None:
+    """The place of the word after which the script's options stand."""
+    for n, word in enumerate(words):
+        if _SCRIPT.fullmatch(word) or (word == "sft" and n and re.fullmatch("(.*/)?trl", words[n - 1])):
+            return n
+    return None
 
 
 def find_command(text: str, name: str) -> list[str]:
@@ -41,7 +56,7 @@ def find_command(text: str, name: str) -> list[str]:
     """
     found: list[list[str]] = []
     variables: dict[str, str] = {}
-    for words in _lines(text, name):
+    for words in _commands(text, name):
         start = next((n for n, word in enumerate(words) if not _ASSIGNMENT.fullmatch(word)), len(words))
         assigned = {match[1]: match[2] for match in map(_ASSIGNMENT.fullmatch, words) if match}
         if start == len(words) or words[0] == "export":
@@ -55,14 +70,32 @@ def find_command(text: str, name: str) -> list[str]:
     return found[0]
 
 
-def _lines(text: str, name: str) -> Iterator[list[str]]:
-    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+def _commands(text: str, name: str) -> Iterator[list[str]]:
+    """The words of each command. Where its output goes is left out."""
+    text = "\n".join(_COMMENT.sub(lambda match: match[1] or "", line) for line in text.splitlines())
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        lexer = shlex.shlex(re.sub(r"(?<=\s)[0-9](?=>)", "", line), posix=True, punctuation_chars=";<>|&")
+        lexer.whitespace_split, lexer.commenters = True, ""
         try:
-            words = shlex.split(line, comments=True)
+            tokens = list(lexer)
         except ValueError:
             continue  # a string over several lines: not the command
-        if words:
-            yield words
+        if tokens and tokens[0].startswith("--"):
+            raise RecipeError(
+                f"{name}: a line begins with {tokens[0]}, and the command ends above it: lines go on after a "
+                "backslash at their end, and not after a comment or an empty line"
+            )
+        words: list[str] = []
+        is_file = False  # behind > or <
+        for token in tokens:
+            if is_file or re.fullmatch("[;<>|&]+", token):
+                if not is_file and not set(token) & set("<>"):
+                    yield words
+                    words = []
+                is_file = not is_file and bool(set(token) & set("<>"))
+            else:
+                words.append(token)
+        yield words
 
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:
@@ -89,20 +122,19 @@ def parse(words: Sequence[str], where: str) -> Command:
         raise RecipeError(
             f"{where}: not a command that trains; need `trl sft …`, or a launcher ({', '.join(_LAUNCHERS)}) and sft.py"
         )
-    script = next((n for n, word in enumerate(words) if _SCRIPT.fullmatch(word)), None)
-    at = script if script is not None else list(words).index("sft")
-    launcher, _ = _read(words[:at])
+    at = _script(words) or 0
     options, loose = _read(words[at + 1 :])
-    if script is None:
-        # `trl sft` passes what accelerate knows on to it (trl/cli/accelerate.py, resolve_accelerate_config_argument).
-        launcher |= {key: options.pop(key) for key in ("num_processes", "accelerate_config") if key in options}
     if loose:
         raise RecipeError(f"{where}: {loose[0]} belongs to no option")
-    number = launcher.get("num_processes", launcher.get("nproc_per_node", launcher.get("num_gpus")))
-    nodes = launcher.get("nnodes", 1) if "nproc_per_node" in launcher else 1
-    config = launcher.get("config_file", launcher.get("accelerate_config"))
-    processes = number * nodes if isinstance(number, int) and isinstance(nodes, int) else None
-    return Command(options, processes, str(config) if config is not None else None)
+    launch = max((n for n, word in enumerate(words[:at]) if word.split("/")[-1] in ("accelerate", "trl")), default=None)
+    before, _ = _read(words[: at if launch is None else launch])
+    if launch is not None:
+        return Command(options, _read(words[launch:at])[0], before)
+    processes = None
+    for number, nodes in _PER_NODE.items():
+        count, of = before.pop(number, None), before.pop(nodes, 1)
+        processes = count * of if isinstance(count, int) and isinstance(of, int) else processes
+    return Command(options, {}, before, processes)
 
 
 def _read(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -115,9 +147,10 @@ def _read(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             key, equals, value = word[2:].partition("=")
             name = key.replace("-", "_")
             found[name] = [value] if equals else []
-        elif name is None:
+        elif name is None or re.fullmatch("-[a-zA-Z]", word):
+            name = None
             loose.append(word)
-        elif len(found[name]) < MOST_VALUES:
+        else:
             found[name].append(word)
     options: dict[str, Any] = {}
     for key, values in found.items():
@@ -138,8 +171,8 @@ def _value(text: str) -> Any:
         return float(text)
     if text.startswith("{"):
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            value = json.loads(text)
+        except (ValueError, RecursionError):
             return text
         return value if isinstance(value, dict) else text
     return text

@@ -22,7 +22,7 @@ from distft.importers import (
     torchtune,
     trl,
 )
-from distft.importers.draft import Draft
+from distft.importers.draft import Draft, Left
 from distft.importers.options import Options, read_yaml
 from distft.shell import quote
 
@@ -113,7 +113,10 @@ def read_file(path: Path, target: Path, gpus: int | None = None, stem: str = "re
         )
     draft = Draft(kind, path, target, gpus, stem)
     draft.fields["name"] = run_name(path.stem, "imported")
-    _READERS[kind](Options(draft, document.data, document.places))
+    if kind == trl.NAME:
+        _trl(draft, document.data, document.places, {})
+    else:
+        _READERS[kind](Options(draft, document.data, document.places))
     return _finished(draft)
 
 
@@ -142,11 +145,18 @@ def _command(words: Sequence[str], draft: Draft) -> Draft:
         data = document.data | data
         draft.file = path
     draft.fields["name"] = run_name(draft.file.stem, "imported")
-    options = Options(draft, data, lines)
-    if command.config_file:
-        _launcher(draft, command.config_file)
-    trl.read(options)
+    for name, value in command.others.items():
+        draft.dropped.append(Left(f"--{name}", value, "torchrun and SLURM start the ranks"))
+    _trl(draft, data, lines, command.launcher)
     return _finished(draft)
+
+
+def _trl(draft: Draft, data: Mapping[str, Any], lines: Mapping[Steps, Any], launcher: Mapping[str, Any]) -> None:
+    """TRL's options. Those that are accelerate's, and not TRL's, are its launcher's (trl/cli/commands/training.py)."""
+    passed = {name: value for name, value in data.items() if accelerate.is_launchers(name)}
+    if passed or launcher:
+        _launcher(draft, {**passed, **launcher})
+    trl.read(Options(draft, {name: value for name, value in data.items() if name not in passed}, lines))
 
 
 def _finished(draft: Draft) -> Draft:
@@ -156,21 +166,34 @@ def _finished(draft: Draft) -> Draft:
     return draft
 
 
-def _launcher(draft: Draft, text: str) -> None:
-    """accelerate's config of the launcher: how the states are sharded, and on how many GPUs."""
-    path = draft.locate(text)
-    if path is None:
-        draft.warn(f"--config_file: {text} is not here{draft.near(text)}; parallelism is left to distft")
-        return
-    document = read_yaml(path)
+def _launcher(draft: Draft, options: Mapping[str, Any]) -> None:
+    """Options of accelerate's launcher, with its config: how the states are sharded, and on how many GPUs."""
+    said, path, config = dict(options), draft.file, {}
+    name = next((name for name in ("config_file", "accelerate_config") if name in said), None)
+    if name is not None:
+        text = str(said.pop(name))
+        found = draft.locate(text)
+        if found is not None:
+            path, config = found, read_yaml(found).data
+        elif name == "accelerate_config" and text in trl.ACCELERATE_CONFIGS:
+            config = trl.ACCELERATE_CONFIGS[text]
+        else:
+            draft.warn(f"--{name}: {text} is not here{draft.near(text)}; parallelism is left to distft")
     part = Draft("accelerate", path, draft.target)
-    accelerate.read(Options(part, document.data, document.places))
+    data = accelerate.config_of(said, config)
+    accelerate.read(Options(part, data))
     draft.fields |= {name: value for name, value in part.fields.items() if name.startswith("parallelism.")}
-    draft.mapped += [item for item in part.mapped if (item.field or "").startswith("parallelism.")]
+    for item in part.mapped:
+        if item.field is None or item.field.startswith("parallelism."):
+            draft.mapped.append(item)
+        else:
+            draft.dropped.append(Left(item.option, item.value, "TRL's own arguments go before it", item.line))
     draft.dropped += part.dropped
     draft.refused += part.refused
     draft.problems += part.problems
+    draft.warnings += part.warnings
     draft.cluster = part.cluster
-    processes = document.data.get("num_processes")
+    # Under NO a config's other processes do not start (commands/launch.py, simple_launcher).
+    processes = 1 if config and data.get("distributed_type") == "NO" else data.get("num_processes")
     if draft.gpus is None and isinstance(processes, int) and processes > 0:
         draft.gpus = processes

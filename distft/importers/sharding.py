@@ -195,7 +195,8 @@ def read_fsdp(flags: list[str], config: Options, options: Options, name: str) ->
     """
     draft = options.draft
     config.without_prefix("fsdp_")
-    strategy = str(config.take("sharding_strategy") or "").upper()
+    # FSDP1's strategy; newer versions of accelerate have it under the other name.
+    strategy = str(config.take("sharding_strategy") or config.data.get("reshard_after_forward") or "").upper()
     by_number = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}
     strategy = by_number.get(strategy, strategy)
     words = {word.lower() for word in flags} | {strategy.lower()}

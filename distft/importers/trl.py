@@ -24,6 +24,17 @@ KEYS = {
     "per_device_train_batch_size",
 }
 DEFAULTS: dict[str, Any] = arguments.DEFAULTS | {"learning_rate": 2e-5, "precision": "bf16"}
+# trl/accelerate_configs, which --accelerate_config takes by name.
+ACCELERATE_CONFIGS: dict[str, dict[str, Any]] = {
+    **{
+        f"zero{stage}": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": stage}, "num_processes": 8}
+        for stage in (1, 2, 3)
+    },
+    "fsdp1": {"distributed_type": "FSDP", "num_processes": 8},
+    "fsdp2": {"distributed_type": "FSDP", "num_processes": 8},
+    "multi_gpu": {"distributed_type": "MULTI_GPU", "num_processes": 8},
+    "single_gpu": {"distributed_type": "NO", "num_processes": 8},
+}
 
 
 def read(options: Options) -> None:

@@ -34,6 +34,7 @@ def test_accelerate(here: Path) -> None:
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu"}},
             {"parallelism.strategy": "zero3", "parallelism.offload": "all"},
         ),
+        ({"fsdp_config": {"fsdp_reshard_after_forward": "HYBRID_SHARD"}}, {"parallelism.strategy": "hsdp"}),
         ({"mixed_precision": "fp8"}, {"training.mixed_precision": "bf16"}),
         ({"mixed_precision": "no"}, {"training.mixed_precision": "no"}),
         (

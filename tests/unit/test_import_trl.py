@@ -8,7 +8,7 @@ import pytest
 import yaml
 from importing import ACCELERATE, Import, reasons, run
 
-from distft.importers.kinds import read_file
+from distft.importers.kinds import read_command, read_file
 
 TRL = {"model_name_or_path": "owner/model", "dataset_name": "owner/rows", "per_device_train_batch_size": 4}
 
@@ -161,6 +161,10 @@ def test_command_lines(here: Path) -> None:
         ("trl sft extra --a b\n", "extra belongs to no option"),
         ("trl sft --learning_rate 1\n", "model_name_or_path is missing (train.sh)"),
         ("trl sft --model_name_or_path o/m --dataset_name o/d --lerning_rate 1\n", "did you mean learning_rate?"),
+        (
+            "trl sft --a b \\\n  # --packing \\\n  --learning_rate 1\n",
+            "a line begins with --learning_rate, and the command",
+        ),
         ("trl sft --config none.yaml\n", "--config: no such file: none.yaml"),
     ],
 )
@@ -191,3 +195,60 @@ def test_low_rank_optimizers(imported: Import) -> None:
     assert any(text.startswith("training.weight_decay: 0, as transformers") for text in draft.warnings)
     for changed in ({"optim_args": "proj_type=left"}, {"optim_target_modules": r".*\\.mlp\\..*"}):
         assert reasons(imported({**TRL, **given, "use_peft": False, **changed}))
+
+
+MODEL_AND_DATA = "--model_name_or_path owner/model --dataset_name owner/rows"
+
+
+@pytest.mark.parametrize(
+    ("command", "gpus"),
+    [
+        (f"CUDA_VISIBLE_DEVICES=0,1 trl sft {MODEL_AND_DATA} --num_processes 2", 2),
+        (f"nohup uv run --with trl trl sft {MODEL_AND_DATA} --num_processes 3 > log.txt 2>&1 &", 3),
+        (f"cd /x && trl sft {MODEL_AND_DATA} --num_processes 3 --packing 2>&1 | tee log.txt; echo done", 3),
+        (f"accelerate launch --num_processes 4 -m trl.scripts.sft {MODEL_AND_DATA}  # it's quick", 4),
+        (f"deepspeed --num_nodes 2 --num_gpus 8 --master_port 29500 sft.py {MODEL_AND_DATA}", 16),
+        (f"torchrun --nnodes=2 --nproc-per-node=8 sft.py {MODEL_AND_DATA} --deepspeed ''", 16),
+        (f"trl sft {MODEL_AND_DATA} --accelerate_config zero3", 8),
+        (f"trl sft {MODEL_AND_DATA} --accelerate_config single_gpu", 1),
+    ],
+)
+def test_forms_of_a_command(here: Path, command: str, gpus: int) -> None:
+    """Output that goes to a file, other commands of the line and what stands before a launcher are none of its
+    options."""
+    (here / "train.sh").write_text(command + "\n")
+    draft = read_file(here / "train.sh", here)
+    assert not draft.problems + draft.refused
+    assert draft.fields["training.global_batch_size"] == 8 * gpus
+    assert draft.fields["data.packing"] == ("auto" if "--packing" in command else False)
+
+
+def test_options_of_the_launcher(here: Path) -> None:
+    """They are accelerate's config, on a command line or among TRL's options; none is passed over."""
+    given = "--use_deepspeed --zero_stage 3 --offload_param_device cpu --num_machines 2 --num_processes 16"
+    expected = {"parallelism.strategy": "zero3", "parallelism.offload": "all", "training.global_batch_size": 128}
+    for command in (
+        f"srun --ntasks 2 accelerate launch {given} --mixed_precision fp16 sft.py {MODEL_AND_DATA}",
+        f"trl sft {MODEL_AND_DATA} {given} --mixed_precision fp16",
+    ):
+        draft = read_command(command.split(), here)
+        assert not draft.problems + draft.refused
+        assert {name: draft.fields.get(name) for name in expected} == expected
+        assert "mixed_precision" in {item.option for item in draft.dropped}
+    data = {**TRL, "accelerate_config": "fsdp2", "num_processes": 2, "per_device_train_batch_size": 1}
+    (here / "sft.yaml").write_text(yaml.safe_dump(data))
+    draft = read_file(here / "sft.yaml", here)
+    assert not draft.refused
+    assert draft.fields["parallelism.strategy"] == "fsdp"
+    assert draft.fields["training.global_batch_size"] == 2
+    typo = read_command(f"accelerate launch --use_deepspeed --zero_stge 3 sft.py {MODEL_AND_DATA}".split(), here, 1)
+    assert "deepspeed_config.zero_stge" in reasons(typo)
+    unused = read_command(f"accelerate launch --zero_stage 3 sft.py {MODEL_AND_DATA}".split(), here, 1)
+    assert "deepspeed_config" in {item.option for item in unused.dropped}
+    assert "parallelism.strategy" not in unused.fields
+
+
+def test_numbers_in_json(here: Path) -> None:
+    words = f"trl sft {MODEL_AND_DATA} --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs".split()
+    draft = read_command([*words, '{"min_lr": 1e-6}'], here, 1)
+    assert draft.fields["trainer.overrides.lr_scheduler_kwargs"] == {"min_lr": 1e-6}

@@ -42,7 +42,8 @@ def apply() -> None:
     if _asked("DEEPSPEED"):
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # All there is of it: to look a key up would try every operation first, with a compiler.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         _import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
     original = AcceleratorState.__init__
     choose_backend = PartialState._prepare_backend

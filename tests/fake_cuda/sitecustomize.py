@@ -156,7 +156,7 @@ class Nothing:
 
 def without_compiler(deepspeed: Any) -> None:
     """Its accelerator here is the CPU's, whose all-reduce would be compiled first (train/cpu_ranks.py)."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 def without_packing(modules: Any) -> None:

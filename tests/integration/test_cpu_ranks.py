@@ -16,7 +16,7 @@ if sys.argv[1] == "fixed":
     cpu_ranks.apply()
 elif "ACCELERATE_USE_DEEPSPEED" in os.environ:  # else it is compiled first, for minutes on a busy machine
     import deepspeed
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 from accelerate import Accelerator
 state = Accelerator().state
 if state.process_index == 0:

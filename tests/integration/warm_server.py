@@ -8,6 +8,7 @@ their store is.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -18,6 +19,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+# What ranks import only once they train: the model's class, and what an engine, tuning or optimizer asks for.
+LATER = (
+    "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.triton_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "numpy.ctypeslib",
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
+    "torch._subclasses.schema_check_mode",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "torch.profiler._cupti_monitor",
+    "transformers.integrations.bitsandbytes",
+    "transformers.models.llama.modeling_llama",
+)
 KILL_SECONDS = 30  # after SIGTERM, as torchrun's
 
 
@@ -28,10 +45,14 @@ def import_stack() -> None:
     with worker.importing():
         for name in ("bitsandbytes", "deepspeed.runtime.zero.muon.original_muon"):
             cpu_ranks._import_uncompiled(name)  # as cpu_ranks.apply() does, which is for each rank to call
-        import deepspeed  # noqa: F401
+        for name in LATER:
+            importlib.import_module(name)
 
         import distft.train.__main__
         import distft.train.run  # noqa: F401
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # a thousand patterns, compiled with the first model
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, f"{threads} threads: a fork would lose all but one, with what they have locked"
 

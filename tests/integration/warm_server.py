@@ -2,7 +2,7 @@
 
 Nothing else happens here: no second thread, no process group, nothing computed. So every rank begins as one of
 torchrun's that has imported the same modules. Each job has an agent, as torchrun's: the parent of its ranks, in which
-their store is.
+their store is. Where the ranks are a user's script, the job is torchrun itself, which then starts them as ever.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What ranks import only once they train: the model's class, and what an engine, tuning or optimizer asks for.
 LATER = (
@@ -102,14 +103,17 @@ def agent(client: socket.socket) -> dict[str, Any]:
 
 
 def become(job: dict[str, Any], rank: int, port: str) -> None:
-    """Give a forked process the environment that torchrun gives a rank."""
+    """Give a forked process the environment that torchrun gives a rank, or torchrun itself."""
     import torch
 
+    os.environ.clear()
+    os.environ.update(job["env"])
+    if "torchrun" in job:
+        return
     local = {"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
     sizes = {f"{of}WORLD_SIZE": job["ranks"] for of in ("", "LOCAL_", "ROLE_")} | {"GROUP_WORLD_SIZE": 1}
     master = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    os.environ.clear()
-    os.environ.update(job["env"] | {name: str(value) for name, value in (local | sizes | master).items()})
+    os.environ.update({name: str(value) for name, value in (local | sizes | master).items()})
     torch.set_num_threads(1)  # where more tests run than there are cores, two threads wait for each other at every step
 
 
@@ -150,6 +154,20 @@ def customize() -> None:
             return
 
 
+def torchrun(options: list[str]) -> NoReturn:
+    """Run torchrun, which starts ranks that import all for themselves."""
+    from torch.distributed import run
+
+    status = 1
+    try:
+        run.main(options)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)  # without the exit handlers of what it would not have imported
+
+
 def record_rows(job: dict[str, Any]) -> None:
     """Have this rank write a line for each step into logs/samples-RANK.jsonl: the tokens of its rows."""
     from distft.train.trainer import RecipeTrainer
@@ -175,6 +193,8 @@ if __name__ == "__main__":
         Path(f"{sys.argv[1]}.new").rename(sys.argv[1])
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # agents that have ended leave nothing
         job = serve(listener)
+    if "torchrun" in job:
+        torchrun(job["torchrun"])
     customize()
     if "DISTFT_RECORD_ROWS" in os.environ:
         record_rows(job)

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from running import first_on_path
+
 FOLDER = Path(__file__).parent / "fake_cuda"
 sys.path.append(str(FOLDER))
 
@@ -13,11 +15,11 @@ RECORDS = "fake-cuda"  # in the folder that tests share: `decisions` and `backen
 
 
 def environment(records: Path) -> dict[str, str]:
-    """For ranks of torchrun's: the stand-in of the warm ones is not there."""
+    """For ranks that torchrun starts: warm ones have imported a torch without GPUs."""
     records.mkdir(exist_ok=True)
-    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and "warm_path" not in part]
     return {
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), *path]),
+        **first_on_path(FOLDER),
+        "DISTFT_WARM_ONLY": "torchrun",
         "PATH": os.pathsep.join([str(FOLDER / "bin"), os.environ["PATH"]]),
         "FAKE_CUDA": str(records),
         # Both hold every tensor on the CPU.

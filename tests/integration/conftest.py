@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from running import Result, create
-from warm import VARIABLE, WarmRanks
+from warm import ONLY_TORCHRUN, VARIABLE, WarmRanks
 
 from distft.runs.directory import RunDir
 
@@ -23,9 +23,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """What a test here and its fixtures launch has warm ranks, unless it asks for those of torchrun."""
     before = dict(os.environ)
     if item.path.is_relative_to(Path(__file__).parent):  # this hook sees all tests
-        os.environ.update(WARM.path if item.get_closest_marker("real_ranks") else WARM.environment())
+        real = item.get_closest_marker("real_ranks")
+        only = ONLY_TORCHRUN if real and real.kwargs.get("warm_torchrun") else {}
+        os.environ.update(WARM.path if real and not only else {**WARM.environment(), **only})
     yield
-    for name in (VARIABLE, *WARM.path):
+    for name in (VARIABLE, *ONLY_TORCHRUN, *WARM.path):
         os.environ.pop(name, None)
         os.environ.update({name: before[name]} if name in before else {})
 

@@ -20,7 +20,6 @@ from tiny import Tiny
 
 from distft.runs.directory import RunDir
 
-pytestmark = pytest.mark.real_ranks
 GIB = 2**30
 
 
@@ -117,6 +116,7 @@ def test_plan(tiny: Tiny, tmp_path: Path, gpus: dict[str, str]) -> None:
     assert "1 x 8 H100" in plan("--cluster", "site.yaml")
 
 
+@pytest.mark.real_ranks(warm_torchrun=True)
 def test_out_of_memory_while_another_rank_is_blocked(tiny: Tiny, tmp_path: Path) -> None:
     """The other rank hangs in C, as in CUDA or a collective: it leaves before torchrun would kill it."""
     code = (

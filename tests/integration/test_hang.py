@@ -11,7 +11,7 @@ from tiny import Tiny
 
 from distft.train.collectives import Last, behind
 
-pytestmark = pytest.mark.real_ranks
+pytestmark = pytest.mark.real_ranks(warm_torchrun=True)
 LATE = "if os.environ['RANK'] == '1' and {when}:\n    time.sleep(600)"
 
 

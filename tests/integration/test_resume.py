@@ -343,7 +343,7 @@ def test_a_save_that_fails_leaves_the_one_before(tiny: Tiny, tmp_path: Path) -> 
     assert sorted(path.name for path in (result.run_dir / "checkpoints").iterdir()) == ["step-2", "step-4"]
 
 
-@pytest.mark.real_ranks  # torchrun names the one that was killed
+@pytest.mark.real_ranks(warm_torchrun=True)  # torchrun names the one that was killed
 def test_a_rank_killed_while_it_saves(tiny: Tiny, warm: WarmRanks, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         AT_STEP_3.replace("WHAT", "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)")
@@ -451,7 +451,7 @@ def test_out_of_gpu_memory(tiny: Tiny, saved: Callable[[Job], RunDir], tmp_path:
     assert result.column("loss") == pytest.approx([line["loss"] for line in reference.values()], abs=FP32)
 
 
-@pytest.mark.real_ranks
+@pytest.mark.real_ranks(warm_torchrun=True)
 def test_a_rank_that_is_stopped_is_named(tiny: Tiny, warm: WarmRanks, tmp_path: Path) -> None:
     """SIGSTOP: the others notice, write their stacks, name it and end the run, which then goes on."""
     recipe = tiny.recipe(training__max_steps=3000, training__lr_scheduler_type="constant", checkpoint__save_steps=5)

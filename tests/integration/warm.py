@@ -21,6 +21,7 @@ from distft.runs.directory import RunDir
 HERE = Path(__file__).parent
 IMPORT_SECONDS = 120
 VARIABLE = "DISTFT_WARM_RANKS"  # the server's socket
+ONLY_TORCHRUN = {"DISTFT_WARM_ONLY": "torchrun"}  # which then starts ranks that import their stack
 
 
 def real_environment() -> dict[str, str]:

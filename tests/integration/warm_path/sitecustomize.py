@@ -1,8 +1,9 @@
 """A stand-in for torchrun, which Python imports as it starts where warm.environment() is set.
 
 `python -m torch.distributed.run ... -m distft.train RUN_DIR` on one node hands its job to the server of warm ranks, and
-ends when they have. With another module for its ranks it is torchrun that the server forks: importing torch takes it
-longer than its work, and the ranks that it starts are new processes as ever. Everything else starts as ever.
+ends when they have. With another module for its ranks, or DISTFT_WARM_ONLY=torchrun, it is torchrun that the server
+forks: importing torch takes it longer than its work, and the ranks that it starts are new processes as ever. Everything
+else starts as ever.
 """
 
 import os
@@ -32,7 +33,7 @@ def stand_in(job: dict) -> int:
 def main() -> None:
     _, *options = sys.orig_argv
     if "DISTFT_WARM_RANKS" in os.environ and options[:2] == ["-m", "torch.distributed.run"]:
-        if options[-3:-1] != ["-m", "distft.train"]:
+        if options[-3:-1] != ["-m", "distft.train"] or os.environ.get("DISTFT_WARM_ONLY") == "torchrun":
             os._exit(stand_in({"ranks": 1, "torchrun": options[2:]}))
         if "--nnodes=1" in options:
             (ranks,) = (option.split("=")[1] for option in options if option.startswith("--nproc-per-node="))

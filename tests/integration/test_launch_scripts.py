@@ -107,7 +107,7 @@ def test_what_accelerate_is_told(
     assert {key: found[key] for key in wanted} == wanted
 
 
-@pytest.mark.real_ranks
+@pytest.mark.real_ranks(warm_torchrun=True)
 def test_the_same_losses_on_every_step(folder: Path) -> None:
     subprocess.run([LADDER / "1gpu.sh", "recipe.yaml"], cwd=folder, env=environment(), check=True, timeout=300)
     one_node = [LADDER / "1node.sh", "recipe.yaml", "--set", "parallelism.strategy=zero2"]

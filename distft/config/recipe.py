@@ -90,9 +90,10 @@ class Model(Group):
     revision: str | None = None
     """Branch, tag or commit of a hub id. Name a commit for runs that must be reproducible."""
 
-    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """`auto`: FlashAttention-2 where it is installed and the GPU and the dtype support it, else SDPA; the run's log has
-    the choice."""
+    attn_implementation: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = "auto"
+    """`auto`: FlashAttention-2 where it is installed and the GPU and the dtype support it; for packed rows else
+    `varlen`, which is torch's own kernel for documents of a row, if GPU and model support that; else SDPA. The run's
+    log has the choice."""
 
     quantization: Literal["nf4", "int8"] | None = None
     """`nf4` is QLoRA's 4-bit NormalFloat with double quantization, `int8` is LLM.int8(). Both need `lora`."""

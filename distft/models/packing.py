@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Model types of transformers 5.17 to 5.23 in which a token of a packed row sees the document before its own, although
 # position ids start again there. Found with tiny models of every type: the first document was changed, and the outputs
-# of the second compared (tests/unit/test_rules.py does so for some).
+# of the second compared (tests/unit/test_packing.py).
 # Attention that does not build its mask from position ids:
 BY_MASK = frozenset(
     [
@@ -50,6 +50,7 @@ BY_MASK = frozenset(
 # A recurrence or a convolution that runs on through the row:
 BY_STATE = frozenset(
     [
+        "bailing_hybrid",
         "bamba",
         "falcon_h1",
         "granitemoehybrid",
@@ -68,7 +69,10 @@ BY_STATE = frozenset(
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_next",
+        "qwen4_exp",
+        "qwen4_exp_text",
         "recurrent_gemma",
+        "zamba",
         "zamba2",
         "zaya",
     ]

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.models.attention import UNPADDED
 from distft.models.chunks import chunk_tokens, head_is_trained, why_full
 from distft.models.lora import module_of, rank_of
 from distft.models.oft import blocks_of
@@ -111,7 +112,9 @@ def mode_of(recipe: Recipe, setting: Setting) -> Mode:
     """The table's mode for a run."""
     low = recipe.training.mixed_precision != "no"
     regime = ("autocast" if setting.kind.dtype_regime == "autocast" else "low") if low else "float32"
-    attention = {"flash_attention_2": "flash", "eager": "eager"}.get(setting.attn_implementation, "masked")
+    attention = {"eager": "eager"}.get(setting.attn_implementation, "masked")
+    if setting.attn_implementation in UNPADDED:
+        attention = "flash"
     if attention == "masked" and low and not needs_mask(recipe, setting):
         attention = "flash"  # what SDPA takes where there is no mask
     adapters = (recipe.model.quantization or "lora") if recipe.lora else "full"

@@ -364,7 +364,7 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
         if where.host_memory is None and where.device.type == "cuda":
             found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for what is offloaded")
     if recipe.model.attn_implementation == "auto":
-        found.append("attention: SDPA; with FlashAttention-2, where it is installed, ranks need less")
+        found.append("attention: SDPA; with FlashAttention-2 or varlen, where the ranks have it, they need less")
     if full := why_full(recipe, search.model, chosen.setting.kind.zero_stage):
         found.append(f"loss: from the logits of all tokens at once ({full})")
     return tuple(found)

@@ -323,22 +323,22 @@ def fp16_needs_a_gpu(case: Case) -> str | None:
 
 
 @rule(
-    "flash_attention_2 on a V100, a T4 or a CPU",
+    "flash_attention_2 on a V100, a T4 or a CPU, or varlen on the GPUs",
     "flash-attn README: Ampere, Ada or Hopper GPUs",
     "use model.attn_implementation: auto or sdpa",
 )
 def flash_attention_needs_ampere(case: RecipeCase) -> str | None:
-    """FlashAttention-2's kernels are written for compute capability 8.0 and later. For older GPUs there is SDPA's
-    memory-efficient kernel.
+    """FlashAttention-2's kernels are written for compute capability 8.0 and later; varlen runs them on GPUs, on CPUs it
+    runs SDPA. For older GPUs there is SDPA's memory-efficient kernel.
     """
-    if case.attention != "flash_attention_2" or not (case.on_cpu or case.before_ampere):
+    if not case.needs_flash_kernels or not (case.on_cpu or case.before_ampere):
         return None
     have = "there is none" if case.on_cpu else f"this is {case.device.name}"
-    return f"model.attn_implementation: flash_attention_2 needs an Ampere GPU or later, and {have}"
+    return f"model.attn_implementation: {case.attention} needs an Ampere GPU or later, and {have}"
 
 
 @rule(
-    'flash_attention_2 with training.mixed_precision: "no"',
+    'flash_attention_2, or varlen on a GPU, with training.mixed_precision: "no"',
     "flash-attn README: fp16 and bf16; transformers integrations/flash_attention.py:13, get_target_dtype",
     "use model.attn_implementation: auto or sdpa, or training.mixed_precision: bf16",
 )
@@ -346,22 +346,22 @@ def flash_attention_needs_16_bit(case: RecipeCase) -> str | None:
     """FlashAttention-2 has no float32 kernel. transformers casts its input to autocast's dtype, and with
     mixed_precision "no" there is no autocast.
     """
-    if case.attention == "flash_attention_2" and case.mixed_precision == "no":
-        return "model.attn_implementation: flash_attention_2 needs bf16 or fp16, and training.mixed_precision is no"
+    if case.needs_flash_kernels and case.mixed_precision == "no":
+        return f"model.attn_implementation: {case.attention} needs bf16 or fp16, and training.mixed_precision is no"
     return None
 
 
 @rule(
-    "flash_attention_2 with a head_dim over 256",
+    "flash_attention_2, or varlen on a GPU, with a head_dim over 256",
     "flash-attn README: head dimensions up to 256",
     "use model.attn_implementation: auto or sdpa",
 )
 def flash_attention_needs_small_heads(case: RecipeCase) -> str | None:
     """FlashAttention-2 has kernels for heads of up to 256."""
     size = max(case.model.head_dim or 0, largest_head(case.whole_config))
-    if case.attention == "flash_attention_2" and size > LARGEST_HEAD:
+    if case.needs_flash_kernels and size > LARGEST_HEAD:
         return (
-            f"model.attn_implementation: flash_attention_2 needs heads of up to {LARGEST_HEAD}, and the model has "
+            f"model.attn_implementation: {case.attention} needs heads of up to {LARGEST_HEAD}, and the model has "
             f"some of {size}"
         )
     return None

@@ -135,6 +135,11 @@ class RecipeCase(Case):
         return "sdpa" if why else "auto"
 
     @property
+    def needs_flash_kernels(self) -> bool:
+        """Whether FlashAttention's kernels are asked for: varlen has them on GPUs alone."""
+        return self.attention == "flash_attention_2" or (self.attention == "varlen" and not self.on_cpu)
+
+    @property
     def whole_config(self) -> Mapping[str, Any]:
         """The model's config.json."""
         return self.model.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from distft.models import kinds
-from distft.models.attention import NO_FLASH
+from distft.models.attention import NO_FLASH, no_varlen
 from distft.models.lora import matcher, module_of, named_but_left_out, saved
 from distft.models.packing import why_mixed
 from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
@@ -104,6 +104,20 @@ def flash_attention_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
     if case.attention == "flash_attention_2" and case.model_type in NO_FLASH:
         return f"model.attn_implementation: {case.model_type} models have no flash_attention_2"
     return None
+
+
+@rule(
+    "varlen with a model type that cannot use it, or with dropout in attention",
+    "torch 2.13 nn/attention/varlen.py, varlen_attn: no mask, dropout, cap of scores or sinks",
+    "use model.attn_implementation: auto",
+    of_config=True,
+)
+def varlen_needs_a_model_that_can_use_it(case: RecipeCase) -> str | None:
+    """varlen gets the bounds of documents from position ids, which not all of transformers' model classes pass on, and
+    neither caps scores nor adds sinks or drops some.
+    """
+    why = no_varlen(case.whole_config) if case.attention == "varlen" else None
+    return f"model.attn_implementation: varlen: {why}" if why else None
 
 
 @rule(

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
 from distft.errors import PlanError, SimulationError, first_line
-from distft.models.attention import planned_attention
+from distft.models.attention import UNPADDED, planned_attention
 from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, is_kept, stored_bytes
 from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
@@ -126,11 +126,12 @@ def dequantized_for_dora() -> Any:
 
 
 def _attention(name: str) -> str:
-    """For FlashAttention-2, a name under which SDPA runs without a mask, so that flash-attn need not be installed.
+    """For FlashAttention-2 and varlen, a name under which SDPA runs without a mask, so that neither a kernel nor
+    flash-attn is needed.
 
     There is no "flash" in that name: transformers would look for such a kernel.
     """
-    if name != "flash_attention_2":
+    if name not in UNPADDED:
         return planned_attention(name)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distft.config.recipe import Recipe
+from distft.models.attention import UNPADDED
 from distft.models.chunks import chunk_tokens
 from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
 from distft.train import chunked_loss, low_rank, muon
@@ -273,7 +274,7 @@ def trace(
         cuda: False keeps the CPU's own kernels.
     """
 
-    flash = attn_implementation == "flash_attention_2"
+    flash = attn_implementation in UNPADDED
     length, dtype = recipe.data.max_length, compute_dtype(recipe)
     # FlashAttention gets the micro-batch as one row (distft/train/trainer.py, Collator).
     rows, columns = (1, micro_batch_size * length) if flash else (micro_batch_size, length)

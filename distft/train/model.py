@@ -18,12 +18,13 @@ from transformers.utils.quantization_config import Mxfp4Config
 from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
 from distft.errors import DataError
 from distft.models.adaptable import left_out, reason
-from distft.models.attention import no_flash_attention
+from distft.models.attention import no_flash_attention, no_varlen
 from distft.models.freezing import frozen, named
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
 from distft.models.oft import peft_fields
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
+from distft.train import varlen
 from distft.train.auto_class import auto_class
 from distft.train.base_files import check_missing, stored_quantization
 from distft.train.initial import InitialAdapter
@@ -44,20 +45,34 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def choose_attention(recipe: Recipe, config: Mapping[str, Any]) -> str:
-    """The attention implementation; what `auto` means here (models/attention.py) is logged with the reason."""
+    """The attention implementation; what `auto` means here (models/attention.py) is logged with the reason.
+
+    Raises:
+        DataError: `varlen` is asked for, and this GPU cannot run it.
+    """
     wanted = recipe.model.attn_implementation
+    varlen.register()
+    if wanted == "varlen" and (why := varlen.fails(compute_dtype(recipe))):
+        raise DataError(f"model.attn_implementation: varlen: {why}; use auto")
     if wanted != "auto":
         return wanted
     device, capability = "cpu", None
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         device, capability = "cuda", major + minor / 10
-    why = no_flash_attention(device, capability, recipe.training.mixed_precision, config) or _flash_attn_missing()
-    if why:
-        log.info("attention: sdpa (%s)", why)
-        return "sdpa"
-    log.info("attention: flash_attention_2")
-    return "flash_attention_2"
+    no_kernel = no_flash_attention(device, capability, recipe.training.mixed_precision, config)
+    why = no_kernel or _flash_attn_missing()
+    if not why:
+        log.info("attention: flash_attention_2")
+        return "flash_attention_2"
+    if not no_kernel and recipe.data.packs:
+        other = no_varlen(config) or varlen.fails(compute_dtype(recipe))
+        if not other:
+            log.info("attention: varlen (%s)", why)
+            return "varlen"
+        why = f"{why}; varlen: {other}"
+    log.info("attention: sdpa (%s)", why)
+    return "sdpa"
 
 
 def _flash_attn_missing() -> str | None:

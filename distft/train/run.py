@@ -18,6 +18,7 @@ from distft.config.loading import DATA_FILES, load_recipe
 from distft.config.recipe import Recipe
 from distft.data import few_steps
 from distft.errors import ClusterError, DistftError, first_line
+from distft.models.attention import UNPADDED
 from distft.models.lora import changes_base
 from distft.runs import model_card
 from distft.runs.base_card import base_card
@@ -110,7 +111,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         loss_type=recipe.training.loss_type,
         chunked=chunked_loss.use(recipe, model, plan["strategy"]),
         recipe=recipe,
-        data_collator=Collator(tokenizer.pad_token_id, recipe.data.packs, attention == "flash_attention_2"),
+        data_collator=Collator(tokenizer.pad_token_id, recipe.data.packs, attention in UNPADDED),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

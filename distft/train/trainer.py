@@ -33,15 +33,15 @@ CHECKED, EXACT, LOW = 64, 1e-4, 5e-2
 class Collator:
     """Rows to a batch of tensors (micro-batch x longest row).
 
-    FlashAttention takes one long row and the documents' bounds. SDPA takes rows whose position ids restart at each
-    document, without an attention mask: transformers then keeps the documents apart (masking_utils.py,
+    FlashAttention and varlen take one long row and the documents' bounds. SDPA takes rows whose position ids restart at
+    each document, without an attention mask: transformers then keeps the documents apart (masking_utils.py,
     find_packed_sequence_indices).
     """
 
-    def __init__(self, pad_token_id: int, packing: bool, flash: bool):
-        self.keeps_rows_apart = packing and not flash
+    def __init__(self, pad_token_id: int, packing: bool, unpadded: bool):
+        self.keeps_rows_apart = packing and not unpadded
         self.base = DataCollatorForLanguageModeling(
-            pad_token_id=pad_token_id, padding_free=flash, return_position_ids=self.keeps_rows_apart
+            pad_token_id=pad_token_id, padding_free=unpadded, return_position_ids=self.keeps_rows_apart
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -164,6 +164,12 @@ def without_packing(modules: Any) -> None:
     modules.has_avx512bf16 = lambda: False
 
 
+def varlen_on_cpu(kernels: Any) -> None:
+    import varlen  # imports torch, which most processes do without
+
+    varlen.instead(kernels)
+
+
 def smaller(checks: Any) -> None:
     """Matrices whose product does not take the CPU minutes; how fast it is does not matter."""
     checks.GPU_SIZE, checks.SLOW = 256, 0
@@ -172,6 +178,7 @@ def smaller(checks: Any) -> None:
 if "FAKE_CUDA" in os.environ:
     after = {
         "torch": emulate,
+        "torch.nn.attention.varlen": varlen_on_cpu,
         "deepspeed": without_compiler,
         "bitsandbytes.nn.modules": without_packing,
         "distft.diagnostics.checks": smaller,

@@ -46,6 +46,8 @@ JOBS = [
     # Accumulation 4; else it is 1. Micro-batches differ in their trained tokens.
     *(Job(strategy, 2, "lora", {"training__micro_batch_size": 1}) for strategy in FOUR),
     *(Job(strategy, 2, "full", {"training__loss": "full"}) for strategy in ("ddp", "zero3", "fsdp")),
+    *(Job(strategy, 2, "lora", {"model__attn_implementation": "varlen"}) for strategy in ("ddp", "zero3")),
+    Job("fsdp", 2, "lora", {"model__attn_implementation": "varlen", "training__gradient_checkpointing": True}),
     *(Job(strategy, 2, "unpacked") for strategy in ("ddp", "zero3", "fsdp")),
     *(Job(strategy, 2, tuning) for tuning in ("bf16", "bf16 full") for strategy in FOUR),
     *(Job(strategy, 2, "dft", {"training__micro_batch_size": 1}) for strategy in ("ddp", "zero3", "fsdp")),

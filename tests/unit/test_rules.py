@@ -148,6 +148,7 @@ EXPERTS = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.experts.down_proj", (4, 64,
 PART = {"training__train_only": ["lm_head"]}
 REENTRANT = {"use_reentrant": True}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
+VARLEN = {"model__attn_implementation": "varlen"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
 # Rule → cases that break it, each with the change that fixes it. `installed` are versions to pretend.
@@ -261,11 +262,16 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "flash-attention-needs-ampere": [
         ({**FLASH, "device": "V100-16GB", "training__mixed_precision": "fp16"}, {"device": "A10G"}),
         ({**FLASH, "device": CPU}, {"model__attn_implementation": "auto"}),
+        ({**VARLEN, "device": "T4", "training__mixed_precision": "fp16"}, {"device": "A10G"}),
     ],
     "flash-attention-needs-16-bit": [
-        ({**FLASH, "training__mixed_precision": "no"}, {"training__mixed_precision": "bf16"})
+        ({**FLASH, "training__mixed_precision": "no"}, {"training__mixed_precision": "bf16"}),
+        ({**VARLEN, "training__mixed_precision": "no"}, {"device": CPU}),
     ],
-    "flash-attention-needs-small-heads": [({**FLASH, "head_dim": 257}, {"head_dim": 256})],
+    "flash-attention-needs-small-heads": [
+        ({**FLASH, "head_dim": 257}, {"head_dim": 256}),
+        ({**VARLEN, "head_dim": 257}, {"device": CPU}),
+    ],
     "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
     "zero3-frees-frozen-weights-too-early": [
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),
@@ -298,6 +304,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "flash-attention-needs-a-model-that-has-it": [
         ({**FLASH, "config": {"model_type": "llama4"}}, {"config": {"model_type": "llama"}})
+    ],
+    "varlen-needs-a-model-that-can-use-it": [
+        ({**VARLEN, "config": {"model_type": "gpt_bigcode"}}, {"config": {"model_type": "llama"}}),
+        ({**VARLEN, "config": {"model_type": "llama", "attention_dropout": 0.1}}, {"config": {"model_type": "llama"}}),
     ],
     "checkpointing-needs-a-model-that-has-it": [
         ({"config": {"model_type": "jetmoe"}, "checkpointing": True}, {"checkpointing": False})
@@ -947,45 +957,6 @@ def test_which_types_have_which_attention() -> None:
         assert flash == NO_FLASH & {*types}
         assert sdpa == (upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21) & {*types}
         assert checkpointing == upstream.NO_CHECKPOINTING & {*types}
-
-
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
-MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-STATES = {
-    "num_experts_per_tok": 2,
-    "num_experts": 4,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_key_value_heads": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-OPT = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.mark.parametrize(
-    ("kind", "sizes", "leaks"),
-    [
-        ("llama", SIZES, False),
-        ("mixtral", SIZES | MIXTURE, False),
-        ("gpt_oss", SIZES | MIXTURE, True),
-        ("qwen3_next", SIZES | STATES, True),
-        ("opt", OPT, True),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_packed_documents_see_each_other(kind: str, sizes: dict[str, Any], leaks: bool) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=96, pad_token_id=0, **sizes)).eval()
-    row = torch.randint(3, 90, (1, 24))
-    other = torch.cat([torch.randint(3, 90, (1, 12)), row[:, 12:]], dim=1)
-    positions = torch.arange(12).repeat(2)[None]
-    with torch.no_grad():
-        first, second = (model(ids, position_ids=positions, use_cache=False).logits[:, 12:] for ids in (row, other))
-    assert torch.allclose(first, second, atol=1e-4) is not leaks
-    assert (packing.why_mixed(kind) is not None) is leaks
 
 
 # ---- through the planner and the command line

@@ -13,7 +13,7 @@ from distft.data.hub import model_commit, pinned
 from distft.data.sources import as_sources, find_data
 
 # Increase it when train/data.py starts to make different rows or counts from the same input.
-PREPARATION_VERSION = 6
+PREPARATION_VERSION = 7
 COUNTS = "counts.json"
 PROGRESS_FD = "DISTFT_PROGRESS_FD"  # the descriptor of the terminal where a preparation shows how far it is
 

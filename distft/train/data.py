@@ -176,6 +176,8 @@ def _prepare_split(
         counts[use].odd = tally.odd.summary()
         counts[use].empty = tally.empty(found)
         counts[use].notes += tally.notes(what, recipe.data)
+        if use == "train":
+            counts[use].notes += counts[use].unseen(recipe)
         for split in splits:
             check_lengths(recipe, f"data.{split}", counts[split])
             check_left(recipe, f"data.{split}", counts[split], tally.rows)

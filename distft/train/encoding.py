@@ -58,6 +58,7 @@ class Counts:
     thoughtless: int = 0  # the assistant's turns whose thought the chat template removes
     thoughtless_done: str = ""  # what was done to them
     notes: list[str] = field(default_factory=list)  # what is worth knowing of the tokenizer and its chat template
+    new_tokens: list[str] = field(default_factory=list)  # those of model.add_tokens that are in a row
     layouts: dict[str, int] = field(default_factory=dict)  # rows by their format
     untrained: Summary = field(default_factory=dict)  # rows that say so
     odd: Summary = field(default_factory=dict)  # rows that may not be meant
@@ -81,7 +82,15 @@ class Counts:
         self.longest = max(self.longest, later.longest)
         self.examples = [*self.examples, *later.examples][:SHOWN]
         self.cut_examples = [*self.cut_examples, *later.cut_examples][:SHOWN]
+        self.new_tokens = sorted({*self.new_tokens, *later.new_tokens})
         self.notes = list(dict.fromkeys([*self.notes, *later.notes]))
+
+    def unseen(self, recipe: Recipe) -> list[str]:
+        """A note on tokens of model.add_tokens, where no row of data.train has them."""
+        left = [token for token in recipe.model.add_tokens if token not in self.new_tokens]
+        return (
+            [f"model.add_tokens: no row of data.train has {', '.join(left)}: nothing is learned of it"] if left else []
+        )
 
     def add(self, labels: list[int]) -> None:
         """Count a document."""
@@ -101,6 +110,7 @@ class RowEncoder:
         self.can_share_rows = can_share_rows(recipe.data)
         self.trained: TrainedRows | None = None  # for rows of data.eval, those of data.train, where they may share some
         self._encoders: dict[str, Encoder] = {}
+        self.new_tokens = {tokenizer.convert_tokens_to_ids(token): token for token in recipe.model.add_tokens}
 
     def of(self, example: Example) -> Encoder:
         """What encodes examples of this kind.
@@ -137,6 +147,8 @@ class RowEncoder:
             for ids, trained in fit(place, (document.ids, document.trained), self.recipe, counts):
                 labels = labels_of(ids, trained)
                 counts.add(labels)
+                if found := self.new_tokens.keys() & set(ids) if self.new_tokens else None:
+                    counts.new_tokens = sorted({*counts.new_tokens, *(self.new_tokens[token] for token in found)})
                 yield ids, labels, document
 
     def notes(self) -> list[str]:

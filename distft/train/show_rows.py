@@ -138,6 +138,8 @@ class _Reader:
             if report.all_read:
                 counts.empty = tally.empty(self.found)
                 counts.notes += tally.notes(self.what, self.recipe.data)
+                if self.split == "train":
+                    counts.notes += counts.unseen(self.recipe)
         report.counts = _counted(counts)
         tally.problems.merge(own.problems)
         try:

@@ -18,6 +18,8 @@ from distft.models.shapes import read_model_shape
 from distft.models.vocabulary import rows_needed
 from distft.runs.checkpoints import differences, model_identity
 from distft.train.chat import Tokenization
+from distft.train.data import load_prepared
+from distft.train.show_rows import show
 from distft.train.special_tokens import new_tokens
 from distft.train.tokens import encoder, load_tokenizer
 
@@ -105,6 +107,21 @@ def test_what_is_said(recipe: Callable[..., Recipe], tiny: Tiny, tmp_path: Path)
         load_tokenizer(recipe(eos_token=IM[1], add_tokens=IM[:1]))
     assert str(error.value).endswith(f"add it: model.add_tokens: {json.dumps(IM)}")
     assert load_tokenizer(recipe(eos_token="<|go|>")).eos_token_id == 4
+
+
+def test_tokens_of_no_row(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Their rows of the embeddings would stay as they are drawn: it is said, where rows are shown and prepared."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "list<|im_start|> dict"}) + "\n")
+    changed = recipe(add_tokens=IM)
+    changed = changed.model_copy(
+        update={"data": changed.data.model_copy(update={"train": str(rows), "format": "text"})}
+    )
+    note = "model.add_tokens: no row of data.train has <|im_end|>: nothing is learned of it"
+    assert load_prepared(changed).counts["train"]["notes"] == [note]
+    assert show(changed, ["train"], None, 10)["train"]["counts"]["notes"] == [note]
+    rows.write_text(json.dumps({"text": "".join(IM)}) + "\n")
+    assert load_prepared(changed).counts["train"]["notes"] == []
 
 
 def test_a_tokenizer_larger_than_the_embeddings(recipe: Callable[..., Recipe], tiny: Tiny, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def _strategy(options: Options) -> None:
         set_strategy(options, "distributed_type", "ddp")
     elif kind:
         options.refuse("distributed_type", "distft has DDP, DeepSpeed's ZeRO and FSDP2")
-    unused = dict.fromkeys(("deepspeed_config", "fsdp_config"), "of another distributed_type: accelerate does not read it")
-    options.drop_all(unused)
+    why = "of another distributed_type: accelerate does not read it"
+    options.drop_all(dict.fromkeys(("deepspeed_config", "fsdp_config"), why))
 
 
 def _precision(options: Options) -> None:

@@ -222,4 +222,5 @@ def test_independent_reference(runs: Callable[[Job], Result], tuning: str) -> No
         muon=recipe.optim == "muon",
     )
     for column in ("loss", "grad_norm", "learning_rate", "tokens"):
-        assert result.column(column) == pytest.approx([step[column] for step in history], abs=FP32), column
+        expected = [step[column] for step in history]
+        assert result.column(column) == pytest.approx(expected, rel=FP32, abs=FP32), column  # norms of over 1

@@ -155,7 +155,7 @@ def test_an_integer_is_a_number_but_not_the_other_way_round():
         ),
         ("training.gradient_checkpointing", "1", "got 1 (an integer), need one of auto, true, false"),
         ("training.report_to", "wandb", 'got "wandb" (a string), need a list of strings'),
-        ("data.packing", "yes", 'got "yes" (a string), need true or false'),
+        ("data.packing", "yes", 'got "yes", need one of auto, true, false'),
         ("data.max_length", "7", "got 7, need >= 8 and <= 1e+08"),
         ("parallelism.hsdp_shard_size", "1", "got 1, need auto or an integer >= 2"),
         (

@@ -1,4 +1,4 @@
-"""An independent reference: plain torch, one document at a time, no padding, no packing, no Trainer, no accelerate."""
+"""An independent reference: plain torch in float64, one document at a time, no padding, packing, Trainer or accelerate."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def train(
         if "oft" in lora:
             settings = {"oft_block_size": 0, **settings}
         model = get_peft_model(model, (OFTConfig if "oft" in lora else LoraConfig)(task_type="CAUSAL_LM", **settings))
+    model.double()  # so that rounding is the run's alone
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name] if muon else []
     momentum = [torch.zeros_like(p) for p in hidden]

@@ -13,7 +13,8 @@ from distft.errors import RunError
 
 
 def describe(model: Any, optimizer: Any = None) -> dict[str, Any]:
-    """What runs, for status.json: wrapper and its details, optimizer, gradient checkpointing, backend, world size.
+    """What runs, for status.json: wrapper and its details, optimizer, attention, gradient checkpointing, backend, world
+    size.
 
     `optimizer` is None where a user's script has not shown it.
     """
@@ -24,10 +25,17 @@ def describe(model: Any, optimizer: Any = None) -> dict[str, Any]:
         "kind": kind,
         **detail,
         **({"optimizer": _optimizer_name(optimizer)} if optimizer is not None else {}),
+        "attention": next((name for module in model.modules() if (name := _attention(module))), None),
         "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "world_size": dist.get_world_size() if initialized else 1,
         "backend": dist.get_backend() if initialized else None,
     }
+
+
+def _attention(module: Any) -> str | None:
+    """The attention that a transformers model asks for; of what is trained on text, where there are several."""
+    text_config = getattr(getattr(module, "config", None), "get_text_config", None)
+    return getattr(text_config(), "_attn_implementation", None) if text_config else None
 
 
 def _wrapper(model: Any) -> tuple[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ def fails(dtype: torch.dtype) -> str | None:
     """Why this machine's GPU cannot run it, after a trial; None where it can, and on a CPU."""
     try:
         return _tried(dtype) if torch.cuda.is_available() else None
-    except (RuntimeError, ImportError, NotImplementedError) as error:  # no kernel for this GPU, or in this torch
+    except (RuntimeError, ImportError, TypeError) as error:  # no kernel for this GPU, or another one in this torch
         return f"torch's varlen_attn: {first_line(error)}"
 
 

@@ -174,6 +174,7 @@ def assert_ran(result: Result, job: Job) -> None:
     assert ran["wrapped"] == WRAPPED[strategy.rstrip("123")].format(model_class)
     assert (ran["world_size"], ran["backend"]) == (job.ranks, "gloo")
     assert ran["loss"] == loss_of(job)
+    assert ran["attention"] == job.changes.get("model__attn_implementation", "sdpa")
     assert ran["gradient_checkpointing"] is job.changes.get("training__gradient_checkpointing", False)
     if job.tuning in OPTIMIZER:
         assert ran["optimizer"] == OPTIMIZER[job.tuning]

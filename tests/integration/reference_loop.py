@@ -1,4 +1,4 @@
-"""An independent reference: plain torch in float64, one document at a time, no padding, packing, Trainer or accelerate."""
+"""An independent reference: plain torch in float64, a document at a time; no padding, packing, Trainer, accelerate."""
 
 from __future__ import annotations
 

@@ -50,9 +50,11 @@ def test_trains(
     """The losses of CPU ranks; under ddp, also from a checkpoint on, and with `auto` attention: varlen."""
     recipe = tiny.recipe(training__mixed_precision="bf16", checkpoint__save_steps=2, **changes)
     recipe["parallelism"] = {"strategy": strategy}
+    attention = "varlen" if strategy == "ddp" else "sdpa"
+    recipe["model"]["attn_implementation"] = attention
     expected = trained(recipe, 2).column("loss")
-    if strategy != "ddp":
-        recipe["model"]["attn_implementation"] = "sdpa"  # as on CPU ranks
+    if strategy == "ddp":
+        recipe["model"]["attn_implementation"] = "auto"
     records = tmp_path / "records"
     own = {**gpus, "FAKE_CUDA_BACKENDS": str(records)}  # asked for, by this test's ranks alone
     done = launch(recipe, tmp_path, ranks=2, env=own)
@@ -62,10 +64,10 @@ def test_trains(
     assert all(0 < mfu < 0.1 for mfu in done.column("mfu"))
     assert done.column("peak_memory_bytes") == [GIB] * 4  # what the emulated allocator says
     losses = done.column("loss")
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert done.status["ran"]["attention"] == attention
     if strategy != "ddp":
-        assert losses == pytest.approx(expected, rel=1e-6)
         return
-    assert losses == pytest.approx(expected, rel=2e-3)  # bf16 rounds elsewhere
     run = RunDir(done.run_dir)
     assert "attention: varlen (flash-attn is not installed)" in run.rank_log(0).read_text()
     shutil.rmtree(run.final)

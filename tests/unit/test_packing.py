@@ -1,4 +1,4 @@
-"""Documents of a packed row in every model type of transformers: the first is changed, the second looked at; and
+"""Documents of a packed row in transformers' model types but NOT_TRIED: the first is changed, the second looked at; and
 model.attn_implementation: varlen held against SDPA's masks."""
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 LIMIT = 20_000_000  # parameters
 # Types whose config class makes no small model of COMMON. Those that are in a list of models/packing.py were tried with
-# sizes of their own when they came there; the others have another type's attention, named here, or are refused.
+# sizes of their own when they came there; the others are taken for the type named here, or are refused.
 NOT_TRIED = {
     **dict.fromkeys(("bamba", "falcon", "granitemoehybrid", "kimi_linear", "lfm2_moe", "mamba2", "zamba2"), "listed"),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "zaya", "deepseek_v4"), "listed"),

@@ -66,6 +66,8 @@ def test_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(varlen, "DEVICE", "cpu")
     assert "varlen_attn" in str(varlen.fails(torch.bfloat16))  # no kernel for it
+    monkeypatch.setattr(kernels, "varlen_attn", lambda query, key, value, cu_seq_q: query)  # another torch's
+    assert "argument" in str(varlen.fails(torch.bfloat16))
     monkeypatch.setattr(kernels, "varlen_attn", dense)
     assert varlen.fails(torch.bfloat16) is None and varlen.fails(torch.float16) is None
     monkeypatch.setattr(kernels, "varlen_attn", lambda *args, **options: dense(*args, **options | {"scale": 0.5}))

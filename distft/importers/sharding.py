@@ -50,7 +50,7 @@ _FSDP_DROPPED = {
     "sync_module_states": "of FSDP1; FSDP2 does it in another way",
     "use_orig_params": "of FSDP1; FSDP2 always does",
     "limit_all_gathers": "of FSDP1; FSDP2 always does",
-    "cpu_ram_efficient_loading": "affects loading only, and distft sets it",
+    "cpu_ram_efficient_loading": "affects loading only; distft reads a unit at a time",
     "cpu_offload_pin_memory": TUNING,
     "state_dict_type": "affects saving only: distft's checkpoints can be read at every world size",
     "final_state_dict_type": "affects saving only: final/ is what transformers and peft load",

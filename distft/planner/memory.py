@@ -16,10 +16,10 @@ from distft.config.recipe import Recipe
 from distft.models.layout import Tensor, blocks
 from distft.models.lora import Adapter, adapters, module_of, saved, shapes_of, trained
 from distft.models.oft import shape_of
-from distft.models.quantization import is_kept, stored_bytes
+from distft.models.quantization import disk_quantization, is_kept, stored_bytes
 from distft.models.shapes import ModelShape
 from distft.models.vocabulary import new_token_count, vocabulary_tensors
-from distft.planner import activations, sharding
+from distft.planner import activations, loading, sharding
 from distft.planner.setting import Setting
 from distft.planner.sharding import LowRank, Muon, Share, Sizes, Unit
 from distft.rules.upstream import NOT_QUANTIZED
@@ -53,7 +53,7 @@ class Memory:
     peak: int  # comparable with torch.cuda.max_memory_allocated()
     overhead: int
     host_per_node: int
-    moment: str  # when the peak is: forward | loss | backward | optimizer
+    moment: str  # when the peak is: load | forward | loss | backward | optimizer
     peaks: Mapping[str, int]
     model_parameters: int  # elements
     trainable_parameters: int
@@ -183,6 +183,9 @@ def put_together(
         total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
         if total > totals.get(moment, (-1,))[0]:
             totals[moment] = total, _replaced(live, buffers=buffers)
+    load, load_host = loading.peak(recipe, sizes, setting, mine)
+    if setting.device_type == "cuda":
+        totals["load"] = load, Counter(buffers=load - mine.parameters)
     moment = max(totals, key=lambda moment: totals[moment][0])
     peak, live = totals[moment]
     overhead = CPU_PROCESS
@@ -197,7 +200,7 @@ def put_together(
         buffers=live["buffers"],
         peak=peak,
         overhead=overhead,
-        host_per_node=mine.host * setting.nproc_per_node,
+        host_per_node=max(mine.host, load_host) * setting.nproc_per_node,
         moment=moment,
         peaks={moment: total for moment, (total, _) in totals.items()},
         model_parameters=sizes.parameters,
@@ -300,6 +303,8 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         tail=unit([tensor for tensor in model.tensors if tensor.name not in inside]),
         small_bytes=low * small,
         tied=tied,
+        largest_tensor=max(tensor.size for tensor in model.tensors),
+        stored_quantized=bool(disk_quantization(model.config)),
         muon=Muon.of(
             (
                 tensor.shape

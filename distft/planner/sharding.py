@@ -93,6 +93,8 @@ class Sizes:
     tail: Unit
     small_bytes: int  # of tensors that ZeRO-3 leaves whole
     tied: bool  # input and output embeddings share one weight
+    largest_tensor: int  # elements of the base's largest one
+    stored_quantized: bool  # the base's files are
     muon: Muon = Muon()
     low_rank: LowRank = LowRank()
 

@@ -428,16 +428,15 @@ def activation_offload_needs_checkpointing(case: Case) -> str | None:
 
 
 @rule(
-    "fsdp_cpu_ram_efficient_loading: true with model.quantization",
-    "seen with accelerate 1.15 and transformers 5.23 (distft/strategies/accelerate.py, fsdp_config)",
-    "leave it out: distft turns it off with quantization",
+    "fsdp_cpu_ram_efficient_loading",
+    "transformers 5.23 core_model_loading.py reads the whole model on every rank either way; accelerate 1.15 "
+    "utils/fsdp_utils.py:628 fails for persistent buffers",
+    "leave it out",
 )
-def quantized_weights_are_read_by_all_ranks(case: RecipeCase) -> str | None:
-    """With fsdp_cpu_ram_efficient_loading one rank reads the weights and sends them to the others, but accelerate does
-    not send bitsandbytes weights: the other ranks would train on uninitialized memory.
-    """
-    if case.fsdp and case.quantization and case.fsdp_config.get("fsdp_cpu_ram_efficient_loading"):
-        return f"fsdp.overrides.fsdp_cpu_ram_efficient_loading: true loses {case.quantization} weights"
+def weights_are_read_by_unit(case: RecipeCase) -> str | None:
+    """distft reads the weights of each unit just before FSDP2 shards it, so that this would have no effect."""
+    if case.fsdp and "fsdp_cpu_ram_efficient_loading" in case.fsdp_config:
+        return "fsdp.overrides.fsdp_cpu_ram_efficient_loading: has no effect: a unit of the model is read at a time"
     return None
 
 

@@ -13,7 +13,16 @@ from transformers import AutoConfig
 from distft.config.recipe import Recipe
 from distft.errors import PlanError, SimulationError, first_line
 from distft.models.attention import UNPADDED, planned_attention
-from distft.models.quantization import NF4, NF4_BLOCK, NF4_QUANT_TYPE, NF4_SCALE_BLOCK, is_kept, stored_bytes
+from distft.models.quantization import (
+    NF4,
+    NF4_BLOCK,
+    NF4_QUANT_TYPE,
+    NF4_SCALE_BLOCK,
+    disk_quantization,
+    is_kept,
+    stored_bytes,
+)
+from distft.models.shapes import read_config
 from distft.models.vocabulary import new_token_count, rows_needed
 from distft.planner import memory
 from distft.planner.sharding import Muon, Sizes, Unit
@@ -243,6 +252,8 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         small_bytes=low * sum(p.numel() for p in everything if p.numel() < PERSISTENT),
         bnb_bytes=sum(memory.bnb_state_bytes(recipe.training.optim, p.numel(), p is embedding.weight) for p in trained),
         tied=tied,
+        largest_tensor=max(p.numel() for p in everything),
+        stored_quantized=bool(disk_quantization(read_config(recipe))),
         muon=Muon.of((tuple(p.shape) for p in (muon.matrices(model) if recipe.training.optim == "muon" else ())), low),
         low_rank=memory.low_rank_of(recipe, [tuple(p.shape) for p in _low_rank(recipe, model)]),
     )

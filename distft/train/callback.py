@@ -80,6 +80,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         self.stopping.training = True
         ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
+        ran["loading"] = "by unit" if self.trainer.weights else "from_pretrained"
         self.status.update(ran=ran)
         strategy_check.check(self.plan, ran)
         if self.start.checkpoint is not None:

@@ -96,6 +96,11 @@ class Conversion:
         made = transform.convert(first, model=self.model, config=self.model.config)
         return {name: found[0] if isinstance(found, list) else found for name, found in made.items()}
 
+    @property
+    def transforms(self) -> list[Any]:
+        """transformers' own objects, those that did something."""
+        return [transform for transform in self._transforms if transform.was_used()]
+
     def load(self, group: Group, read: Read) -> Tensors:
         """The parameters of a group, from its stored tensors."""
         return self._convert(group.parameters[0], {name: read(name) for name in group.stored})
@@ -106,7 +111,7 @@ class Conversion:
         Raises:
             ValueError: the conversion cannot be undone.
         """
-        self.model._weight_conversions = [transform for transform in self._transforms if transform.was_used()]
+        self.model._weight_conversions = self.transforms
         want = {name for group in groups for name in group.stored}
         prefix = f"{self.model.base_model_prefix}."  # files of a base model have it before their names, or not
         made: Tensors = {}

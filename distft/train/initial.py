@@ -72,9 +72,8 @@ class InitialAdapter:
             b.data.copy_(tensors[name + _B])
             weight = layer.get_base_layer().weight
             with whole_weight(weight, write=True):
-                if not weight.is_meta:  # FSDP2 sends this rank the first one's
-                    rest = weight.data.float() - layer.scaling["default"] * b.data @ a.data
-                    weight.data.copy_(rest.to(weight.dtype))
+                rest = weight.data.float() - layer.scaling["default"] * b.data @ a.data
+                weight.data.copy_(rest.to(weight.dtype))
         return model
 
     def tensors(self) -> dict[str, torch.Tensor]:

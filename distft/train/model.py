@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -31,6 +32,7 @@ from distft.train.initial import InitialAdapter
 from distft.train.mergeable import saved_modules
 from distft.train.new_rows import add_new_rows, grow, new_rows
 from distft.train.special_tokens import new_tokens
+from distft.train.streaming import Stream, cast
 
 log = logging.getLogger("distft")
 
@@ -109,7 +111,11 @@ def quantization_config(recipe: Recipe, strategy: str) -> Any:
 
 
 def build_model(
-    recipe: Recipe, strategy: str, eos_token_id: int | None = None, initial: InitialAdapter | None = None
+    recipe: Recipe,
+    strategy: str,
+    eos_token_id: int | None = None,
+    initial: InitialAdapter | None = None,
+    stream: Stream | None = None,
 ) -> PreTrainedModel | Any:
     """Load the base model and wrap it with the adapters.
 
@@ -120,30 +126,35 @@ def build_model(
     Args:
         initial: where an adapter that changes the base (PiSSA, OLoRA) has its first weights.
         eos_token_id: the tokenizer's, for the model's configs where the recipe names another than the model's.
+        stream: gives the weights later, as the model is sharded; here for ZeRO-3, and in `stream.around` for FSDP2.
 
     Raises:
         DataError: the weights cannot be read, or some are missing.
     """
-    model_dtype = compute_dtype(recipe) if recipe.lora else torch.float32
+    kind = KINDS[strategy]
+    # DeepSpeed casts what it does not make itself to the compute dtype: only the peak of loading would be higher.
+    low = recipe.lora is not None or kind.zero_stage in (1, 2)
     quantization = quantization_config(recipe, strategy)
     options: dict[str, Any] = {}
     if quantization is not None:
         options["quantization_config"] = quantization
-        if KINDS[strategy].zero_stage != 3:  # zero.Init places parameters itself
-            options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    if kind.zero_stage != 3 and (quantization is not None or not kind.shards_parameters):
+        # Straight to this rank's GPU: each rank would have all of the model in host memory. zero.Init does it itself.
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     name = recipe.model.name_or_path
     source = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **source)
-        found: Any = auto_class(config.model_type).from_pretrained(
-            name,
-            **source,
-            use_safetensors=True,
-            dtype=model_dtype,
-            attn_implementation=choose_attention(recipe, config.to_dict()),
-            output_loading_info=True,
-            **options,
-        )
+        with stream.instead() if stream else contextlib.nullcontext():
+            found: Any = auto_class(config.model_type).from_pretrained(
+                name,
+                **source,
+                use_safetensors=True,
+                dtype=compute_dtype(recipe) if low else torch.float32,
+                attn_implementation=choose_attention(recipe, config.to_dict()),
+                output_loading_info=True,
+                **options,
+            )
     except OSError as error:
         raise DataError(f"model.name_or_path: {name} cannot be loaded ({error})") from error
     model, loaded = found
@@ -152,6 +163,8 @@ def build_model(
     model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or () if c.was_used()]
     model.config.use_cache = False
     tokens = new_tokens(recipe)
+    if stream and tokens.ids:
+        stream.fill_layers(model, model.get_input_embeddings(), model.get_output_embeddings())
     grow(model, tokens)
     if recipe.model.eos_token is not None:
         for config in (model.config.get_text_config(), model.generation_config):
@@ -160,12 +173,14 @@ def build_model(
         freeze(model, recipe)
         return model
     model = add_adapters(model, recipe, tokens.ids, initial)
-    if KINDS[strategy].zero_stage == 3:
+    if kind.zero_stage == 3:
         # DeepSpeed does not cast a model of which zero.Init made any part (engine.py, _cast_module_mixed_precision):
         # peft's float32 adapters would compute in float32 and keep a float32 copy of every layer's input.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(compute_dtype(recipe))
+        if stream:
+            stream.shard_zero3(model)
     return model
 
 
@@ -180,8 +195,8 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
     names = {id(parameter): name for name, parameter in parameters.items()}
     shared = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     for name in frozen(parameters, named(parameters, recipe.training.train_only, shared)):
-        parameter = parameters[name].requires_grad_(False)
-        parameter.data = parameter.data.to(compute_dtype(recipe))
+        parameters[name].requires_grad = False
+        cast(parameters[name], compute_dtype(recipe))
 
 
 def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
+from distft.strategies.loading import streams
 from distft.train import before_training, chunked_loss, collectives, worker
 from distft.train.as_published import write_as_published
 from distft.train.auto_class import auto_class
-from distft.train.base_files import base_files
+from distft.train.base_files import base_files, stored_quantization
 from distft.train.callback import NoStepsLeft, RunCallback
 from distft.train.checkpoint import Checkpointer, Position
 from distft.train.data import Prepared, load_prepared
@@ -40,6 +41,7 @@ from distft.train.sampler import StreamSampler
 from distft.train.save import save_trained
 from distft.train.status import StatusWriter
 from distft.train.stopping import Stopping
+from distft.train.streaming import Stream
 from distft.train.tokens import load_tokenizer
 from distft.train.trainer import Collator, RecipeTrainer, training_arguments
 from distft.train.watchdog import Watchdog
@@ -59,6 +61,8 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     steps = recipe.training.optimizer_steps(len(prepared.train))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
     collectives.record(str(run.logs / "collectives-rank-"))
+    # accelerate's way, in which all ranks read the whole model and all but one drop it, fails for persistent buffers.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     arguments = training_arguments(recipe, plan, run, steps)
     if KINDS[plan["strategy"]].engine == "deepspeed":
         import deepspeed
@@ -93,7 +97,8 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         resumed=start.checkpoint is not None,
         each=KINDS[plan["strategy"]].zero_stage == 3,
     )
-    model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id, initial)
+    weights = Stream(recipe) if streams(recipe, plan["strategy"], bool(stored_quantization(recipe))) else None
+    model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id, initial, weights)
     attention = model.config.get_text_config()._attn_implementation
     warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)
     status.write(
@@ -111,6 +116,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         loss_type=recipe.training.loss_type,
         chunked=chunked_loss.use(recipe, model, plan["strategy"]),
         recipe=recipe,
+        weights=weights,
         data_collator=Collator(tokenizer.pad_token_id, recipe.data.packs, attention in UNPADDED),
         processing_class=tokenizer,
     )

@@ -25,6 +25,7 @@ from distft.train.blocks import sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
 from distft.train.step_state import set_schedule
+from distft.train.streaming import Stream
 
 # check_chunks: tokens, and differences per token that rounding makes in float32 and in 16 bit.
 CHECKED, EXACT, LOW = 64, 1e-4, 5e-2
@@ -104,12 +105,14 @@ class RecipeTrainer(Trainer):
         loss_type: str = "nll",
         chunked: bool = False,
         recipe: Recipe | None = None,
+        weights: Stream | None = None,
         **kwargs: Any,
     ):
-        self.stream, self.recipe = stream, recipe
+        self.stream, self.recipe, self.weights = stream, recipe, weights
         self.loss_type, self.chunked = loss_type, chunked
         super().__init__(**kwargs)
-        self.accelerator.prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
+        prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
+        self.accelerator.prepare = weights.around(prepare) if weights else prepare
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
         if loss_type != "nll" or not self.model_accepts_loss_kwargs:
             self.compute_loss_func = mean_loss(loss_type)

@@ -14,6 +14,7 @@ from distft.planner.search import ABOUT
 from distft.units import GIB, gib, short
 
 MOMENTS = {
+    "load": "loading of the model",
     "forward": "forward pass",
     "loss": "loss computation",
     "backward": "backward pass",

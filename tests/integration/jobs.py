@@ -174,6 +174,9 @@ def assert_ran(result: Result, job: Job) -> None:
     assert ran["wrapped"] == WRAPPED[strategy.rstrip("123")].format(model_class)
     assert (ran["world_size"], ran["backend"]) == (job.ranks, "gloo")
     assert ran["loss"] == loss_of(job)
+    by_unit = strategy in ("fsdp", "hsdp") or (strategy == "zero3" and "nf4" in job.tuning)
+    starts_from_base = job.tuning.split()[0] in ("dora", "pissa", "olora")
+    assert ran["loading"] == ("by unit" if by_unit and not starts_from_base else "from_pretrained")
     assert ran["attention"] == job.changes.get("model__attn_implementation", "sdpa")
     assert ran["gradient_checkpointing"] is job.changes.get("training__gradient_checkpointing", False)
     if job.tuning in OPTIMIZER:

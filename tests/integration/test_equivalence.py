@@ -60,7 +60,6 @@ JOBS = [
     Job("fsdp", 2, "whole layers nf4"),
     *(Job(strategy, 2, "loraplus") for strategy in FOUR),
     *(Job(strategy, 2, "pissa") for strategy in FOUR),
-    Job("fsdp", 2, "pissa", {"fsdp__overrides": {"fsdp_cpu_ram_efficient_loading": True}}),
     *(Job(strategy, 2, "pissa bf16") for strategy in ("zero3", "fsdp")),
     Job("zero3", 2, "olora"),
     Job("fsdp", 2, "orthogonal"),

@@ -29,8 +29,6 @@ JOBS = [
         Job(strategy, 2, "new tokens", {"training__gradient_checkpointing": True})
         for strategy in ("ddp", "zero3", "fsdp")
     ),
-    # As on GPUs: one rank reads the weights, and the others get theirs from it.
-    *(Job("fsdp", 2, tuning, {"fsdp__overrides": {"fsdp_cpu_ram_efficient_loading": True}}) for tuning in TUNINGS),
 ]
 
 

@@ -24,8 +24,6 @@ TRAINED = ("model.layers.1.", "model.layers.0.mlp.down_proj.", "lm_head.")
 JOBS = [Job(strategy, ranks, "part full", changes) for strategy, ranks, changes in STRATEGIES if ranks == 2]
 JOBS += [
     Job("hsdp", 4, "part full", {"parallelism__hsdp_shard_size": 2}),
-    # As on GPUs: one rank reads the weights, and the others get theirs from it.
-    Job("fsdp", 2, "part full", {"fsdp__overrides": {"fsdp_cpu_ram_efficient_loading": True}}),
     *(Job(name, 2, "part full", {"training__gradient_checkpointing": True}) for name in ("ddp", "zero3", "fsdp")),
 ]
 

@@ -64,6 +64,23 @@ def parameters() -> int:
     return 2 * vocab * h + 6 * (2 * h * h + 2 * h * h // 4 + 3 * h * f + 2 * h) + h
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_what_is_whole_before_it_is_sharded(folder: Path, strategy: str) -> None:
+    """DoRA starts from values of the whole base: with 4 bits that is on each GPU, without in each rank's host memory.
+    Adapters of other kinds do not need it."""
+    options: dict[str, Any] = {"strategy": strategy, "shard_size": 8, "world_size": 8, "nproc_per_node": 8}
+    nf4, dora = "model.quantization=nf4", "lora.use_dora=true"
+    adapters = 4 * estimate(folder, BF16, LORA).trainable_parameters
+    linear = 6 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 688)
+    quantized = 2 * (parameters() - linear) + stored_bytes("nf4", linear, 256, {})
+    tensor = 2 * 1000 * 256
+    loads = [estimate(folder, BF16, LORA, nf4, *more, **options).peaks["load"] for more in ((), (dora,))]
+    assert loads[0] < quantized + adapters == pytest.approx(loads[1] - tensor, rel=0.1)
+    hosts = [estimate(folder, BF16, LORA, *more, **options).host_per_node for more in ((), (dora,), (dora, nf4))]
+    full = 8 * (2 * parameters() + 4 * estimate(folder, BF16, LORA, dora).trainable_parameters)
+    assert hosts == [0, 0 if strategy == "zero3" else full, 0]
+
+
 # ---- by hand. Formula and simulation share sharding.py and put_together, so their agreement proves nothing about these
 # two: here every number is written out from the definitions.
 
@@ -112,6 +129,8 @@ BY_HAND = Sizes(
     tail=Unit(1_600_000, 50_000),
     small_bytes=40_000,
     tied=False,
+    largest_tensor=750_000,
+    stored_quantized=False,
 )
 ZERO = {"reduce_bucket_size": 200_000, "overlap_comm": True, "sub_group_size": 60_000}
 ZERO |= {"stage3_prefetch_bucket_size": 300_000, "stage3_max_reuse_distance": MILLION}
@@ -129,18 +148,19 @@ HEAD, TOP = 600_000 + 900_000, 1_200_000  # activations and logits of two of the
 
 
 @pytest.mark.parametrize(
-    ("strategy", "offload", "precision", "states", "host", "buffers"),
+    ("strategy", "offload", "precision", "states", "host", "buffers", "load"),
     [  # states: parameters, gradients, optimizer. buffers: forward, loss, head, backward, optimizer
+        # load: as far as it is sharded while it is read, and a tensor as it is stored, 1.5; FSDP also has a unit, 2.2
         # The adapter in float32; a bucketed copy of all gradients.
-        ("ddp", "none", "bf16", (9_600_000, 1_600_000, 3_200_000), 0, [1_600_000] * 5),
+        ("ddp", "none", "bf16", (9_600_000, 1_600_000, 3_200_000), 0, [1_600_000] * 5, 11_100_000),
         # The adapter in 16 bit, its float32 copy and moments divided by 4; in the step, a flat copy of all gradients.
-        ("zero1", "none", "bf16", (8_800_000, 1_600_000, 1_200_000), 0, [0, 0, 0, 0, 1_600_000]),
+        ("zero1", "none", "bf16", (8_800_000, 1_600_000, 1_200_000), 0, [0, 0, 0, 0, 1_600_000], 10_300_000),
         # fp16: two buckets of 200,000 in float32, and the message.
-        ("zero1", "none", "fp16", (8_800_000, 1_600_000, 1_200_000), 0, [0, 0, 2_400_000, 2_400_000, 0]),
+        ("zero1", "none", "fp16", (8_800_000, 1_600_000, 1_200_000), 0, [0, 0, 2_400_000, 2_400_000, 0], 10_300_000),
         # Gradients divided; two buckets in 16 bit, and the message in float32.
-        ("zero2", "none", "bf16", (8_800_000, 400_000, 1_200_000), 0, [0, 0, 1_600_000, 1_600_000, 0]),
+        ("zero2", "none", "bf16", (8_800_000, 400_000, 1_200_000), 0, [0, 0, 1_600_000, 1_600_000, 0], 10_300_000),
         # On the host: float32 gradients, optimizer states, and 16-bit sums of gradients over micro-batches.
-        ("zero2", "optimizer", "bf16", (8_800_000, 0, 0), 1_800_000, [0, 0, 1_600_000, 1_600_000, 0]),
+        ("zero2", "optimizer", "bf16", (8_800_000, 0, 0), 1_800_000, [0, 0, 1_600_000, 1_600_000, 0], 10_300_000),
         # A quarter of the parameters and the small ones whole. Gathered: half of the reuse distance, the prefetch and
         # a module, 1.0 + 0.6 + 1.0; the float32 bucket 0.8; the message 0.8. In the step: the bucket and a sub-group.
         (
@@ -150,6 +170,7 @@ HEAD, TOP = 600_000 + 900_000, 1_200_000  # activations and logits of two of the
             (2_240_000, 400_000, 1_200_000),
             0,
             [3_400_000, 3_400_000, 4_200_000, 4_200_000, 1_040_000],
+            3_240_000,
         ),
         (
             "zero3",
@@ -158,6 +179,7 @@ HEAD, TOP = 600_000 + 900_000, 1_200_000  # activations and logits of two of the
             (40_000, 0, 0),
             2_200_000 + 400_000 + 1_200_000,
             [3_400_000, 3_400_000, 4_200_000, 4_200_000, 1_040_000],
+            1_040_000,
         ),
         # All divided by 4, the adapter in float32. Gathered: two blocks (4.0); twice the tail (3.2) or block and tail
         # (3.6); block and tail (3.6) and the tail's gradients (0.3); two blocks and a block's gradients (0.6).
@@ -168,8 +190,9 @@ HEAD, TOP = 600_000 + 900_000, 1_200_000  # activations and logits of two of the
             (2_400_000, 400_000, 800_000),
             0,
             [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0],
+            6_100_000,
         ),
-        ("fsdp", "all", "bf16", (0, 0, 0), 3_600_000, [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0]),
+        ("fsdp", "all", "bf16", (0, 0, 0), 3_600_000, [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0], 3_700_000),
         # Groups of 2 of the 4 ranks.
         (
             "hsdp",
@@ -178,6 +201,7 @@ HEAD, TOP = 600_000 + 900_000, 1_200_000  # activations and logits of two of the
             (4_800_000, 800_000, 1_600_000),
             0,
             [4_000_000, 3_600_000, 3_900_000, 4_600_000, 0],
+            8_500_000,
         ),
     ],
 )
@@ -189,6 +213,7 @@ def test_strategies_by_hand(
     states: tuple[int, int, int],
     host: int,
     buffers: list[int],
+    load: int,
 ) -> None:
     recipe = load_recipe(
         folder / "recipe.yaml", [f"training.mixed_precision={precision}", "training.optim=adamw_torch"]
@@ -205,6 +230,7 @@ def test_strategies_by_hand(
     some, few, all_ = (100_000, 200_000, 1_600_000) if strategy == "ddp" else [states[1]] * 3
     temporaries = 0 if offload != "none" else 1_600_000 // shards
     assert found.peaks == {
+        "load": load,
         "forward": kept + (0 if strategy == "ddp" else states[1]) + 1_000_000 + forward,
         "loss": kept + (0 if strategy == "ddp" else states[1]) + 1_500_000 + loss,
         "backward": kept + max(some + HEAD + head, few + TOP + backward, all_ + 300_000 + backward),
@@ -256,7 +282,7 @@ def test_buffers_of_the_model_are_counted_once(folder: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml", ["training.mixed_precision=bf16"])
     step = {("forward", -1): Counter(activations=1_000, buffers=500), ("optimizer", None): Counter()}
     undivided = {"parameters": 4_000, "gradients": 1_600_000, "optimizer": 3_200}
-    found = put_together(recipe, BY_HAND, undivided, step, Setting("ddp", world_size=4), None)
+    found = put_together(recipe, BY_HAND, undivided, step, Setting("ddp", world_size=4, device_type="cpu"), None)
     assert found.moment == "forward"
     assert (found.activations, found.buffers, found.peak) == (1_000, 1_600_500, 4_000 + 3_200 + 1_000 + 1_600_500)
 

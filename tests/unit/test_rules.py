@@ -528,9 +528,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             {"fsdp": over(activation_checkpointing_offload=True, activation_checkpointing=True)},
         )
     ],
-    "quantized-weights-are-read-by-all-ranks": [
-        ({**FSDP, **QLORA, "fsdp": over(cpu_ram_efficient_loading=True)}, {"model__quantization": None})
-    ],
+    "weights-are-read-by-unit": [({**FSDP, "fsdp": over(cpu_ram_efficient_loading=True)}, {"fsdp": over()})],
     "one-unit-gathers-all-weights": [
         ({**FSDP, "fsdp": over(auto_wrap_policy="NO_WRAP")}, {"fsdp": over(auto_wrap_policy="TRANSFORMER_BASED_WRAP")})
     ],

@@ -236,7 +236,7 @@ def test_checkpointing_keeps_one_hidden_state_a_layer(folder: Path) -> None:
 
 
 def test_logits(folder: Path) -> None:
-    assert run(folder).peaks.keys() == {"forward", "loss", "backward", "optimizer"}
+    assert run(folder).peaks.keys() == {"load", "forward", "loss", "backward", "optimizer"}
     # float32: the output is its own upcast; plus log-probabilities and their gradient in the backward pass.
     assert traced(folder).peaks["backward", None]["logits"] == 3 * 4 * TOKENS * VOCABULARY
     half = traced(folder, "training.mixed_precision=bf16")

@@ -1,0 +1,19 @@
+"""How the ranks read a base model: what decides it, for those that plan it and those that do it."""
+
+from __future__ import annotations
+
+from distft.config.recipe import Recipe
+from distft.models.lora import changes_base
+from distft.strategies.kinds import KINDS
+
+
+def streams(recipe: Recipe, strategy: str, stored_quantized: bool) -> bool:
+    """Whether each unit of the model gets its weights just before it is sharded (train/streaming.py).
+
+    Under ZeRO-3 a model that is not quantized is sharded while it is made. DoRA, PiSSA and OLoRA start from values of
+    the whole base, and a base that is stored quantized is unpacked by transformers: there every rank reads all of it.
+    """
+    kind, lora = KINDS[strategy], recipe.lora
+    if kind.engine != "fsdp2" and not (kind.zero_stage == 3 and recipe.model.quantization):
+        return False
+    return not (stored_quantized or changes_base(lora) or (lora is not None and lora.use_dora))

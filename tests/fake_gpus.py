@@ -25,6 +25,8 @@ def environment(records: Path) -> dict[str, str]:
         # Both hold every tensor on the CPU.
         "ACCELERATE_TORCH_DEVICE": "cpu",
         "DS_ACCELERATOR": "cpu",
+        # transformers loads in threads, and torch's function modes, which place tensors, are of one thread.
+        "HF_DEACTIVATE_ASYNC_LOAD": "1",
     }
 
 

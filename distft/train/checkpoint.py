@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from distft import extras
 from distft.config.recipe import Recipe
@@ -31,7 +30,7 @@ from distft.runs.checkpoints import MANIFEST, SCHEMA, Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.status import read_status
 from distft.train import step_state, worker
-from distft.train.ranges import Range, Ranges, cause, check_written, read_ranges, stored_weights, write_ranges
+from distft.train.ranges import Range, Ranges, check_written, read_ranges, stored_weights, write_ranges
 from distft.train.ranks import RankGroup
 from distft.train.save import unwrapped
 from distft.train.shards import Share, Shares
@@ -77,6 +76,7 @@ class Checkpointer:
         self.problem: str | None = None
         # Of this attempt: step, seconds until written, seconds of them in which the training stood still.
         self.saves: list[dict[str, Any]] = []
+        self.staged: dict[str, torch.Tensor] = {}  # a buffer in host memory for each tensor that is saved
         if ranks.rank == 0:
             for unfinished in run.checkpoints.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,7 +118,7 @@ class Checkpointer:
 
         def stage(name: str, part: torch.Tensor, start: int, total: int) -> None:
             if len(part):
-                staged[name] = Range(part.detach().to("cpu", copy=True), start, total)
+                staged[name] = Range(self._copy(name, part.detach()), start, total)
 
         for share in Shares(trainer.model_wrapped, trainer.optimizer).read():
             own = share.own()
@@ -129,7 +129,18 @@ class Checkpointer:
                     stage(f"{share.name}/{name}", values, 0, len(values))
         for name, state in step_state.generators().items():
             stage(f"{RNG}/{self.ranks.rank}/{name}", state, 0, len(state))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return staged
+
+    def _copy(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, which every save uses again: pinned where there is a GPU, since copies to other memory
+        take several times as long. The save before this one is written by now."""
+        kept = self.staged.get(name)
+        if kept is None or kept.shape != part.shape:
+            kept = torch.empty(part.shape, dtype=part.dtype, pin_memory=torch.cuda.is_available())
+            self.staged[name] = kept
+        return kept.copy_(part, non_blocking=True)
 
     def _manifest(self, trainer: Any, position: Position) -> dict[str, Any]:
         return {
@@ -175,10 +186,10 @@ class Checkpointer:
         """Write and check this rank's file in `work`. Returns what went wrong, and the manifest's facts of the file."""
         try:
             self._make(work)
-            write_ranges(staged, work, self.ranks.process_group)
+            write_ranges(staged, work, self.ranks.rank)
             return None, check_written(staged, work, self.ranks.rank)
-        except (Exception, CheckpointException) as error:  # the latter is not among the former
-            return cause(error), {}
+        except Exception as error:
+            return in_one_line(error), {}
 
     def _make(self, work: Path) -> None:
         """An empty folder for all ranks; raises RunError on all where it cannot be made."""

@@ -1,4 +1,4 @@
-"""Ranges of flat tensors in safetensors files, through torch.distributed.checkpoint (DCP).
+"""Ranges of flat tensors in safetensors files, as torch.distributed.checkpoint (DCP) has and reads them.
 
 Each rank writes one file with the ranges that it holds, and reads those that it needs from anyone's file. Nothing in
 these files is a pickle.
@@ -6,25 +6,28 @@ these files is a pickle.
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
+from safetensors.torch import save_file
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from distft.data.cache import file_digest
 from distft.errors import RunError, in_one_line
@@ -45,22 +48,11 @@ class Range:
     def size(self) -> torch.Size:
         return torch.Size([self.total])
 
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        [chunk] = self.__create_chunk_list__()
-        properties = TensorProperties.create_from_tensor(self.tensor)
-        data = TensorWriteData(chunk=chunk, properties=properties, size=self.size())
-        return [WriteItem(index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
-
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=self.tensor.shape)]
 
 
 Ranges = dict[str, Range]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn].tensor
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -73,14 +65,30 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].tensor
 
 
-def write_ranges(ranges: Ranges, folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write this rank's ranges into a file in `folder`, flushed to disk. Collective over `group`, if there is one.
+def write_ranges(ranges: Ranges, folder: Path, rank: int) -> None:
+    """Write a rank's ranges into a file in `folder`, flushed to disk.
+
+    The file of DCP's HuggingFaceStorageWriter. That makes it with safetensors.save, which has it in memory once more
+    and holds the interpreter's lock for half of the time, so that the training stands still; save_file does neither.
 
     Raises:
-        CheckpointException: they could not be written, on this rank or another. It is not an Exception.
+        OSError, SafetensorError: it could not be written.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(ranges, storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None)
+    path = folder / f"{_shard(rank)}-model-00001-of-00001.safetensors"
+    offsets = {name: {SAVED_OFFSETS_KEY: [found.start]} for name, found in ranges.items()}
+    metadata = {
+        CUSTOM_METADATA_KEY: json.dumps(offsets),
+        DCP_VERSION_KEY: str(HF_DCP_VERSION),
+        FORMAT_KEY: FORMAT_VALUE,
+    }
+    save_file({name: found.tensor for name, found in ranges.items()}, path, metadata)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _shard(rank: int) -> str:
+    return f"shard-{rank + 1:05d}"
 
 
 def check_written(ranges: Ranges, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -90,7 +98,7 @@ def check_written(ranges: Ranges, folder: Path, rank: int) -> dict[str, dict[str
         RunError: it holds something else, or is not there.
     """
     files = {}
-    for path in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors")):
+    for path in sorted(folder.glob(f"{_shard(rank)}-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             wrong = [name for name in names if not torch.equal(file.get_tensor(name), ranges[name].tensor)]

@@ -142,7 +142,9 @@ class Shares:
             if value.dtype == torch.uint8:
                 from bitsandbytes.functional import dequantize_blockwise
 
+                # Paged states are CPU tensors over CUDA's managed memory, and their scales are on the GPU.
                 scale = {"absmax": state[f"absmax{name[-1]}"], "code": state[f"qmap{name[-1]}"]}
+                scale = {key: tensor.to(value.device) for key, tensor in scale.items()}
                 value = dequantize_blockwise(value, **scale, blocksize=_BLOCK).cpu()
                 self.unpacked.append((parameter, name, value))
             yield name, value

@@ -119,6 +119,7 @@ def place_on_cpu(torch: Any) -> None:
                 return function(*index, *args, **options)
             if function is torch.Tensor.cuda:
                 return args[0]
+            options.pop("pin_memory", None)
             if isinstance(options.get("device"), int):
                 options["device"] = "cpu"
             return function(*map(cpu, args), **{name: cpu(value) for name, value in options.items()})

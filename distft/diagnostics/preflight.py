@@ -2,8 +2,9 @@
 
 `python -m distft.diagnostics.preflight RUN_DIR GPUS HEAD PORT`
 
-Each node checks its own machine and reports to the head node over a plain socket, so that a node without the shared
-file system, or without torch, can still report that. If all pass, neighbours all-reduce in pairs. The head node writes
+Each node checks its own machine, an all-reduce of its GPUs included, and reports to the head node over a plain socket,
+so that a node without the shared file system, or without torch, can still report that. If all pass, neighbours
+all-reduce in pairs, over gloo and, with GPUs, NCCL: checkpoints and the training use both. The head node writes
 logs/preflight.json and, if nodes are bad, logs/preflight.bad (their names, separated by commas), and exits with 3.
 """
 
@@ -23,14 +24,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from distft.diagnostics import checks
+from distft.diagnostics import checks, trials
 from distft.diagnostics.verdict import REPORT_SECONDS, Report, judge_machines, judge_network
-from distft.errors import first_line
 from distft.runs.directory import RunDir
 
 # With REPORT_SECONDS together under a minute, whatever goes wrong.
 SEEN_SECONDS = 6.0  # NFS shows a new file when its attribute cache of 3 s has expired
-PAIR_SECONDS = 8.0  # for each of two rounds
+PAIR_SECONDS = 9.0  # for each of two rounds, and for the GPUs of a node
 BAD_NODES = 3  # the exit status
 
 
@@ -38,17 +38,20 @@ def main() -> int:
     run_dir, gpus, head, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     rank, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
     listener = socket.create_server(("", port), backlog=max(nodes, 128)) if rank == 0 else None
+    reduces = AllReduces(nodes, gpus)  # before a GPU is touched
     found = checks.look(run_dir, gpus)
+    if gpus > 1 and not found.problems:
+        found.attempt(reduces.among_gpus, "all-reduce of the GPUs")
     report = {"rank": rank, "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), **vars(found)}
     if listener is not None:
-        return Head(run_dir, head, port, nodes, gpus).run(listener, report)
+        return Head(run_dir, head, port, nodes, gpus, reduces).run(listener, report)
     with socket.create_connection((head, port), timeout=REPORT_SECONDS) as connection:
         connection.settimeout(REPORT_SECONDS + 2 * PAIR_SECONDS + SEEN_SECONDS)
         stream = connection.makefile("rw")
         _send(stream, report)
         answer = json.loads(stream.readline() or "{}")
         if answer:  # none where a machine is bad
-            _send(stream, check_network(run_dir, answer["token"], head, port + 1, rank, nodes, gpus))
+            _send(stream, check_network(run_dir, answer["token"], head, port + 1, rank, nodes, reduces))
     return 0
 
 
@@ -57,12 +60,14 @@ def _send(stream: TextIO, value: Any) -> None:
     stream.flush()
 
 
-def check_network(run_dir: Path, token: str, head: str, port: int, rank: int, nodes: int, gpus: int) -> Report:
-    """The checks that need other nodes: the head node's file seen from here, and all-reduce with both neighbours."""
+def check_network(
+    run_dir: Path, token: str, head: str, port: int, rank: int, nodes: int, reduces: AllReduces
+) -> Report:
+    """The checks that need other nodes: the head node's file seen from here, and all-reduces with both neighbours."""
     return {
         "rank": rank,
         "seen": _sees(run_dir / "logs" / "preflight.token", token),
-        "pairs": pairs(rank, nodes, head, port, "nccl" if gpus else "gloo") if nodes > 1 else [],
+        "pairs": reduces.with_neighbours(rank, nodes, head, port) if nodes > 1 else [],
         "sockets": _nccl_sockets(),
     }
 
@@ -87,58 +92,56 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
     return [first, second] if nodes > 2 else [first]
 
 
-def pairs(rank: int, nodes: int, head: str, port: int, backend: str) -> list[Report]:
-    """All-reduce with each neighbour: GB/s in each direction, or the error."""
-    import torch
-    import torch.distributed as dist
+class AllReduces:
+    """The processes of this node's all-reduces; none where torch cannot be imported, which checks.look reports."""
 
-    timeout = timedelta(seconds=PAIR_SECONDS)
-    if backend == "nccl":
-        os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": _nccl_log()}
-        torch.cuda.set_device(0)
-    device, size = ("cuda", 2**28) if backend == "nccl" else ("cpu", 2**22)
-    # Both stores are public names of torch.distributed, which does not re-export them explicitly.
-    tcp: Any = dist.TCPStore  # type: ignore[attr-defined]
-    prefix: Any = dist.PrefixStore  # type: ignore[attr-defined]
-    store = tcp(head, port, nodes, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    results = []
-    for number, ring in enumerate(rounds(nodes)):
-        for pair in ring:
-            if rank not in pair:
-                continue
-            result: Report = {"peer": pair[1 - pair.index(rank)]}
-            try:
-                own = prefix(f"{number}-{pair[0]}", store)
-                dist.init_process_group(backend, store=own, rank=pair.index(rank), world_size=2, timeout=timeout)
-                data = torch.ones(size // 4, device=device)
-                dist.all_reduce(data)
-                _synchronize(device)
-                began = time.perf_counter()
-                for _ in range(4):
-                    dist.all_reduce(data)
-                _synchronize(device)
-                result["gb_per_s"] = 4 * size / (time.perf_counter() - began) / 1e9
-                if data[0].item() != 2.0**5 or data[-1].item() != 2.0**5:
-                    result["error"] = "wrong sums"
-            except Exception as error:
-                result["error"] = first_line(error)[:200]
-            finally:
-                with contextlib.suppress(Exception):
-                    dist.destroy_process_group()
-            results.append(result)
-    with contextlib.suppress(Exception):  # the head node keeps the store until all nodes are done
-        store.add("done", 1)
-        deadline = time.monotonic() + PAIR_SECONDS
-        while rank == 0 and store.add("done", 0) < nodes and time.monotonic() < deadline:
-            time.sleep(0.05)
-    return results
+    def __init__(self, nodes: int, gpus: int):
+        self.gpus, self.pairs, self.local = gpus, [], []
+        with contextlib.suppress(Exception):
+            import torch  # noqa: F401 - once for all of them
 
+            self.pairs = [trials.Trial(trials.with_peer) for _ in (rounds(nodes) if nodes > 1 else ())]
+            self.local = [trials.Trial(trials.among_gpus) for _ in range(gpus if gpus > 1 else 0)]
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        import torch
+    def among_gpus(self, found: checks.Findings) -> None:
+        """Findings on an all-reduce of all GPUs of this node."""
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, trial in enumerate(self.local):
+                trial.begin(f"{folder}/store", rank, self.gpus)
+            results = [trial.result(PAIR_SECONDS) for trial in self.local]
+        errors = [
+            f"all-reduce of {self.gpus} GPUs: cuda:{rank}: {result['error']}"
+            for rank, result in enumerate(results)
+            if "error" in result
+        ]
+        if errors:
+            found.problems.append(errors[0])
+        else:
+            found.facts["gpus_gb_per_s"] = min(result["gb_per_s"] for result in results)
 
-        torch.cuda.synchronize()
+    def with_neighbours(self, rank: int, nodes: int, head: str, port: int) -> list[Report]:
+        """All-reduce with each neighbour: GB/s in each direction, or the error. Rank 0 has the store."""
+        import torch.distributed as dist
+
+        tcp: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, and not re-exported explicitly
+        timeout = timedelta(seconds=PAIR_SECONDS)
+        store = tcp(head, port, None, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+        backends, variables = ["gloo"], {}
+        if self.gpus:
+            backends.append("nccl")
+            variables = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": _nccl_log()}
+        results = []
+        for number, (ring, trial) in enumerate(zip(rounds(nodes), self.pairs, strict=True)):
+            for pair in ring:
+                if rank in pair:
+                    trial.begin(head, port, f"{number}-{pair[0]}", pair.index(rank), backends, variables)
+                    results.append({"peer": pair[1 - pair.index(rank)]} | trial.result(PAIR_SECONDS))
+        with contextlib.suppress(Exception):  # the head node keeps the store until all nodes are done
+            store.add("done", 1)
+            deadline = time.monotonic() + PAIR_SECONDS
+            while rank == 0 and store.add("done", 0) < nodes and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return results
 
 
 def _nccl_log() -> str:
@@ -163,8 +166,9 @@ def uses_sockets(nccl_info: str) -> bool:
 class Head:
     """The head node's part: collects the reports, starts the network checks, decides."""
 
-    def __init__(self, run_dir: Path, head: str, port: int, nodes: int, gpus: int):
+    def __init__(self, run_dir: Path, head: str, port: int, nodes: int, gpus: int, reduces: AllReduces):
         self.run_dir, self.head, self.port, self.nodes, self.gpus = run_dir, head, port, nodes, gpus
+        self.reduces = reduces
         self.deadline = time.monotonic() + REPORT_SECONDS
         self.names = _hostnames(nodes)
 
@@ -186,7 +190,7 @@ class Head:
             for stream in streams.values():
                 with contextlib.suppress(OSError):
                     _send(stream, {"token": token})
-            of_network = {0: check_network(self.run_dir, token, self.head, self.port + 1, 0, self.nodes, self.gpus)}
+            of_network = {0: check_network(self.run_dir, token, self.head, self.port + 1, 0, self.nodes, self.reduces)}
             for rank, stream in streams.items():
                 with contextlib.suppress(OSError, ValueError):
                     of_network[rank] = json.loads(stream.readline())

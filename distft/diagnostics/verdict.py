@@ -51,6 +51,12 @@ def judge_machines(
     for rank, speed in speeds.items():
         if speed < checks.SLOW * usual:
             problems.setdefault(names[rank], f"computes at {speed:.0f} TFLOP/s, the others at {usual:.0f}")
+    speeds = {rank: facts["gpus_gb_per_s"] for rank, facts in passed.items() if "gpus_gb_per_s" in facts}
+    usual = statistics.median(speeds.values()) if speeds else 0
+    for rank, speed in speeds.items():
+        if speed < 0.5 * usual:
+            why = f"its GPUs all-reduce at {speed:.1f} GB/s, the others' at {usual:.1f} (NVLink?)"
+            problems.setdefault(names[rank], why)
     return problems, warnings
 
 
@@ -88,9 +94,15 @@ def judge_network(reports: dict[int, Report], names: list[str], gpus: bool) -> t
         )
         problems.setdefault(names[rank], failed[rank][0] + loop)
     usual = statistics.median(speeds.values()) if speeds else 0
-    for (a, b), speed in speeds.items():
-        if speed < 0.5 * usual:
-            warnings.append(f"{names[a]} and {names[b]}: {speed:.2f} GB/s, the others {usual:.2f}")
+    slow = {pair: speed for pair, speed in speeds.items() if speed < 0.5 * usual}
+    others = statistics.median([speed for pair, speed in speeds.items() if pair not in slow] or [0])
+    both = [rank for rank in tried if tried[rank] > 1 and sum(rank in pair for pair in slow) == tried[rank]]
+    for rank in both:
+        own = [speed for pair, speed in slow.items() if rank in pair]
+        warnings.append(f"{names[rank]}: {max(own):.2f} GB/s with its neighbours, the others {others:.2f}")
+    for (a, b), speed in slow.items():
+        if a not in both and b not in both:
+            warnings.append(f"{names[a]} and {names[b]}: {speed:.2f} GB/s, the others {others:.2f}")
     if gpus and any(report["sockets"] for report in reports.values()):
         warnings.append("NCCL uses plain sockets: it found no InfiniBand or RDMA; is network.interface right?")
     return problems, warnings

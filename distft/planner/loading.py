@@ -1,11 +1,11 @@
-"""What a rank needs while it reads the model: as much as a step, where a strategy shards what was whole before."""
+"""What a rank needs besides its steps: while it reads the model, and in host memory while it saves."""
 
 from __future__ import annotations
 
 from distft.config.recipe import Recipe
 from distft.planner.setting import Setting
 from distft.planner.sharding import Share, Sizes
-from distft.strategies.loading import streams
+from distft.strategies.loading import SHARD_BYTES, streams
 
 
 def peak(recipe: Recipe, sizes: Sizes, setting: Setting, mine: Share) -> tuple[int, int]:
@@ -28,3 +28,19 @@ def peak(recipe: Recipe, sizes: Sizes, setting: Setting, mine: Share) -> tuple[i
     if kind.zero_stage == 3:  # zero.Init gathers a module at a time
         return mine.parameters + sizes.largest_module, mine.host
     return mine.parameters + sizes.block.bytes + (4 - sizes.low) * sizes.block.trained, whole
+
+
+def saving(recipe: Recipe, sizes: Sizes, setting: Setting, optimizer: int) -> int:
+    """Bytes of host memory for each node, at most, for checkpoints and final/.
+
+    Weights and optimizer states in float32 are copied there before they are written, to buffers that stay: a part for
+    each rank of the job (train/checkpoint.py). Of a whole model each rank has a file at a time, and a tensor as it was
+    trained, as it is stored and in the file (train/save.py); of an adapter the first rank has all, twice.
+
+    Args:
+        optimizer: bytes of the states under DDP, as they are checkpointed: 8-bit ones in float32.
+    """
+    copied = -(-(4 * sizes.trained + optimizer) // setting.world_size) * setting.nproc_per_node
+    if recipe.lora is not None:
+        return copied + 8 * sizes.trained
+    return copied + setting.nproc_per_node * (min(2 * sizes.parameters, SHARD_BYTES) + 6 * sizes.largest_tensor)

@@ -183,9 +183,12 @@ def put_together(
         total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
         if total > totals.get(moment, (-1,))[0]:
             totals[moment] = total, _replaced(live, buffers=buffers)
-    load, load_host = loading.peak(recipe, sizes, setting, mine)
+    host = mine.host * setting.nproc_per_node
     if setting.device_type == "cuda":
+        load, load_host = loading.peak(recipe, sizes, setting, mine)
         totals["load"] = load, Counter(buffers=load - mine.parameters)
+        saving = loading.saving(recipe, sizes, setting, 8 * sizes.trained if bnb else states["optimizer"])
+        host = max(host + saving, load_host * setting.nproc_per_node)
     moment = max(totals, key=lambda moment: totals[moment][0])
     peak, live = totals[moment]
     overhead = CPU_PROCESS
@@ -200,7 +203,7 @@ def put_together(
         buffers=live["buffers"],
         peak=peak,
         overhead=overhead,
-        host_per_node=max(mine.host, load_host) * setting.nproc_per_node,
+        host_per_node=host,
         moment=moment,
         peaks={moment: total for moment, (total, _) in totals.items()},
         model_parameters=sizes.parameters,

@@ -32,7 +32,7 @@ from distft.planner.search import (
 )
 from distft.planner.speed import Speed
 from distft.strategies.kinds import KINDS
-from distft.units import gib, short
+from distft.units import GIB, gib, short
 
 PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
 
@@ -361,8 +361,9 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
         found.append(f"network: {where.bandwidth or USUAL_BANDWIDTH:g} GB/s per node{known}")
     if chosen.setting.offload != "none":
         found.append(f"offload: per rank {speed.PCIE:g} GB/s to the host and {speed.HOST_MEMORY:g} GB/s in its memory")
-        if where.host_memory is None and where.device.type == "cuda":
-            found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for what is offloaded")
+    if where.host_memory is None and where.device.type == "cuda" and chosen.memory.host_per_node >= GIB:
+        what = "" if chosen.setting.offload == "none" else "what is offloaded, "
+        found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for {what}checkpoints and final/")
     if recipe.model.attn_implementation == "auto":
         found.append("attention: SDPA; with FlashAttention-2 or varlen, where the ranks have it, they need less")
     if full := why_full(recipe, search.model, chosen.setting.kind.zero_stage):

@@ -1,10 +1,12 @@
-"""How the ranks read a base model: what decides it, for those that plan it and those that do it."""
+"""How the ranks read a base model and write a trained one, for those that plan it and those that do it."""
 
 from __future__ import annotations
 
 from distft.config.recipe import Recipe
 from distft.models.lora import changes_base
 from distft.strategies.kinds import KINDS
+
+SHARD_BYTES = 2 << 30  # of a file of a whole model
 
 
 def streams(recipe: Recipe, strategy: str, stored_quantized: bool) -> bool:

@@ -12,7 +12,7 @@ from distft.config.recipe import Recipe
 from distft.errors import DistftError, RunError
 from distft.runs.directory import RunDir
 from distft.train.base_files import base_files, check_unused, stored_quantization
-from distft.train.conversion import Conversion, on_meta, parameter_shapes, saves_as_published, twin
+from distft.train.conversion import Conversion, on_meta, parameter_shapes, saved_form, twin
 from distft.train.mergeable import adapted, obstacles, saved_weights
 from distft.train.ranks import RankGroup
 from distft.train.save import adapter_tensors
@@ -82,10 +82,8 @@ def _check_disk(recipe: Recipe, model: Any, run: RunDir) -> None:
 
 def _check_names(model: Any) -> None:
     """A model that is saved must be the same when it is loaded: names and shapes."""
-    if saves_as_published(model):
-        return
     want = parameter_shapes(model)
-    loaded = Conversion(twin(model), want)  # as transformers itself names them
+    loaded, _ = saved_form(model)
     if loaded.problems or loaded.unused or loaded.shapes != want:
         raise RunError(
             f"final/ could not be written: what transformers saves of {type(model).__name__} it does not load as it "

@@ -169,15 +169,19 @@ def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in found.items() if name not in ignored}
 
 
-def saves_as_published(model: Any) -> bool:
-    """Whether a model that was loaded can be stored under the names of the files that it was loaded from.
+def saved_form(model: Any) -> tuple[Conversion, bool]:
+    """How a model that was loaded is saved, and whether that is under the names of the files that it was loaded from.
 
-    Where their conversion cannot be undone, transformers' own names can be stored; they are loaded, too.
+    Where their conversion cannot be undone, transformers' own names are stored; they are loaded, too.
     """
     want = parameter_shapes(model)
     try:
         stored = revert_weight_conversion(model, on_meta(want))
+        found = Conversion(twin(model), {name: tuple(tensor.shape) for name, tensor in stored.items()})
+        for group in found.groups:  # as it is saved
+            found.store([group], on_meta({name: found.shapes[name] for name in group.parameters}))
     except Exception:  # as above
-        return False
-    loaded = Conversion(twin(model), {name: tuple(tensor.shape) for name, tensor in stored.items()})
-    return not loaded.problems and not loaded.unused and loaded.shapes == want
+        return Conversion(twin(model), want), False
+    if found.problems or found.unused or found.shapes != want:
+        return Conversion(twin(model), want), False
+    return found, True

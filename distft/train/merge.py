@@ -25,13 +25,13 @@ from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.status import read_status
+from distft.strategies.loading import SHARD_BYTES
 from distft.train.as_published import set_tokens, write_tokenizer
 from distft.train.merge_check import LogitsCheck, check_layer, check_logits
-from distft.train.tensor_files import ShardWriter
+from distft.train.tensor_files import ShardWriter, name_shards
 from distft.train.tokens import load_tokenizer
 from distft.train.trained_model import TrainedModel, base_folder
 
-SHARD_BYTES = 2 << 30
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -154,9 +154,13 @@ def _write(model: TrainedModel, work: Path) -> Weights:
             writer.add(name, tensor)
     for name in model.conversion.unused:  # of parts that the language model lacks
         writer.add(name, model.files[name])
-    tensors = writer.finish()
+    writer.flush()
+    name_shards(work, writer.shards)
+    tensors = sum(len(names) for _, names, _ in writer.shards)
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return Weights(len(model.adapted), len(model.dequantized), tensors, writer.bytes, coarsest, worst)
+    return Weights(
+        len(model.adapted), len(model.dequantized), tensors, sum(size for *_, size in writer.shards), coarsest, worst
+    )
 
 
 def main() -> int:

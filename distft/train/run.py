@@ -130,7 +130,7 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     if why is not None:
         status.write(stop_reason=why)  # whether the run is over is for the launcher to say: it may continue by itself
         return
-    save_final(run, recipe, trainer, tokenizer, status.writes)
+    save_final(run, recipe, trainer, tokenizer, ranks)
     status.write(state=State.COMPLETED, ended=time.time(), reason=None)
     ranks.gathered(None)  # while one writes, however long it takes: NCCL would end the others after its time-out
 
@@ -148,15 +148,15 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, writes: bool) -> None:
-    """Write final/ with its model card. Collective; the rank that `writes` does."""
+def save_final(run: RunDir, recipe: Recipe, trainer: RecipeTrainer, tokenizer: Any, ranks: RankGroup) -> None:
+    """Write final/ with its model card. Collective."""
     model = recipe.model
-    card = model_card.text(run) if writes else None
+    card = model_card.text(run) if ranks.rank == 0 else None
     save_trained(
         trainer.model_wrapped,
         run.final,
         tokenizer=tokenizer,
-        writes=writes,
+        ranks=ranks,
         dtype=before_training.final_dtype(recipe),
         card=card,
         generation_config=model.eos_token is not None,

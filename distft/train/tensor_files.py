@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,18 +62,22 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read ({first_line(error)})") from None
 
 
+Shard = tuple[str, list[str], int]  # name of a file, its tensors, and their bytes
+
+
 class ShardWriter:
     """Writes the weights of a model into `folder`, in files of at most `shard_bytes`, or of one tensor.
 
-    Every file is read back and compared.
+    Every file is read back and compared. Until name_shards, its name begins with `prefix`.
+
+    Attributes:
+        shards: what was written.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.bytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
+    def __init__(self, folder: Path, shard_bytes: int, prefix: str = ""):
+        self.folder, self.shard_bytes, self.prefix = folder, shard_bytes, prefix
+        self.shards: list[Shard] = []
         self._pending: Tensors = {}
-        self._pending_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor of another name.
@@ -81,38 +85,43 @@ class ShardWriter:
         Raises:
             RunError: a file holds other values than were written.
         """
-        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
-            self._flush()
+        if self._pending and self._bytes() + tensor.nbytes > self.shard_bytes:
+            self.flush()
         # A copy: a tensor from a file keeps all of the file mapped.
         self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += tensor.nbytes
-        self.bytes += tensor.nbytes
 
-    def finish(self) -> int:
-        """Write what is left, and the index if there are several files. Returns the number of tensors.
+    def _bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._pending.values())
+
+    def flush(self) -> None:
+        """Write what is left.
 
         Raises:
             RunError: a file holds other values than were written.
         """
-        self._flush()
-        file_of: dict[str, str] = {}
-        for number, (path, names) in enumerate(self._shards, 1):
-            one = len(self._shards) == 1
-            target = SAFE_WEIGHTS_NAME if one else f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            path.rename(self.folder / target)
-            file_of.update(dict.fromkeys(names, target))
-        if len(self._shards) > 1:
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(file_of.items()))}
-            (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        return len(file_of)
-
-    def _flush(self) -> None:
-        path = self.folder / f"shard-{len(self._shards)}"
+        if not self._pending:
+            return
+        path = self.folder / f"{self.prefix}shard-{len(self.shards)}"
         save_file(self._pending, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes files that only their owner can read
         written = TensorFiles([path])
         for name, tensor in self._pending.items():
             if not torch.equal(written[name], tensor):
                 raise RunError(f"{name}: other values on disk than in memory")
-        self._shards.append((path, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
+        self.shards.append((path.name, list(self._pending), self._bytes()))
+        self._pending = {}
+
+
+def name_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Give the files their names, and write the index if there are several."""
+    file_of: dict[str, str] = {}
+    for number, (name, tensors, _) in enumerate(shards, 1):
+        target = SAFE_WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / name).rename(folder / target)
+        file_of.update(dict.fromkeys(tensors, target))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(size for *_, size in shards)},
+            "weight_map": dict(sorted(file_of.items())),
+        }
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import Result, launch
+from running import Result, inject, launch
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, make_tokenizer
 
@@ -96,6 +96,35 @@ def test_whole(
             torch.testing.assert_close(tensor, finals[0][name], atol=1e-4, rtol=0)
     moved = [name for name, tensor in finals[0].items() if not torch.equal(tensor, before[name])]
     assert any("experts" in name or "language_model" in name for name in moved)
+
+
+SMALL = "import os, distft.train.save as save; save.SHARD_BYTES = 50_000\n"
+FULL_DISK = """
+def flush(writer):
+    raise OSError(28, "No space left on device")
+if os.environ["RANK"] == "1":
+    save.ShardWriter.flush = flush
+"""
+
+
+def test_ranks_write_a_part_each(
+    base: Callable[..., Path], tiny: Tiny, trained: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Small files, and experts that are stored one by one. A rank that cannot write ends the run, which says why."""
+    changes = {"model__name_or_path": str(base("qwen3_moe")), "lora": None, "training__max_steps": 3}
+    recipe = tiny.recipe(**changes, parallelism__strategy="fsdp")
+    one = load_file(trained(recipe, 2).run_dir / "final/model.safetensors")
+    done = launch(recipe, tmp_path, ranks=2, env=inject(tmp_path, "distft.train.save:save_trained", SMALL))
+    several = [load_file(path) for path in sorted((done.run_dir / "final").glob("*.safetensors"))]
+    assert len(several) > 3
+    together = {name: tensor for tensors in several for name, tensor in tensors.items()}
+    assert sum(map(len, several)) == len(together) == len(one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-5, rtol=0)
+    env = inject(tmp_path, "distft.train.save:save_trained", SMALL + FULL_DISK)
+    failed = launch(recipe, tmp_path, ranks=2, env=env, expect=1)
+    assert "No space left on device" in failed.status["reason"]
+    assert not (failed.run_dir / "final").exists()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def made(lora: Result, tiny: Tiny, tmp_path: Path) -> Callable[..., RunDir]:
         from transformers import AutoModelForCausalLM
 
         from distft.train.model import add_adapters, quantization_config
+        from distft.train.ranks import RankGroup
         from distft.train.save import save_trained
 
         run = RunDir(shutil.copytree(lora.run_dir, tmp_path / "run"))
@@ -78,7 +79,7 @@ def made(lora: Result, tiny: Tiny, tmp_path: Path) -> Callable[..., RunDir]:
         for name, parameter in model.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        save_trained(model, run.final, tokenizer=_Tokenizer(), writes=True, dtype=torch.float32)
+        save_trained(model, run.final, tokenizer=_Tokenizer(), ranks=RankGroup(), dtype=torch.float32)
         return run
 
     return make

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import pytest
 
 from distft.diagnostics.preflight import rounds, uses_sockets
+from distft.diagnostics.trials import Trial
 from distft.diagnostics.verdict import judge_machines, judge_network
 
 NAMES = ["a1", "a2", "a3", "a4"]
@@ -14,7 +17,7 @@ FACTS = {"distft": "1", "python": "3.11", "torch": "2.13", "cuda": "13.0", "driv
 
 
 def first(rank: int, **changes: Any) -> dict[str, Any]:
-    facts = FACTS | {"device": "cuda", "tflops": 700.0} | changes
+    facts = FACTS | {"device": "cuda", "tflops": 700.0, "gpus_gb_per_s": 230.0} | changes
     return {"rank": rank, "facts": facts, "problems": [], "warnings": []}
 
 
@@ -28,6 +31,7 @@ def test_all_pass() -> None:
         ({"torch": "2.12"}, "has torch 2.12, the others 2.13"),
         ({"driver": None}, "has driver None, the others 580"),
         ({"tflops": 300.0}, "computes at 300 TFLOP/s, the others at 700"),
+        ({"gpus_gb_per_s": 21.0}, "its GPUs all-reduce at 21.0 GB/s, the others' at 230.0 (NVLink?)"),
     ],
 )
 def test_the_odd_one_out(changes: dict[str, Any], reason: str) -> None:
@@ -87,6 +91,58 @@ def test_the_rest_of_the_network_checks() -> None:
     assert warnings[1].startswith("NCCL uses plain sockets")
     del reports[3]
     assert judge_network(reports, NAMES, True)[0]["a4"] == "did not report after its first report"
+
+
+def test_a_slow_node_is_named_by_its_own_pairs() -> None:
+    """Each of its neighbours has another pair, which is as fast as the others."""
+    reports = {rank: second(rank) for rank in range(4)}
+    for rank, other in ((1, 0), (1, 2), (0, 1), (2, 1)):
+        pair = next(pair for pair in reports[rank]["pairs"] if pair["peer"] == other)
+        pair["gb_per_s"] = 4.0
+    assert judge_network(reports, NAMES, True) == ({}, ["a2: 4.00 GB/s with its neighbours, the others 40.00"])
+
+
+def hangs(send: Any, seconds: float) -> None:
+    send({"doing": "over nccl"})
+    time.sleep(seconds)
+
+
+def aborts(send: Any) -> None:
+    """As NCCL's watchdog does."""
+    send({"doing": "over gloo"})
+    send({"gb_per_s": 3.0})
+    send({"doing": "over nccl"})
+    os.abort()
+
+
+def raises(send: Any) -> None:
+    send({"doing": "over gloo"})
+    raise RuntimeError("connection refused\nand more")
+
+
+def works(send: Any, speed: float) -> None:
+    send({"doing": "over gloo"})
+    send({"gb_per_s": 1.0})
+    send({"gb_per_s": speed})
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "answer"),
+    [
+        (works, (40.0,), {"gb_per_s": 40.0}),
+        (raises, (), {"error": "over gloo: connection refused"}),
+        (aborts, (), {"error": "over nccl: its process ended with signal SIGABRT"}),
+        (hangs, (60.0,), {"error": "over nccl: no answer in 1 s"}),
+    ],
+)
+def test_a_trial_ends_by_its_deadline(target: Any, arguments: tuple[Any, ...], answer: dict[str, Any]) -> None:
+    trial = Trial(target)
+    began = time.monotonic()
+    trial.begin(*arguments)
+    assert trial.result(1.0) == answer
+    trial.process.join(5)
+    assert trial.process.exitcode is not None
+    assert time.monotonic() - began < 5
 
 
 def test_nccl_log() -> None:

@@ -13,6 +13,8 @@ from tiny import Tiny
 
 from distft.config.recipe import Recipe
 from distft.errors import RunError
+from distft.train import save, tensor_files
+from distft.train.ranks import RankGroup
 from distft.train.save import save_trained
 
 
@@ -59,13 +61,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("make", [adapter_of, full_of])
-def test_damage_is_found(
-    tiny: Tiny, tmp_path: Path, make: Callable, damage: str, monkeypatch: pytest.MonkeyPatch
+def test_damage_of_an_adapter_is_found(
+    tiny: Tiny, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What peft or transformers has written is damaged before it is read back; the save before it stays."""
-    model, target = make(tiny), tmp_path / "final"
-    options = {"tokenizer": _Tokenizer(), "writes": True, "dtype": torch.float32}
+    """What peft has written is damaged before it is read back; the save before it stays."""
+    model, target = adapter_of(tiny), tmp_path / "final"
+    options = {"tokenizer": _Tokenizer(), "ranks": RankGroup(), "dtype": torch.float32}
     save_trained(model, target, **options)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     write, (edit, problem) = model.save_pretrained, DAMAGE[damage]
@@ -81,12 +82,62 @@ def test_damage_is_found(
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
+WHOLE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "another value": (lambda t: t[first(t)].view(-1)[-1].add_(1), "other values on disk than in memory"),
+    "zeros": (lambda t: t[first(t)].zero_(), "other values on disk than in memory"),
+    "cut": (lambda t: t.update({first(t): t[first(t)][:1].clone()}), "other values on disk than in memory"),
+    "missing": (lambda t: t.pop(first(t)), "q_proj.weight: missing"),
+}
+
+
+@pytest.mark.parametrize("damage", WHOLE)
+def test_damage_of_a_whole_model_is_found(
+    tiny: Tiny, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is read back as it is written, and all names at the end; the save before it stays."""
+    model, target = full_of(tiny), tmp_path / "final"
+    options = {"tokenizer": _Tokenizer(), "ranks": RankGroup(), "dtype": torch.float32}
+    save_trained(model, target, **options)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    edit, problem = WHOLE[damage]
+    write = tensor_files.save_file
+
+    def write_damaged(tensors: dict[str, torch.Tensor], path: Path, **kwargs: Any) -> None:
+        damaged = {name: tensor.clone() for name, tensor in tensors.items()}
+        if any("q_proj.weight" in name for name in tensors):
+            edit(damaged)
+        if damage == "missing":
+            tensors.pop(first(tensors))  # as if it had never come
+        write(damaged, path, **kwargs)
+
+    monkeypatch.setattr(tensor_files, "save_file", write_damaged)
+    with pytest.raises(RunError) as error:
+        save_trained(model, target, **options)
+    assert problem in str(error.value)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_a_whole_model_in_several_files(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers itself reads it, in the dtype that was asked for."""
+    from transformers import AutoModelForCausalLM
+
+    model = full_of(tiny)
+    monkeypatch.setattr(save, "SHARD_BYTES", 100_000)
+    save_trained(model, tmp_path / "final", tokenizer=_Tokenizer(), ranks=RankGroup(), dtype=torch.bfloat16)
+    files = sorted(path.name for path in (tmp_path / "final").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert loaded.dtype == torch.bfloat16
+    for (name, want), (other, have) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other and torch.equal(want.to(torch.bfloat16), have)
+
+
 def test_an_adapter_that_is_dropped_is_found(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """peft leaves out a parameter that it does not know, so fewer tensors are saved than were trained."""
     model = adapter_of(tiny)
     model.register_parameter("stray", torch.nn.Parameter(torch.ones(1)))
     with pytest.raises(RunError, match=r"peft saves \d+ of the \d+ trained tensors"):
-        save_trained(model, tmp_path / "final", tokenizer=_Tokenizer(), writes=True, dtype=torch.float32)
+        save_trained(model, tmp_path / "final", tokenizer=_Tokenizer(), ranks=RankGroup(), dtype=torch.float32)
     assert not (tmp_path / "final").exists()
 
 
@@ -97,7 +148,7 @@ def test_an_adapter_is_loaded_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
-    save_trained(model, tmp_path / "final", tokenizer=_Tokenizer(), writes=True, dtype=torch.float32)
+    save_trained(model, tmp_path / "final", tokenizer=_Tokenizer(), ranks=RankGroup(), dtype=torch.float32)
     loaded = PeftModel.from_pretrained(full_of(tiny), tmp_path / "final")
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, loaded(ids).logits)

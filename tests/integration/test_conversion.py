@@ -114,14 +114,14 @@ def test_ranks_write_a_part_each(
     changes = {"model__name_or_path": str(base("qwen3_moe")), "lora": None, "training__max_steps": 3}
     recipe = tiny.recipe(**changes, parallelism__strategy="fsdp")
     one = load_file(trained(recipe, 2).run_dir / "final/model.safetensors")
-    done = launch(recipe, tmp_path, ranks=2, env=inject(tmp_path, "distft.train.save:save_trained", SMALL))
+    done = launch(recipe, tmp_path, ranks=2, env=inject(tmp_path, "distft.train.run:save_trained", SMALL))
     several = [load_file(path) for path in sorted((done.run_dir / "final").glob("*.safetensors"))]
     assert len(several) > 3
     together = {name: tensor for tensors in several for name, tensor in tensors.items()}
     assert sum(map(len, several)) == len(together) == len(one)
     for name, tensor in one.items():
         torch.testing.assert_close(together[name], tensor, atol=1e-5, rtol=0)
-    env = inject(tmp_path, "distft.train.save:save_trained", SMALL + FULL_DISK)
+    env = inject(tmp_path, "distft.train.run:save_trained", SMALL + FULL_DISK)
     failed = launch(recipe, tmp_path, ranks=2, env=env, expect=1)
     assert "No space left on device" in failed.status["reason"]
     assert not (failed.run_dir / "final").exists()

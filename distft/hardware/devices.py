@@ -27,7 +27,8 @@ class Device:
 
 class Gpu(NamedTuple):
     """Data sheet of one GPU: memory in GiB, compute capability, dense TFLOP/s in 16 bit and in float32, TB/s of its
-    memory, GB/s to the other GPUs in its node in one direction, and measured matmul TFLOP/s, if there are any."""
+    memory, GB/s to the other GPUs in its node in one direction, measured matmul TFLOP/s, if there are any, and GB/s to
+    other nodes for each GPU of a node as they are usually sold, if there is such a node."""
 
     memory: float
     compute_capability: float
@@ -36,17 +37,19 @@ class Gpu(NamedTuple):
     memory_bandwidth: float
     link: float
     measured_tflops: float | None = None
+    network: float | None = None
 
 
 # Name of a GPU in profiles → its data sheet. Memory: the data sheet's size less 1.1%, which the driver keeps (torch
 # sees 79.15 GiB on an A100-80GB, and 14.9 on a T4 with ECC). Links: NVLink, else PCIe. Measured: the "maximum
-# achievable matmul FLOPS" in https://github.com/stas00/ml-engineering, compute/accelerator/benchmarks.
+# achievable matmul FLOPS" in https://github.com/stas00/ml-engineering, compute/accelerator/benchmarks. Network: a port
+# for each GPU, of 200 Gb/s in DGX A100, of 400 in DGX H100, H200 and B200 (NVIDIA's data sheets).
 GPUS = {
     "V100-16GB": Gpu(15.8, 7.0, 125, 15.7, 0.90, 150),
     "V100-32GB": Gpu(31.6, 7.0, 125, 15.7, 0.90, 150),
     "T4": Gpu(14.9, 7.5, 65, 8.1, 0.32, 13),
-    "A100-40GB": Gpu(39.5, 8.0, 312, 19.5, 1.555, 300, 271.2),
-    "A100-80GB": Gpu(79.15, 8.0, 312, 19.5, 2.0, 300, 271.2),
+    "A100-40GB": Gpu(39.5, 8.0, 312, 19.5, 1.555, 300, 271.2, 25),
+    "A100-80GB": Gpu(79.15, 8.0, 312, 19.5, 2.0, 300, 271.2, 25),
     "A10G": Gpu(23.7, 8.6, 70, 31.2, 0.60, 31),
     "RTX-3090": Gpu(23.7, 8.6, 71, 35.6, 0.94, 31),
     "RTX-A6000": Gpu(47.4, 8.6, 155, 38.7, 0.77, 31),
@@ -54,9 +57,9 @@ GPUS = {
     "L40S": Gpu(47.4, 8.9, 362, 91.6, 0.86, 31),
     "RTX-4090": Gpu(23.7, 8.9, 165, 82.6, 1.01, 31),
     "H100-PCIE": Gpu(79.1, 9.0, 756, 51, 2.0, 63),
-    "H100": Gpu(79.1, 9.0, 989, 67, 3.35, 450, 794.5),
-    "H200": Gpu(139.4, 9.0, 989, 67, 4.8, 450, 794.5),
-    "B200": Gpu(178.0, 10.0, 2250, 80, 8.0, 900, 1745),
+    "H100": Gpu(79.1, 9.0, 989, 67, 3.35, 450, 794.5, 50),
+    "H200": Gpu(139.4, 9.0, 989, 67, 4.8, 450, 794.5, 50),
+    "B200": Gpu(178.0, 10.0, 2250, 80, 8.0, 900, 1745, 50),
     "RTX-5090": Gpu(31.6, 12.0, 209, 105, 1.79, 63),
 }
 

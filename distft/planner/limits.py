@@ -12,7 +12,7 @@ from distft.errors import PlanError
 from distft.hardware.topology import Topology
 from distft.planner.search import Candidate, Search, choose, fixed_offload
 from distft.strategies.kinds import KINDS
-from distft.units import GIB, gib
+from distft.units import gib
 
 LONGEST, LARGEST = 2**20, 2**12  # tokens per row and micro-batch size up to which limits are searched
 NODES = 128
@@ -119,7 +119,7 @@ def would_fit(search: Search) -> list[str]:
         except PlanError:
             continue
         if chosen and chosen.fits and not chosen.rejected:
-            host = f", {gib(chosen.memory.host_per_node)} of host memory" if chosen.memory.host_per_node >= GIB else ""
+            host = f", {gib(chosen.memory.host_per_node)} of host memory" if chosen.memory.much_of_host else ""
             found.append(f"{name} ({chosen.name}, {gib(chosen.memory.process)} per rank{host})")
     here = search.where.topology
     shorter = recipe.data.max_length // 64 if not search.estimator.is_counted else 0

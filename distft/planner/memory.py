@@ -63,6 +63,11 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer
 
     @property
+    def much_of_host(self) -> int:
+        """`host_per_node`, or 0 where it is less than any node with GPUs has to spare."""
+        return self.host_per_node if self.host_per_node >= 8 * GIB else 0
+
+    @property
     def process(self) -> int:
         """Comparable with nvidia-smi."""
         return self.peak + self.overhead

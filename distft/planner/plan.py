@@ -21,7 +21,6 @@ from distft.planner.communication import LINK_EFFICIENCY
 from distft.planner.memory import Estimator, Memory
 from distft.planner.search import (
     ABOUT,
-    USUAL_BANDWIDTH,
     Candidate,
     Estimate,
     Search,
@@ -32,7 +31,7 @@ from distft.planner.search import (
 )
 from distft.planner.speed import Speed
 from distft.strategies.kinds import KINDS
-from distft.units import GIB, gib, short
+from distft.units import gib, short
 
 PRECISIONS = {"no": "float32"} | {name: name for name in ("bf16", "fp16")}
 
@@ -358,10 +357,10 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
         found.append(f"links: {gpu.link:g} GB/s per GPU within a node, {reached}, {hidden}")
     if where.topology.nnodes > 1:
         known = "" if where.bandwidth else ", a guess: set network.bandwidth in the profile"
-        found.append(f"network: {where.bandwidth or USUAL_BANDWIDTH:g} GB/s per node{known}")
+        found.append(f"network: {where.between_nodes:g} GB/s per node{known}")
     if chosen.setting.offload != "none":
         found.append(f"offload: per rank {speed.PCIE:g} GB/s to the host and {speed.HOST_MEMORY:g} GB/s in its memory")
-    if where.host_memory is None and where.device.type == "cuda" and chosen.memory.host_per_node >= GIB:
+    if where.host_memory is None and where.device.type == "cuda" and chosen.memory.much_of_host:
         what = "" if chosen.setting.offload == "none" else "what is offloaded, "
         found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for {what}checkpoints and final/")
     if recipe.model.attn_implementation == "auto":

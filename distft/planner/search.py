@@ -40,7 +40,7 @@ CANDIDATES = (
 )
 ABOUT = 1.03  # estimates of time that differ by less count as equal
 ROOMY, TIGHT = 0.95, 1.1  # a candidate that fills more of the memory is taken only if it is a tenth faster
-# GB/s of a node to other nodes, where the profile does not say: 200 Gb/s.
+# GB/s of a node to other nodes, where neither the profile nor the GPU's data sheet says: 200 Gb/s.
 USUAL_BANDWIDTH = 25.0
 
 
@@ -60,7 +60,14 @@ class Where:
     @property
     def links(self) -> Links | None:
         gpu = data_sheet(self.device.name)
-        return Links(gpu.link, self.bandwidth or USUAL_BANDWIDTH) if gpu else None
+        return Links(gpu.link, self.between_nodes) if gpu else None
+
+    @property
+    def between_nodes(self) -> float:
+        """GB/s of one node to the others: the profile's, else what nodes with this GPU usually have."""
+        gpu = data_sheet(self.device.name)
+        usual = gpu.network * self.topology.nproc_per_node if gpu and gpu.network else USUAL_BANDWIDTH
+        return self.bandwidth or usual
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def lines(plan: RecipePlan, limits: Limits, fixes: Sequence[str], width: int) ->
 def _verdict(plan: RecipePlan) -> str:
     where = f"{plan.topology.nnodes} x {plan.topology.nproc_per_node} {plan.device.name}"
     need = f"{gib(plan.memory.process)} of {gib(plan.device.memory)} per rank"
-    if (host := plan.memory.host_per_node) >= GIB:
+    if host := plan.memory.much_of_host:
         known = plan.chosen.host_memory
         need += f", {gib(host)}{f' of {gib(known)}' if known else ''} of host memory per node"
     verdict = "does not fit" if not plan.fits else "fits" if plan.chosen.roomy else "fits tightly"
@@ -178,7 +178,7 @@ def _memory(plan: RecipePlan, width: int) -> Iterator[str]:
         line += click.style(text[0], fg=colour) + text[1:] + "   "
         length += len(text) + 3
     yield f"  {line}".rstrip()
-    if m.host_per_node >= GIB:
+    if m.much_of_host:
         yield f"  host memory per node: {gib(m.host_per_node)}"
 
 

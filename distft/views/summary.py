@@ -10,7 +10,7 @@ from distft.runs import measured
 from distft.runs.directory import RunDir
 from distft.runs.status import Status, read_status
 from distft.shell import quote
-from distft.units import GIB, gib, plural, short
+from distft.units import gib, plural, short
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -25,7 +25,7 @@ def plan_lines(plan: Plan) -> list[str]:
             f"accumulation x {plan.topology.world_size} rank{'s' * (plan.topology.world_size > 1)}"
         )
         lines.append(f"  {m.parameters:,} parameters, {m.trainable_parameters:,} trained")
-        host = f", {gib(memory.host_per_node)} of host memory per node" if memory.host_per_node >= GIB else ""
+        host = f", {gib(memory.host_per_node)} of host memory per node" if memory.much_of_host else ""
         lines.append(
             f"  {plan.how}: {gib(memory.process)} of {gib(plan.device.memory)} per rank{host}"
             + (f", {short(speed)} s per step" if speed else "")

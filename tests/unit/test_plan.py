@@ -375,17 +375,24 @@ def test_the_page(folder: Path) -> None:
         done = run(folder, *arguments, COLUMNS=str(columns))
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
-        assert lines[0].startswith("fits: hsdp on 4 x 8 H100, ")
+        assert lines[0].startswith("fits: fsdp on 4 x 8 H100, ")
         assert max(map(_columns, lines)) <= columns
         bar = next(line for line in lines if "█" in line and "·" in line)
         assert len(bar) > columns - 8
-        for part in ("> hsdp", "75", "GiB too much", "limits", "fewest such GPUs", "longest rows", "why", "assumed"):
+        for part in ("> fsdp", "24", "GiB too much", "limits", "fewest such GPUs", "longest rows", "why", "assumed"):
             assert part in done.stdout
     assert "\x1b[" not in done.stdout
 
 
 def _columns(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
+
+
+@pytest.mark.parametrize(("gpu", "said"), [("h100", "400 GB/s"), ("a100-80gb", "200 GB/s"), ("l40s", "25 GB/s")])
+def test_the_network_that_is_guessed(folder: Path, gpu: str, said: str) -> None:
+    """A port for each GPU in nodes with NVLink."""
+    done = run(folder, "8b.yaml", "--nodes", "4", "--gpus-per-node", "8", "--gpu", gpu)
+    assert f"network: {said} per node, a guess" in done.stdout
 
 
 def test_what_does_not_fit(folder: Path) -> None:

@@ -90,8 +90,17 @@ class Model(Group):
     revision: str | None = None
     """Branch, tag or commit of a hub id. Name a commit for runs that must be reproducible."""
 
-    attn_implementation: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = "auto"
-    """`auto`: FlashAttention-2 where it is installed and the GPU and the dtype support it; for packed rows else
+    attn_implementation: Literal[
+        "auto",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+        "varlen",
+        "sdpa",
+        "eager",
+    ] = "auto"
+    """`auto`: the newest FlashAttention that is installed and that GPU, dtype and model support; for packed rows else
     `varlen`, which is torch's own kernel for documents of a row, if GPU and model support that; else SDPA. The run's
     log has the choice."""
 

@@ -108,7 +108,7 @@ def attention(options: Options, name: str, value: str) -> None:
     if value in ("sdpa", "eager"):
         options.set("model.attn_implementation", name, value)
     else:
-        options.drop(name, "the same attention: auto takes FlashAttention-2 where it is installed, else SDPA")
+        options.drop(name, "the same attention: auto takes the newest FlashAttention that is installed, else SDPA")
 
 
 def tf32(options: Options) -> None:

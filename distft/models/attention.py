@@ -1,6 +1,6 @@
 """What `model.attn_implementation: auto` means; the one place for the rules, the planner and the ranks.
 
-FlashAttention-2 where GPU and precision allow it and the ranks can import flash-attn; for packed rows else torch's own
+The newest FlashAttention that GPU and precision allow and the ranks can import; for packed rows else torch's own
 varlen_attn (train/varlen.py), where it works there and the model's class can use it; else SDPA. Only a rank can see
 what is installed there, so the planner counts `auto` as SDPA, which never needs less memory.
 """
@@ -8,14 +8,31 @@ what is installed there, so the planner counts `auto` as SDPA, which never needs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from distft.models.kinds import has_own_code
 
 AMPERE = 8.0  # compute capability
+
+
+class Flash(NamedTuple):
+    """A version of FlashAttention: least compute capability, largest head, and whether it has dropout."""
+
+    least: float
+    largest_head: int
+    dropout: bool
+
+
+# The newest first. Capabilities: transformers 5.23 modeling_flash_attention_utils.py,
+# FLASH_ATTENTION_COMPATIBILITY_MATRIX. Heads and dropout: flash-attn's README, hopper/flash_attn_interface.py and
+# flash_attn/cute/interface.py.
+FLASH = {
+    "flash_attention_4": Flash(9.0, 128, False),
+    "flash_attention_3": Flash(AMPERE, 256, False),
+    "flash_attention_2": Flash(AMPERE, 256, True),
+}
 # They take a micro-batch as one row without padding, and the bounds of its documents instead of a mask.
-UNPADDED = ("flash_attention_2", "varlen")
-LARGEST_HEAD = 256  # flash-attn's README: head dimensions up to 256
+UNPADDED = (*FLASH, "varlen")
 # Model types of transformers 5.17 to 5.23 whose class has no `_supports_flash_attn` (tests/unit/test_rules.py).
 NO_FLASH = frozenset(
     [
@@ -147,28 +164,41 @@ VARLEN = frozenset(
 
 
 def no_flash_attention(
-    device_type: str, compute_capability: float | None, mixed_precision: str, config: Mapping[str, Any]
+    device_type: str,
+    compute_capability: float | None,
+    mixed_precision: str,
+    config: Mapping[str, Any],
+    name: str = "flash_attention_2",
 ) -> str | None:
-    """Why FlashAttention-2 cannot run there, whatever is installed; None where it can.
+    """Why a version of FlashAttention cannot run there, whatever is installed; None where it can.
 
-    Its kernels are for Ampere and later, in bf16 and fp16 (flash-attn's README).
+    Its kernels are for recent GPUs, in bf16 and fp16 (flash-attn's README). What the first version cannot do, no later
+    one can.
 
     Args:
         compute_capability: None where it is not known; the GPU is then taken for a recent one.
         mixed_precision: bf16 | fp16 | no.
         config: the model's config.json.
     """
+    flash = FLASH[name]
     if device_type != "cuda":
         return "no GPU"
-    if compute_capability is not None and compute_capability < AMPERE:
-        return "the GPU is older than Ampere"
+    if compute_capability is not None and compute_capability < flash.least:
+        return f"the GPU is older than {'Ampere' if flash.least == AMPERE else 'Hopper'}"
     if mixed_precision == "no":
         return "float32"
     kind = config.get("model_type")
     if kind in NO_FLASH:
-        return f"{kind} models have no flash_attention_2"
+        return f"{kind} models have no FlashAttention"
+    if not flash.dropout and has_dropout(config):
+        return "it has no dropout, and config.json asks for it in attention"
     size = largest_head(config)
-    return f"heads of {size}; FlashAttention-2 has kernels for up to {LARGEST_HEAD}" if size > LARGEST_HEAD else None
+    return f"heads of {size}; {name} has kernels for up to {flash.largest_head}" if size > flash.largest_head else None
+
+
+def has_dropout(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json asks for dropout in attention."""
+    return bool(config.get("attention_dropout") or config.get("attn_pdrop"))
 
 
 def no_varlen(config: Mapping[str, Any]) -> str | None:
@@ -176,7 +206,7 @@ def no_varlen(config: Mapping[str, Any]) -> str | None:
     kind = config.get("model_type")
     if kind not in VARLEN or has_own_code(config):
         return f"{kind} models cannot use it"
-    if config.get("attention_dropout") or config.get("attn_pdrop"):
+    if has_dropout(config):
         return "it has no dropout, and config.json asks for it in attention"
     return None
 
@@ -190,5 +220,5 @@ def largest_head(config: Mapping[str, Any]) -> int:
 
 
 def planned_attention(wanted: str) -> str:
-    """What the planner counts for the recipe's model.attn_implementation."""
-    return "sdpa" if wanted == "auto" else wanted
+    """What the planner counts for the recipe's model.attn_implementation: SDPA needs no less than flex_attention."""
+    return "sdpa" if wanted in ("auto", "flex_attention") else wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distft.models.attention import LARGEST_HEAD, largest_head
+from distft.models.attention import AMPERE, FLASH, has_dropout, largest_head
 from distft.models.lora import module_of
 from distft.rules.core import Case, RecipeCase, look, rule
 from distft.strategies.kinds import that_offload
@@ -323,27 +323,33 @@ def fp16_needs_a_gpu(case: Case) -> str | None:
 
 
 @rule(
-    "flash_attention_2 on a V100, a T4 or a CPU, or varlen on the GPUs",
-    "flash-attn README: Ampere, Ada or Hopper GPUs",
+    "flash_attention_2 or 3 on a V100, a T4 or a CPU, varlen on the GPUs, flash_attention_4 before Hopper, or "
+    "flex_attention on a CPU",
+    "flash-attn README: Ampere, Ada or Hopper GPUs; transformers 5.23 modeling_flash_attention_utils.py, "
+    "FLASH_ATTENTION_COMPATIBILITY_MATRIX; torch 2.13 nn/attention/flex_attention.py: no backward pass on CPUs",
     "use model.attn_implementation: auto or sdpa",
 )
 def flash_attention_needs_ampere(case: RecipeCase) -> str | None:
-    """FlashAttention-2's kernels are written for compute capability 8.0 and later; varlen runs them on GPUs, on CPUs it
-    runs SDPA. For older GPUs there is SDPA's memory-efficient kernel.
+    """FlashAttention-2's and 3's kernels are written for compute capability 8.0 and later, FlashAttention-4's for 9.0;
+    varlen runs the former on GPUs, on CPUs it runs SDPA. For older GPUs there is SDPA's memory-efficient kernel.
     """
-    if not case.needs_flash_kernels or not (case.on_cpu or case.before_ampere):
+    if case.attention == "flex_attention" and case.on_cpu:
+        return "model.attn_implementation: flex_attention needs a GPU, and there is none"
+    least, capability = case.flash.least, case.device.compute_capability
+    if not case.needs_flash_kernels or not (case.on_cpu or (capability is not None and capability < least)):
         return None
     have = "there is none" if case.on_cpu else f"this is {case.device.name}"
-    return f"model.attn_implementation: {case.attention} needs an Ampere GPU or later, and {have}"
+    kind = "an Ampere" if least == AMPERE else "a Hopper"
+    return f"model.attn_implementation: {case.attention} needs {kind} GPU or later, and {have}"
 
 
 @rule(
-    'flash_attention_2, or varlen on a GPU, with training.mixed_precision: "no"',
+    'flash_attention_2, 3 or 4, or varlen on a GPU, with training.mixed_precision: "no"',
     "flash-attn README: fp16 and bf16; transformers integrations/flash_attention.py:13, get_target_dtype",
     "use model.attn_implementation: auto or sdpa, or training.mixed_precision: bf16",
 )
 def flash_attention_needs_16_bit(case: RecipeCase) -> str | None:
-    """FlashAttention-2 has no float32 kernel. transformers casts its input to autocast's dtype, and with
+    """FlashAttention has no float32 kernel. transformers casts its input to autocast's dtype, and with
     mixed_precision "no" there is no autocast.
     """
     if case.needs_flash_kernels and case.mixed_precision == "no":
@@ -352,18 +358,29 @@ def flash_attention_needs_16_bit(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "flash_attention_2, or varlen on a GPU, with a head_dim over 256",
-    "flash-attn README: head dimensions up to 256",
+    "flash_attention_2 or 3, or varlen on a GPU, with a head_dim over 256, or flash_attention_4 with one over 128",
+    "flash-attn README: head dimensions up to 256; flash_attn/cute/interface.py: up to 128",
     "use model.attn_implementation: auto or sdpa",
 )
 def flash_attention_needs_small_heads(case: RecipeCase) -> str | None:
-    """FlashAttention-2 has kernels for heads of up to 256."""
-    size = max(case.model.head_dim or 0, largest_head(case.whole_config))
-    if case.needs_flash_kernels and size > LARGEST_HEAD:
-        return (
-            f"model.attn_implementation: {case.attention} needs heads of up to {LARGEST_HEAD}, and the model has "
-            f"some of {size}"
-        )
+    """FlashAttention-2 and 3 have kernels for heads of up to 256, FlashAttention-4 of up to 128."""
+    size, most = max(case.model.head_dim or 0, largest_head(case.whole_config)), case.flash.largest_head
+    if case.needs_flash_kernels and size > most:
+        found = f"needs heads of up to {most}, and the model has some of {size}"
+        return f"model.attn_implementation: {case.attention} {found}"
+    return None
+
+
+@rule(
+    "flash_attention_3 or 4 with a model that has dropout in attention",
+    "flash-attn hopper/flash_attn_interface.py and flash_attn/cute/interface.py: no dropout",
+    "use model.attn_implementation: auto, flash_attention_2 or sdpa",
+)
+def new_flash_attention_has_no_dropout(case: RecipeCase) -> str | None:
+    """Of FlashAttention, only the second version has dropout, which config.json may ask for: the others would train
+    without it."""
+    if case.attention in FLASH and not case.flash.dropout and has_dropout(case.whole_config):
+        return f"model.attn_implementation: {case.attention} has no dropout, and config.json asks for it in attention"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from distft import extras
 from distft.errors import PlanError
-from distft.models.attention import AMPERE, no_flash_attention
+from distft.models.attention import AMPERE, FLASH, Flash, no_flash_attention
 from distft.models.kinds import has_own_code
 from distft.models.quantization import disk_quantization
 from distft.strategies.kinds import KINDS, Kind
@@ -137,7 +137,12 @@ class RecipeCase(Case):
     @property
     def needs_flash_kernels(self) -> bool:
         """Whether FlashAttention's kernels are asked for: varlen has them on GPUs alone."""
-        return self.attention == "flash_attention_2" or (self.attention == "varlen" and not self.on_cpu)
+        return self.attention in FLASH or (self.attention == "varlen" and not self.on_cpu)
+
+    @property
+    def flash(self) -> Flash:
+        """What FlashAttention's kernels can do; varlen has those of the second version."""
+        return FLASH.get(self.attention, FLASH["flash_attention_2"])
 
     @property
     def whole_config(self) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from distft.models import kinds
-from distft.models.attention import NO_FLASH, no_varlen
+from distft.models.attention import FLASH, NO_FLASH, no_varlen
 from distft.models.lora import matcher, module_of, named_but_left_out, saved
 from distft.models.packing import why_mixed
 from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
@@ -94,15 +94,15 @@ def sdpa_has_no_softcapping(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "flash_attention_2 with a model type that has none",
+    "flash_attention_2, 3 or 4 with a model type that has none",
     "transformers 5.23 modeling_utils.py:1594: does not support Flash Attention 2 yet",
     "use model.attn_implementation: auto, sdpa or eager",
     of_config=True,
 )
 def flash_attention_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
-    """Some of transformers' model classes are not written for FlashAttention-2 and fail when it is requested."""
-    if case.attention == "flash_attention_2" and case.model_type in NO_FLASH:
-        return f"model.attn_implementation: {case.model_type} models have no flash_attention_2"
+    """Some of transformers' model classes are not written for FlashAttention and fail when it is requested."""
+    if case.attention in FLASH and case.model_type in NO_FLASH:
+        return f"model.attn_implementation: {case.model_type} models have no {case.attention}"
     return None
 
 
@@ -145,7 +145,7 @@ def packing_needs_separate_documents(case: RecipeCase) -> str | None:
     it. Under FlashAttention-2 the bounds of documents go to the kernels of attention; whether the models that build
     masks of their own respect them could not be tested, and is not refused.
     """
-    why = case.recipe.data.packs and why_mixed(case.model_type, case.attention == "flash_attention_2")
+    why = case.recipe.data.packs and why_mixed(case.model_type, case.attention in FLASH)
     return f"data.packing: {why}" if why else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import logging
 import re
@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.import_utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+)
 from transformers.utils.quantization_config import Mxfp4Config
 
 from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
 from distft.errors import DataError
 from distft.models.adaptable import left_out, reason
-from distft.models.attention import no_flash_attention, no_varlen
+from distft.models.attention import FLASH, no_flash_attention, no_varlen
 from distft.models.freezing import frozen, named
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
 from distft.models.oft import peft_fields
@@ -38,6 +43,12 @@ log = logging.getLogger("distft")
 
 # Classes of modules that peft can put an adapter on.
 ADAPTABLE = (torch.nn.Linear, Conv1D, torch.nn.Conv2d, torch.nn.Embedding)
+# Of each FlashAttention: whether it is there, its package, and the module that transformers imports.
+PACKAGES = {
+    "flash_attention_4": (is_flash_attn_4_available, "flash-attn-4", "flash_attn.cute"),
+    "flash_attention_3": (is_flash_attn_3_available, "flash-attn-3", "flash_attn_interface"),
+    "flash_attention_2": (is_flash_attn_2_available, "flash-attn", "flash_attn"),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -62,11 +73,12 @@ def choose_attention(recipe: Recipe, config: Mapping[str, Any]) -> str:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         device, capability = "cuda", major + minor / 10
-    no_kernel = no_flash_attention(device, capability, recipe.training.mixed_precision, config)
-    why = no_kernel or _flash_attn_missing()
-    if not why:
-        log.info("attention: flash_attention_2")
-        return "flash_attention_2"
+    for name in FLASH:  # the last one can do whatever the others can
+        no_kernel = no_flash_attention(device, capability, recipe.training.mixed_precision, config, name)
+        why = no_kernel or _missing(name)
+        if not why:
+            log.info("attention: %s", name)
+            return name
     if not no_kernel and recipe.data.packs:
         other = no_varlen(config) or varlen.fails(compute_dtype(recipe))
         if not other:
@@ -77,14 +89,15 @@ def choose_attention(recipe: Recipe, config: Mapping[str, Any]) -> str:
     return "sdpa"
 
 
-def _flash_attn_missing() -> str | None:
-    """Why flash-attn cannot be imported; None where it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
+def _missing(name: str) -> str | None:
+    """Why the package of a FlashAttention cannot be used; None where it can."""
+    is_available, package, module = PACKAGES[name]
+    if not is_available():
+        return f"{package} is not installed"
     try:
-        import flash_attn  # noqa: F401
+        importlib.import_module(module)
     except ImportError as error:  # built for another torch or CUDA
-        return f"flash-attn cannot be imported: {error}"
+        return f"{package} cannot be imported: {error}"
     return None
 
 

@@ -148,6 +148,8 @@ EXPERTS = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.experts.down_proj", (4, 64,
 PART = {"training__train_only": ["lm_head"]}
 REENTRANT = {"use_reentrant": True}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
+FLASH4 = {"model__attn_implementation": "flash_attention_4", "device": "H100"}
+FLEX = {"model__attn_implementation": "flex_attention"}
 VARLEN = {"model__attn_implementation": "varlen"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
@@ -263,6 +265,8 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FLASH, "device": "V100-16GB", "training__mixed_precision": "fp16"}, {"device": "A10G"}),
         ({**FLASH, "device": CPU}, {"model__attn_implementation": "auto"}),
         ({**VARLEN, "device": "T4", "training__mixed_precision": "fp16"}, {"device": "A10G"}),
+        ({**FLASH4, "device": "A100-80GB"}, {"device": "H100"}),
+        ({**FLEX, "device": CPU}, {"model__attn_implementation": "auto"}),
     ],
     "flash-attention-needs-16-bit": [
         ({**FLASH, "training__mixed_precision": "no"}, {"training__mixed_precision": "bf16"}),
@@ -271,6 +275,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "flash-attention-needs-small-heads": [
         ({**FLASH, "head_dim": 257}, {"head_dim": 256}),
         ({**VARLEN, "head_dim": 257}, {"device": CPU}),
+        ({**FLASH4, "head_dim": 192}, {"head_dim": 128}),
+    ],
+    "new-flash-attention-has-no-dropout": [
+        ({**FLASH4, "config": {"model_type": "llama", "attention_dropout": 0.1}}, FLASH),
     ],
     "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
     "zero3-frees-frozen-weights-too-early": [
@@ -769,12 +777,17 @@ def test_what_attention_auto_means() -> None:
     assert no_flash_attention("cuda", None, "fp16", {}) is None  # a GPU of which only the memory is known
     gemma4 = {"model_type": "gemma4", "text_config": {"head_dim": 256, "global_head_dim": 512}}
     why = [no_flash_attention("cuda", 9.0, "bf16", config) for config in ({"model_type": "llama4"}, gemma4)]
-    assert why[0] == "llama4 models have no flash_attention_2"
-    assert why[1] == "heads of 512; FlashAttention-2 has kernels for up to 256"
+    assert why[0] == "llama4 models have no FlashAttention"
+    assert why[1] == "heads of 512; flash_attention_2 has kernels for up to 256"
     assert make_case(config=gemma4).attention == "sdpa"
     assert make_case().attention == "auto"
     assert make_case(device="T4", training__mixed_precision="fp16").attention == "sdpa"
     assert (planned_attention("auto"), planned_attention("eager")) == ("sdpa", "eager")
+    newest = [no_flash_attention("cuda", capability, "bf16", {}, "flash_attention_4") for capability in (8.9, 9.0)]
+    assert newest == ["the GPU is older than Hopper", None]
+    dropout = {"attention_dropout": 0.1}
+    why = [no_flash_attention("cuda", 9.0, "bf16", dropout, f"flash_attention_{version}") for version in (2, 3, 4)]
+    assert why == [None] + ["it has no dropout, and config.json asks for it in attention"] * 2
 
 
 def test_all_errors_at_once() -> None:

@@ -24,7 +24,7 @@ name: my-run                  # becomes runs/my-run
 model:
   name_or_path: Qwen/Qwen2.5-7B       # a hub id, or a folder: ./my-model
   revision: null                      # a commit of the hub id, to make the run repeatable
-  attn_implementation: auto           # FlashAttention-2 where it works, otherwise SDPA
+  attn_implementation: auto           # FlashAttention where it works, otherwise SDPA
   quantization: null                  # nf4: QLoRA
   pad_token: null                     # only for a tokenizer without one
   eos_token: null                     # ends a text, instead of the tokenizer's

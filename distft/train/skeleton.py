@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 
 from distft.config.recipe import Recipe
@@ -59,6 +61,32 @@ def filled(module: Any, name: str, read: Read) -> Iterator[None]:
             set_parameter(module, inner, parameter)
 
 
+class _ReadInPassing(TorchFunctionMode):
+    """Reads a weight that is still on the meta device when a function is called with it.
+
+    For what a module takes of another one, which does not run then: Gemma 4 looks up the padding token's embedding by
+    `self.language_model.embed_tokens.weight[...]`.
+    """
+
+    def __init__(self, model: Any, read: Read):
+        super().__init__()
+        self.read = read
+        self.names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("__get__", "__set__"):
+            # An attribute needs no weight, but where it lies is where it will be read to.
+            on_cpu = function == torch.Tensor.device.__get__ and id(args[0]) in self.names  # type: ignore[attr-defined]
+            return torch.device("cpu") if on_cpu else function(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.nn.Parameter, self._filled, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def _filled(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        name = self.names.get(id(parameter))
+        return parameter if name is None else self.read(name)
+
+
 @torch.no_grad()
 def logits(model: Any, read: Read, rows: torch.Tensor) -> torch.Tensor:
     """Logits (rows, tokens, vocabulary) of a skeleton, with the weights of one decoder block in memory at a time."""
@@ -82,7 +110,8 @@ def logits(model: Any, read: Read, rows: torch.Tensor) -> torch.Tensor:
         handles.append(module.register_forward_pre_hook(fill(name)))
         handles.append(module.register_forward_hook(drop(name)))
     try:
-        return model(input_ids=rows, use_cache=False).logits.float()
+        with _ReadInPassing(model, read):
+            return model(input_ids=rows, use_cache=False).logits.float()
     finally:
         for handle in handles:
             handle.remove()

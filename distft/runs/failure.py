@@ -22,7 +22,7 @@ OUT_OF_MEMORY = (
 LOST_PEER = r"Connection (reset|closed|refused)|[Tt]imed out|NCCL.*remote|ncclRemoteError"
 # Packages of distft[train]; another one is a matter of the user's script.
 TRAIN_PART = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "datasets", "distft")
-# Pattern in the error → the fix. The first that matches is shown.
+# Pattern in the error → the fix. The first that matches is shown. distft's own errors say their fix themselves.
 HINTS = (
     (
         rf"(?m){OUT_OF_MEMORY}|can't allocate memory|Cannot allocate memory|std::bad_alloc",
@@ -35,7 +35,6 @@ HINTS = (
     ),
     (r"EADDRINUSE|[Aa]ddress already in use", "the port is in use by another process: launch again"),
     (r"No space left on device", "the disk is full: free some space, or set another output_dir"),
-    (r"DataError", "a row of the data is wrong or too long: fix it, or set data.long_rows"),
     (LOST_PEER, "a rank lost its peer: see the other ranks' logs"),
 )
 NO_MODULE = re.compile(r"(?m)^ *ModuleNotFoundError: No module named '([\w.]+)'")

@@ -126,3 +126,15 @@ def test_host_memory_is_not_the_gpus(tmp_path: Path) -> None:
 def test_only_a_missing_package_is_called_missing(error: str, hint: str | None) -> None:
     found = hint_for(error, trains_recipe=False)
     assert found is None if hint is None else hint in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "DataError: model.name_or_path: base lacks lm_head.weight of LlamaForCausalLM, which would start as random",
+        "DataError: data.train: 2 rows are longer than data.max_length (64 tokens); raise data.max_length",
+        "pandas.errors.DataError: No numeric types to aggregate",
+    ],
+)
+def test_an_error_that_says_its_fix_gets_no_other(error: str) -> None:
+    assert hint_for(error, trains_recipe=True) is None

@@ -73,8 +73,8 @@ def served(commits: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
                     return self.answer(
                         200, json.dumps(info if what == "info" else items).encode(), Content_Type="application/json"
                     )
-            if path.startswith("/datasets/owner/name/resolve/"):
-                revision, _, name = path.removeprefix("/datasets/owner/name/resolve/").partition("/")
+            if path.startswith(("/datasets/owner/name/resolve/", "/owner/model/resolve/")):
+                revision, _, name = path.partition("/resolve/")[2].partition("/")
                 found = made.find(revision)
                 if found and name in found[1]:
                     data = found[1][name]

@@ -12,7 +12,7 @@ from distft.errors import MissingPartError, PlanError, SimulationError
 from distft.models.architecture import is_known
 from distft.models.kinds import has_own_code
 from distft.models.packing import why_mixed
-from distft.models.shapes import ModelShape, read_config, read_model_shape
+from distft.models.shapes import ModelShape, check_stored, read_config, read_model_shape
 from distft.planner.counting import Counted, Counts
 from distft.planner.kept_counts import Kept
 from distft.planner.plan import RecipePlan, make_plan, refuse_other_kinds
@@ -43,6 +43,8 @@ def plan_any(
         return make_plan(recipe, where, need_weights, compare=compare, measured=measured)
     if need_weights:
         read_model_shape(recipe, need_weights)
+    else:
+        check_stored(recipe)
     model: ModelShape | None = None
     # transformers and bitsandbytes warn about what does not matter here, and torch logs errors that are caught.
     with warnings.catch_warnings():

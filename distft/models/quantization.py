@@ -5,8 +5,10 @@ And what is known of checkpoints that are stored quantized.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # QLoRA's 4-bit NormalFloat with double quantization (arXiv 2305.14314), as keyword arguments of transformers'
@@ -24,6 +26,40 @@ NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 # Methods of stored weights that adapters are trained on: bitsandbytes' as they are, the others dequantized on loading.
 # Each was trained under ddp, zero3 and fsdp with equal losses (tests/integration/test_stored_quantized.py).
 AS_STORED, DEQUANTIZED = ("bitsandbytes",), ("mxfp4", "fp8")
+
+
+# Files beside config.json that say it alone: modelopt's, AutoGPTQ's and AutoAWQ's own.
+BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Names of weights; the integers under other names are buffers (positions, masks).
+WEIGHT = re.compile(r"(weight|weight_packed|experts\.\w+)$")
+
+
+def with_file_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A config.json that says how the weights in its folder are stored, where only another file there does."""
+    for name, by in {} if disk_quantization(config) else BESIDE.items():
+        try:
+            found = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        # modelopt may quantize nothing but the cache of keys and values.
+        own = found.get("quantization", found) if isinstance(found, dict) else None
+        if isinstance(own, dict) and (by != "modelopt" or own.get("quant_algo")):
+            return config | {"quantization_config": own | {"quant_method": by}}
+    return config
+
+
+def unexplained(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> str | None:
+    """A weight that is no plain number, where nothing says how it is quantized; None if there is none.
+
+    Args:
+        dtypes: of the stored tensors by name, as safetensors calls them.
+    """
+    if disk_quantization(config):
+        return None
+    for name, dtype in dtypes.items():
+        if dtype.startswith(("F8", "F6", "F4")) or (dtype.startswith(("I", "U")) and WEIGHT.search(name)):
+            return f"{name} in {dtype}"
+    return None
 
 
 def disk_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

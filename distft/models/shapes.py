@@ -5,6 +5,7 @@ Reading a header needs no torch: 8 bytes of length, then JSON (https://huggingfa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -20,7 +21,7 @@ from distft.models.architecture import Sizes, describe, guess_sizes, is_known
 from distft.models.freezing import frozen, named, other_inputs
 from distft.models.layout import Tensor, blocks
 from distft.models.lora import ADAPTER_CONFIG, left_out_layers, lora_parameters
-from distft.models.quantization import disk_quantization, method
+from distft.models.quantization import BESIDE, disk_quantization, method, unexplained, with_file_beside
 from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_tensors
 
 # A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
@@ -129,6 +130,23 @@ def read_model_shape(recipe: Recipe, need_weights: bool = False) -> ModelShape:
     return shape_of(recipe, tensors, tied, sizes, config, experts)
 
 
+def check_stored(recipe: Recipe) -> None:
+    """Check the headers of weights that are on this machine, for a model that is counted and not read.
+
+    Raises:
+        PlanError: a file that is not what its name says, or quantized weights that would be loaded as plain ones.
+    """
+    folder = Path(recipe.model.name_or_path)
+    if not folder.is_dir():
+        with contextlib.suppress(ImportError):
+            import huggingface_hub as hub
+
+            found = hub.try_to_load_from_cache(recipe.model.name_or_path, "config.json", revision=recipe.model.revision)
+            folder = Path(found).parent if isinstance(found, str) else folder
+    if folder.is_dir():
+        _read_folder(folder, need_weights=False)
+
+
 def read_config(recipe: Recipe) -> dict[str, Any]:
     """The model's config.json.
 
@@ -226,7 +244,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise PlanError(f"model.name_or_path: {folder / 'config.json'} is not a JSON object")
-    return config
+    return with_file_beside(config, folder)
 
 
 def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shapes | None]:
@@ -243,10 +261,21 @@ def _read_folder(folder: Path, need_weights: bool) -> tuple[dict[str, Any], Shap
             f"found {', '.join(other[:3])}, which is a pickle and is not loaded: convert it" if other else "add them"
         )
         raise PlanError(f"model.name_or_path: {folder} has no weights (*.safetensors); {found}")
-    tensors: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Any] = {}
     for file in files:
-        tensors |= read_safetensors_header(file)
-    return config, tensors
+        tensors |= _read_header(file)
+    _check_dtypes(str(folder), config, {name: tensor["dtype"] for name, tensor in tensors.items()})
+    return config, {name: tensor["shape"] for name, tensor in tensors.items()}
+
+
+def _check_dtypes(name: str, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+    """Raises PlanError for quantized weights that would be loaded without their scales."""
+    if found := unexplained(config, dtypes):
+        raise PlanError(
+            f"model.name_or_path: {name} has {found}, and no quantization_config in its config.json: the numbers would "
+            "be trained on without their scales; take the unquantized repository, add the quantization_config, or "
+            "convert the weights to bf16 if they have no scales"
+        )
 
 
 def _is_adapter(folder: Path) -> str:
@@ -282,17 +311,22 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         PlanError: the file is not safetensors, or it is truncated.
     """
+    return {name: tensor["shape"] for name, tensor in _read_header(path).items()}
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """`dtype` and `shape` of every tensor in a file, by name. Raises as read_safetensors_header."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
-            header = json.loads(file.read(length))
+            header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if path.stat().st_size != end:
             raise ValueError(f"it has {path.stat().st_size:,} bytes and should have {end:,}: an incomplete copy?")
-        return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+        return {name: {"dtype": str(t["dtype"]), "shape": tuple(t["shape"])} for name, t in header.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"model.name_or_path: {path} is not a complete safetensors file ({error})") from None
 
@@ -301,6 +335,7 @@ def _read_hub(recipe: Recipe, need_weights: bool, config_only: bool = False) -> 
     """As _read_folder, from the hub's cache if the model is there, else from the hub itself, without the weights."""
     try:
         import huggingface_hub as hub
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError:
         raise MissingPartError(
             f"model.name_or_path: {recipe.model.name_or_path} is a hub id; reading it needs "
@@ -317,7 +352,11 @@ def _read_hub(recipe: Recipe, need_weights: bool, config_only: bool = False) -> 
                 return config, header
         if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
-        config = json.loads(Path(hub.hf_hub_download(name, "config.json", revision=revision)).read_text())
+        folder = Path(hub.hf_hub_download(name, "config.json", revision=revision)).parent
+        for other in BESIDE:
+            with contextlib.suppress(EntryNotFoundError):
+                hub.hf_hub_download(name, other, revision=revision)
+        config = _folder_config(folder)
         if config_only or (is_known(config) and not need_weights):
             return config, None
         metadata = hub.get_safetensors_metadata(name, revision=revision)
@@ -330,4 +369,6 @@ def _read_hub(recipe: Recipe, need_weights: bool, config_only: bool = False) -> 
         raise NoModelError(
             f"model.name_or_path: {name} is neither a folder beside the recipe nor a readable hub model ({reason})"
         ) from None
-    return config, {n: tuple(t.shape) for f in metadata.files_metadata.values() for n, t in f.tensors.items()}
+    tensors = {n: tensor for file in metadata.files_metadata.values() for n, tensor in file.tensors.items()}
+    _check_dtypes(name, config, {n: str(tensor.dtype) for n, tensor in tensors.items()})
+    return config, {n: tuple(tensor.shape) for n, tensor in tensors.items()}

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError, first_line
-from distft.models.quantization import disk_quantization
+from distft.models.quantization import disk_quantization, with_file_beside
 from distft.train.conversion import Conversion
 from distft.train.tensor_files import TensorFiles
 
@@ -46,7 +46,8 @@ def base_file(recipe: Recipe, name: str) -> Path | None:
 
 def stored_quantization(recipe: Recipe) -> Mapping[str, Any]:
     """How the base's weights are stored quantized; {} for plain weights."""
-    return disk_quantization(json.loads(base_config(recipe).read_text()))
+    path = base_config(recipe)
+    return disk_quantization(with_file_beside(json.loads(path.read_text()), path.parent))
 
 
 def base_files(recipe: Recipe) -> TensorFiles:

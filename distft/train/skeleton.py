@@ -77,7 +77,7 @@ class _ReadInPassing(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in ("__get__", "__set__"):
             # An attribute needs no weight, but where it lies is where it will be read to.
-            on_cpu = function == torch.Tensor.device.__get__ and id(args[0]) in self.names  # type: ignore[attr-defined]
+            on_cpu = function == torch.Tensor.device.__get__ and id(args[0]) in self.names
             return torch.device("cpu") if on_cpu else function(*args, **kwargs)
         args, kwargs = tree_map_only(torch.nn.Parameter, self._filled, (args, kwargs))
         return function(*args, **kwargs)

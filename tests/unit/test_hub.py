@@ -152,6 +152,27 @@ def test_a_model_at_its_commit(hub: Hub, tmp_path: Path) -> None:
     assert answer(offline=True) == now
 
 
+STORED = """
+from distft.config.recipe import Recipe
+from distft.models.shapes import read_config
+recipe = Recipe.model_validate({"name": "r", "model": {"name_or_path": "owner/model"}, "data": {"train": "a.jsonl"}})
+print(read_config(recipe).get("quantization_config"))
+"""
+
+
+@pytest.mark.parametrize("beside", ["hf_quant_config.json", "quantize_config.json", None])
+def test_how_weights_are_stored_is_asked_for(beside: str | None, tmp_path: Path) -> None:
+    """What says it beside config.json is downloaded with it, and found in the cache."""
+    files = {"config.json": b'{"model_type": "llama"}'}
+    if beside:
+        files[beside] = b'{"bits": 4, "quantization": {"quant_algo": "FP8"}}'
+    with served({SECOND: files}) as hub:
+        for offline in (False, True):
+            env = os.environ | hub.environment(tmp_path / "cache", offline)
+            done = subprocess.run([sys.executable, "-c", STORED], capture_output=True, text=True, env=env, check=True)
+            assert ("quant_method" in done.stdout) == bool(beside)
+
+
 def test_offline(hub: Hub, tmp_path: Path) -> None:
     """The commit and the files are those that were downloaded."""
     online = ask(hub, tmp_path, "owner/name")

@@ -678,6 +678,79 @@ def test_hub_model_whose_config_alone_is_cached(
         read_model_shape(recipe, need_weights=True)
 
 
+MODELOPT = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "kind"),
+    [
+        ("hf_quant_config.json", MODELOPT, "modelopt"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, "awq"),
+    ],
+)
+def test_a_file_beside_says_that_weights_are_quantized(
+    file: str, said: dict[str, Any], kind: str, tiny: Tiny, folder: Path, tmp_path: Path
+) -> None:
+    """What modelopt, AutoGPTQ and AutoAWQ write in files of their own is as good as config.json's word."""
+    (folder / file).write_text(json.dumps(said))
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(folder))))
+    for command in ("plan", "validate", "launch"):
+        done = distft(command, "recipe.yaml", cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"its weights are quantized ({kind}), and nothing is trained on top of these" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_files_beside_that_say_nothing_of_the_weights(tiny: Tiny, folder: Path) -> None:
+    """Quantized keys and values alone, a file that is no JSON; and config.json has the last word."""
+    whole = read(folder, tiny).config
+    cache_only = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(cache_only))
+    (folder / "quant_config.json").write_text("[")
+    assert read(folder, tiny).config == whole
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    (folder / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
+    assert read(folder, tiny).config["quantization_config"] == {"quant_method": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("leaf", "dtype", "code"),
+    [("weight", "float8_e4m3fn", "F8_E4M3"), ("weight", "int32", "I32"), ("qweight", "int32", "I32")],
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])  # planned by formula, and counted
+def test_quantized_weights_that_nothing_explains(
+    leaf: str, dtype: str, code: str, family: str, tiny: Tiny, folder: Path, tmp_path: Path
+) -> None:
+    """transformers would load the numbers without their scales, or fail in the ranks."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.{leaf}"] = tensors.pop(f"{name}.weight").to(getattr(torch, dtype))
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder / "config.json", model_type=family)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(folder))))
+    for command in ("plan", "validate", "launch"):
+        done = distft(command, "recipe.yaml", cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"has {name}.{leaf} in {code}, and no quantization_config in its config.json" in done.stderr
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"}, model_type="llama")
+    assert read(folder, tiny).parameters == 115_008
+
+
+def test_buffers_of_integers_are_no_quantized_weights(tiny: Tiny, folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    whole = read(folder, tiny)
+    buffers = {"attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), "position_ids": torch.arange(4)}
+    save_file(load_file(folder / "model.safetensors") | buffers, folder / "model.safetensors")
+    assert read(folder, tiny, need_weights=True) == whole
+
+
 def test_planning_takes_no_weights_and_launching_does(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(model__name_or_path=str(folder))))

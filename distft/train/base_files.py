@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from distft.config.recipe import Recipe
 from distft.errors import DataError, first_line
 from distft.models.quantization import disk_quantization, with_file_beside
-from distft.train.conversion import Conversion
+from distft.train.conversion import Conversion, parameter_shapes
 from distft.train.tensor_files import TensorFiles
 
 # Tensors that checkpoints had before transformers computed them (modeling_utils.py,
@@ -80,6 +80,18 @@ def check_missing(recipe: Recipe, model: Any, missing: set[str]) -> None:
             "start as random numbers; take a complete checkpoint of a causal language model (a reward model or a "
             "classifier has another last layer)"
         )
+
+
+def check_shapes(recipe: Recipe, model: Any) -> None:
+    """Raises DataError for a stored tensor that has not the shape that it has in `model`, which may be a twin on the
+    meta device."""
+    found, wanted = Conversion(model, base_files(recipe).shapes()).shapes, parameter_shapes(model)
+    for name in wanted:
+        if found.get(name, wanted[name]) != wanted[name]:
+            raise DataError(
+                f"model.name_or_path: {recipe.model.name_or_path} does not fit its config.json: {name} is stored with "
+                f"the shape {found[name]}, and {_kind(model)} has {wanted[name]}"
+            )
 
 
 def check_unused(recipe: Recipe, conversion: Conversion) -> str | None:

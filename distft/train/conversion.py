@@ -145,17 +145,19 @@ def on_meta(shapes: Shapes) -> Tensors:
 def twin(model: Any) -> Any:
     """The same transformers model on the meta device, whatever wraps or shards this one."""
     kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    with _without_zero_init(), torch.device("meta"):
+    with without_weights():
         return kind(copy.deepcopy(model.config))
 
 
 @contextlib.contextmanager
-def _without_zero_init() -> Iterator[None]:
-    """Have transformers make models without DeepSpeed's zero.Init, which is collective: one rank makes a twin."""
+def without_weights() -> Iterator[None]:
+    """Have transformers make models on the meta device, and without DeepSpeed's zero.Init, which is collective: one
+    rank makes a twin."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        with torch.device("meta"):
+            yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 

@@ -32,7 +32,8 @@ from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train import varlen
 from distft.train.auto_class import auto_class
-from distft.train.base_files import check_missing, stored_quantization
+from distft.train.base_files import check_missing, check_shapes, stored_quantization
+from distft.train.conversion import without_weights
 from distft.train.initial import InitialAdapter
 from distft.train.mergeable import saved_modules
 from distft.train.new_rows import add_new_rows, grow, new_rows
@@ -170,6 +171,12 @@ def build_model(
             )
     except OSError as error:
         raise DataError(f"model.name_or_path: {name} cannot be loaded ({error})") from error
+    except RuntimeError:  # transformers says which tensor it is in its log alone, and under ZeRO-3 among all others
+        if not stored_quantization(recipe):
+            with without_weights():
+                whole = auto_class(config.model_type).from_config(config, trust_remote_code=source["trust_remote_code"])
+            check_shapes(recipe, whole)
+        raise
     model, loaded = found
     check_missing(recipe, model, loaded["missing_keys"])
     # Under ZeRO-3 transformers keeps all conversions it knows, also those that did nothing, and would undo them.

@@ -203,6 +203,19 @@ def test_a_weight_is_missing(tiny: Tiny, tmp_path: Path) -> None:
     assert run.metrics == []
 
 
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 1), ("zero3", 2)])
+def test_a_weight_of_another_shape(strategy: str, ranks: int, tiny: Tiny, tmp_path: Path) -> None:
+    """It is named with both shapes, not shown as transformers' traceback."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = spoilt(tiny.path / "model", tmp_path / "base", lambda t: t.update({name: t[name][:100].contiguous()}))
+    run = launch(
+        tiny.recipe(model__name_or_path=model, parallelism__strategy=strategy), tmp_path, ranks=ranks, expect=1
+    )
+    said = f"{model} does not fit its config.json: {name} is stored with the shape (100, 64), and LlamaForCausalLM has "
+    assert f"DataError: model.name_or_path: {said}(128, 64)" in run.status["reason"]
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"])
 def test_a_base_of_another_model(name: str, tiny: Tiny, tmp_path: Path) -> None:
     """A bias that config.json turns off, a block beyond the last: the trained model would not be the published one."""

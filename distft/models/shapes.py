@@ -27,6 +27,18 @@ from distft.models.vocabulary import new_token_count, rows_needed, vocabulary_te
 # A header is JSON with some hundred bytes per tensor; a file that claims more is not safetensors.
 MAX_HEADER_BYTES = 100_000_000
 
+# peft's kinds of adapters that lora.start_from takes, and those of tokens before the row.
+STARTABLE = ("LORA", "OFT")
+PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+)
+
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor → its shape
 
 
@@ -281,14 +293,22 @@ def _check_dtypes(name: str, config: Mapping[str, Any], dtypes: Mapping[str, str
 def _is_adapter(folder: Path) -> str:
     """What to say of a peft adapter in the model's place."""
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        kind = base = None
+    name = "name its base here" + (f" ({base})" if base else "")
+    if kind in (None, *STARTABLE):
+        return (
+            f"model.name_or_path: {folder} is a peft adapter, not a model; to go on with it, {name} and set "
+            f"lora.start_from: {folder}; to train on top of it, merge it first (distft merge, or peft's "
+            "merge_and_unload)"
+        )
+    # Virtual tokens are no change of weights.
+    fix = "" if kind in PROMPTS else "; to train on top of it, merge it first (peft's merge_and_unload)"
     return (
-        f"model.name_or_path: {folder} is a peft adapter, not a model; to go on with it, name its base here"
-        + (f" ({base})" if base else "")
-        + f" and set lora.start_from: {folder}; to train on top of it, merge it first (distft merge, or peft's "
-        "merge_and_unload)"
+        f"model.name_or_path: {folder} is a peft adapter of the kind {kind}, not a model, and only "
+        f"{' and '.join(STARTABLE)} can be gone on with; to train a new one, {name}{fix}"
     )
 
 

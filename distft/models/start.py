@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from distft.config.recipe import Oft, Recipe
 from distft.errors import PlanError
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPERTS
 from distft.models.oft import peft_fields
-from distft.models.shapes import ModelShape, read_safetensors_header
+from distft.models.shapes import STARTABLE, ModelShape, read_safetensors_header
 
 # Fields of peft's LoraConfig and OFTConfig that say where an adapter came from, how it was trained or which layers it
 # is on: the last is told by its tensors. Any other field that is set changes what the same tensors compute.
@@ -31,6 +31,8 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initial weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the adapter's part out of
 # it, and such an adapter belongs to what was left (peft tuners/lora/layer.py, pissa_init, olora_init, ...).
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+PREFIX, BASE_LAYER = "base_model.model.", ".base_layer."  # of names in peft's files
+WHOLE = re.compile(r"\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|tok_embeddings)\.weight$")
 MERGE = "merge it into its base (distft merge, or peft's merge_and_unload) and train on the result"
 
 
@@ -48,9 +50,10 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
     lora = recipe.lora
     assert lora is not None
     kind, ours = config.get("peft_type"), "OFT" if lora.oft else "LORA"
-    if kind not in ("LORA", "OFT"):
+    if kind not in STARTABLE:
         raise PlanError(
-            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only LORA and OFT can be started from"
+            f"lora.start_from: {folder} is an adapter of the kind {kind}, and only {' and '.join(STARTABLE)} can be "
+            "started from"
         )
     if kind != ours:
         fix = "leave lora.oft out" if lora.oft else "add lora.oft with its settings"
@@ -81,15 +84,28 @@ def check_start(folder: Path, recipe: Recipe, model: ModelShape) -> None:
                 f"{json.dumps(ours)[:80]}; set it to the adapter's"
             )
     _check_fields(config, recipe, model)
-    found, parameters = sum(prod(shape) for shape in header.values()), model.trainable_parameters
+    # peft saves an embedding that has an adapter beside it: train/base_files.py compares it with the base's.
+    found = sum(prod(shape) for name, shape in header.items() if BASE_LAYER not in name)
+    parameters = model.trainable_parameters
     if found != parameters:
-        layers = config.get("layers_to_transform")
-        blocks = f" (it is on the blocks {json.dumps(layers)}: see lora.layers_to_transform)"
-        some = blocks if layers not in (None, lora.layers_to_transform) else ""
+        resized = [name for name in header if WHOLE.search(name) and not _is_saved(name, layers)]
+        if resized:
+            raise PlanError(
+                f"lora.start_from: {folder} has the whole of {resized[0].removeprefix(PREFIX)}, as peft saves it where "
+                f"the vocabulary was resized, and adapters here do not; {MERGE}"
+            )
+        on = config.get("layers_to_transform")
+        blocks = f" (it is on the blocks {json.dumps(on)}: see lora.layers_to_transform)"
+        some = blocks if on not in (None, lora.layers_to_transform) else ""
         raise PlanError(
             f"lora.start_from: the adapter has {found:,} parameters, and this recipe's would have {parameters:,}: "
             f"it is for another model, or has other lora.target_modules{some}"
         )
+
+
+def _is_saved(name: str, layers: Sequence[str]) -> bool:
+    """Whether a tensor is of one of modules_to_save."""
+    return any(f".{layer}." in f".{name}" for layer in layers)
 
 
 def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) -> None:

@@ -15,7 +15,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from distft.config.recipe import Recipe
 from distft.errors import DataError, first_line
 from distft.models.quantization import disk_quantization, with_file_beside
-from distft.train.conversion import Conversion, parameter_shapes
+from distft.models.start import BASE_LAYER, PREFIX
+from distft.train.conversion import Conversion, parameter_shapes, twin
 from distft.train.tensor_files import TensorFiles
 
 # Tensors that checkpoints had before transformers computed them (modeling_utils.py,
@@ -91,6 +92,31 @@ def check_shapes(recipe: Recipe, model: Any) -> None:
             raise DataError(
                 f"model.name_or_path: {recipe.model.name_or_path} does not fit its config.json: {name} is stored with "
                 f"the shape {found[name]}, and {_kind(model)} has {wanted[name]}"
+            )
+
+
+def check_base_layers(recipe: Recipe, model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Take the layers that an adapter of peft's is beside out of its `tensors`: peft saves embeddings with it.
+
+    Args:
+        model: the base, which may have adapters.
+
+    Raises:
+        DataError: one is not the base's.
+    """
+    names = [name for name in tensors if BASE_LAYER in name]
+    if not names or recipe.lora is None:
+        return
+    files = base_files(recipe)
+    conversion = Conversion(twin(model), files.shapes())
+    for name in names:
+        found, own = tensors.pop(name), name.removeprefix(PREFIX).replace(BASE_LAYER, ".")
+        base = conversion.parameter(own, files.__getitem__)
+        if not torch.equal(base.to(found.dtype), found):
+            raise DataError(
+                f"lora.start_from: {recipe.lora.start_from} was trained beside another {own} than that of "
+                f"{recipe.model.name_or_path}, and has it saved; name the base that it belongs to, or merge it into "
+                "that one (peft's merge_and_unload) and train on the result"
             )
 
 

@@ -32,7 +32,7 @@ from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train import varlen
 from distft.train.auto_class import auto_class
-from distft.train.base_files import check_missing, check_shapes, stored_quantization
+from distft.train.base_files import check_base_layers, check_missing, check_shapes, stored_quantization
 from distft.train.conversion import without_weights
 from distft.train.initial import InitialAdapter
 from distft.train.mergeable import saved_modules
@@ -268,13 +268,13 @@ def add_adapters(
         initial: as build_model; without it, the base stays as it is.
 
     Raises:
-        DataError: lora.start_from holds an adapter of another model.
+        DataError: lora.start_from holds an adapter of another model, or base.
         PlanError: an option is about layers that the model lacks.
         RecipeError: rows of this model cannot be trained beside adapters.
     """
     from peft import LoraConfig, OFTConfig, get_peft_model
 
-    lora = recipe.lora
+    lora, base = recipe.lora, model
     assert lora is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -304,6 +304,7 @@ def add_adapters(
         tensors = load_file(Path(lora.start_from) / ADAPTER_WEIGHTS)
         if rows is not None:
             rows.load_peft(tensors, json.loads((Path(lora.start_from) / ADAPTER_CONFIG).read_text()))
+        check_base_layers(recipe, base, tensors)
         found = set_peft_model_state_dict(model, tensors)
         ours = ("lora_", ".oft_R.", ".modules_to_save.")
         missing = [name for name in found.missing_keys if any(part in name for part in ours)]

@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 from running import launch
-from tiny import Tiny, make_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import Tiny, make_model, make_tokenizer
 
-from distft.errors import PlanError
+from distft.config.loading import load_recipe
+from distft.errors import DataError, PlanError
 from distft.jobs.target import plan_recipe
+from distft.train.model import build_model
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,53 @@ def test_starts_as_peft_loads_it(tiny: Tiny, tmp_path: Path) -> None:
     recipe["model"]["name_or_path"] = str(tmp_path / "merged")
     whole = launch(recipe, tmp_path / "whole", ranks=1)
     assert started.status["eval_loss_before"] == pytest.approx(whole.status["eval_loss_before"], abs=1e-5)
+
+
+def adapter_of(base: Path, folder: Path, vocabulary: int | None = None) -> Any:
+    """peft's, on embeddings and the output layer, which it saves with the adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    names = ["q_proj"] if vocabulary else ["embed_tokens", "lm_head", "q_proj"]
+    if vocabulary:
+        model.resize_token_embeddings(vocabulary)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names)).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_embeddings_that_are_saved_beside_an_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    """They are the base's, so the adapter is loaded as it is; another base's are refused."""
+    theirs = adapter_of(tiny.path / "model", tmp_path / "adapter")
+    saved = [name for name in load_file(tmp_path / "adapter/adapter_model.safetensors") if ".base_layer." in name]
+    assert len(saved) == 2
+    recipe = tiny.recipe()
+    recipe["lora"] |= {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "start_from": "adapter"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    plan_recipe(str(tmp_path / "recipe.yaml"))
+    ours = build_model(load_recipe(tmp_path / "recipe.yaml"), "ddp").eval()
+    rows = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(rows).logits, theirs(rows).logits)
+    make_model(tmp_path / "other", rms_norm_eps=1e-5)
+    tensors = load_file(tmp_path / "other/model.safetensors")
+    tensors["lm_head.weight"] += 0.01
+    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    recipe["model"]["name_or_path"] = str(tmp_path / "other")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(DataError, match=r"was trained beside another lm_head\.weight than that of "):
+        build_model(load_recipe(tmp_path / "recipe.yaml"), "ddp")
+
+
+def test_a_resized_vocabulary_is_what_is_wrong(tiny: Tiny, tmp_path: Path) -> None:
+    adapter_of(tiny.path / "model", tmp_path / "adapter", vocabulary=330)
+    recipe = tiny.recipe()
+    recipe["lora"] |= {"target_modules": ["q_proj"], "start_from": "adapter"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PlanError, match=r"has the whole of [\w.]+\.weight, .* was resized, .*; merge"):
+        plan_recipe(str(tmp_path / "recipe.yaml"))

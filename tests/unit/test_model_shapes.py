@@ -771,19 +771,33 @@ def test_planning_takes_no_weights_and_launching_does(tiny: Tiny, folder: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_adapters_in_the_wrong_place(tmp_path: Path) -> None:
-    """An adapter's folder as the model, and an adapter that is no LoRA to start from, are named for what they are."""
+@pytest.mark.parametrize(
+    ("kind", "fix"),
+    [
+        ("LORA", r"to go on with it, name its base here \(owner/base\) and set lora\.start_from: "),
+        (
+            "IA3",
+            r"of the kind IA3, .* to train a new one, name its base here \(owner/base\); to train on top of it, merge",
+        ),
+        ("PROMPT_TUNING", r"of the kind PROMPT_TUNING, .* to train a new one, name its base here \(owner/base\)$"),
+    ],
+)
+def test_adapters_in_the_wrong_place(kind: str, fix: str, tmp_path: Path) -> None:
+    """An adapter's folder as the model, and an adapter that cannot be started from, are named for what they are."""
     import torch
     from safetensors.torch import save_file
 
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "IA3", "r": None, "base_model_name_or_path": "owner/base"})
+        json.dumps({"peft_type": kind, "r": None, "base_model_name_or_path": "owner/base"})
     )
     save_file({"base_model.model.k_proj.ia3_l": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
     recipe = tmp_path / "recipe.yaml"
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     recipe.write_text(f"{{name: a, model: {{name_or_path: {tmp_path}}}, data: {{train: rows.jsonl}}}}")
-    with pytest.raises(PlanError, match=r"is a peft adapter, not a model; .*\(owner/base\) and set lora.start_from: "):
+    with pytest.raises(PlanError, match=fix) as error:
         read_model_shape(load_recipe(recipe))
-    with pytest.raises(PlanError, match="is an adapter of the kind IA3, and only LORA and OFT can be started from"):
-        check_start(tmp_path, load_recipe(recipe), ModelShape("owner/base", 0, 4, 0))
+    assert f"{tmp_path} is a peft adapter" in str(error.value)
+    assert ("set lora.start_from" in str(error.value)) == (kind == "LORA")
+    if kind != "LORA":
+        with pytest.raises(PlanError, match=f"is an adapter of the kind {kind}, and only LORA and OFT can be started"):
+            check_start(tmp_path, load_recipe(recipe), ModelShape("owner/base", 0, 4, 0))

@@ -37,9 +37,7 @@ from distft.hardware.topology import Topology
 from distft.jobs.planned import plan_any
 from distft.models.adaptable import left_out
 from distft.planner.search import Where
-from distft.rules import upstream
 
-NO_SDPA = upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21
 # Types whose config class has defaults that make no model, or one that does not run: sizes with which it does, as
 # published where there is a model of the type.
 _ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
@@ -92,7 +90,7 @@ def look_at(model_type: str, compare: bool = True) -> Found:
         (folder / "data.jsonl").write_text('{"text": "a"}\n')
         wanted = {
             "name": "sweep",
-            "model": {"name_or_path": name, "attn_implementation": "eager" if model_type in NO_SDPA else "auto"},
+            "model": {"name_or_path": name},
             "lora": {"r": RANK},
             "data": {"train": str(folder / "data.jsonl"), "max_length": 64, "packing": False},
             "training": {"global_batch_size": 16, "micro_batch_size": 2, "gradient_checkpointing": False},

@@ -1,8 +1,9 @@
 """What `model.attn_implementation: auto` means; the one place for the rules, the planner and the ranks.
 
 The newest FlashAttention that GPU and precision allow and the ranks can import; for packed rows else torch's own
-varlen_attn (train/varlen.py), where it works there and the model's class can use it; else SDPA. Only a rank can see
-what is installed there, so the planner counts `auto` as SDPA, which never needs less memory.
+varlen_attn (train/varlen.py), where it works there and the model's class can use it; else SDPA, or eager attention
+where the class has no SDPA. Only a rank can see what is installed there, so the planner counts `auto` as the last,
+which never needs less memory.
 """
 
 from __future__ import annotations
@@ -80,6 +81,49 @@ NO_FLASH = frozenset(
         "xlstm",
     ]
 )
+
+# Model types whose class has no `_supports_sdpa` (the same).
+NO_SDPA = frozenset(
+    [
+        "big_bird",
+        "bigbird_pegasus",
+        "bloom",
+        "codegen",
+        "cpmant",
+        "deepseek_v4",
+        "falcon_mamba",
+        "flint",
+        "git",
+        "got_ocr2",
+        "gpt_neo",
+        "gpt_neox_japanese",
+        "gpt_oss",
+        "gptj",
+        "granite_swa",
+        "granitemoe_swa",
+        "hy_v4",
+        "inkling2_text",
+        "mamba",
+        "mamba2",
+        "megatron-bert",
+        "mimo_v2_flash",
+        "mpt",
+        "mvp",
+        "openai-gpt",
+        "prophetnet",
+        "reformer",
+        "rembert",
+        "roformer",
+        "rwkv",
+        "trocr",
+        "xglm",
+        "xlm",
+        "xlnet",
+        "xlstm",
+    ]
+)
+# ... and from 5.21 on: they cap the logits of their attention, which SDPA cannot do.
+NO_SDPA_FROM_5_21 = frozenset(("gemma2", "vaultgemma"))
 
 # Model types of transformers 5.23 with which varlen computes what SDPA does (tests/unit/test_packing.py). Others do not
 # tell it where documents begin, or were not tried.
@@ -219,6 +263,15 @@ def largest_head(config: Mapping[str, Any]) -> int:
     return max((size for size in named if isinstance(size, int)), default=0)
 
 
-def planned_attention(wanted: str) -> str:
-    """What the planner counts for the recipe's model.attn_implementation: SDPA needs no less than flex_attention."""
-    return "sdpa" if wanted in ("auto", "flex_attention") else wanted
+def plain_attention(model_type: str | None) -> str:
+    """What runs everywhere: sdpa, or eager for models that have none."""
+    return "eager" if model_type in NO_SDPA | NO_SDPA_FROM_5_21 else "sdpa"
+
+
+def planned_attention(wanted: str, model_type: str | None = None) -> str:
+    """What the planner counts for the recipe's model.attn_implementation: flex_attention needs no more than SDPA.
+
+    Args:
+        model_type: None where the model is not read yet.
+    """
+    return plain_attention(model_type) if wanted in ("auto", "flex_attention") else wanted

@@ -231,7 +231,7 @@ class Search:
             nproc_per_node=topology.nproc_per_node,
             micro_batch_size=batch.micro_batch_size,
             gradient_checkpointing=checkpointing,
-            attn_implementation=planned_attention(self.recipe.model.attn_implementation),
+            attn_implementation=planned_attention(self.recipe.model.attn_implementation, self.model.model_type),
             device_type=self.where.device.type,
         )
         found = self.estimator.memory(setting, max_length)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from distft.models import oft
+from distft.models.attention import plain_attention
 from distft.models.lora import adapters, module_of, saved
 from distft.models.quantization import stored_bytes
 from distft.models.vocabulary import vocabulary_tensors
-from distft.rules import upstream
 from distft.rules.combinations import is_bitsandbytes, is_muon
 from distft.rules.core import Case, RecipeCase, rule
 from distft.strategies.kinds import KINDS
@@ -260,8 +260,7 @@ def eager_attention_keeps_all_scores(case: RecipeCase) -> str | None:
     grows with the square of max_length. SDPA and FlashAttention do not.
     """
     attention, longest = case.recipe.model.attn_implementation, case.recipe.data.max_length
-    has_better = case.model_type not in upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21
-    if attention == "eager" and longest >= LONG_ROWS and has_better:
+    if attention == "eager" and longest >= LONG_ROWS and plain_attention(case.model_type) != "eager":
         return f"model.attn_implementation: got eager, with rows of {longest} tokens"
     return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from distft import extras
 from distft.errors import PlanError
-from distft.models.attention import AMPERE, FLASH, Flash, no_flash_attention
+from distft.models.attention import AMPERE, FLASH, Flash, no_flash_attention, plain_attention
 from distft.models.kinds import has_own_code
 from distft.models.quantization import disk_quantization
 from distft.strategies.kinds import KINDS, Kind
@@ -127,12 +127,13 @@ class RecipeCase(Case):
 
     @property
     def attention(self) -> str:
-        """model.attn_implementation; `auto` is `sdpa` where FlashAttention-2 cannot run (models/attention.py)."""
+        """model.attn_implementation; `auto` is `sdpa`, or `eager`, where FlashAttention-2 cannot run
+        (models/attention.py)."""
         wanted, device = self.recipe.model.attn_implementation, self.device
         if wanted != "auto":
             return wanted
         why = no_flash_attention(device.type, device.compute_capability, self.mixed_precision, self.whole_config)
-        return "sdpa" if why else "auto"
+        return plain_attention(self.model_type) if why else "auto"
 
     @property
     def needs_flash_kernels(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from distft.models import kinds
-from distft.models.attention import FLASH, NO_FLASH, no_varlen
+from distft.models.attention import FLASH, NO_FLASH, NO_SDPA, NO_SDPA_FROM_5_21, no_varlen
 from distft.models.lora import matcher, module_of, named_but_left_out, saved
 from distft.models.packing import why_mixed
 from distft.models.quantization import AS_STORED, DEQUANTIZED, bits_in_memory, method
@@ -62,25 +62,25 @@ def quantization_needs_plain_layers(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "sdpa, requested or the only one left, with a model type that has none",
+    "sdpa with a model type that has none",
     "transformers 5.23 modeling_utils.py:1667: does not support an attention implementation through "
     "torch.nn.functional.scaled_dot_product_attention yet",
-    "use model.attn_implementation: eager",
+    "use model.attn_implementation: auto or eager",
     of_config=True,
 )
 def sdpa_needs_a_model_that_has_it(case: RecipeCase) -> str | None:
-    """Some of transformers' model classes are not written for SDPA and fail when it is requested, as `auto` does where
-    FlashAttention-2 cannot run.
+    """Some of transformers' model classes are not written for SDPA and fail when it is requested. With them `auto` is
+    eager attention where FlashAttention-2 cannot run.
     """
-    if case.attention == "sdpa" and case.model_type in upstream.NO_SDPA:
+    if case.attention == "sdpa" and case.model_type in NO_SDPA:
         return f"model.attn_implementation: {case.model_type} models have no sdpa"
     return None
 
 
 @rule(
-    "sdpa, requested or the only one left, with gemma2 or vaultgemma",
+    "sdpa with gemma2 or vaultgemma",
     "transformers 5.21 models/gemma2/modeling_gemma2.py: _supports_sdpa = False  # sdpa does not support softcapping",
-    "use model.attn_implementation: eager",
+    "use model.attn_implementation: auto or eager",
     versions=["transformers>=5.21"],
     of_config=True,
 )
@@ -88,7 +88,7 @@ def sdpa_has_no_softcapping(case: RecipeCase) -> str | None:
     """Gemma 2 and VaultGemma cap the logits of their attention, which SDPA cannot do. From 5.21 on transformers refuses
     SDPA for them.
     """
-    if case.attention == "sdpa" and case.model_type in upstream.NO_SDPA_FROM_5_21:
+    if case.attention == "sdpa" and case.model_type in NO_SDPA_FROM_5_21:
         return f"model.attn_implementation: {case.model_type} caps the logits of its attention, which sdpa cannot do"
     return None
 

@@ -10,48 +10,7 @@ import re
 
 from distft.extras import source
 
-# Model types whose class has no `_supports_sdpa` (transformers 5.17 to 5.23).
-NO_SDPA = frozenset(
-    [
-        "big_bird",
-        "bigbird_pegasus",
-        "bloom",
-        "codegen",
-        "cpmant",
-        "deepseek_v4",
-        "falcon_mamba",
-        "flint",
-        "git",
-        "got_ocr2",
-        "gpt_neo",
-        "gpt_neox_japanese",
-        "gpt_oss",
-        "gptj",
-        "granite_swa",
-        "granitemoe_swa",
-        "hy_v4",
-        "inkling2_text",
-        "mamba",
-        "mamba2",
-        "megatron-bert",
-        "mimo_v2_flash",
-        "mpt",
-        "mvp",
-        "openai-gpt",
-        "prophetnet",
-        "reformer",
-        "rembert",
-        "roformer",
-        "rwkv",
-        "trocr",
-        "xglm",
-        "xlm",
-        "xlnet",
-        "xlstm",
-    ]
-)
-NO_SDPA_FROM_5_21 = frozenset(("gemma2", "vaultgemma"))
-# ... no `supports_gradient_checkpointing`.
+# Model types whose class has no `supports_gradient_checkpointing` (transformers 5.17 to 5.23).
 NO_CHECKPOINTING = frozenset(
     ["cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"]
 )

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
 from distft.errors import DataError
 from distft.models.adaptable import left_out, reason
-from distft.models.attention import FLASH, no_flash_attention, no_varlen
+from distft.models.attention import FLASH, no_flash_attention, no_varlen, plain_attention
 from distft.models.freezing import frozen, named
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
 from distft.models.oft import peft_fields
@@ -86,8 +86,10 @@ def choose_attention(recipe: Recipe, config: Mapping[str, Any]) -> str:
             log.info("attention: varlen (%s)", why)
             return "varlen"
         why = f"{why}; varlen: {other}"
-    log.info("attention: sdpa (%s)", why)
-    return "sdpa"
+    kind = config.get("model_type")
+    found = plain_attention(kind)
+    log.info("attention: %s (%s%s)", found, why, "" if found == "sdpa" else f"; {kind} models have no sdpa")
+    return found
 
 
 def _missing(name: str) -> str | None:

@@ -13,9 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from distft.models import kinds
-from distft.models.attention import NO_FLASH, VARLEN
+from distft.models.attention import NO_FLASH, VARLEN, plain_attention
 from distft.models.packing import why_mixed
-from distft.rules import upstream
 from distft.train import varlen
 
 LENGTHS = (5, 1, 9)  # the last is longer than a window
@@ -133,7 +132,7 @@ def test_documents_of_a_row(kind: str) -> None:
             found: torch.Tensor = model(rows, position_ids=positions, use_cache=False).logits
         return found
 
-    masked = logits("eager" if kind in upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21 else "sdpa")
+    masked = logits(plain_attention(kind))
     leaks = not torch.allclose(masked[0, LENGTHS[0] :], masked[1, LENGTHS[0] :], atol=1e-4)
     assert leaks is (why_mixed(kind) is not None)
     if kind in VARLEN:

@@ -29,7 +29,7 @@ from distft.hardware.topology import Topology
 from distft.jobs.target import Target, plan_recipe, plan_script
 from distft.models import kinds, packing
 from distft.models.architecture import Sizes
-from distft.models.attention import NO_FLASH, no_flash_attention, planned_attention
+from distft.models.attention import NO_FLASH, NO_SDPA, NO_SDPA_FROM_5_21, no_flash_attention, planned_attention
 from distft.models.layout import Tensor
 from distft.models.shapes import ModelShape
 from distft.planner.plan import make_plan
@@ -151,6 +151,7 @@ FLASH = {"model__attn_implementation": "flash_attention_2"}
 FLASH4 = {"model__attn_implementation": "flash_attention_4", "device": "H100"}
 FLEX = {"model__attn_implementation": "flex_attention"}
 VARLEN = {"model__attn_implementation": "varlen"}
+SDPA = {"model__attn_implementation": "sdpa"}
 CPU_ADAM = {"zero_force_ds_cpu_optimizer": True}
 
 # Rule → cases that break it, each with the change that fixes it. `installed` are versions to pretend.
@@ -297,16 +298,15 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "model-must-be-a-causal-lm": [({"config": {"model_type": "t5"}}, {"config": {"model_type": "bloom"}})],
     "remote-code-must-be-trusted": [({"config": OWN_CODE}, {"model__trust_remote_code": True})],
     "sdpa-needs-a-model-that-has-it": [
-        ({"config": {"model_type": "bloom"}, "device": CPU}, {"config": {"model_type": "llama"}}),
-        ({"config": {"model_type": "bloom"}}, {"config": {"model_type": "gptj"}}),  # auto, on a GPU
         (
-            {"config": {"model_type": "gptj"}, "model__attn_implementation": "sdpa"},
-            {"model__attn_implementation": "eager"},
-        ),
+            {**SDPA, "config": {"model_type": name}, "device": device},
+            {"model__attn_implementation": instead},
+        )
+        for name, device, instead in (("gptj", CPU, "eager"), ("bloom", "T4", "auto"), ("gpt_oss", CPU, "auto"))
     ],
     "sdpa-has-no-softcapping": [
         (
-            {"config": {"model_type": "gemma2"}, "device": CPU, "installed": {"transformers": "5.21.0"}},
+            {**SDPA, "config": {"model_type": "gemma2"}, "installed": {"transformers": "5.21.0"}},
             {"installed": {"transformers": "5.20.1"}},
         ),
     ],
@@ -788,6 +788,19 @@ def test_what_attention_auto_means() -> None:
     dropout = {"attention_dropout": 0.1}
     why = [no_flash_attention("cuda", 9.0, "bf16", dropout, f"flash_attention_{version}") for version in (2, 3, 4)]
     assert why == [None] + ["it has no dropout, and config.json asks for it in attention"] * 2
+    for name in ("gpt_oss", "falcon_mamba", "gemma2"):  # which have no SDPA
+        case = make_case(config={"model_type": name}, device=CPU, data__packing=False)
+        assert case.attention == planned_attention("auto", name) == "eager"
+        assert not [rule.name for rule, _ in rules.broken(case) if "sdpa" in rule.name]
+
+
+def test_what_the_ranks_make_of_attention_auto(caplog: pytest.LogCaptureFixture) -> None:
+    from distft.train.model import choose_attention
+
+    recipe = make_case(data__packing=False).recipe
+    with caplog.at_level("INFO", "distft"):
+        assert [choose_attention(recipe, {"model_type": name}) for name in ("llama", "gemma2")] == ["sdpa", "eager"]
+    assert caplog.messages[-1] == "attention: eager (no GPU; gemma2 models have no sdpa)"
 
 
 def test_all_errors_at_once() -> None:
@@ -948,7 +961,7 @@ def test_model_types_are_transformers() -> None:
     assert set(NAMES) == kinds._table("CAUSAL_LM")
     assert kinds.CAUSAL_IF.keys() | kinds.NOT_TEXT.keys() <= set(NAMES)
     if newest(transformers="5.23"):
-        for names in (upstream.NO_SDPA, upstream.NO_CHECKPOINTING):
+        for names in (NO_SDPA, upstream.NO_CHECKPOINTING):
             assert names <= set(NAMES)
         assert set(NAMES) >= packing.BY_MASK | packing.BY_STATE | packing.NO_ATTENTION
         assert set(NAMES) >= NO_FLASH
@@ -966,7 +979,7 @@ def test_which_types_have_which_attention() -> None:
     checkpointing = {name for name, cls in classes.items() if not cls.supports_gradient_checkpointing}
     if newest(transformers="5.23"):
         assert flash == NO_FLASH & {*types}
-        assert sdpa == (upstream.NO_SDPA | upstream.NO_SDPA_FROM_5_21) & {*types}
+        assert sdpa == (NO_SDPA | NO_SDPA_FROM_5_21) & {*types}
         assert checkpointing == upstream.NO_CHECKPOINTING & {*types}
 
 

@@ -7,6 +7,7 @@ processes itself, would train otherwise than planned, and often each rank a lone
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ class ScriptStrategy:
 
             problem = strategy_check.mismatch(self.plan, self.ran)
             return problem and f"{problem}: the script made no Accelerator, but its own arrangements"
+        if not self.has_accelerator:
+            self._nothing_wrapped()
         if self.strategy == "ddp" and self.world == 1:
             return None
         what = "gave its Accelerator no model to train" if self.has_accelerator else "made no Accelerator"
@@ -83,6 +86,8 @@ class ScriptStrategy:
                     f"the plan is {self.strategy} on {self.world} ranks, and the script's Accelerator sees "
                     f"{accelerator.num_processes}: each would train alone"
                 )
+            if self.ran is None:
+                self._nothing_wrapped()
 
         @functools.wraps(prepare)
         def prepare_and_check(accelerator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +122,13 @@ class ScriptStrategy:
     def _found(self, ran: dict[str, Any]) -> None:
         self.ran = ran
         self.status.update(ran=ran)
+
+    def _nothing_wrapped(self) -> None:
+        """Say so in status.json, with what is known: a model may be wrapped later, or never."""
+        dist, group = sys.modules.get("torch.distributed"), {}  # a script may need no torch
+        if dist and dist.is_initialized():
+            group = {"world_size": dist.get_world_size(), "backend": dist.get_backend()}
+        self.status.update(ran={"wrapped": None, "kind": "single", "world_size": 1, "backend": None} | group)
 
     def _watch_wrapper(self, module: Any, name: str) -> None:
         """A script without an Accelerator that wraps its model itself."""

@@ -135,6 +135,22 @@ def test_a_script_without_an_accelerator(tmp_path: Path) -> None:
     assert printed.count(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "ranks", "group", "said"),
+    [
+        ("from accelerate import Accelerator\nAccelerator()", 2, (2, "gloo"), "gave its Accelerator no model to train"),
+        ("print('no torch')", 1, (1, None), "made no Accelerator"),
+    ],
+)
+def test_a_script_that_wraps_nothing(
+    text: str, ranks: int, group: tuple[int, str | None], said: str, tmp_path: Path
+) -> None:
+    """status.json says that each rank ran alone, and in what."""
+    _, status = script(tmp_path, text, "fsdp", ranks=ranks)
+    ran = {"wrapped": None, "kind": "single", "world_size": group[0], "backend": group[1]}
+    assert status["ran"] == ran and said in status["warnings"][0]
+
+
 def test_a_script_that_shards_by_itself(tmp_path: Path) -> None:
     printed, status = script(tmp_path, PLAIN_FSDP, "fsdp")
     assert "warning" not in printed and "warnings" not in status

@@ -16,7 +16,7 @@ from distft.config.recipe import Recipe
 from distft.errors import DataError, first_line
 from distft.models.quantization import disk_quantization, with_file_beside
 from distft.models.start import BASE_LAYER, PREFIX
-from distft.train.conversion import Conversion, parameter_shapes, twin
+from distft.train.conversion import Conversion, Shapes, twin
 from distft.train.tensor_files import TensorFiles
 
 # Tensors that checkpoints had before transformers computed them (modeling_utils.py,
@@ -83,10 +83,8 @@ def check_missing(recipe: Recipe, model: Any, missing: set[str]) -> None:
         )
 
 
-def check_shapes(recipe: Recipe, model: Any) -> None:
-    """Raises DataError for a stored tensor that has not the shape that it has in `model`, which may be a twin on the
-    meta device."""
-    found, wanted = Conversion(model, base_files(recipe).shapes()).shapes, parameter_shapes(model)
+def check_shapes(recipe: Recipe, model: Any, found: Shapes, wanted: Shapes) -> None:
+    """Raises DataError for a parameter that is stored with another shape than `model` wants."""
     for name in wanted:
         if found.get(name, wanted[name]) != wanted[name]:
             raise DataError(

@@ -22,7 +22,7 @@ from transformers.utils.import_utils import (
 from transformers.utils.quantization_config import Mxfp4Config
 
 from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
-from distft.errors import DataError
+from distft.errors import DataError, first_line
 from distft.models.adaptable import left_out, reason
 from distft.models.attention import FLASH, no_flash_attention, no_varlen, plain_attention
 from distft.models.freezing import frozen, named
@@ -32,8 +32,8 @@ from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS
 from distft.train import varlen
 from distft.train.auto_class import auto_class
-from distft.train.base_files import check_base_layers, check_missing, check_shapes, stored_quantization
-from distft.train.conversion import without_weights
+from distft.train.base_files import base_files, check_base_layers, check_missing, check_shapes, stored_quantization
+from distft.train.conversion import Conversion, parameter_shapes, without_weights
 from distft.train.initial import InitialAdapter
 from distft.train.mergeable import saved_modules
 from distft.train.new_rows import add_new_rows, grow, new_rows
@@ -177,8 +177,13 @@ def build_model(
         if not stored_quantization(recipe):
             with without_weights():
                 whole = auto_class(config.model_type).from_config(config, trust_remote_code=source["trust_remote_code"])
-            check_shapes(recipe, whole)
+            stored = Conversion(whole, base_files(recipe).shapes()).shapes
+            check_shapes(recipe, whole, stored, parameter_shapes(whole))
         raise
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        raise DataError(f"model.attn_implementation: {first_line(error).partition('. ')[0]}; use auto") from None
     model, loaded = found
     check_missing(recipe, model, loaded["missing_keys"])
     # Under ZeRO-3 transformers keeps all conversions it knows, also those that did nothing, and would undo them.

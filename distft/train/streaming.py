@@ -22,7 +22,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from distft.config.recipe import Recipe
 from distft.errors import DataError, RunError
-from distft.train.base_files import base_files
+from distft.train.base_files import base_files, check_shapes
 from distft.train.blocks import block_classes
 from distft.train.conversion import Conversion
 from distft.train.mergeable import plain_name
@@ -62,19 +62,16 @@ class Stream:
             raise DataError(f"model.name_or_path: {self.recipe.model.name_or_path} cannot be read: {problems[0]}")
         stored, missing = self.conversion.group_of, set(model.state_dict())
         dtype_of = _dtypes(load)
-        for name, parameter in list(model.named_parameters()):
+        parameters = dict(model.named_parameters())
+        plain = {name: tuple(p.shape) for name, p in parameters.items() if type(p) is torch.nn.Parameter}
+        check_shapes(self.recipe, model, self.conversion.shapes, plain)
+        for name, parameter in parameters.items():
             if name not in stored:
                 continue
             missing.discard(name)
             self.waiting.add(name)
             module, leaf = _owner(model, name)
-            shape, other = tuple(parameter.shape), self.conversion.shapes[name]
-            if shape != other and type(parameter) is torch.nn.Parameter:
-                raise DataError(
-                    f"model.name_or_path: {self.recipe.model.name_or_path} does not fit its config.json: {name} is "
-                    f"stored with the shape {other}, and {type(model).__name__} has {shape}"
-                )
-            module._parameters[leaf] = made = _like(parameter, _placeholder(shape, dtype_of(name, parameter)))
+            module._parameters[leaf] = made = _like(parameter, _placeholder(parameter.shape, dtype_of(name, parameter)))
             made._is_hf_initialized = True
         for name, buffer in list(model.named_buffers()):
             if name in stored:

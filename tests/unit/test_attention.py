@@ -11,6 +11,7 @@ import torch
 from tiny import Tiny
 
 from distft.config.recipe import Recipe
+from distft.errors import DataError
 from distft.train import model, varlen
 
 Choose = Callable[..., str]
@@ -53,3 +54,14 @@ def test_one_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model.PACKAGES, "flash_attention_2", (lambda: True, "flash-attn", "no_such_module"))
     assert model._missing("flash_attention_2") == "flash-attn cannot be imported: No module named 'no_such_module'"
     assert model._missing("flash_attention_4") == "flash-attn-4 is not installed"
+
+
+def test_a_model_without_flex_attention(tiny: Tiny) -> None:
+    """transformers refuses it when it makes the model; here, on the CPU, where a rule would have refused it before."""
+    from transformers import MptConfig, MptForCausalLM
+
+    folder = tiny.path / "mpt"
+    MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=320)).save_pretrained(folder)
+    tree = tiny.recipe(model__name_or_path=str(folder), model__attn_implementation="flex_attention")
+    with pytest.raises(DataError, match=r"model\.attn_implementation: MptForCausalLM does not support an attention"):
+        model.build_model(Recipe.model_validate(tree), "ddp")

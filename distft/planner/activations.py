@@ -131,8 +131,7 @@ def needs_mask(recipe: Recipe, setting: Setting) -> bool:
 @lru_cache
 def polynomials(family: str, mode: Mode) -> dict[str, list[Polynomial]]:
     """Moment → what may be its peak. Where a family lacks a mode, a costlier one stands in (SDPA without its mask for
-    FlashAttention, eager for Gemma 2's SDPA, 16 bit for mixtures in float32, which cannot be traced); for an unknown
-    family, Llama."""
+    FlashAttention, eager for Gemma 2's SDPA); for an unknown family, Llama."""
     # The language model of Gemma 3 is the same with and without images.
     family = "gemma3_text" if family == "gemma3" else family
     for name, regime in ((family, mode.dtype_regime), (family, "low"), ("llama", mode.dtype_regime)):

@@ -61,6 +61,8 @@ class Ledger(TorchDispatchMode):
         self.starts: dict[Segment, Counter[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            func = _grouped_mm if args[0].dtype is not torch.bfloat16 else func
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -103,6 +105,14 @@ class Ledger(TorchDispatchMode):
             self.peaks[self.segment][1]["activations"] += workspace
 
 
+def _grouped_mm(first: torch.Tensor, second: torch.Tensor, offs: Any = None, *_: Any, **__: Any) -> torch.Tensor:
+    """The product of other dtypes than bf16, which torch's kernels multiply group by group into one output, and whose
+    shape it refuses to tell (_meta_registrations.py, _meta_grouped_mm_common)."""
+    groups = (offs.shape[0],) if first.dim() == second.dim() == 2 else ()
+    groups = (first.shape[0],) if first.dim() == second.dim() == 3 else groups
+    return first.new_empty((*groups, first.shape[-2], second.shape[-1]))
+
+
 def _workspace(func: Any, args: tuple) -> int:
     """Bytes of large temporaries inside one operator, which no dispatch mode sees.
 
@@ -110,7 +120,7 @@ def _workspace(func: Any, args: tuple) -> int:
     _dequant_linear_fallback). FlashAttention-2's backward sums dq in float32 and, with fewer key than query heads,
     computes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded).
     """
-    name = func.name()
+    name = "" if func is _grouped_mm else func.name()
     if name == "bitsandbytes::gemm_4bit":
         return args[2][0] * args[2][1] * args[0].element_size()
     if name == "aten::_scaled_dot_product_flash_attention_backward":

@@ -26,11 +26,13 @@ from distft.strategies.kinds import KINDS
 
 COMMON = {"vocab_size": 1000, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": None}
 SIZES = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 688}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, **SIZES, **COMMON},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 64, **SIZES, **COMMON},
     "gemma2": {"model_type": "gemma2", "num_key_value_heads": 4, "head_dim": 32, **SIZES, **COMMON},
     "gpt2": {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 512},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_key_value_heads": 4, "head_dim": 32, **SIZES, **COMMON, **EXPERTS},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 8, **SIZES, **COMMON},
     "falcon": {"model_type": "falcon", "multi_query": True, "bias": False, **SIZES, **COMMON, "vocab_size": 1000},
 }
@@ -312,6 +314,8 @@ SIMULATED = [
     ("llama", [LORA, BF16, SAVED], {"strategy": "fsdp", "world_size": 2, "shard_size": 2}),
     ("llama", [LORA, BF16, "lora.layers_to_transform=[1]"], {"strategy": "zero3", "world_size": 2, "shard_size": 2}),
     ("qwen3", [LORA], {"strategy": "fsdp", "world_size": 4, "shard_size": 4}),
+    ("qwen3_moe", [LORA], {"micro_batch_size": 2}),
+    ("qwen3_moe", [FULL], {"gradient_checkpointing": True}),
     ("gemma2", [LORA, BF16], {"attn_implementation": "flash_attention_2"}),
     ("gpt2", [FULL, "training.mixed_precision=fp16"], {"micro_batch_size": 4}),
     ("phi3", [FULL, BF16], {"strategy": "zero3", "world_size": 2, "shard_size": 2, "micro_batch_size": 4}),
@@ -392,6 +396,7 @@ def test_frozen_layers_keep_nothing_below_the_trained_ones(
     [
         ("llama", Mode("autocast", "lora", "flash", False)),
         ("gpt2", Mode("low", "full", "masked", True)),
+        ("qwen3_moe", Mode("float32", "lora", "masked", False)),
     ],
 )
 def test_the_table_is_what_these_classes_give(family: str, mode: Mode) -> None:

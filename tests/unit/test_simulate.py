@@ -219,6 +219,24 @@ def test_what_depends_on_values(folder: Path, tmp_path: Path, kind: str) -> None
         assert fake.total(segment) == pytest.approx(real.total(segment), rel=0.02), segment
 
 
+@pytest.mark.parametrize("tuning", ["lora={}", "lora=null"])
+def test_experts_in_float32(folder: Path, tmp_path: Path, tuning: str) -> None:
+    """torch tells the shapes of grouped products in bf16 alone: they are those of a real step."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, **EXPERTS}
+    config = {"model_type": "qwen3_moe", **sizes, "vocab_size": VOCABULARY, "pad_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sets = [f"model.name_or_path={tmp_path}", "data.packing=false", tuning]
+    options = {"cuda": False, "micro_batch_size": 1}
+    fake, real = traced(folder, *sets, **options), traced(folder, *sets, fake=False, **options)
+    assert fake.states == real.states
+    for segment in real.peaks:
+        assert fake.total(segment) == pytest.approx(real.total(segment), rel=0.02), segment
+    simulated = simulate(recipe(folder, *sets), Setting("ddp", micro_batch_size=2))
+    half = simulate(recipe(folder, *sets, "training.mixed_precision=bf16"), Setting("ddp", micro_batch_size=2))
+    assert half.activations < simulated.activations < 2.1 * half.activations
+
+
 def test_the_line_is_what_is_traced(folder: Path) -> None:
     wanted = recipe(folder, "training.mixed_precision=bf16", "training.global_batch_size=64")
     counted = Counted(wanted, Traced(wanted))

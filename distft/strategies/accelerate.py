@@ -98,9 +98,10 @@ def fsdp_config(*, offload: str, device_type: str, quantization: str | None = No
         # With SHARDED_STATE_DICT transformers' Trainer.save_model() silently writes NOTHING (trainer.py 5.23), and a
         # script ends without its model. The cost: at a checkpoint rank 0 has model and optimizer in host memory.
         "fsdp_state_dict_type": "FULL_STATE_DICT",
-        # Only local rank 0 reads the weights, the others get them over the network. Not on a CPU, where accelerate
-        # ignores FSDP and would wrap empty weights in DDP; not with bitsandbytes weights, which accelerate does not
-        # send, while transformers leaves them uninitialized on the other ranks.
+        # For scripts: the first rank sends its weights to the others, whose own, which transformers 5.23 reads as well,
+        # are dropped before they are sharded; recipes are read unit by unit (train/streaming.py). Not on a CPU, where
+        # accelerate ignores FSDP and would wrap empty weights in DDP; not with bitsandbytes weights, which it does not
+        # send, while transformers may leave them uninitialized on the other ranks.
         "fsdp_cpu_ram_efficient_loading": device_type == "cuda" and quantization is None,
         # As under every strategy, the model's own gradient checkpointing is used; both together are an error.
         "fsdp_activation_checkpointing": False,

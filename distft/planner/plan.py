@@ -358,10 +358,11 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
     if where.topology.nnodes > 1:
         known = "" if where.bandwidth else ", a guess: set network.bandwidth in the profile"
         found.append(f"network: {where.between_nodes:g} GB/s per node{known}")
-    if chosen.setting.offload != "none":
+    offloads = chosen.setting.offload != "none"
+    if offloads:
         found.append(f"offload: per rank {speed.PCIE:g} GB/s to the host and {speed.HOST_MEMORY:g} GB/s in its memory")
-    if where.host_memory is None and where.device.type == "cuda" and chosen.memory.much_of_host:
-        what = "" if chosen.setting.offload == "none" else "what is offloaded, "
+    if where.host_memory is None and where.device.type == "cuda" and (offloads or chosen.memory.much_of_host):
+        what = "what is offloaded, " if offloads else ""
         found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for {what}checkpoints and final/")
     if recipe.model.attn_implementation == "auto":
         plain = "SDPA" if chosen.setting.attn_implementation == "sdpa" else "eager, as the model has no SDPA"

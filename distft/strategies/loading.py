@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from distft.config.recipe import Recipe
-from distft.models.lora import changes_base
+from distft.config.recipe import Recipe, changes_base
 from distft.strategies.kinds import KINDS
 
 SHARD_BYTES = 2 << 30  # of a file of a whole model

@@ -15,11 +15,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from distft import extras
 from distft.config.loading import DATA_FILES, load_recipe
-from distft.config.recipe import Recipe
+from distft.config.recipe import Recipe, changes_base
 from distft.data import few_steps
 from distft.errors import ClusterError, DistftError, first_line
 from distft.models.attention import UNPADDED
-from distft.models.lora import changes_base
 from distft.runs import model_card
 from distft.runs.base_card import base_card
 from distft.runs.directory import RunDir

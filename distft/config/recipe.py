@@ -220,11 +220,6 @@ class Lora(Group):
         return {name: value for name, value in fields.items() if name not in (OF_LORA if self.oft else {"oft"})}
 
 
-def changes_base(lora: Lora | None) -> bool:
-    """Whether the adapter starts as a part of the base, which is taken out of it."""
-    return lora is not None and str(lora.init_lora_weights).startswith(("pissa", "olora"))
-
-
 # Fields of Lora that are not peft's LoraConfig's, and those that lora.oft leaves without a meaning.
 NOT_OF_PEFT = {"start_from", "loraplus_lr_ratio", "loraplus_lr_embedding", "oft"}
 OF_LORA = (

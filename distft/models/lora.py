@@ -38,6 +38,11 @@ EXPERTS = {
 }
 
 
+def changes_base(lora: Lora | None) -> bool:
+    """Whether the adapter starts as a part of the base, which is taken out of it."""
+    return lora is not None and str(lora.init_lora_weights).startswith(("pissa", "olora"))
+
+
 def lora_parameters(lora: Lora, tensors: Iterable[Tensor], peft_experts: str | None = None) -> int:
     """Number of trainable parameters of an adapter; see `trained`."""
     return sum(sum(sizes) for _, sizes in trained(lora, tensors, peft_experts))

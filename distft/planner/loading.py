@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from distft.config.recipe import Recipe
+from distft.models.loading import SHARD_BYTES, needs_whole_base
 from distft.planner.setting import Setting
 from distft.planner.sharding import Share, Sizes
-from distft.strategies.loading import SHARD_BYTES, streams
 
 
 def peak(recipe: Recipe, sizes: Sizes, setting: Setting, mine: Share) -> tuple[int, int]:
@@ -17,7 +17,8 @@ def peak(recipe: Recipe, sizes: Sizes, setting: Setting, mine: Share) -> tuple[i
     """
     kind, whole = setting.kind, sizes.frozen_bytes + 4 * sizes.trained
     one = 2 * sizes.largest_tensor
-    if streams(recipe, setting.strategy, sizes.stored_quantized):
+    needs_whole = needs_whole_base(recipe, sizes.stored_quantized)
+    if kind.shards_a_made_model(recipe.model.quantization is not None) and not needs_whole:
         unit = max(unit.bytes + (4 - sizes.low) * unit.trained for unit in (sizes.embedding, sizes.block, sizes.tail))
         # With offload, what was sharded leaves the GPU.
         return mine.parameters + unit + one, mine.host

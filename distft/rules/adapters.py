@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from distft.config.recipe import changes_base
 from distft.models.layout import Tensor
-from distft.models.lora import adapters, module_of, rank_of, saved
+from distft.models.lora import adapters, changes_base, module_of, rank_of, saved
 from distft.models.quantization import is_kept
 from distft.models.vocabulary import vocabulary_tensors
 from distft.rules.core import RecipeCase, rule

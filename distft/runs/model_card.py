@@ -16,11 +16,12 @@ import yaml
 from distft import __version__
 from distft.config.document import load_yaml
 from distft.config.loading import validate
-from distft.config.recipe import Recipe, changes_base
+from distft.config.recipe import Recipe
 from distft.data.hub import parse_hub
 from distft.data.sources import as_sources
 from distft.errors import DataError
 from distft.models import oft
+from distft.models.lora import changes_base
 from distft.models.quantization import NF4
 from distft.runs.directory import RunDir
 from distft.runs.metrics import last_metrics, read_metrics

@@ -32,6 +32,10 @@ class Kind:
     offloads: tuple[str, ...] = ()  # what parallelism.offload can be besides none
     min_ranks: int = 1  # with fewer there is nothing to shard
 
+    def shards_a_made_model(self, quantized: bool) -> bool:
+        """Whether it shards a model that was made before; zero.Init shards while it makes one, unless quantized."""
+        return self.engine == "fsdp2" or (self.zero_stage == 3 and quantized)
+
     @property
     def replicates(self) -> bool:
         """Whether every rank keeps all states complete."""

@@ -16,8 +16,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from distft.config.recipe import Recipe, changes_base
+from distft.config.recipe import Recipe
 from distft.errors import RunError
+from distft.models.lora import changes_base
 from distft.train.new_rows import whole_weight
 from distft.train.ranks import RankGroup
 

@@ -21,11 +21,11 @@ from distft.config.document import load_yaml
 from distft.config.loading import validate
 from distft.config.recipe import Recipe
 from distft.errors import DistftError, RecipeError, RunError
+from distft.models.loading import SHARD_BYTES
 from distft.runs import checkpoints, model_card
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
 from distft.runs.status import read_status
-from distft.strategies.loading import SHARD_BYTES
 from distft.train.as_published import set_tokens, write_tokenizer
 from distft.train.merge_check import LogitsCheck, check_layer, check_logits
 from distft.train.tensor_files import ShardWriter, name_shards

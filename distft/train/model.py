@@ -21,12 +21,12 @@ from transformers.utils.import_utils import (
 )
 from transformers.utils.quantization_config import Mxfp4Config
 
-from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe, changes_base
+from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
 from distft.errors import DataError, first_line
 from distft.models.adaptable import left_out, reason
 from distft.models.attention import FLASH, no_flash_attention, no_varlen, plain_attention
 from distft.models.freezing import frozen, named
-from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_options, check_saved, kept, matcher
+from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
 from distft.models.oft import peft_fields
 from distft.models.quantization import NF4
 from distft.strategies.kinds import KINDS

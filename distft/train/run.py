@@ -15,17 +15,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from distft import extras
 from distft.config.loading import DATA_FILES, load_recipe
-from distft.config.recipe import Recipe, changes_base
+from distft.config.recipe import Recipe
 from distft.data import few_steps
 from distft.errors import ClusterError, DistftError, first_line
 from distft.models.attention import UNPADDED
+from distft.models.loading import needs_whole_base
+from distft.models.lora import changes_base
 from distft.runs import model_card
 from distft.runs.base_card import base_card
 from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
-from distft.strategies.loading import streams
 from distft.train import before_training, chunked_loss, collectives, worker
 from distft.train.as_published import write_as_published
 from distft.train.auto_class import auto_class
@@ -96,7 +97,9 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         resumed=start.checkpoint is not None,
         each=KINDS[plan["strategy"]].zero_stage == 3,
     )
-    weights = Stream(recipe) if streams(recipe, plan["strategy"], bool(stored_quantization(recipe))) else None
+    sharded_later = KINDS[plan["strategy"]].shards_a_made_model(recipe.model.quantization is not None)
+    by_unit = sharded_later and not needs_whole_base(recipe, bool(stored_quantization(recipe)))
+    weights = Stream(recipe) if by_unit else None
     model = build_model(recipe, plan["strategy"], tokenizer.eos_token_id, initial, weights)
     attention = model.config.get_text_config()._attn_implementation
     warnings = few_steps.warnings(recipe, prepared.counts) + before_training.check(recipe, model, run, ranks)

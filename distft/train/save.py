@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from distft.errors import RunError, in_one_line
+from distft.models.loading import SHARD_BYTES
 from distft.models.lora import ADAPTER_WEIGHTS
-from distft.strategies.loading import SHARD_BYTES
 from distft.train.conversion import Conversion, Group, Tensors, parameter_shapes, saved_form, twin
 from distft.train.initial import InitialAdapter, make_plain
 from distft.train.new_rows import new_rows

@@ -19,8 +19,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from distft.config.recipe import Recipe, changes_base
+from distft.config.recipe import Recipe
 from distft.errors import RecipeError, RunError
+from distft.models.lora import changes_base
 from distft.models.quantization import NF4_BLOCK, NF4_DOUBLE_QUANTIZATION, NF4_QUANT_TYPE
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir

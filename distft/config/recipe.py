@@ -101,8 +101,8 @@ class Model(Group):
         "eager",
     ] = "auto"
     """`auto`: the newest FlashAttention that is installed and that GPU, dtype and model support; for packed rows else
-    `varlen`, which is torch's own kernel for documents of a row, if GPU and model support that; else SDPA. The run's
-    log has the choice."""
+    `varlen`, which is torch's own kernel for documents of a row, if GPU and model support that; else SDPA, or eager
+    attention for models without it. The run's log has the choice."""
 
     quantization: Literal["nf4", "int8"] | None = None
     """`nf4` is QLoRA's 4-bit NormalFloat with double quantization, `int8` is LLM.int8(). Both need `lora`."""

@@ -17,20 +17,22 @@ AMPERE = 8.0  # compute capability
 
 
 class Flash(NamedTuple):
-    """A version of FlashAttention: least compute capability, largest head, and whether it has dropout."""
+    """A version of FlashAttention: compute capabilities (the last one excluded), largest head, and whether it has
+    dropout."""
 
     least: float
+    below: float
     largest_head: int
     dropout: bool
 
 
 # The newest first. Capabilities: transformers 5.23 modeling_flash_attention_utils.py,
-# FLASH_ATTENTION_COMPATIBILITY_MATRIX. Heads and dropout: flash-attn's README, hopper/flash_attn_interface.py and
-# flash_attn/cute/interface.py.
+# FLASH_ATTENTION_COMPATIBILITY_MATRIX; the last ones, heads and dropout: flash-attn's README, its hopper/ (kernels of
+# Hopper) and flash_attn/cute/interface.py ("Supported: 9.x, 10.x, 11.x").
 FLASH = {
-    "flash_attention_4": Flash(9.0, 128, False),
-    "flash_attention_3": Flash(AMPERE, 256, False),
-    "flash_attention_2": Flash(AMPERE, 256, True),
+    "flash_attention_4": Flash(9.0, 12.0, 128, False),
+    "flash_attention_3": Flash(AMPERE, 10.0, 256, False),
+    "flash_attention_2": Flash(AMPERE, float("inf"), 256, True),
 }
 # They take a micro-batch as one row without padding, and the bounds of its documents instead of a mask.
 UNPADDED = (*FLASH, "varlen")
@@ -229,6 +231,8 @@ def no_flash_attention(
         return "no GPU"
     if compute_capability is not None and compute_capability < flash.least:
         return f"the GPU is older than {'Ampere' if flash.least == AMPERE else 'Hopper'}"
+    if compute_capability is not None and compute_capability >= flash.below:
+        return f"the GPU is newer than {name}"
     if mixed_precision == "no":
         return "float32"
     kind = config.get("model_type")
@@ -242,7 +246,9 @@ def no_flash_attention(
 
 def has_dropout(config: Mapping[str, Any]) -> bool:
     """Whether a config.json asks for dropout in attention."""
-    return bool(config.get("attention_dropout") or config.get("attn_pdrop"))
+    text = config.get("text_config")
+    parts = (config, text) if isinstance(text, Mapping) else (config,)
+    return any(part.get(name) for part in parts for name in ("attention_dropout", "attn_pdrop"))
 
 
 def no_varlen(config: Mapping[str, Any]) -> str | None:

@@ -366,7 +366,7 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
         found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for {what}checkpoints and final/")
     if recipe.model.attn_implementation == "auto":
         plain = "SDPA" if chosen.setting.attn_implementation == "sdpa" else "eager, as the model has no SDPA"
-        found.append(f"attention: {plain}; with FlashAttention-2 or varlen, where the ranks have it, they need less")
+        found.append(f"attention: {plain}; with FlashAttention or varlen, where the ranks have it, they need less")
     if full := why_full(recipe, search.model, chosen.setting.kind.zero_stage):
         found.append(f"loss: from the logits of all tokens at once ({full})")
     return tuple(found)

@@ -323,8 +323,8 @@ def fp16_needs_a_gpu(case: Case) -> str | None:
 
 
 @rule(
-    "flash_attention_2 or 3 on a V100, a T4 or a CPU, varlen on the GPUs, flash_attention_4 before Hopper, or "
-    "flex_attention on a CPU",
+    "flash_attention_2 or 3 on a V100, a T4 or a CPU, varlen on the GPUs, flash_attention_4 before Hopper, 3 or 4 "
+    "on a newer GPU than they have kernels for, or flex_attention on a CPU",
     "flash-attn README: Ampere, Ada or Hopper GPUs; transformers 5.23 modeling_flash_attention_utils.py, "
     "FLASH_ATTENTION_COMPATIBILITY_MATRIX; torch 2.13 nn/attention/flex_attention.py: no backward pass on CPUs",
     "use model.attn_implementation: auto or sdpa",
@@ -336,6 +336,8 @@ def flash_attention_needs_ampere(case: RecipeCase) -> str | None:
     if case.attention == "flex_attention" and case.on_cpu:
         return "model.attn_implementation: flex_attention needs a GPU, and there is none"
     least, capability = case.flash.least, case.device.compute_capability
+    if case.needs_flash_kernels and capability is not None and capability >= case.flash.below:
+        return f"model.attn_implementation: {case.attention} has no kernels for a GPU as new as {case.device.name}"
     if not case.needs_flash_kernels or not (case.on_cpu or (capability is not None and capability < least)):
         return None
     have = "there is none" if case.on_cpu else f"this is {case.device.name}"

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from distft.errors import RunError, in_one_line
+from distft.errors import DistftError, RunError, in_one_line
 from distft.models.loading import SHARD_BYTES
 from distft.models.lora import ADAPTER_WEIGHTS
 from distft.train.conversion import Conversion, Group, Tensors, parameter_shapes, saved_form, twin
@@ -131,7 +131,7 @@ def _tried(write: Callable[[], object]) -> str | None:
     """What went wrong, in a line: the other ranks wait for this one meanwhile."""
     try:
         write()
-    except (RunError, OSError, SafetensorError) as error:
+    except (DistftError, OSError, SafetensorError) as error:
         return in_one_line(error)
     return None
 

@@ -46,6 +46,9 @@ def test_the_newest_that_can_run(choose: Choose) -> None:
     assert choose(2, 3, 4, head_dim=192) == "flash_attention_3"
     assert choose(2, 3, 4, attention_dropout=0.1) == "flash_attention_2"
     assert choose(4, capability=(8, 0)) == "sdpa"
+    assert choose(2, 3, 4, capability=(12, 0)) == "flash_attention_2"  # an RTX 5090: the others have no kernels
+    assert choose(2, 3, capability=(10, 0)) == "flash_attention_2"
+    assert choose(2, 3, 4, text_config={"attention_dropout": 0.1}) == "flash_attention_2"
     assert choose(2, 3, 4, model_type="llama4") == "sdpa"
 
 

@@ -267,6 +267,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FLASH, "device": CPU}, {"model__attn_implementation": "auto"}),
         ({**VARLEN, "device": "T4", "training__mixed_precision": "fp16"}, {"device": "A10G"}),
         ({**FLASH4, "device": "A100-80GB"}, {"device": "H100"}),
+        ({**FLASH4, "device": "RTX-5090"}, {"device": "B200"}),
         ({**FLEX, "device": CPU}, {"model__attn_implementation": "auto"}),
     ],
     "flash-attention-needs-16-bit": [

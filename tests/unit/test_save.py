@@ -86,7 +86,10 @@ WHOLE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "another value": (lambda t: t[first(t)].view(-1)[-1].add_(1), "other values on disk than in memory"),
     "zeros": (lambda t: t[first(t)].zero_(), "other values on disk than in memory"),
     "cut": (lambda t: t.update({first(t): t[first(t)][:1].clone()}), "other values on disk than in memory"),
+    "emptied": (lambda t: t.update({first(t): torch.zeros(0)}), "other values on disk than in memory"),
+    "left over": (lambda t: t.update(other=torch.ones(1)), "other: was not trained"),
     "missing": (lambda t: t.pop(first(t)), "q_proj.weight: missing"),
+    "no file": (lambda t: None, "No such file or directory"),
 }
 
 
@@ -109,6 +112,8 @@ def test_damage_of_a_whole_model_is_found(
         if damage == "missing":
             tensors.pop(first(tensors))  # as if it had never come
         write(damaged, path, **kwargs)
+        if damage == "no file":
+            path.unlink()
 
     monkeypatch.setattr(tensor_files, "save_file", write_damaged)
     with pytest.raises(RunError) as error:

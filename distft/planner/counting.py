@@ -39,8 +39,8 @@ class Counts(Protocol):
     def states(self) -> Mapping[str, int]:
         """Bytes, as put_together needs them."""
 
-    def peaks(self, step: Step) -> Peaks:
-        """What a step keeps at each of its moments.
+    def peaks(self, *steps: Step) -> list[Peaks]:
+        """What each of these steps keeps at each of its moments; what was not counted yet is, side by side.
 
         Raises:
             SimulationError: it cannot be traced.
@@ -61,8 +61,8 @@ class Counted:
         assert max_length in (None, self.recipe.data.max_length)
         # FSDP keeps what ZeRO keeps.
         regime = "autocast" if setting.kind.dtype_regime == "autocast" else "zero"
-        few, more = (
-            self.counts.peaks(Step(regime, setting.gradient_checkpointing, False, rows)) for rows in (FEW, MORE)
+        few, more = self.counts.peaks(
+            *(Step(regime, setting.gradient_checkpointing, False, rows) for rows in (FEW, MORE))
         )
         steps = (setting.micro_batch_size - FEW) / (MORE - FEW)
         earlier = self.counts.states["gradients"] if self._accumulates(setting) else 0
@@ -78,7 +78,7 @@ class Counted:
     def exactly(self, setting: Setting) -> Memory:
         """Memory of a rank, counted as it is."""
         how = setting.kind.dtype_regime, setting.gradient_checkpointing, self._accumulates(setting)
-        return self._together(self.counts.peaks(Step(*how, setting.micro_batch_size)), setting)
+        return self._together(self.counts.peaks(Step(*how, setting.micro_batch_size))[0], setting)
 
     def _accumulates(self, setting: Setting) -> bool:
         """Whether gradients of earlier micro-batches exist."""

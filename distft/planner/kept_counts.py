@@ -72,14 +72,19 @@ class Kept:
         config = found["config"]
         self.model = shape_of(recipe, tensors, tied, guess_sizes(config), config, trained=self.sizes.trained)
 
-    def peaks(self, step: Step) -> Peaks:
+    def peaks(self, *steps: Step) -> list[Peaks]:
         """See Counts."""
-        name = " ".join(map(str, step))
-        if name not in self._found["steps"]:
-            counted = self._count().peaks(step)
-            self._found["steps"][name] = [[*segment, dict(live)] for segment, live in counted.items()]
+        kept = self._found["steps"]
+        if missing := {name: step for step in steps if (name := _name(step)) not in kept}:
+            for name, counted in zip(missing, self._count().peaks(*missing.values()), strict=True):
+                kept[name] = [[*segment, dict(live)] for segment, live in counted.items()]
             _write(self.file, self._found)
-        return {(moment, block): Counter(live) for moment, block, live in self._found["steps"][name]}
+            kept = self._found["steps"]
+        return [{(moment, block): Counter(live) for moment, block, live in kept[_name(step)]} for step in steps]
+
+
+def _name(step: Step) -> str:
+    return " ".join(map(str, step))
 
 
 def _same(value: Any) -> Any:

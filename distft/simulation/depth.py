@@ -3,7 +3,7 @@
 While block k of L runs, what is live is what ran before it left (in the forward pass: what each block below saved; in
 the backward pass: what each block below still keeps, and the gradients of those above), and what the block itself
 needs. Both depend only on the kinds of the blocks: on their modules, shapes and settings. So it is enough to trace one
-block of each kind, with the two lowest and the two highest (the outermost differ: a frozen embedding needs no gradient)
+block of each kind, with the two lowest and the highest (the outermost differ: a frozen embedding needs no gradient)
 and to add up. tests/unit/test_simulate.py compares the result with a trace of all blocks: to the byte where all are
 alike, within a hidden state or two where kinds alternate.
 """
@@ -46,11 +46,15 @@ def sample(model: Any) -> Sample:
     """One block of each kind, and the outermost ones."""
     blocks = list(blocks_of(model))
     kinds, goes_back = [], any(p.requires_grad for p in model.get_input_embeddings().parameters())
-    for block in blocks:  # a frozen block keeps something where gradients go through it to what is below
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    for block, is_trained in zip(blocks, trained, strict=True):
+        # A frozen block keeps something where gradients go through it to what is below.
         kinds.append((goes_back, *_signature(block)))
-        goes_back = goes_back or any(p.requires_grad for p in block.parameters())
+        goes_back = goes_back or is_trained
     depth = len(blocks)
-    chosen = {0, min(1, depth - 1), max(0, depth - 2), depth - 1}
+    chosen = {0, min(1, depth - 1), depth - 1}
+    if len({*trained}) > 1:  # the lowest block above a trained one holds a gradient longer than those above it
+        chosen.add(max(0, depth - 2))
     chosen |= {_first(kinds, kind) for kind in kinds}
     shared = (getattr(module, SHARED, None) for block in blocks for module in block.modules())
     chosen |= {index for index in shared if index is not None}

@@ -5,8 +5,8 @@ adds up live storages over forward, loss, backward and optimizer step. Fake tens
 use another kernel, that one stands in (trace.py, CudaKernels). How a strategy divides the states, and what it gathers
 on the way, is added by formula (distft/planner/sharding.py, memory.py).
 
-Only some blocks are traced (depth.py), and only some steps: planner/counting.py makes the memory of any setting from
-them.
+Only some blocks are traced (depth.py), those with long loops in short rows (loops.py), and only some steps:
+planner/counting.py makes the memory of any setting from them.
 
 Approximations: all rows have max_length tokens; workspaces inside an operator are counted only for FlashAttention's
 backward pass and NF4's matrices (not for cuBLAS); LLM.int8() has no outlier columns; clipping and fp16's scaler, which
@@ -33,10 +33,11 @@ from distft.models.shapes import shape_of
 from distft.planner.counting import Counted, Step
 from distft.planner.memory import Memory, Peaks
 from distft.planner.setting import Setting
-from distft.simulation import depth
+from distft.simulation import depth, loops
 from distft.simulation.depth import Sample
 from distft.simulation.fake_model import base, failure, finish, sizes_of, states_of
-from distft.simulation.trace import trace
+from distft.simulation.processes import in_processes
+from distft.simulation.trace import Trace, trace
 from distft.train import chunked_loss
 
 
@@ -74,13 +75,10 @@ class Traced:
         # As a config.json has it: some classes keep numbers of labels, or dtypes.
         config = json.loads(json.dumps(model.config.to_dict(), default=str))
         self.model = shape_of(recipe, *named, guess_sizes(config), config, trained=self.sizes.trained)
-        self._done: dict[Step, Peaks] = {}
 
-    def peaks(self, step: Step) -> Peaks:
+    def peaks(self, *steps: Step) -> list[Peaks]:
         """See Counts."""
-        if step not in self._done:
-            self._done[step] = self._trace(step)
-        return self._done[step]
+        return in_processes(self._trace, steps)
 
     def _has_the_same_adapters(self, model: Any) -> bool:
         """Whether the sample's blocks get the adapters of those that they stand for: not where options of `lora` name
@@ -112,17 +110,22 @@ class Traced:
     def _traced(self, plain: Any, sample: Sample, step: Step) -> Peaks:
         model = finish(self.recipe, deepcopy(plain), step.dtype_regime)
         here = states_of(self.recipe, model, sizes_of(self.recipe, model))
-        try:
-            steps = trace(
-                self.recipe,
-                model,
+
+        def traced(length: int, **options: Any) -> Trace:
+            return trace(
+                self.recipe.model_copy(update={"data": self.recipe.data.model_copy(update={"max_length": length})}),
+                finish(self.recipe, deepcopy(plain), step.dtype_regime),
                 dtype_regime=step.dtype_regime,
                 micro_batch_size=step.rows,
                 gradient_checkpointing=step.checkpointing,
                 attn_implementation=self.attention,
                 accumulating=step.accumulating,
                 chunked=self._is_chunked(step),
+                **options,
             )
+
+        try:
+            steps = loops.of_length(traced, self.recipe.data.max_length)
         except Exception as error:  # a shape that depends on values, an operator that fake tensors lack, ...
             raise failure(self.recipe, error) from error
         if sample.is_whole:

@@ -6,8 +6,9 @@ import contextlib
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -39,9 +40,15 @@ class Trace:
     peaks: dict[Segment, Counter[str]]
     states: Counter[str]  # bytes of all parameters, gradients, optimizer states and buffers
     starts: dict[Segment, Counter[str]]  # live bytes where a segment begins
+    operators: Counter[Segment]  # that ran
+    outputs: tuple[torch.dtype | None, ...]  # of each block, which returns a tensor alone; None where it returns more
 
     def total(self, segment: Segment) -> int:
         return sum(self.peaks[segment].values())
+
+
+class LongLoopError(Exception):
+    """A block that runs too many operators to trace it at this length."""
 
 
 class Ledger(TorchDispatchMode):
@@ -50,8 +57,11 @@ class Ledger(TorchDispatchMode):
     Storages rather than tensors, by weak reference: a storage's Python object lives as long as the storage.
     """
 
-    def __init__(self, vocab_size: int, tokens: int) -> None:
+    def __init__(self, vocab_size: int, tokens: int, most_operators: int | None) -> None:
         super().__init__()
+        self.operators: Counter[Segment] = Counter()
+        self.most_operators = most_operators
+        self.outputs: list[torch.dtype | None] = []
         self.vocab_size, self.entries = vocab_size, tokens * vocab_size
         self.live: dict[int, list[Any]] = {}  # id of the storage → [weak reference, bytes, kind]
         self.bytes: Counter[str] = Counter()
@@ -61,6 +71,11 @@ class Ledger(TorchDispatchMode):
         self.starts: dict[Segment, Counter[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # two of three calls
+            return args[0].fake_device
+        self.operators[self.segment] += 1
+        if self.most_operators and self.operators[self.segment] > self.most_operators and self.segment[0] == "forward":
+            raise LongLoopError
         if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             func = _grouped_mm if args[0].dtype is not torch.bfloat16 else func
         result = func(*args, **(kwargs or {}))
@@ -274,6 +289,8 @@ def trace(
     chunked: bool = False,
     fake: bool = True,
     cuda: bool = True,
+    most_operators: int | None = None,
+    left_out: Mapping[int, torch.dtype] | None = None,
 ) -> Trace:
     """One optimizer step and one training step of a model from `build`, which is consumed.
 
@@ -282,6 +299,11 @@ def trace(
         chunked: the loss is computed in chunks.
         fake: False runs it on real tensors of zeros.
         cuda: False keeps the CPU's own kernels.
+        most_operators: of a block's forward pass.
+        left_out: blocks that only hand on what they get, by their positions: the dtype in which they do.
+
+    Raises:
+        LongLoopError: a block ran more operators than that.
     """
 
     flash = attn_implementation in UNPADDED
@@ -290,7 +312,8 @@ def trace(
     rows, columns = (1, micro_batch_size * length) if flash else (micro_batch_size, length)
     config = model.config.get_text_config()
     tokens = rows * columns
-    book = Ledger(config.vocab_size, min(tokens, chunk_tokens(config.vocab_size)) if chunked else tokens)
+    logits = min(tokens, chunk_tokens(config.vocab_size)) if chunked else tokens
+    book = Ledger(config.vocab_size, logits, most_operators)
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode())
@@ -330,6 +353,8 @@ def trace(
                 p.grad = None
 
         _watch_blocks(model, book)
+        for position, as_dtype in (left_out or {}).items():
+            blocks_of(model)[position].forward = partial(_hand_on, as_dtype)
         if chunked:
             chunked_loss.add(model if recipe.lora is None else model.get_base_model())
         forward = model.forward
@@ -353,7 +378,13 @@ def trace(
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
         book.enter("end")
         del loss, batch, ids, optimizer
-    return Trace({segment: bytes for segment, (_, bytes) in book.peaks.items()}, states, book.starts)
+    peaks = {segment: bytes for segment, (_, bytes) in book.peaks.items()}
+    return Trace(peaks, states, book.starts, book.operators, tuple(book.outputs))
+
+
+def _hand_on(as_dtype: torch.dtype, hidden_states: Any, *_: Any, **__: Any) -> Any:
+    """A block that does nothing, through which gradients go all the same."""
+    return hidden_states.to(as_dtype) + torch.zeros((), dtype=as_dtype, requires_grad=True)
 
 
 def _loss(forward: Any, batch: dict[str, Any], tokens: Any, loss_type: str) -> Any:
@@ -410,6 +441,7 @@ def _watch_blocks(model: Any, book: Any) -> None:
             if book.segment[0] != "forward":
                 return
             hidden = output if isinstance(output, torch.Tensor) else output[0]
+            book.outputs.append(hidden.dtype if hidden is output else None)
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: book.enter("backward", index))
             if last:

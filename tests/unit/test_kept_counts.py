@@ -55,7 +55,7 @@ def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("a model")
         counts = count(recipe)
         step = counts.peaks
-        monkeypatch.setattr(counts, "peaks", lambda how: (made.append(f"{how.rows} rows"), step(how))[1])
+        monkeypatch.setattr(counts, "peaks", lambda *how: (made.extend(f"{h.rows} rows" for h in how), step(*how))[1])
         return counts
 
     monkeypatch.setattr(planned, "_count", counting)

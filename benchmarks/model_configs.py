@@ -26,9 +26,12 @@ def _config(
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    # HuggingFaceTB/SmolLM2-135M, HuggingFaceTB/SmolLM2-360M
+    # HuggingFaceTB/SmolLM2-135M, -360M, -1.7B; TinyLlama/TinyLlama-1.1B-Chat-v1.0; deepseek-coder-1.3b-instruct
     "smollm2-135m": _config("llama", 49152, 576, 30, 9, 3, 1536, **TIED),
     "smollm2-360m": _config("llama", 49152, 960, 32, 15, 5, 2560, **TIED),
+    "smollm2-1.7b": _config("llama", 49152, 2048, 24, 32, 32, 8192, **TIED),
+    "tinyllama": _config("llama", 32000, 2048, 22, 32, 4, 5632),
+    "deepseek-1.3b": _config("llama", 32256, 2048, 24, 16, 16, 5504),
     # meta-llama/Llama-3.2-1B, -3.2-3B, -3.1-8B, -3.1-70B, -3.1-405B, meta-llama/Llama-2-7b-hf, -13b-hf
     "llama-3.2-1b": _config("llama", 128256, 2048, 16, 32, 8, 8192, head_dim=64, **TIED),
     "llama-3.2-3b": _config("llama", 128256, 3072, 28, 24, 8, 8192, head_dim=128, **TIED),
@@ -37,8 +40,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-405b": _config("llama", 128256, 16384, 126, 128, 8, 53248),
     "llama-2-7b": _config("llama", 32000, 4096, 32, 32, 32, 11008),
     "llama-2-13b": _config("llama", 32000, 5120, 40, 40, 40, 13824),
-    # Qwen/Qwen2.5-0.5B, -7B, -32B; Qwen/Qwen3-0.6B, -4B, -8B; Qwen/Qwen1.5-MoE-A2.7B
+    # Qwen/Qwen2.5-0.5B, -1.5B, -7B, -32B; Qwen/Qwen3-0.6B, -4B, -8B; Qwen/Qwen1.5-MoE-A2.7B
     "qwen2.5-0.5b": _config("qwen2", 151936, 896, 24, 14, 2, 4864, **TIED),
+    "qwen2.5-1.5b": _config("qwen2", 151936, 1536, 28, 12, 2, 8960, **TIED),
     "qwen2.5-7b": _config("qwen2", 152064, 3584, 28, 28, 4, 18944),
     "qwen2.5-32b": _config("qwen2", 152064, 5120, 64, 40, 8, 27648),
     "qwen3-0.6b": _config("qwen3", 151936, 1024, 28, 16, 8, 3072, head_dim=128, **TIED),

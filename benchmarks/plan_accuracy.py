@@ -1,10 +1,11 @@
 """How accurate the memory planner is.
 
-    python benchmarks/plan_accuracy.py [formula] [states] [published] [peers] [--json FILE] [--only WORD]
+    python benchmarks/plan_accuracy.py [formula] [states] [measured] [published] [peers] [--json FILE] [--only WORD]
 
 formula    the formula's peak against the simulation's (the real classes on fake tensors); bounds: 5% in the mean,
            10% at worst
 states     parameters, gradients and optimizer states of real ranks over gloo, in bytes; bound: 1%
+measured   steps of another script, on a T4, simulated; bounds: 0.5% in the mean, 1% at worst
 published  peaks that others measured on GPUs, and why some differ
 peers      the same rows by other estimators
 
@@ -31,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import accuracy_formula
+import accuracy_measured
 import accuracy_peers
 import accuracy_published
 import accuracy_states
@@ -38,6 +40,7 @@ import accuracy_states
 SECTIONS = {
     "formula": accuracy_formula.run,
     "states": accuracy_states.run,
+    "measured": accuracy_measured.run,
     "published": accuracy_published.run,
     "peers": accuracy_peers.run,
 }

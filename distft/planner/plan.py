@@ -329,7 +329,7 @@ def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
             found.append(f"gradient_checkpointing on: without it one sequence needs {gib(without.excess)} too much")
     if recipe.training.micro_batch_size == "auto" and chosen.fits:
         share = batch.micro_batch_size * batch.gradient_accumulation_steps
-        spare = " with 5% to spare" if chosen.roomy else ""
+        spare = f" with {chosen.memory.error:.0%} to spare" if chosen.roomy else ""
         found.append(
             f"micro_batch_size {batch.micro_batch_size}: the largest divisor of a rank's {share} sequences that fits"
             f"{spare} (about {gib(chosen.memory.process)} of {gib(chosen.capacity)})"

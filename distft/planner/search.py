@@ -39,7 +39,7 @@ CANDIDATES = (
     ("fsdp", "all"),
 )
 ABOUT = 1.03  # estimates of time that differ by less count as equal
-ROOMY, TIGHT = 0.95, 1.1  # a candidate that fills more of the memory is taken only if it is a tenth faster
+NARROW = 1.1  # a candidate that fits narrowly is taken only if it is a tenth faster
 # GB/s of a node to other nodes, where neither the profile nor the GPU's data sheet says: 200 Gb/s.
 USUAL_BANDWIDTH = 25.0
 
@@ -115,8 +115,8 @@ class Candidate:
 
     @property
     def roomy(self) -> bool:
-        """Whether it fits with memory to spare."""
-        return self.fits and self.memory.process <= ROOMY * self.capacity
+        """Whether it fits even where it needs more than planned, by the estimate's error."""
+        return self.fits and self.memory.process * (1 + self.memory.error) <= self.capacity
 
     @property
     def seconds(self) -> float:
@@ -301,7 +301,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def cost(candidate: Candidate) -> float:
-    """Seconds per step, plus a penalty where it fits tightly; for comparing candidates that fit."""
+    """Seconds per step, plus a penalty where it fits narrowly; for comparing candidates that fit."""
     if not candidate.seconds:  # no time can be estimated
         return 0.0 if candidate.roomy else 1.0
-    return candidate.seconds * (1.0 if candidate.roomy else TIGHT)
+    return candidate.seconds * (1.0 if candidate.roomy else NARROW)

@@ -133,7 +133,8 @@ def _workspace(func: Any, args: tuple) -> int:
 
     bitsandbytes gemm_4bit dequantizes the matrix for more than some 1500 tokens (backends/cuda/ops.py,
     _dequant_linear_fallback). FlashAttention-2's backward sums dq in float32 and, with fewer key than query heads,
-    computes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded).
+    computes dk and dv for every query head (ATen flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded). Softmax
+    backward first multiplies the gradient by the output (ATen native/cuda/SoftMax.cu, softmax_backward_cuda_out).
     """
     name = "" if func is _grouped_mm else func.name()
     if name == "bitsandbytes::gemm_4bit":
@@ -142,6 +143,8 @@ def _workspace(func: Any, args: tuple) -> int:
         query, key = args[1], args[2]
         expanded = 2 * query.numel() * query.element_size() if key.shape[1] != query.shape[1] else 0
         return 4 * query.numel() + expanded
+    if name == "aten::_softmax_backward_data":
+        return args[0].numel() * args[0].element_size()
     return 0
 
 
@@ -208,6 +211,8 @@ class CudaKernels(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
+        if func is F.softmax and kwargs.get("dtype") is torch.float32 and args[0].dtype is torch.float16:
+            return torch.ops.aten._softmax(args[0], kwargs["dim"], True)  # one kernel; of bf16 a copy is made first
         if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(torch.Tensor, _float32, (args, kwargs))
         return func(*args, **kwargs)

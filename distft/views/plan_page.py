@@ -61,7 +61,10 @@ def _verdict(plan: RecipePlan) -> str:
     if host := plan.memory.much_of_host:
         known = plan.chosen.host_memory
         need += f", {gib(host)}{f' of {gib(known)}' if known else ''} of host memory per node"
-    verdict = "does not fit" if not plan.fits else "fits" if plan.chosen.roomy else "fits tightly"
+    verdict = "does not fit"
+    if plan.fits:
+        narrowly = f"fits narrowly (within the estimate's error of ±{plan.memory.error:.0%})"
+        verdict = "fits" if plan.chosen.roomy else narrowly
     if plan.fits is None:
         verdict = "not known whether it fits"
     return f"{verdict}: {plan.chosen.name} on {where}, {need} ({plan.how})"

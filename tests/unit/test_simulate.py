@@ -321,6 +321,26 @@ def test_attention(folder: Path, attention: str) -> None:
     assert peak == flash if attention == "flash_attention_2" else peak - flash > 2 * 2 * 256**2 * 2
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        "smollm2-360m  lora32  eager 1x4096",
+        "tinyllama     nf4:32  eager 2x2048",
+        "smollm2-135m  nf4:32  sdpa  2x512",
+        "qwen2.5-7b    nf4:16  sdpa  1x1024",
+    ],
+)
+def test_steps_that_were_measured_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import accuracy_measured
+
+    found = accuracy_measured.run(tmp_path, step)
+    assert len(found["table"]) == 1
+    assert abs(found["table"][0]["ratio"] - 1) <= 0.01, capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("model", "limit"), [("8b", 15), ("70b", 60)])
 def test_time(folder: Path, model: str, limit: float) -> None:
     sets = ["data.max_length=2048", "training.mixed_precision=bf16", f"model.name_or_path={folder / model}"]

@@ -42,6 +42,10 @@ def enter(run: RunDir) -> dict[str, Any]:
     planned, started = plan["topology"]["world_size"], int(os.environ.get("WORLD_SIZE", "1"))
     if planned != started:
         raise PlanError(f"this run was planned for {planned} ranks, and {started} were started: start its job script")
+    if plan["topology"]["gpu"] and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Before torch reads it. Without it the allocator may take half as much again as tensors need (GAPS in
+        # planner/memory.py); another value of the user's stays.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = yaml.safe_load(run.accelerate.read_text())
     os.environ.update(accelerate_environment(config, plan["mixed_precision"]))
     return plan

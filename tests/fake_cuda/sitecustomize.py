@@ -134,7 +134,7 @@ def place_on_cpu(torch: Any) -> None:
 def without_nccl(value: Any) -> Any:
     if isinstance(value, str) and "nccl" in value:
         with open(os.environ.get("FAKE_CUDA_BACKENDS", os.devnull), "a") as said:
-            said.write(value + "\n")
+            said.write(f"{value} {os.environ.get('PYTORCH_ALLOC_CONF')}\n")
         return "gloo"
     return value
 

@@ -348,9 +348,10 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
     if search.measured:
         found.append(f"a rank computes {search.measured / 1e12:.3g} TFLOP/s, as in the run given to --calibrate")
     if gpu and not search.measured:
+        part = speed.reached(gpu, recipe, chosen.setting)
         found.append(
             f"{where.device.name}: matmuls reach {speed.achievable(gpu, recipe) / 1e12:.0f} TFLOP/s in "
-            f"{PRECISIONS[recipe.training.mixed_precision]}, training {speed.TRAINED:.0%} of that"
+            f"{PRECISIONS[recipe.training.mixed_precision]}, training {part:.0%} of that"
         )
     if gpu and where.topology.world_size > 1:
         reached, hidden = f"{LINK_EFFICIENCY:.0%} of it reached", f"{speed.OVERLAP:.0%} hidden behind compute"

@@ -1,7 +1,8 @@
 """How long a step takes: a first-order model, for choosing between candidates and for a rough idea of hours and price.
 
-compute = FLOPs / (what the GPU's matmuls achieve x TRAINED). A step is compute plus communication, of which a part
-OVERLAP of the shorter one is hidden. Every figure is an estimate; the rate of an earlier run can replace it.
+compute = FLOPs / (what the GPU's matmuls achieve x the part of it that training reaches). A step is compute plus
+communication, of which a part OVERLAP of the shorter one is hidden. Every figure is an estimate; the rate of an earlier
+run can replace it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from distft.planner.sharding import Sizes
 # The matmul rate that can be reached where none was measured, as a part of the data sheet's (A100 0.87, H100 0.80, B200
 # 0.78).
 ACHIEVABLE = 0.8
-# The part of it that a training step reaches: Llama-3-8B LoRA on one H100, 402 of 794.5 TFLOP/s (NeMo Automodel's
-# performance summary).
-TRAINED = 0.5
-# bitsandbytes dequantizes the weights in each pass: Llama-3.1-8B on a 4090 at 2,413 of 3,083 tokens/s (torchtune's
-# README). int8 is a guess.
-QUANTIZED = {"nf4": 0.78, "int8": 0.6}
+# The part of it that a training step reaches is 1 / (MATMULS + MEMORY x FLOP per byte of memory bandwidth): beside the
+# matmuls there is what waits for memory. H100: 402 of 794.5 TFLOP/s with Llama-3-8B and LoRA (NeMo Automodel's
+# performance summary). A100: 7,075 tokens/s with Llama-3.2-3B (torchtune's ladder, before compile).
+MATMULS, MEMORY = 1.38, 0.0026
+# The part of that which ranks reach that gather each block's parameters: 316 and 301 TFLOP/s with 70B and 32B on 8 H100
+# (NeMo), and 5,762 tokens/s with 8B (torchtitan).
+GATHERING = 0.8
+# Bytes of memory traffic for each NF4 weight that a pass dequantizes: Llama-3.1-8B with 4,096 tokens on a 4090 at 2,413
+# of 3,083 tokens/s, Llama-3.2-3B with 8,192 on an A100 at 8,035 of 8,210 (torchtune) make 17 and 5. int8 is a guess.
+NF4_TRAFFIC, INT8 = 8, 0.6
 # The part of the shorter of compute and communication that is hidden; the rest is added. IDEFICS-80B on 512 A100: 11 +
 # 18 s predicted, 49 s measured (ml-engineering), so this is not pessimistic.
 OVERLAP = 0.7
@@ -109,7 +114,7 @@ def estimate(
     if measured:
         rate = measured
     elif gpu and sent.seconds is not None:
-        rate = achievable(gpu, recipe) * TRAINED * QUANTIZED.get(recipe.model.quantization or "", 1.0)
+        rate = achievable(gpu, recipe) * reached(gpu, recipe, setting)
     else:
         return Speed(None, None, None, per_token, sent)
     peak = gpu and 1e12 * (gpu.float32_tflops if recipe.training.mixed_precision == "no" else gpu.tflops)
@@ -118,6 +123,10 @@ def estimate(
     layers = model.num_hidden_layers or 0
     launches = layers * LAUNCH_SECONDS * (4 if setting.gradient_checkpointing else 3)
     compute = accumulation * max(tokens * per_token * again / rate, launches if gpu else 0.0)
+    if gpu and recipe.model.quantization == "nf4" and not measured:
+        passes = 3 if setting.gradient_checkpointing else 2
+        weights = sum(tensor.size for tensor in model.tensors if tensor.is_linear)
+        compute += accumulation * passes * NF4_TRAFFIC * weights / (gpu.memory_bandwidth * 1e12)
     sending = sent.seconds or 0.0
     step = max(compute, sending) + (1 - OVERLAP) * min(compute, sending)
     step += _offload_seconds(sizes, setting, accumulation)
@@ -134,6 +143,14 @@ def achievable(gpu: Gpu, recipe: Recipe) -> float:
     if recipe.training.mixed_precision == "no":
         return 1e12 * gpu.float32_tflops
     return 1e12 * (gpu.measured_tflops or ACHIEVABLE * gpu.tflops)
+
+
+def reached(gpu: Gpu, recipe: Recipe, setting: Setting) -> float:
+    """The part of the matmuls' rate that training reaches."""
+    part = 1 / (MATMULS + MEMORY * achievable(gpu, recipe) / (gpu.memory_bandwidth * 1e12))
+    if setting.kind.shards_parameters and setting.shard_size > 1:
+        part *= GATHERING
+    return part * (INT8 if recipe.model.quantization == "int8" else 1.0)
 
 
 def checkpointing_factor(lora: bool, gradient_checkpointing: bool) -> float:

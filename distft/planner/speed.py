@@ -17,6 +17,7 @@ from distft.models.lora import adapters
 from distft.models.oft import blocks_of
 from distft.models.shapes import ModelShape
 from distft.planner import communication
+from distft.planner.activations import needs_mask
 from distft.planner.communication import Communication, Links
 from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes
@@ -34,6 +35,9 @@ GATHERING = 0.8
 # Bytes of memory traffic for each NF4 weight that a pass dequantizes: Llama-3.1-8B with 4,096 tokens on a 4090 at 2,413
 # of 3,083 tokens/s, Llama-3.2-3B with 8,192 on an A100 at 8,035 of 8,210 (torchtune) make 17 and 5. int8 is a guess.
 NF4_TRAFFIC, INT8 = 8, 0.6
+# SDPA's time with a mask, which no flash kernel accepts, over its time without: 3,247 and 2,483 tokens/s with rows of
+# 4,096, 3,083 and 1,918 with 8,192 (https://github.com/huggingface/transformers/issues/30461), if it was an 8B model.
+MASKED = 4.4
 # The part of the shorter of compute and communication that is hidden; the rest is added. IDEFICS-80B on 512 A100: 11 +
 # 18 s predicted, 49 s measured (ml-engineering), so this is not pessimistic.
 OVERLAP = 0.7
@@ -67,12 +71,15 @@ def flops_per_token(recipe: Recipe, model: ModelShape, sizes: Sizes) -> float:
         used[embedding] = s.vocab_size * s.hidden_size
     matmul = sum(used.values())
     trained = sum(size for name, size in used.items() if name not in model.fixed)
-    attention = 0.0
-    if s.num_attention_heads and s.head_dim and s.num_hidden_layers:
-        length = min(recipe.data.max_length, s.sliding_window or recipe.data.max_length)
-        attention = 2 * length * s.num_attention_heads * s.head_dim * s.num_hidden_layers
     weights = 4 * matmul + (6 * _multiplied(recipe, model, sizes) if recipe.lora else 2 * trained)
-    return weights + 3 * attention
+    return weights + _attention(recipe, s)
+
+
+def _attention(recipe: Recipe, s: ModelSizes) -> float:
+    if not (s.num_attention_heads and s.head_dim and s.num_hidden_layers):
+        return 0.0
+    length = min(recipe.data.max_length, s.sliding_window or recipe.data.max_length)
+    return 3 * 2 * length * s.num_attention_heads * s.head_dim * s.num_hidden_layers
 
 
 def _multiplied(recipe: Recipe, model: ModelShape, sizes: Sizes) -> int:
@@ -122,7 +129,11 @@ def estimate(
     again = checkpointing_factor(recipe.lora is not None, setting.gradient_checkpointing)
     layers = model.num_hidden_layers or 0
     launches = layers * LAUNCH_SECONDS * (4 if setting.gradient_checkpointing else 3)
-    compute = accumulation * max(tokens * per_token * again / rate, launches if gpu else 0.0)
+    work = per_token
+    # `auto` has a mask only where the ranks have no other kernel.
+    if recipe.model.attn_implementation == setting.attn_implementation == "sdpa" and needs_mask(recipe, setting):
+        work += (MASKED - 1) * _attention(recipe, model.sizes)
+    compute = accumulation * max(tokens * work * again / rate, launches if gpu else 0.0)
     if gpu and recipe.model.quantization == "nf4" and not measured:
         passes = 3 if setting.gradient_checkpointing else 2
         weights = sum(tensor.size for tensor in model.tensors if tensor.is_linear)

@@ -301,6 +301,22 @@ def test_speeds_that_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(0.7 < ours / theirs < 1 for _, compiled, theirs, ours in found if compiled)
 
 
+@pytest.mark.parametrize(("length", "published"), [(4096, 3247 / 2483), (8192, 3083 / 1918)])
+def test_a_dense_mask_takes_time(folder: Path, length: int, published: float) -> None:
+    """Packed rows under SDPA where the recipe asks for it; a row alone has no mask."""
+    sets = ("parallelism.strategy=ddp", f"data.max_length={length}", "training.micro_batch_size=1")
+    sets += ("training.gradient_checkpointing=true",)
+    seconds = {
+        (attention, packs): plan(
+            folder, "8b", 1, 1, "h100", *sets, f"model.attn_implementation={attention}", f"data.packing={packs}"
+        ).speed.step_seconds
+        for attention in ("sdpa", "varlen", "auto")
+        for packs in ("true", "false")
+    }
+    assert seconds["sdpa", "true"] / seconds["varlen", "true"] == pytest.approx(published, rel=0.05)
+    assert seconds["sdpa", "false"] == seconds["varlen", "false"] == seconds["auto", "true"]
+
+
 def test_speed_is_near_what_is_published(folder: Path) -> None:
     """NeMo Automodel, LoRA, H100, rows of 4,096 tokens, 2 per micro-batch: 12,473 tokens/s for 8B on one GPU."""
     found = plan(folder, "8b", 1, 1, "h100", "model.attn_implementation=flash_attention_2")

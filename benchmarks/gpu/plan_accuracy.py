@@ -3,7 +3,7 @@
     python benchmarks/gpu/plan_accuracy.py
 
 Needs one CUDA GPU, the `train` extra and under 9 minutes; no download: weights are random and made on the GPU. Each
-configuration takes three steps as distft wraps the model (check.py), in this process; its peak is
+configuration takes three steps as distft wraps the model (wrapped.py), in this process; its peak is
 torch.cuda.max_memory_allocated(), and the process is what nvidia-smi reports. Bounds: 5% in the mean, 10% at worst, and
 nothing that ran out of memory was predicted to fit.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check import FULL, LLAMA_3_8B, RESULTS, SMALL_MODEL, Row, Size, build, describe, train_step
+from wrapped import LLAMA_3_8B, RESULTS, SMALL_MODEL, Row, build, describe, train_step
 
 from distft.config.recipe import Recipe
 from distft.hardware.devices import Device
@@ -106,16 +106,16 @@ def predict(configuration: Configuration, device: Device) -> dict[str, Any]:
 
 def measure(configuration: Configuration, device: torch.device) -> dict[str, Any]:
     """Three steps; bytes."""
-    size = Size(MODELS[configuration.model], configuration.sequence, 0, configuration.micro_batch)
+    shape, batch = MODELS[configuration.model], (configuration.micro_batch, configuration.sequence)
     row = Row(configuration.method, configuration.gradient_checkpointing, "sdpa")
     cuda = device.type == "cuda"
     try:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        model, _ = build(row, size, device)
+        model = build(row, shape, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        tokens = torch.randint(size.model["vocab_size"], (size.micro_batch, size.sequence), device=device)
+        tokens = torch.randint(shape["vocab_size"], batch, device=device)
         if cuda:  # creating and quantizing weights takes more memory than training
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -149,8 +149,7 @@ def main() -> int:
         print("plan_accuracy.py: there is no CUDA GPU here (--device cpu --tiny runs a toy model)", file=sys.stderr)
         return 2
     device, began, rows = torch.device(options.device), time.perf_counter(), []
-    result = describe(device, FULL)
-    del result["size"], result["anchor"], result["above_anchor"]
+    result = describe(device)
     here = Device(options.device, result["gpu"]["name"] or "cpu", result["gpu"]["memory_bytes"] or 2**34)
     name = "".join(c if c.isalnum() else "-" for c in here.name.lower())
     out = options.out or RESULTS / f"plan-{name}-{result['date'][:10]}.json"

@@ -92,11 +92,21 @@ def not_causal(config: Mapping[str, Any]) -> str | None:
     found = next((text for name, text in OTHERS.items() if kind in _table(name)), None)
     if found:
         return f"{kind} is {found}"
-    if types:
-        return f"the installed transformers has no causal language model of type {kind}"
     classes = config.get("architectures")
     name = str(classes[0]) if isinstance(classes, list) and classes else ""
-    return f"{kind} is an encoder ({name})" if name.endswith("ForMaskedLM") else None
+    if name.endswith("ForMaskedLM"):
+        return f"{kind} is an encoder ({name})"
+    if not types or unknown_type(config):
+        return None
+    return f"the installed transformers has no causal language model of type {kind}"
+
+
+def unknown_type(config: Mapping[str, Any]) -> str | None:
+    """The type of a model, where neither the installed transformers knows it nor code that comes with the model."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in FAMILIES or isinstance(config.get("auto_map"), Mapping):
+        return None
+    return kind if _types() and kind not in _types() else None
 
 
 def is_causal_type(model_type: str) -> bool:
@@ -123,3 +133,12 @@ def _table(task: str) -> frozenset[str]:
     text = extras.source("transformers", "models/auto/modeling_auto.py") or ""
     table = text.partition(f"\nMODEL_FOR_{task}_MAPPING_NAMES = ")[2].partition("\n)")[0]
     return frozenset(re.findall(r'\("([\w-]+)", ', table))
+
+
+@cache
+def _types() -> frozenset[str]:
+    """All model types, whatever they are for; none where transformers is not installed."""
+    texts = (
+        extras.source("transformers", f"models/auto/{name}.py") for name in ("auto_mappings", "configuration_auto")
+    )
+    return frozenset(re.findall(r'\("([\w-]+)", "\w+"\)', "".join(text or "" for text in texts)))

@@ -80,7 +80,8 @@ def method(config: Mapping[str, Any]) -> str:
     found = disk_quantization(config)
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         return "bitsandbytes"
-    return str(found.get("quant_method") or "without a name") if found else ""
+    nameless = "mlx" if isinstance(config.get("quantization"), Mapping) else "without a name"  # mlx-lm writes both
+    return str(found.get("quant_method") or nameless) if found else ""
 
 
 def bits_in_memory(config: Mapping[str, Any]) -> str | None:

@@ -30,6 +30,20 @@ def model_must_be_a_causal_lm(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "a model type that the installed transformers does not know",
+    "transformers models/auto/configuration_auto.py: but Transformers does not recognize this architecture",
+    "install a transformers that has it, or take a repository that comes with code of its own",
+    of_config=True,
+)
+def model_type_must_be_installed(case: RecipeCase) -> str | None:
+    """A model that is newer than the installed transformers, or of a type that transformers never had, cannot be built
+    where nothing but config.json and weights came with it. Nothing is said where transformers is not installed.
+    """
+    found = kinds.unknown_type(case.whole_config)
+    return f"model.name_or_path: the installed transformers knows no model of type {found}" if found else None
+
+
+@rule(
     "a model type that only the model's own code can build, without model.trust_remote_code",
     "transformers dynamic_module_utils.py, resolve_trust_remote_code",
     "read that code, and set model.trust_remote_code: true if you trust its source",
@@ -58,6 +72,21 @@ def quantization_needs_plain_layers(case: RecipeCase) -> str | None:
     """
     if case.quantization and case.model_type in upstream.NOT_QUANTIZED:
         return f"model.quantization: the layers of {case.model_type} models are not quantized"
+    return None
+
+
+@rule(
+    "4-bit or 8-bit weights with a model type that computes with the weights of its layers itself",
+    "transformers 5.23 models/mamba/modeling_mamba.py:438: self.dt_proj.weight @ time_step.transpose(1, 2)",
+    "train the unquantized model, without model.quantization",
+    of_config=True,
+)
+def quantization_needs_layers_that_are_called(case: RecipeCase) -> str | None:
+    """The weight of a quantized layer is packed, and only the layer itself unpacks it: Mamba multiplies with dt_proj's
+    and fails (RuntimeError: Expected size for first two dimensions of batch2 tensor to be).
+    """
+    if case.model_type in upstream.READS_WEIGHTS and (case.quantization or bits_in_memory(case.whole_config)):
+        return f"model.quantization: {case.model_type} models compute with weights that would be quantized"
     return None
 
 

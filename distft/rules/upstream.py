@@ -18,6 +18,9 @@ NO_CHECKPOINTING = frozenset(
 # Types whose layers have classes of their own, which transformers 5 does not quantize (integrations/bitsandbytes.py,
 # replace_with_bnb_linear: `type(module) is nn.Linear`).
 NOT_QUANTIZED = ("falcon",)
+# Types that compute with the weight of a layer instead of calling it. Falcon-Mamba and Jamba do so only where they are
+# not quantized.
+READS_WEIGHTS = ("mamba",)
 
 # Keys that deepspeed 0.19.4 to 0.19.8 look for at the top level of a config. The second list has features that were
 # removed between these versions: where one is gone, DeepSpeed itself reports it.

@@ -28,7 +28,7 @@ WHAT = {
     "images": ({"model_type": "paligemma"}, "paligemma is a model of images and text"),
     "ocr": ({"model_type": "got_ocr2"}, "got_ocr2 is no language model: it reads images"),
     "audio": ({"model_type": "qwen2_audio"}, "qwen2_audio is a model of audio or images and text"),
-    "too new": ({"model_type": "llama9"}, "the installed transformers has no causal language model of type llama9"),
+    "another task": ({"model_type": "clip"}, "the installed transformers has no causal language model of type clip"),
     "original": ({"d_model": 2560}, "its config.json has no model_type, so it is not in the format of transformers"),
 }
 
@@ -47,6 +47,7 @@ def test_what_it_is(case: str) -> None:
         {"model_type": "bert", "is_decoder": True},
         {"model_type": "bart", "is_encoder_decoder": False},
         {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}},
+        {"model_type": "llama9"},
     ],
     ids=lambda config: str(config["model_type"]),
 )
@@ -54,9 +55,17 @@ def test_what_may_be_one(config: dict[str, Any]) -> None:
     assert kinds.not_causal(config) is None
 
 
+def test_a_type_that_transformers_does_not_know() -> None:
+    new: dict[str, Any] = {"model_type": "llama9"}
+    assert kinds.unknown_type(new) == "llama9"
+    assert kinds.unknown_type(new | {"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}) is None
+    assert not any(kinds.unknown_type({"model_type": known}) for known in ("llama", "mamba", "clip", "t5"))
+
+
 def test_without_transformers_the_config_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "source", lambda package, path: None)
     kinds._table.cache_clear()
+    kinds._types.cache_clear()
     try:
         for case in ("bert", "xlm-roberta", "t5", "without a type", "ocr", "original"):
             config, text = WHAT[case]
@@ -64,8 +73,10 @@ def test_without_transformers_the_config_says_it(monkeypatch: pytest.MonkeyPatch
         masked = {"model_type": "fancy", "architectures": ["FancyForMaskedLM"]}
         assert kinds.not_causal(masked) == "fancy is an encoder (FancyForMaskedLM)"
         assert kinds.not_causal({"model_type": "fancy", "architectures": ["FancyForCausalLM"]}) is None
+        assert kinds.unknown_type({"model_type": "fancy"}) is None
     finally:
         kinds._table.cache_clear()
+        kinds._types.cache_clear()
 
 
 @pytest.mark.parametrize("command", ["plan", "plan --simulate", "validate", "launch"])

@@ -297,7 +297,15 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     # ---- models
     "model-must-be-a-causal-lm": [({"config": {"model_type": "t5"}}, {"config": {"model_type": "bloom"}})],
+    "model-type-must-be-installed": [({"config": {"model_type": "llama9"}}, {"config": {"model_type": "bloom"}})],
     "remote-code-must-be-trusted": [({"config": OWN_CODE}, {"model__trust_remote_code": True})],
+    "quantization-needs-layers-that-are-called": [
+        ({"config": {"model_type": "mamba"}, "model__quantization": "nf4"}, {"config": {"model_type": "mamba2"}}),
+        (
+            {"config": {"model_type": "mamba", "quantization_config": {"load_in_8bit": True}}},
+            {"config": {"model_type": "mamba"}},
+        ),
+    ],
     "sdpa-needs-a-model-that-has-it": [
         (
             {**SDPA, "config": {"model_type": name}, "device": device},
@@ -842,11 +850,14 @@ def test_packages_that_are_not_installed_break_no_rule(pretend: Any, monkeypatch
         assert name in fired(breaks, pretend)
         assert name not in fired({**breaks, "installed": {package: None}}, pretend)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    caches = (extras.source, kinds._table)
+    caches = (extras.source, kinds._table, kinds._types)
     for cached in caches:
         cached.cache_clear()
     try:
-        for name in ("model-must-be-a-causal-lm", "trainer-arguments-must-exist", "trackers-must-be-known"):
+        for name in (
+            *("model-must-be-a-causal-lm", "model-type-must-be-installed"),
+            *("trainer-arguments-must-exist", "trackers-must-be-known"),
+        ):
             assert name not in fired(TABLE[name][0][0], pretend)
     finally:
         for cached in caches:

@@ -1,13 +1,15 @@
 """Every model type of transformers' AutoModelForCausalLM, planned with the sizes of its config class (or SIZES).
 
-python benchmarks/plan_sweep.py [TYPE...] [--out FILE.json]      some seconds a type, no weights and no GPU
+python benchmarks/plan_sweep.py [NAME...] [--published] [--out FILE.json]   some seconds a model, no weights and no GPU
 
-The truth is an independent count: what transformers builds and peft wraps on the meta device. A type is
+--published: instead the models of tests/published_configs.jsonl, with their config.json as published.
+
+The truth is an independent count: what transformers builds and peft wraps on the meta device. A model is
   formula   known by its layout: parameters and adapters are those of the truth
   counted   a step was traced on fake tensors; likewise
-  refused   it is no causal language model, or a rule forbids it; the reason is printed
+  refused   it is no causal language model, a rule forbids it, or transformers cannot build it; the reason is printed
   gap       its memory is only a guess (and the plan says so), or a count is wrong: the reason is printed
-tests/unit/test_sweep.py runs it for some types.
+tests/unit/test_sweep.py runs it for some, and holds what it finds of each published model against the file.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
@@ -37,6 +40,9 @@ from distft.hardware.topology import Topology
 from distft.jobs.planned import plan_any
 from distft.models.adaptable import left_out
 from distft.planner.search import Where
+from distft.train.auto_class import auto_class
+
+PUBLISHED = Path(__file__).parents[1] / "tests" / "published_configs.jsonl"
 
 # Types whose config class has defaults that make no model, or one that does not run: sizes with which it does, as
 # published where there is a model of the type.
@@ -65,10 +71,31 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Found:
-    """One type: a name in KINDS, and why."""
+    """One model: a name in KINDS, and why."""
 
     kind: str
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A line of PUBLISHED: config.json without what no plan reads, and what the sweep finds of it.
+
+    `why` is a part of the reason. Parameters and trained parameters are those of `count`, where transformers can build
+    the model and distft plans it.
+    """
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    why: str = ""
+    parameters: int = 0
+    trained: int = 0
+
+
+def published() -> dict[str, Published]:
+    lines = PUBLISHED.read_text().splitlines()
+    return {model.name: model for model in (Published(**json.loads(line)) for line in lines)}
 
 
 def look_at(model_type: str, compare: bool = True) -> Found:
@@ -77,47 +104,66 @@ def look_at(model_type: str, compare: bool = True) -> Found:
     Args:
         compare: hold what was planned against the truth.
     """
-    try:
-        config = CONFIG_MAPPING[model_type](**SIZES.get(model_type, {}))
-    except Exception as error:  # each config class checks itself
-        config, problem = None, _line(error)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if config is None:  # what the type alone says
-            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        else:
-            config.save_pretrained(folder)
-        (folder / "data.jsonl").write_text('{"text": "a"}\n')
-        wanted = {
-            "name": "sweep",
-            "model": {"name_or_path": name},
-            "lora": {"r": RANK},
-            "data": {"train": str(folder / "data.jsonl"), "max_length": 64, "packing": False},
-            "training": {"global_batch_size": 16, "micro_batch_size": 2, "gradient_checkpointing": False},
-            "parallelism": {"strategy": "ddp"},
-        }
-        (folder / "recipe.yaml").write_text(json.dumps(wanted))
         try:
-            recipe = load_recipe(folder / "recipe.yaml")
-            plan = plan_any(recipe, Where(Topology(1, 8), named_device("H100", 8)))
-        except DistftError as error:
-            if isinstance(error, SimulationError):
-                return Found("gap", _line(error).replace(name, model_type) if config else f"no defaults: {problem}")
-            return Found("refused", _line(error).replace(name, model_type))
+            CONFIG_MAPPING[model_type](**SIZES.get(model_type, {})).save_pretrained(folder)
+        except Exception as error:  # each config class checks itself
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))  # what the type alone says
+            found = _look_into(folder, model_type, lambda: None)
+            return found if found.kind == "refused" else Found("gap", f"no defaults: {_line(error)}")
+        return _look_into(folder, model_type, lambda: count(folder) if compare else None)
+
+
+def look_at_published(model: Published, compare: bool = True) -> Found:
+    """Plan a published model, on eight H100.
+
+    Args:
+        compare: hold what was planned against the truth, not only against what the file says.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(model.config))
+        recorded = model.parameters, model.trained
+        found = _look_into(folder, model.name, lambda: count(folder) if compare else recorded)
+        if compare and found.kind in ("formula", "counted") and (truth := count(folder)) != recorded:
+            return Found("gap", f"{found.kind}, but the file must say parameters {truth[0]}, trained {truth[1]}")
+        return found
+
+
+def _look_into(folder: Path, name: str, truth: Callable[[], tuple[int, int] | None]) -> Found:
+    """Plan the model of a folder, under this name."""
+    (folder / "data.jsonl").write_text('{"text": "a"}\n')
+    wanted = {
+        "name": "sweep",
+        "model": {"name_or_path": str(folder)},
+        "lora": {"r": RANK},
+        "data": {"train": str(folder / "data.jsonl"), "max_length": 64, "packing": False},
+        "training": {"global_batch_size": 16, "micro_batch_size": 2, "gradient_checkpointing": False},
+        "parallelism": {"strategy": "ddp"},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(wanted))
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+        plan = plan_any(recipe, Where(Topology(1, 8), named_device("H100", 8)))
+    except DistftError as error:
+        gap = isinstance(error, SimulationError) and _succeeds(truth)
+        return Found("gap" if gap else "refused", _line(error, str(folder), name))
     if plan.guessed:
-        return Found("gap", plan.warnings[-1].replace(name, model_type))
-    have = plan.model.parameters, plan.memory.trainable_parameters
-    if compare and have != (truth := count(config)):
-        return Found("gap", f"{have[0]:,} parameters and {have[1]:,} trained, not {truth[0]:,} and {truth[1]:,}")
+        return Found("gap", plan.warnings[-1].replace(str(folder), name))
+    have, true = (plan.model.parameters, plan.memory.trainable_parameters), truth()
+    if true not in (None, have):
+        return Found("gap", f"{have[0]:,} parameters and {have[1]:,} trained, not {true[0]:,} and {true[1]:,}")
     return Found("counted" if plan.simulated else "formula")
 
 
-def count(config: Any) -> tuple[int, int]:
+def count(folder: Path) -> tuple[int, int]:
     """Parameters and trained parameters of all-linear adapters, as transformers and peft make them."""
     from peft import LoraConfig, get_peft_model
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config.model_type).from_config(config, trust_remote_code=False)
         parameters = sum(p.numel() for p in model.parameters())
         excluded = "|".join(left_out(name for name, _ in model.named_parameters())) or None
         adapters = LoraConfig(r=RANK, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM")
@@ -125,24 +171,34 @@ def count(config: Any) -> tuple[int, int]:
     return parameters, sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
-def _line(error: Exception) -> str:
+def _succeeds(truth: Callable[[], object]) -> bool:
+    try:
+        truth()
+    except Exception:  # whatever a config class or a model's class raises
+        return False
+    return True
+
+
+def _line(error: Exception, folder: str = "", name: str = "") -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0].replace(folder, name)[:240] if lines else type(error).__name__
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("types", nargs="*", default=sorted(NAMES))
+    parser.add_argument("names", nargs="*", help="types, or published models; without any, all of them")
+    parser.add_argument("--published", action="store_true", help=f"the models of {PUBLISHED.name}")
     parser.add_argument("--out", help="also write the result here")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    models = published() if arguments.published else {}
     found = {}
-    for model_type in arguments.types:
+    for name in arguments.names or models or sorted(NAMES):
         logging.disable(logging.ERROR)
-        found[model_type] = look_at(model_type)
-        print(f"{model_type:24} {found[model_type].kind:8} {found[model_type].why}", flush=True)
+        found[name] = look_at_published(models[name]) if arguments.published else look_at(name)
+        print(f"{name:36} {found[name].kind:8} {found[name].why}", flush=True)
     total = Counter(one.kind for one in found.values())
-    print(f"{len(found)} types: " + ", ".join(f"{total[kind]} {kind}" for kind in KINDS))
+    print(f"{len(found)} models: " + ", ".join(f"{total[kind]} {kind}" for kind in KINDS))
     if arguments.out:
         text = {name: [one.kind, one.why] for name, one in found.items()}
         Path(arguments.out).write_text(json.dumps(text, indent=1))

@@ -1,13 +1,20 @@
 """Some of transformers' model types, planned with the sizes of their config classes, held against what transformers and
-peft count: benchmarks/plan_sweep.py does so for all of them."""
+peft count: benchmarks/plan_sweep.py does so for all of them. And published models, all of them without counting.
+
+Another published model is a line in published_configs.jsonl, in the order of names: `name`, `kind` and `config`, which
+is its config.json without what changes nothing here (ids of tokens, versions, the class's own defaults; of lists of
+layers that are stored otherwise the first). `python benchmarks/plan_sweep.py --published NAME` says what else the line
+must have.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.metadata import version
 
 import pytest
 
-from benchmarks.plan_sweep import NAMES, Found, look_at
+from benchmarks.plan_sweep import NAMES, Found, Published, look_at, look_at_published, published
 from distft.errors import SimulationError
 from distft.jobs import planned
 
@@ -29,6 +36,11 @@ REFUSED = {"bert": "an encoder", "whisper": "a speech model", "trocr": "it reads
 REFUSED |= {"gemma3n": "timm", "gemma4_assistant": "it drafts tokens"}
 
 
+PUBLISHED = published()
+QUICKLY_COUNTED = ("ERNIE-4.5-0.3B-PT", "codegen-2B-mono", "openai-gpt")
+# What is refused only where the model is built to count it.
+NOT_BUILT = ("Llama-4-Scout-unsloth", "Zamba2-7B", "gemma-3n-E4B-it")
+
 # What benchmarks/plan_sweep.py found of the types of AutoModelForCausalLM of transformers 5.23; others are counted.
 KNOWN = (
     *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt-sw3", "gpt2"),
@@ -46,13 +58,17 @@ NONE = (
 )
 
 
-def test_all_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without counting, which takes some seconds a type: by formula, refused, or to be counted."""
-
+def count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(*_: object) -> None:
         raise SimulationError("not here")
 
     monkeypatch.setattr(planned, "_count", count)
+
+
+def test_all_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without counting, which takes some seconds a type: by formula, refused, or to be counted."""
+
+    count_nothing(monkeypatch)
     kinds: dict[str, list[str]] = {"formula": [], "refused": [], "counted": []}
     for model_type in sorted(NAMES):
         found = look_at(model_type, compare=False)
@@ -79,3 +95,39 @@ def test_is_refused_for_what_it_is(model_type: str) -> None:
     found = look_at(model_type)
     assert found.kind == "refused"
     assert REFUSED[model_type] in found.why
+
+
+@pytest.mark.parametrize("model", PUBLISHED.values(), ids=PUBLISHED)
+def test_published(model: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without counting; what has a formula has the parameters that transformers and peft counted."""
+    if model.kind != "formula" and not version("transformers").startswith("5.23."):
+        pytest.skip("another transformers has other types")
+    count_nothing(monkeypatch)
+    found = look_at_published(model, compare=False)
+    if model.kind in ("counted", "gap") or model.name in NOT_BUILT:
+        assert found == Found("gap", f"{found.why.removesuffix('not here')}not here")
+    else:
+        assert found.kind == model.kind
+        assert model.why in found.why
+
+
+def test_what_is_published() -> None:
+    kinds = Counter(model.kind for model in PUBLISHED.values())
+    assert dict(kinds) == {"formula": 75, "counted": 90, "refused": 44, "gap": 1}
+    assert list(PUBLISHED) == sorted(PUBLISHED)
+    for model in PUBLISHED.values():
+        planned_rightly = model.kind in ("formula", "counted")
+        assert bool(model.why) != planned_rightly
+        assert (model.parameters > model.trained > 0) == planned_rightly
+
+
+@pytest.mark.parametrize("name", QUICKLY_COUNTED)
+def test_published_is_counted_rightly(name: str) -> None:
+    assert look_at_published(PUBLISHED[name]) == Found("counted")
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_published_cannot_be_built(name: str) -> None:
+    found = look_at_published(PUBLISHED[name])
+    assert found.kind == "refused"
+    assert PUBLISHED[name].why in found.why

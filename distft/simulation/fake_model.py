@@ -109,6 +109,7 @@ def finish(recipe: Recipe, model: Any, dtype_regime: str) -> Any:
         ]
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
+        model.config._is_quantized = True  # Falcon-Mamba and Jamba then call dt_proj, instead of reading its weight
     if recipe.lora:
         try:
             with torch.device("meta"), dequantized_for_dora():

@@ -19,7 +19,7 @@ from distft.simulation.trace import LongLoopError, Segment, Trace
 
 # Lengths: over a loop that takes a token at a time, and over one that takes a chunk of 64 or more, of which a few
 # dozen operators are short of what needs most in a longer row.
-SHORT = (64, 128), (256, 512)
+SHORT = (32, 64), (256, 512)
 MOST_OPERATORS = 10_000  # of a block's forward pass, two seconds; without a long loop it runs some hundred
 
 

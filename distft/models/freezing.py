@@ -13,6 +13,9 @@ from distft.errors import PlanError
 from distft.models.adaptable import not_trained, reason
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+# They only choose experts, and no gradient reaches them: modeling_afmoe.py, modeling_ernie4_5_moe.py and others make
+# them with requires_grad=False, which from_pretrained forgets.
+_CHOOSES_EXPERTS = re.compile(r".*\.(?:expert_bias|e_score_correction_bias)")
 
 
 def other_inputs(names: Iterable[str]) -> frozenset[str]:
@@ -20,6 +23,11 @@ def other_inputs(names: Iterable[str]) -> frozenset[str]:
     names = list(names)
     patterns = not_trained(names)
     return frozenset(name for name in names if patterns and reason(name.rpartition(".")[0], patterns))
+
+
+def without_gradient(names: Iterable[str]) -> frozenset[str]:
+    """The parameters that no gradient reaches."""
+    return frozenset(filter(_CHOOSES_EXPERTS.fullmatch, names))
 
 
 def named(
@@ -52,6 +60,8 @@ def named(
             raise PlanError(f"{got}, which names no parameter{_near(pattern, names)}")
         if here <= untrained:
             raise PlanError(f"{got}, which text does not go through; rows are text")
+        if here <= without_gradient(here):
+            raise PlanError(f"{got}, which no gradient reaches: it only chooses experts")
         found |= here
     return frozenset(found)
 
@@ -59,7 +69,8 @@ def named(
 def frozen(names: Iterable[str], chosen: frozenset[str] | None) -> frozenset[str]:
     """The parameters that are not trained. `chosen` is what `named` returns."""
     names = list(names)
-    return other_inputs(names) | (frozenset(names) - chosen if chosen is not None else frozenset())
+    left = frozenset(names) - chosen if chosen is not None else frozenset()
+    return other_inputs(names) | without_gradient(names) | left
 
 
 def _from_the_end(names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from distft.config.recipe import NOT_OF_PEFT, Lora, Recipe
 from distft.errors import DataError, first_line
 from distft.models.adaptable import left_out, reason
 from distft.models.attention import FLASH, no_flash_attention, no_varlen, plain_attention
-from distft.models.freezing import frozen, named
+from distft.models.freezing import frozen, named, without_gradient
 from distft.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changes_base, check_options, check_saved, kept, matcher
 from distft.models.oft import peft_fields
 from distft.models.quantization import NF4
@@ -212,8 +212,8 @@ def build_model(
 
 
 def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Freeze what training.train_only leaves out, and what text does not go through: DDP would wait for gradients of
-    the latter, and AdamW's decay would shrink them.
+    """Freeze what training.train_only leaves out, and what text does not go through or no gradient reaches: DDP would
+    wait for gradients of the latter, and AdamW's decay would shrink them.
 
     Raises:
         PlanError: training.train_only names nothing of this model.
@@ -221,9 +221,11 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     shared = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    kept = without_gradient(parameters)  # in float32: rounded, they would choose other experts
     for name in frozen(parameters, named(parameters, recipe.training.train_only, shared)):
         parameters[name].requires_grad = False
-        cast(parameters[name], compute_dtype(recipe))
+        if name not in kept:
+            cast(parameters[name], compute_dtype(recipe))
 
 
 def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:

@@ -51,6 +51,14 @@ def test_a_shared_weight_has_two_names() -> None:
     assert named(NAMES[:-1], ["lm_head"], shared) == named(NAMES[:-1], [r"model\.embed_tokens"], shared) == {NAMES[0]}
 
 
+def test_what_only_chooses_experts_stays_frozen() -> None:
+    names = ["model.layers.1.mlp.expert_bias", "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"]
+    assert frozen([*NAMES, *names], named([*NAMES, *names], [r"model\.layers\.1"])) >= {*names}
+    assert frozen([*NAMES, *names], None) == {*names}
+    with pytest.raises(PlanError, match=r"which no gradient reaches: it only chooses experts"):
+        named(names, [r".*\.expert_bias"])
+
+
 def test_towers_stay_frozen() -> None:
     assert frozen(TOWER, named(TOWER, [r"model\..*"])) == {TOWER[0], TOWER[2]}
     with pytest.raises(PlanError, match=r"got \"model.vision_tower\", which text does not go through; rows are text"):

@@ -129,7 +129,7 @@ def _check_fields(config: Mapping[str, Any], recipe: Recipe, model: ModelShape) 
             continue
         fix = "name its tokens in model.add_tokens, or " if name == "trainable_token_indices" else ""
         raise PlanError(
-            f"lora.start_from: the adapter has {name} {json.dumps(value)[:80]}, which adapters here do not have; "
+            f"lora.start_from: the adapter has {name} {json.dumps(value)[:80]}, with which no training can start here; "
             f"{fix}{MERGE}"
         )
 

@@ -23,7 +23,7 @@ from distft.train.model import build_model
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"init_lora_weights": "pissa"}, 'has init_lora_weights "pissa", which adapters here do not have; merge it'),
+        ({"init_lora_weights": "pissa"}, 'has init_lora_weights "pissa", with which no training can start'),
         ({"init_lora_weights": "olora"}, 'has init_lora_weights "olora"'),
         ({"rank_pattern": {"q_proj": 8}}, 'has rank_pattern {"q_proj": 8}, and lora.rank_pattern is {}; set it to the'),
         ({"alpha_pattern": {"q_proj": 64}}, 'has alpha_pattern {"q_proj": 64}, and lora.alpha_pattern is {}'),

@@ -20,7 +20,7 @@ from distft.simulation.trace import LongLoopError, Segment, Trace
 # Lengths: over a loop that takes a token at a time, and over one that takes a chunk of 64 or more, of which a few
 # dozen operators are short of what needs most in a longer row.
 SHORT = (32, 64), (256, 512)
-MOST_OPERATORS = 10_000  # of a block's forward pass, two seconds; without a long loop it runs some hundred
+MOST_OPERATORS = 5_000  # of a block's forward pass, a second; without a long loop it runs some hundred
 
 
 class Traced(Protocol):
@@ -29,10 +29,15 @@ class Traced(Protocol):
     def __call__(self, length: int, **options: Any) -> Trace: ...
 
 
-def of_length(traced: Traced, length: int) -> Trace:
-    """A trace at a length, of which the blocks with long loops are drawn from shorter ones."""
+def of_length(traced: Traced, length: int, has_loops: bool = False) -> Trace:
+    """A trace at a length, of which the blocks with long loops are drawn from shorter ones.
+
+    Args:
+        has_loops: such blocks were found before.
+    """
     with contextlib.suppress(LongLoopError):
-        return traced(length, most_operators=MOST_OPERATORS)
+        if not has_loops:
+            return traced(length, most_operators=MOST_OPERATORS)
     for short in SHORT:
         if length <= short[1]:
             break
@@ -76,7 +81,7 @@ def _put_together(rest: Trace, low: Trace, high: Trace, missing: Collection[int]
             through = line(low.starts[after], high.starts[after], segment)
             left = _sum((1, left), (1, through), (-1, rest.starts[after]), (1, rest.starts[segment]))
         starts[after] = _sum((1, rest.starts[after]), (1, left))
-    return replace(rest, starts=starts, peaks=peaks)
+    return replace(rest, starts=starts, peaks=peaks, has_loops=True)
 
 
 def _sum(*parts: tuple[float, Counter[str]]) -> Counter[str]:

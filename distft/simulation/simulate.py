@@ -59,7 +59,7 @@ class Traced:
     """
 
     def __init__(self, recipe: Recipe, attention: str | None = None) -> None:
-        self.recipe = recipe
+        self.recipe, self.has_loops = recipe, False
         self.attention = attention or planned_attention(recipe.model.attn_implementation)
         model = base(recipe, self.attention)
         self.sample = depth.sample(model)
@@ -78,7 +78,9 @@ class Traced:
 
     def peaks(self, *steps: Step) -> list[Peaks]:
         """See Counts."""
-        return in_processes(self._trace, steps)
+        found = in_processes(lambda step: (self._trace(step), self.has_loops), steps)
+        self.has_loops |= any(has_loops for _, has_loops in found)
+        return [peaks for peaks, _ in found]
 
     def _has_the_same_adapters(self, model: Any) -> bool:
         """Whether the sample's blocks get the adapters of those that they stand for: not where options of `lora` name
@@ -125,9 +127,10 @@ class Traced:
             )
 
         try:
-            steps = loops.of_length(traced, self.recipe.data.max_length)
+            steps = loops.of_length(traced, self.recipe.data.max_length, self.has_loops)
         except Exception as error:  # a shape that depends on values, an operator that fake tensors lack, ...
             raise failure(self.recipe, error) from error
+        self.has_loops |= steps.has_loops
         if sample.is_whole:
             return steps.peaks
         return depth.extend(steps, sample, Counter({kind: self.states[kind] - here[kind] for kind in self.states}))

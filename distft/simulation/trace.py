@@ -42,6 +42,7 @@ class Trace:
     starts: dict[Segment, Counter[str]]  # live bytes where a segment begins
     operators: Counter[Segment]  # that ran
     outputs: tuple[torch.dtype | None, ...]  # of each block, which returns a tensor alone; None where it returns more
+    has_loops: bool = False  # some blocks are drawn from shorter rows (loops.py)
 
     def total(self, segment: Segment) -> int:
         return sum(self.peaks[segment].values())

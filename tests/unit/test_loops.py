@@ -43,7 +43,9 @@ def test_the_line_is_what_is_traced(
     monkeypatch.setattr(loops, "_put_together", lambda *given: (lengths.append(1), put_together(*given))[1])
     drawn = traced._trace(step)
     assert lengths == [1]
+    assert traced.has_loops
     monkeypatch.setattr(loops, "MOST_OPERATORS", None)
+    traced.has_loops = False
     whole = traced._trace(step)
     assert lengths == [1]
     assert list(drawn) == list(whole)

@@ -441,7 +441,7 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
             **_values(known and known.memory, *MEMORY),
             "capacity": plan.device.memory,
             "fits": known.fits if known else None,
-            **_values(known and known.memory, "host_per_node"),
+            **_values(known and known.memory, "error", "host_per_node"),
             "simulated": known.simulated if known else False,
         },
         "communication": _values(speed and speed.communication, "bytes_per_step", "seconds"),

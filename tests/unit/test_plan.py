@@ -235,6 +235,7 @@ def _rows(n: int) -> str:
 def test_a_narrow_fit_is_shown_and_must_be_worth_it(folder: Path) -> None:
     sets = ("model.quantization=nf4", "data.max_length=2048", "parallelism.offload=none", "training.loss=full")
     found = plan(folder, "8b", 1, 1, "rtx4090", *sets)
+    assert plan_json(found, "")["memory"]["error"] == 0.06
     with_room = found.search.variant("ddp", "none", True)
     assert found.fits and not found.chosen.roomy and not found.gradient_checkpointing
     assert with_room.roomy and with_room.seconds > 1.1 * found.chosen.seconds

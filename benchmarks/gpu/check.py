@@ -2,9 +2,10 @@
 
     python benchmarks/gpu/check.py
 
-Needs one CUDA GPU, the `train` extra, 35 GB of disk (--folder) and under 8 minutes; no download: the model has the
-shape of Llama-3-8B and random weights. Each row is a run: what it ran with, tokens/s, the peak beside the plan's, and
-what nvidia-smi saw while it loaded, trained and saved. Then the GPU's losses are compared with the CPU's.
+Needs one CUDA GPU, the `train` extra, 20 GB of disk (--folder) and under 8 minutes; no download: the model has the
+shape of Llama-3-8B and random weights. First losses of a small model are compared, with the CPU's and with each other.
+Then each row is a run: what it ran with, tokens/s, the peak beside the plan's, and what nvidia-smi saw while it loaded,
+trained and saved.
 benchmarks/gpu/README.md says what is printed, and what would be a failure.
 """
 
@@ -143,7 +144,7 @@ def launch(folder: Path, sets: tuple[str, ...], steps: int, on_cpu: bool = False
     """A run directory, and the seconds that its run took.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it failed, or ran where it should not.
     """
     command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "1", "--force"]
     for one in (f"training.max_steps={steps}", "parallelism.strategy=ddp", *sets):
@@ -154,7 +155,11 @@ def launch(folder: Path, sets: tuple[str, ...], steps: int, on_cpu: bool = False
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr)[-3000:])
-    return next((folder / "runs").iterdir()), time.perf_counter() - began
+    run = next((folder / "runs").iterdir())
+    on_gpu = _json(run / "plan.json")["topology"]["gpu"] is not None
+    if on_gpu != (torch.cuda.is_available() and not on_cpu):
+        raise RuntimeError(f"it ran on the {'GPU' if on_gpu else 'CPU'}")
+    return run, time.perf_counter() - began
 
 
 def _measure(folder: Path, sets: tuple[str, ...]) -> dict[str, Any]:
@@ -219,15 +224,16 @@ def _equal(
     folder: Path, one: tuple[str, ...], other: tuple[str, ...], on_cpu: bool, tolerance: float
 ) -> dict[str, Any]:
     try:
-        losses = []
+        losses, ran = [], []
         for sets, here in ((one, on_cpu), (other, False)):
             run, _ = launch(folder, sets, LOSS_STEPS, here)
             losses.append([row["loss"] for row in _metrics(run)])
+            ran.append(_json(run / "status.json")["ran"])
     except RuntimeError as error:
         return {"status": "failed", "error": str(error)}
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     status = "ok" if difference <= tolerance else "failed"
-    return {"status": status, "difference": difference, "tolerance": tolerance, "losses": losses}
+    return {"status": status, "difference": difference, "tolerance": tolerance, "losses": losses, "ran": ran}
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -245,13 +251,13 @@ def _line(key: str, found: dict[str, Any]) -> str:
         return f"{found['name']}: skipped, no time left"
     if key == "losses":
         difference = f"losses differ by {found['difference']:.1e}, at most {found['tolerance']:g}"
-        return f"{found['name']}: {difference}: {found['status']}"
+        kernels = " and ".join(str(ran.get("attention")) for ran in found["ran"])
+        return f"{found['name']}: {difference}: {found['status']} ({kernels})"
     planned, seen = found["planned_tokens_per_second"], found["nvidia_smi"]
     smi = ", ".join(f"{name} {seen[name] / 2**30:.1f}" for name in ("loading", "steps", "saving") if name in seen)
-    return (
-        f"{found['name']:18}{found['tokens_per_second']:10,.0f}{planned or 0:9,.0f}      {found['peak'] / 2**30:6.2f}"
-        f"{found['planned_peak'] / 2**30:8.2f}   {smi or '-'} ({found['ran'].get('attention')})"
-    )
+    rates = f"{found['tokens_per_second']:10,.0f}" + (f"{planned:9,.0f}" if planned else f"{'-':>9}")
+    peaks = f"{found['peak'] / 2**30:6.2f}{found['planned_peak'] / 2**30:8.2f}"
+    return f"{found['name']:18}{rates}      {peaks}   {smi or '-'} ({found['ran'].get('attention')})"
 
 
 if __name__ == "__main__":

@@ -130,8 +130,9 @@ def estimate(
     layers = model.num_hidden_layers or 0
     launches = layers * LAUNCH_SECONDS * (4 if setting.gradient_checkpointing else 3)
     work = per_token
-    # `auto` has a mask only where the ranks have no other kernel.
-    if recipe.model.attn_implementation == setting.attn_implementation == "sdpa" and needs_mask(recipe, setting):
+    # `auto` has a mask only where the ranks have no other kernel; a measured rate has the mask in it.
+    asked = recipe.model.attn_implementation == setting.attn_implementation == "sdpa"
+    if asked and needs_mask(recipe, setting) and not measured:
         work += (MASKED - 1) * _attention(recipe, model.sizes)
     compute = accumulation * max(tokens * work * again / rate, launches if gpu else 0.0)
     if gpu and recipe.model.quantization == "nf4" and not measured:

@@ -53,7 +53,7 @@ def sample(model: Any) -> Sample:
         goes_back = goes_back or is_trained
     depth = len(blocks)
     chosen = {0, min(1, depth - 1), depth - 1}
-    if len({*trained}) > 1:  # the lowest block above a trained one holds a gradient longer than those above it
+    if len({*trained}) > 1:  # the lowest block above a trained one needs another amount than those above it
         chosen.add(max(0, depth - 2))
     chosen |= {_first(kinds, kind) for kind in kinds}
     shared = (getattr(module, SHARED, None) for block in blocks for module in block.modules())

@@ -8,9 +8,10 @@ on the way, is added by formula (distft/planner/sharding.py, memory.py).
 Only some blocks are traced (depth.py), those with long loops in short rows (loops.py), and only some steps:
 planner/counting.py makes the memory of any setting from them.
 
-Approximations: all rows have max_length tokens; workspaces inside an operator are counted only for FlashAttention's
-backward pass and NF4's matrices (not for cuBLAS); LLM.int8() has no outlier columns; clipping and fp16's scaler, which
-are scalars, are left out; under ZeRO and FSDP the rank's share of the gradients exists all the time.
+Approximations: all rows have max_length tokens; workspaces inside an operator are counted only for the backward passes
+of FlashAttention and softmax and for NF4's matrices (not for cuBLAS); LLM.int8() has no outlier columns; clipping and
+fp16's scaler, which are scalars, are left out; under ZeRO and FSDP the rank's share of the gradients exists all the
+time.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ def test_runs_of_a_toy_model(tmp_path: Path) -> None:
     (equal,) = result["losses"]
     assert equal["name"] == "chunked and full loss, bf16" and equal["status"] == "ok"
     assert len(equal["losses"][0]) == 8 and 0 < equal["difference"] < 2e-2
+    assert [ran["loss"] for ran in equal["ran"]] == ["full", "chunked"]
     (row,) = result["rows"]
     assert row["name"] == "loss: full" and row["status"] == "ok"
     assert row["ran"]["loss"] == "full" and row["ran"]["attention"] == "sdpa"

@@ -12,7 +12,7 @@ from accuracy_rows import parse, recipe_of
 MEAN, WORST = 5.0, 10.0  # bounds, %
 
 # model, tuning, precision, strategy x ranks, attention, micro-batch x length, packed or padded, checkpointing or not;
-# then NAME=VALUE: optimizer, targets, dora, offload, global batch.
+# then NAME=VALUE: optimizer, masters, targets, dora, offload, global batch.
 ROWS = """
 smollm2-135m   full    bf16 ddp*1    flash  8x2048 packed keep
 smollm2-135m   full    no   ddp*1    sdpa   4x1024 packed keep
@@ -23,6 +23,11 @@ llama-3.2-1b   lora64  fp16 ddp*4    sdpa   2x1024 padded keep
 llama-3.2-1b   full    no   zero2*4  eager  1x1024 padded keep
 llama-3.2-3b   lora8   bf16 fsdp*4   flash  2x4096 packed keep
 llama-3.2-3b   full    bf16 fsdp*8   flash  2x4096 packed checkpointing
+llama-3.2-3b   full    bf16 ddp*1    flash  1x4096 packed checkpointing masters=none
+llama-3.2-1b   full    bf16 ddp*8    sdpa   2x2048 packed keep          masters=none
+llama-3.1-8b   full    bf16 fsdp*8   flash  1x8192 packed checkpointing masters=none
+llama-3.1-8b   full    bf16 zero2*8  flash  2x2048 packed checkpointing masters=none
+qwen3-0.6b     full    bf16 ddp*1    sdpa   4x2048 packed keep          masters=none
 llama-3.1-8b   full    bf16 ddp*1    flash  1x2048 packed checkpointing optim=paged_adamw_8bit
 llama-3.1-8b   lora16  bf16 ddp*8    flash  2x4096 packed keep
 llama-3.1-8b   lora16  bf16 zero2*8  sdpa   1x2048 packed checkpointing

@@ -56,6 +56,7 @@ def parse(text: str) -> Iterator[Row]:
                 # Two micro-batches a step, so that gradients are there in the second's forward pass; one where somebody
                 # else's figure is compared.
                 "global_batch_size": (1 if "peak" in extra else 2) * micro * int(ranks),
+                "master_weights": extra.get("masters", "float32"),
                 "optim": extra.get("optim", "adamw_torch_fused"),
                 "loss": "full" if "peak" in extra else "chunked",  # published rows are from before chunks
             },

@@ -400,6 +400,11 @@ class Training(Group):
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """`bf16` needs Ampere or later (or a CPU), `fp16` needs a GPU, `no` is float32 throughout."""
 
+    master_weights: Literal["float32", "none"] = "float32"
+    """What is trained. `float32`: weights, gradients and the optimizer's states in float32, 16 bytes a weight. `none`:
+    all of them in bf16, 10 bytes a weight: AdamW with Kahan summation, which keeps what bf16 rounds off each step for
+    the next one. It needs `lora: null`, `mixed_precision: bf16` and one of torch's AdamWs; ZeRO cannot offload it."""
+
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass. `auto`: only if one sequence would not fit otherwise, or if the
     larger micro-batch that it allows makes training faster."""
@@ -415,6 +420,11 @@ class Training(Group):
 
     report_to: list[NonEmpty] = []
     """Experiment trackers, by transformers' names: tensorboard, wandb, mlflow, ..."""
+
+    @property
+    def is_pure_bf16(self) -> bool:
+        """Whether nothing of what is trained is float32."""
+        return self.master_weights == "none"
 
     def optimizer_steps(self, rows: int) -> int:
         """Optimizer steps over that many rows; the last step may reach into the next epoch."""

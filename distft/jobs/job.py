@@ -78,7 +78,16 @@ def recipe_workload(recipe: Recipe, plan: RecipePlan, run: RunDir) -> Workload:
             trainable_parameters=plan.model.trainable_parameters,
         )
     files = {names.RECIPE: dump_recipe(recipe)}
-    files |= _config_files(plan, recipe.name, run, ds_config, recipe.fsdp.overrides, recipe.model.quantization)
+    files |= _config_files(
+        plan,
+        recipe.name,
+        run,
+        ds_config,
+        recipe.fsdp.overrides,
+        recipe.model.quantization,
+        # Without float32 masters the ranks' model is bf16 by itself; accelerate would make it float32 again.
+        "no" if recipe.training.is_pure_bf16 else plan.mixed_precision,
+    )
     return Workload(recipe.name, plan.topology, "distft.train", (str(run.path),), files)
 
 
@@ -88,7 +97,9 @@ def script_workload(settings: ScriptSettings, script: Sequence[str], plan: Scrip
     if KINDS[plan.strategy].engine == "deepspeed":
         portable = portable_config(strategy=plan.strategy, offload=plan.offload, device_type=plan.device.type)
         ds_config = merge(portable, settings.deepspeed.overrides)
-    files = _config_files(plan, settings.name, run, ds_config, settings.fsdp.overrides)
+    files = _config_files(
+        plan, settings.name, run, ds_config, settings.fsdp.overrides, mixed_precision=plan.mixed_precision
+    )
     return Workload(settings.name, plan.topology, "distft.train.script", (str(run.path), *script), files)
 
 
@@ -119,6 +130,7 @@ def _config_files(
     ds_config: dict[str, Any] | None,
     fsdp_overrides: dict[str, Any],
     quantization: str | None = None,
+    mixed_precision: str = "no",
 ) -> dict[str, str]:
     """plan.json, accelerate.yaml and, for DeepSpeed, ds_config.json."""
     config = accelerate_config(
@@ -126,7 +138,7 @@ def _config_files(
         offload=plan.offload,
         topology=plan.topology,
         shard_size=plan.shard_size,
-        mixed_precision=plan.mixed_precision,
+        mixed_precision=mixed_precision,
         device_type=plan.device.type,
         quantization=quantization,
         ds_config_file=str(run.ds_config) if ds_config else None,

@@ -111,7 +111,9 @@ def kept_in_backward(saved: Polynomial, checkpointing: bool) -> Polynomial:
 def mode_of(recipe: Recipe, setting: Setting) -> Mode:
     """The table's mode for a run."""
     low = recipe.training.mixed_precision != "no"
-    regime = ("autocast" if setting.kind.dtype_regime == "autocast" else "low") if low else "float32"
+    regime = (
+        ("autocast" if setting.kind.regime(recipe.training.is_pure_bf16) == "autocast" else "low") if low else "float32"
+    )
     attention = {"eager": "eager"}.get(setting.attn_implementation, "masked")
     if setting.attn_implementation in UNPADDED:
         attention = "flash"

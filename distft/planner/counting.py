@@ -60,7 +60,7 @@ class Counted:
         """Memory of a rank, from the line."""
         assert max_length in (None, self.recipe.data.max_length)
         # FSDP keeps what ZeRO keeps.
-        regime = "autocast" if setting.kind.dtype_regime == "autocast" else "zero"
+        regime = "autocast" if self._regime(setting) == "autocast" else "zero"
         few, more = self.counts.peaks(
             *(Step(regime, setting.gradient_checkpointing, False, rows) for rows in (FEW, MORE))
         )
@@ -77,13 +77,16 @@ class Counted:
 
     def exactly(self, setting: Setting) -> Memory:
         """Memory of a rank, counted as it is."""
-        how = setting.kind.dtype_regime, setting.gradient_checkpointing, self._accumulates(setting)
+        how = self._regime(setting), setting.gradient_checkpointing, self._accumulates(setting)
         return self._together(self.counts.peaks(Step(*how, setting.micro_batch_size))[0], setting)
 
     def _accumulates(self, setting: Setting) -> bool:
         """Whether gradients of earlier micro-batches exist."""
         more = self.recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
-        return more and setting.kind.dtype_regime == "autocast"
+        return more and setting.kind.replicates
+
+    def _regime(self, setting: Setting) -> str:
+        return setting.kind.regime(self.recipe.training.is_pure_bf16)
 
     def _together(self, peaks: Peaks, setting: Setting) -> Memory:
         zero = zero_section(self.recipe, setting, self.sizes)

@@ -98,6 +98,9 @@ def would_fit(search: Search) -> list[str]:
     recipe, found = search.recipe, []
     changes: list[tuple[str, Recipe]] = []
     if recipe.lora is None:
+        training = recipe.training
+        if training.mixed_precision == "bf16" and recipe.optim.startswith("adamw_torch") and not training.is_pure_bf16:
+            changes.append(("training.master_weights: none", _with(recipe, "training", master_weights="none")))
         lora = recipe.model_copy(update={"lora": Lora()})
         changes.append(("lora: {}", lora))
         changes.append(("lora: {} with model.quantization: nf4", _with(lora, "model", quantization="nf4")))

@@ -36,6 +36,9 @@ GAPS = {"eager": 0.18}
 ERROR = {"eager": 0.20}
 OTHER_GAPS, OTHER_ERROR = 0.09, 0.06
 
+# train/kahan.py: bytes of an element's states, and the elements of a tensor that a step widens, with the bytes of each.
+KAHAN_STATES, KAHAN_CHUNK, KAHAN_STEP = 6, 2**22, 12
+
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
 Peaks = Mapping[tuple[str, "int | None"], "Counter[str]"]
 
@@ -158,11 +161,18 @@ def put_together(
         # DDP's buckets are a copy of all gradients: accelerate leaves gradient_as_bucket_view off
         # (utils/dataclasses.py:188).
         buckets = dict.fromkeys(sharding.MOMENTS, states["gradients"] if setting.world_size > 1 else 0)
+        if setting.world_size > 1 and not sizes.has_masters:
+            # Float32 copies of the two buckets that travel (train/kahan.py, Float32Average).
+            message = 2 * 4 * max(sizes.largest_trained, sharding.DDP_MESSAGE // sizes.wide)
+            message = min(message, 4 * sizes.trained)
+            buckets |= {moment: buckets[moment] + message for moment in ("head", "backward")}
         optimizer = sizes.bnb_bytes if bnb else states["optimizer"]
         mine = Share(states["parameters"], states["gradients"], optimizer, buckets)
     else:
         state = 8.0  # bytes per element: shards are float32, whatever the ranks compute in
-        if bnb and "32bit" not in optim:
+        if not sizes.has_masters:
+            state = KAHAN_STATES
+        elif bnb and "32bit" not in optim:
             state = 2 + 8 / 256
         elif optim == "adafactor":
             state = 4.0  # a flat shard has no rows and columns to factor
@@ -186,7 +196,7 @@ def put_together(
         if moment == "optimizer" and not ddp:
             # The optimizer's temporaries: of this rank's shard (Muon's: of a gathered matrix), and where the states are
             # offloaded on the host.
-            parts = 1 if sizes.muon.elements else setting.shard_size
+            parts = 1 if sizes.muon.elements or not sizes.has_masters else setting.shard_size
             here = live["activations"] // parts if setting.offload == "none" else 0
             live = _replaced(live, activations=here)
         buffers = live["buffers"] + mine.buffers["head" if moment == "backward" and block is None else moment]
@@ -263,6 +273,11 @@ def compute_bytes(recipe: Recipe) -> int:
     return 4 if recipe.training.mixed_precision == "no" else 2
 
 
+def wide_bytes(recipe: Recipe) -> int:
+    """Bytes of an element of what the optimizer steps."""
+    return 2 if recipe.training.is_pure_bf16 else 4
+
+
 def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
     """What there is to divide among ranks; simulation/fake_model.py counts the same on a model."""
     low, quantization, optim = compute_bytes(recipe), recipe.model.quantization, recipe.training.optim
@@ -330,6 +345,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
             low,
         ),
         low_rank=low_rank_of(recipe, [tensor.shape for tensor in low_rank_tensors(recipe, model)]),
+        wide=wide_bytes(recipe),
     )
 
 
@@ -388,7 +404,8 @@ def _trained_shapes(recipe: Recipe, model: ModelShape) -> list[tuple[int, ...]]:
 def ddp_states(recipe: Recipe, sizes: Sizes, trained: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Bytes of the states under DDP. Under autocast trained parameters are float32, and so are their gradients and
     AdamW's two moments; Muon has one of its matrices, GaLore and APOLLO have smaller ones (sharding.py). Adafactor
-    keeps one mean per row and one per column of a matrix (arXiv 1804.04235).
+    keeps one mean per row and one per column of a matrix (arXiv 1804.04235). Without masters all are bf16, with a Kahan
+    buffer beside AdamW's moments.
 
     Args:
         trained: shapes of the trained tensors.
@@ -397,20 +414,22 @@ def ddp_states(recipe: Recipe, sizes: Sizes, trained: Sequence[tuple[int, ...]])
     optimizer = 8 * (sizes.trained - low_rank.elements) + 4 * (low_rank.state_elements - sizes.muon.elements)
     if recipe.training.optim == "adafactor":
         optimizer = sum(4 * (sum(shape) if len(shape) == 2 else prod(shape)) for shape in trained)
+    if not sizes.has_masters:
+        optimizer = KAHAN_STATES * sizes.trained
     return {
-        "parameters": sizes.frozen_bytes + 4 * sizes.trained,
-        "gradients": 4 * sizes.trained,
+        "parameters": sizes.frozen_bytes + sizes.wide * sizes.trained,
+        "gradients": sizes.wide * sizes.trained,
         "optimizer": optimizer,
     }
 
 
 def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tuple[int, int]]) -> Peaks:
     """What the step keeps at each of its moments; see simulation/simulate.py, "Depth"."""
-    trained = 4 * sizes.trained
+    wide, trained = sizes.wide, sizes.wide * sizes.trained
     accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
     earlier = trained if accumulating else 0
-    first = max(earlier, 4 * (sizes.tail.trained + sizes.block.trained))
-    gradients = {"forward": earlier, "loss": earlier, "head": max(earlier, 4 * sizes.tail.trained), "top": first}
+    first = max(earlier, wide * (sizes.tail.trained + sizes.block.trained))
+    gradients = {"forward": earlier, "loss": earlier, "head": max(earlier, wide * sizes.tail.trained), "top": first}
     gradients["bottom"] = trained
     segments: dict[str, tuple[str, int | None]] = {"forward": ("forward", -1), "loss": ("loss", None)}
     segments |= {"head": ("backward", None), "top": ("backward", -1), "bottom": ("backward", 0)}
@@ -426,6 +445,8 @@ def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tu
 def optimizer_step_bytes(optim: str, sizes: Sizes) -> int:
     """Temporaries of an optimizer step: torch's foreach AdamW has the square roots of all second moments at once
     (torch/optim/adam.py, _multi_tensor_adam), the fused one none; Adafactor has three copies of a tensor's update."""
+    if not sizes.has_masters:
+        return KAHAN_STEP * min(KAHAN_CHUNK, sizes.largest_trained)
     if optim == "adamw_torch":
         return 4 * sizes.trained
     return 12 * sizes.largest_trained if optim == "adafactor" else max(sizes.muon.step_bytes, sizes.low_rank.step_bytes)

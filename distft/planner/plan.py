@@ -316,6 +316,13 @@ def _without(chosen: Candidate) -> str:
 def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
     """Why this checkpointing and this micro-batch size."""
     found, setting, batch = [], chosen.setting, chosen.batch
+    if recipe.training.is_pure_bf16:
+        training = recipe.training.model_copy(update={"master_weights": "float32"})
+        masters = Estimator(recipe.model_copy(update={"training": training}), search.model).memory(setting)
+        found.append(
+            f"master_weights none: weights, gradients and states take {gib(chosen.memory.states)} of a rank, not "
+            f"{gib(masters.states)}"
+        )
     if recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
         without = search.variant(setting.strategy, setting.offload, False)
         if without.fits and without.seconds > chosen.seconds:

@@ -15,6 +15,9 @@ from distft.strategies.kinds import Kind
 # Elements of the flat copy that ZeRO-1 averages at a time (deepspeed/runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 ZERO1_MESSAGE = 500_000_000
 
+# Bytes of a message of DDP; a larger gradient travels alone (torch nn/parallel/distributed.py, bucket_cap_mb).
+DDP_MESSAGE = 25 * 2**20
+
 # `head` is the backward pass from the loss to the last block.
 MOMENTS = ("forward", "loss", "head", "backward", "optimizer")
 
@@ -97,6 +100,11 @@ class Sizes:
     stored_quantized: bool  # the base's files are
     muon: Muon = Muon()
     low_rank: LowRank = LowRank()
+    wide: int = 4  # bytes of an element of the weights that the optimizer steps, and of their gradients
+
+    @property
+    def has_masters(self) -> bool:
+        return self.wide == 4
 
     @property
     def gathered_bytes(self) -> int:
@@ -140,7 +148,7 @@ def share(
 
 
 def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
-    """FSDP2: everything / N; trained parameters are float32 (accelerate/utils/fsdp_utils.py:813).
+    """FSDP2: everything / N; trained parameters are float32 (accelerate/utils/fsdp_utils.py:813), or have no masters.
 
     Units are the blocks, the embedding, and [final norm, output layer], which stays gathered from its forward to its
     backward pass (fsdp_utils.py:857-879). Forward: a unit in use, and its all-gather's output, held until the next
@@ -148,8 +156,8 @@ def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
     the next one's all-gather (:795), the unit's gradients in the compute dtype, and their float32 copy that is
     reduce-scattered (distft's reduce_dtype); the previous unit's reduce-scatter is waited for first (:647).
     """
-    parameters = -(-(sizes.frozen_bytes + 4 * sizes.trained) // ranks)
-    gradients, optimizer = -(-4 * sizes.trained // ranks), int(state_bytes * sizes.trained) // ranks
+    parameters = -(-(sizes.frozen_bytes + sizes.wide * sizes.trained) // ranks)
+    gradients, optimizer = -(-sizes.wide * sizes.trained // ranks), int(state_bytes * sizes.trained) // ranks
     block, embedding, tail = sizes.block, sizes.embedding, sizes.tail
 
     def reducing(unit: Unit) -> int:
@@ -186,20 +194,24 @@ def _zero(
         within stage3_max_reuse_distance, which at the turn is half of it (partitioned_param_coordinator.py,
         __params_to_release). Optimizer step: the float32 gradients of a sub-group (stage3.py:1305).
     Offload: masters, states and gradients of the rank's partition are in host memory; with `all`, parameters too.
+    training.master_weights: none: the masters are bf16, but a copy all the same (stage3.py:1162 compares a device with
+        a name). Gradients and their sums are bf16. ZeRO-1's optimizer is that of fp16: whole gradients until it steps.
     """
-    trained, low = sizes.trained, sizes.low
+    trained, low, wide = sizes.trained, sizes.low, sizes.wide
     mine = -(-trained // ranks)
     bucket, overlap = int(zero["reduce_bucket_size"]), zero["overlap_comm"]
     message = 4 * min(max(bucket, sizes.largest_trained), max(trained, 1))
-    parameters, gradients, optimizer = sizes.gathered_bytes, 4 * mine, int((4 + state_bytes) * mine)
+    parameters, gradients, optimizer = sizes.gathered_bytes, wide * mine, int((wide + state_bytes) * mine)
     buffers = dict.fromkeys(MOMENTS, 0)
-    if kind.zero_stage == 1 and bf16 and offload == "none":
+    if kind.zero_stage == 1 and bf16 and sizes.has_masters and offload == "none":
         gradients, buffers["optimizer"] = 4 * trained, 4 * min(trained, ZERO1_MESSAGE)
     elif not kind.shards_parameters:
-        if not kind.shards_gradients:
-            gradients = 4 * trained
-        width = low if kind.shards_gradients else 4
+        if not kind.shards_gradients and sizes.has_masters:
+            gradients = wide * trained
+        width = low if kind.shards_gradients else wide
         buffers["head"] = buffers["backward"] = (2 if overlap else 1) * width * bucket + message
+        if not kind.shards_gradients and not sizes.has_masters:
+            buffers |= {moment: buffers[moment] + wide * (trained - mine) for moment in MOMENTS[:-1]}
     else:
         kept = min(int(zero["stage3_max_reuse_distance"]), int(zero["stage3_max_live_parameters"])) // 2
         ahead = low * int(zero["stage3_prefetch_bucket_size"])
@@ -207,7 +219,7 @@ def _zero(
         parameters = -(-parameters // ranks) + sizes.small_bytes
         buffers.update(dict.fromkeys(("forward", "loss"), live + 4 * bucket))
         buffers.update(dict.fromkeys(("head", "backward"), live + 4 * bucket + message))
-        buffers["optimizer"] = 4 * bucket + 4 * min(mine, int(zero["sub_group_size"]))
+        buffers["optimizer"] = 4 * bucket + wide * min(mine, int(zero["sub_group_size"]))
     if offload == "none":
         return Share(parameters, gradients, optimizer, buffers)
     host = 4 * mine + optimizer

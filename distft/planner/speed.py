@@ -44,6 +44,8 @@ OVERLAP = 0.7
 # GB/s per rank under offload: PCIe 4 x16, and host memory, in which AdamW reads and writes 28 bytes per element
 # (DeepSpeed's CPUAdam: 1 to 2 s for 10 billion elements on a whole node, docs/_tutorials/zero-offload).
 PCIE, HOST_MEMORY = 25.0, 20.0
+# Bytes for an element: the operands of the 27 operations of train/kahan.py, counted; not measured on a GPU.
+KAHAN_TRAFFIC = 200
 # A pass over a block launches some 40 kernels at 5 microseconds each: small models wait for the CPU.
 LAUNCH_SECONDS = 40 * 5e-6
 
@@ -144,8 +146,8 @@ def estimate(
     step += _offload_seconds(sizes, setting, accumulation)
     # Ranks share Muon's matrices among them, those of one copy where there are several.
     step += sizes.muon.flops / (setting.world_size if setting.kind.replicates else setting.shard_size) / rate
-    if gpu:  # the optimizer reads and writes parameter, gradient and two moments
-        step += 28 * sizes.trained / setting.shard_size / (gpu.memory_bandwidth * 1e12)
+    if gpu:
+        step += optimizer_traffic(sizes) * sizes.trained / setting.shard_size / (gpu.memory_bandwidth * 1e12)
     step_tokens = tokens * accumulation
     return Speed(step, step_tokens / step, step_tokens * per_token / step / peak if peak else None, per_token, sent)
 
@@ -171,11 +173,17 @@ def checkpointing_factor(lora: bool, gradient_checkpointing: bool) -> float:
     return (1.5 if lora else 4 / 3) if gradient_checkpointing else 1.0
 
 
+def optimizer_traffic(sizes: Sizes) -> int:
+    """Bytes of memory traffic for each element of an optimizer's step: AdamW's one kernel reads and writes parameter,
+    gradient and two moments; the Kahan one has a kernel for each operation (train/kahan.py)."""
+    return 28 if sizes.has_masters else KAHAN_TRAFFIC
+
+
 def _offload_seconds(sizes: Sizes, setting: Setting, accumulation: int) -> float:
     if setting.offload == "none":
         return 0.0
     mine = sizes.trained / setting.shard_size
-    seconds = 28 * mine / (HOST_MEMORY * 1e9) + 6 * mine / (PCIE * 1e9)
+    seconds = optimizer_traffic(sizes) * mine / (HOST_MEMORY * 1e9) + 6 * mine / (PCIE * 1e9)
     if not setting.kind.shards_parameters and accumulation > 1:
         # Sums of gradients are kept on the host, and are fetched and written back in every micro-batch (DeepSpeed
         # stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu).

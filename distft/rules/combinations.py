@@ -242,6 +242,64 @@ def muon_needs_the_models_matrices(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "training.master_weights: none with lora",
+    "distft/train/model.py, add_adapters: the base is frozen, in 16 bit; float32 are the adapters alone",
+    "write lora: null, or leave training.master_weights out",
+)
+def master_weights_none_needs_no_lora(case: RecipeCase) -> str | None:
+    """Beside adapters the model has no master weights. Those of an adapter are a hundredth of it, so that nothing would
+    be saved.
+    """
+    if case.recipe.training.is_pure_bf16 and case.recipe.lora:
+        return "training.master_weights: none is for the model's own weights"
+    return None
+
+
+@rule(
+    "training.master_weights: none with training.mixed_precision: fp16 or no",
+    "torch/amp/grad_scaler.py, _unscale_grads_: Attempting to unscale FP16 gradients; float32 weights are masters",
+    "use training.mixed_precision: bf16",
+)
+def master_weights_none_needs_bf16(case: RecipeCase) -> str | None:
+    """fp16 has too few exponents for weights that are trained and gradients that are added up. In float32 there is
+    nothing to leave out.
+    """
+    if case.recipe.training.is_pure_bf16 and case.mixed_precision != "bf16":
+        return f"training.master_weights: none does not work with mixed_precision {case.mixed_precision}"
+    return None
+
+
+@rule(
+    "training.master_weights: none with another optimizer than torch's AdamW",
+    "distft/train/kahan.py: Kahan summation is a part of the optimizer's step",
+    "use training.optim: adamw_torch_fused, or training.master_weights: float32",
+)
+def master_weights_none_needs_adamw(case: RecipeCase) -> str | None:
+    """In bf16 most steps at fine-tuning's learning rates are smaller than half of a weight's last digit. The optimizer
+    must keep what is rounded off; torch's, transformers' and bitsandbytes' do not, and would train next to nothing.
+    """
+    if case.recipe.training.is_pure_bf16 and case.optim not in ("adamw_torch_fused", "adamw_torch"):
+        return f"training.master_weights: none needs AdamW, not {case.optim}"
+    return None
+
+
+@rule(
+    "training.master_weights: none with parallelism.offload under ZeRO",
+    "DeepSpeed 0.19.8 runtime/zero/stage3.py:300 and stage_1_and_2.py:332: requires Offload with DeepSpeedCPUAdam",
+    "use parallelism.offload: none, or fsdp with offload: all",
+)
+def master_weights_none_is_not_offloaded_by_zero(case: RecipeCase) -> str | None:
+    """With 16-bit masters DeepSpeed offloads for its own DeepSpeedCPUAdam alone, which does not keep what bf16 rounds
+    off.
+    """
+    if case.recipe.training.is_pure_bf16 and case.zero and case.offload != "none":
+        return (
+            f"training.master_weights: none does not work with parallelism.offload: {case.offload} of {case.strategy}"
+        )
+    return None
+
+
+@rule(
     "a layerwise optimizer on several ranks, or with gradient accumulation",
     "transformers 5.23 trainer_optimizer.py:117 (does not support DDP) and :166 (does not support gradient "
     "accumulation)",

@@ -145,7 +145,7 @@ def deepspeed_must_agree_with_the_recipe(case: RecipeCase) -> str | None:
         return None
     training = case.recipe.training
     batch, wrong = training.global_batch_size, []
-    expected = {
+    expected: dict[tuple[str, ...], object] = {
         ("train_batch_size",): batch,
         ("train_micro_batch_size_per_gpu",): case.micro_batch_size,
         ("gradient_accumulation_steps",): case.accumulation,
@@ -153,6 +153,9 @@ def deepspeed_must_agree_with_the_recipe(case: RecipeCase) -> str | None:
         ("bf16", "enabled"): training.mixed_precision == "bf16",
         ("fp16", "enabled"): training.mixed_precision == "fp16",
     }
+    if training.is_pure_bf16:
+        expected |= {("bf16", name): True for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states")}
+        expected["data_types", "grad_accum_dtype"] = "bf16"
     for keys, value in expected.items():
         given = look(case.deepspeed, *keys)
         if given not in (None, "auto") and value is not None and given != value:

@@ -20,7 +20,10 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 SAMPLE = 2**16  # bytes at both ends of a weights file, which identify it
 # What is stored in a checkpoint depends on these: not even --force makes another adapter fit it.
-FIXED = ("model", "lora", "training.train_only", "training.optim")
+FIXED = ("model", "lora", "training.train_only", "training.optim", "training.master_weights")
+
+# What a version did that did not have the field.
+EARLIER = {"training.master_weights": "float32"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def identity(recipe: Recipe, with_data: bool = True) -> dict[str, Any]:
                 "weight_decay",
                 "max_grad_norm",
                 "mixed_precision",
+                "master_weights",
                 "seed",
             )
         },
@@ -119,7 +123,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs, by dotted name, in words."""
     found = {}
     for name in sorted(saved.keys() | now.keys()):
-        before, after = saved.get(name), now.get(name)
+        before, after = (of.get(name, EARLIER.get(name)) for of in (saved, now))
         if before != after:
             hidden = name in ("data", "model.config", "model.weights")  # digests
             found[name] = "its content has changed" if hidden else f"was {before!r}, is {after!r}"

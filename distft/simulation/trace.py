@@ -25,7 +25,7 @@ from distft.config.recipe import Recipe
 from distft.models.attention import UNPADDED
 from distft.models.chunks import chunk_tokens
 from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materialize
-from distft.train import chunked_loss, low_rank, muon
+from distft.train import chunked_loss, kahan, low_rank, muon
 from distft.train.losses import mean_loss
 from distft.train.model import compute_dtype
 
@@ -273,6 +273,8 @@ def make_optimizer(recipe: Recipe, model: Any) -> Any | None:
         often = recipe.low_rank.model_copy(update={"update_proj_gap": 1})
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"optim_args": often})})
         return low_rank.make(model, recipe, (), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    if recipe.training.is_pure_bf16:
+        return kahan.make(model, (), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     if name.startswith("adamw_torch"):
         fused = name == "adamw_torch_fused"
         return torch.optim.AdamW(parameters, fused=fused, foreach=not fused)

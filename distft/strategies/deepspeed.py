@@ -60,7 +60,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": float(recipe.training.max_grad_norm),  # 0.0: no clipping
-        **_precision(bf16=precision == "bf16", fp16=precision == "fp16"),
+        **_precision(bf16=precision == "bf16", fp16=precision == "fp16", masters=not recipe.training.is_pure_bf16),
         **_optimizer_and_reports(),
         "zero_optimization": _zero_optimization(
             KINDS[strategy],
@@ -102,7 +102,7 @@ def portable_config(*, strategy: str, offload: str, device_type: str = "cuda") -
     }
 
 
-def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
+def _precision(*, bf16: bool | str, fp16: bool | str, masters: bool = True) -> dict[str, Any]:
     """The dtypes of weights, gradients and messages, and how gradients are reduced."""
     return {
         "bf16": {
@@ -110,8 +110,8 @@ def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
             # Only for ZeRO-1: gradients are added to the float32 sum one by one, so there is no 16-bit copy beside it.
             "immediate_grad_update": True,
             "check_grad_overflow": True,
-            "bf16_master_weights_and_grads": False,
-            "bf16_optimizer_states": False,
+            "bf16_master_weights_and_grads": not masters,
+            "bf16_optimizer_states": not masters,
         },
         "fp16": {
             "enabled": fp16,
@@ -127,7 +127,7 @@ def _precision(*, bf16: bool | str, fp16: bool | str) -> dict[str, Any]:
         "torch_autocast": {"enabled": False},
         # Micro-batches are summed, and ranks averaged, in float32. The default is the working precision, in which the
         # sum of many micro-batches loses digits, so that the loss would depend on the world size.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": "fp32" if masters else "bf16"},
         "communication_data_type": "fp32",
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,

@@ -36,6 +36,10 @@ class Kind:
         """Whether it shards a model that was made before; zero.Init shards while it makes one, unless quantized."""
         return self.engine == "fsdp2" or (self.zero_stage == 3 and quantized)
 
+    def regime(self, is_pure_bf16: bool) -> DtypeRegime:
+        """What the ranks compute in; a model that is bf16 by itself needs no autocast."""
+        return "zero" if is_pure_bf16 else self.dtype_regime
+
     @property
     def replicates(self) -> bool:
         """Whether every rank keeps all states complete."""

@@ -135,7 +135,8 @@ def build_model(
 ) -> PreTrainedModel | Any:
     """Load the base model and wrap it with the adapters.
 
-    Trained weights are float32: they are the optimizer's masters, and autocast or the strategy casts them for use.
+    Trained weights are float32: they are the optimizer's masters, and autocast or the strategy casts them for use. With
+    training.master_weights: none they are bf16.
     Frozen weights are in the compute dtype, including norms and embeddings of a quantized base: the same numbers under
     every strategy, and transformers' norms compute in float32 anyway.
 
@@ -149,7 +150,7 @@ def build_model(
     """
     kind = KINDS[strategy]
     # DeepSpeed casts what it does not make itself to the compute dtype: only the peak of loading would be higher.
-    low = recipe.lora is not None or kind.zero_stage in (1, 2)
+    low = recipe.lora is not None or kind.zero_stage in (1, 2) or recipe.training.is_pure_bf16
     quantization = quantization_config(recipe, strategy)
     options: dict[str, Any] = {}
     if quantization is not None:
@@ -226,6 +227,10 @@ def freeze(model: PreTrainedModel, recipe: Recipe) -> None:
         parameters[name].requires_grad = False
         if name not in kept:
             cast(parameters[name], compute_dtype(recipe))
+    if recipe.training.is_pure_bf16:
+        for parameter in model.parameters():  # transformers loads some classes' norms in float32
+            if parameter.requires_grad and parameter.dtype != torch.bfloat16:
+                cast(parameter, torch.bfloat16)
 
 
 def peft_options(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Share:
     name: str  # of the parameter, as in model.named_parameters()
     shape: tuple[int, ...]  # of the whole parameter
     start: int  # in elements of the flattened parameter
-    weights: torch.Tensor  # float32 masters
+    weights: torch.Tensor  # the optimizer's: float32 masters, or bf16 without them
     states: dict[str, torch.Tensor]  # optimizer states with a value for each element of the range, by their names
     factors: dict[str, torch.Tensor]  # other optimizer states (Adafactor's rows and columns), whole
     copies: int = 1  # number of ranks that hold the same range

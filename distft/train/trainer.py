@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -20,7 +20,7 @@ from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
-from distft.train import loraplus, low_rank, muon
+from distft.train import kahan, loraplus, low_rank, muon
 from distft.train.blocks import sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
@@ -69,7 +69,9 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "max_grad_norm": training.max_grad_norm,
         # transformers knows all others; create_optimizer makes these.
         **({} if training.optim in OWN_OPTIMIZERS else {"optim": training.optim}),
-        "bf16": training.mixed_precision == "bf16",
+        # No autocast where the whole model is bf16. DeepSpeed has none, and its config must agree.
+        "bf16": training.mixed_precision == "bf16"
+        and not (training.is_pure_bf16 and KINDS[plan["strategy"]].engine != "deepspeed"),
         "fp16": training.mixed_precision == "fp16",
         "gradient_checkpointing": plan["gradient_checkpointing"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan["gradient_checkpointing"] else None,
@@ -111,13 +113,21 @@ class RecipeTrainer(Trainer):
         self.stream, self.recipe, self.weights = stream, recipe, weights
         self.loss_type, self.chunked = loss_type, chunked
         super().__init__(**kwargs)
-        prepare = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
-        self.accelerator.prepare = weights.around(prepare) if weights else prepare
+        self.is_pure_bf16 = recipe is not None and recipe.training.is_pure_bf16
+        prepare: Any = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
+        prepare = weights.around(prepare) if weights else prepare
+        if self.is_pure_bf16:
+            shard = prepare
+            prepare = lambda *objects, **options: kahan.average_in_float32(shard(*objects, **options))  # noqa: E731
+        self.accelerator.prepare = prepare
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
         if loss_type != "nll" or not self.model_accepts_loss_kwargs:
             self.compute_loss_func = mean_loss(loss_type)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.mixed_precision_policy is not None:
+        if plugin is not None and self.is_pure_bf16:
+            # accelerate knows no bf16 but over float32 weights, which it would make of these.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        elif plugin is not None and plugin.mixed_precision_policy is not None:
             # accelerate's policy averages gradients in 16 bit and rounds the loss to it; DDP and ZeRO do neither.
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
@@ -128,7 +138,7 @@ class RecipeTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' optimizer, with the rates of LoRA+; or one of distft's own."""
         made, recipe, given = self.optimizer is None, self.recipe, self.model if model is None else model
-        if made and recipe is not None and recipe.training.optim in OWN_OPTIMIZERS:
+        if made and recipe is not None and (recipe.training.optim in OWN_OPTIMIZERS or self.is_pure_bf16):
             self.optimizer = self._own_optimizer(recipe, given)
         optimizer = super().create_optimizer(model)
         if made and recipe is not None and recipe.lora is not None:
@@ -145,6 +155,8 @@ class RecipeTrainer(Trainer):
         }
         if recipe.low_rank is not None:
             return low_rank.make(model, recipe, decaying, **options)
+        if self.is_pure_bf16:
+            return kahan.make(model, decaying, **options)
         dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
         return muon.make(model, decaying, dtype=dtype, **options)
 
@@ -190,7 +202,7 @@ class RecipeTrainer(Trainer):
         difference = ((chunked - whole).abs() / count).reshape(1)
         if self.args.world_size > 1:
             dist.all_reduce(difference, dist.ReduceOp.MAX)
-        low = self.args.bf16 or self.args.fp16
+        low = self.args.bf16 or self.args.fp16 or self.is_pure_bf16
         if difference.item() <= (LOW if low else EXACT):
             return None
         self.chunked = False

@@ -47,7 +47,8 @@ def enter(run: RunDir) -> dict[str, Any]:
         # planner/memory.py). A value of the user's stays.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = yaml.safe_load(run.accelerate.read_text())
-    os.environ.update(accelerate_environment(config, plan["mixed_precision"]))
+    # Of a DeepSpeed job accelerate.yaml has no precision.
+    os.environ.update(accelerate_environment(config, config.get("mixed_precision") or plan["mixed_precision"]))
     return plan
 
 

@@ -76,9 +76,12 @@ def _job(plan: RecipePlan, width: int) -> Iterator[str]:
     if recipe.training.train_only:
         adapters = "fine-tuning of a part"
     quantized = f" on {recipe.model.quantization}" if recipe.model.quantization else ""
+    precision = PRECISIONS[plan.mixed_precision]
+    if recipe.training.is_pure_bf16:
+        precision += " without float32 masters"
     yield from _wrapped(
         f"{m.name}: {m.parameters:,} parameters, {m.trainable_parameters:,} trained "
-        f"({adapters}{quantized}, {PRECISIONS[plan.mixed_precision]}, {recipe.training.optim})",
+        f"({adapters}{quantized}, {precision}, {recipe.training.optim})",
         width,
     )
     ranks = plan.topology.world_size

@@ -95,6 +95,7 @@ TUNINGS = {
     "unpacked full": {"data__packing": False, **FULL},
     "bf16": BF16,
     "bf16 full": {**BF16, **FULL},
+    "no masters full bf16": {**BF16, **FULL, "training__master_weights": "none"},
     "adamw_torch": {"training__optim": "adamw_torch"},
     "adafactor": {"training__optim": "adafactor"},
     "muon full": {**FULL, "training__optim": "muon"},
@@ -108,6 +109,7 @@ TUNINGS = {
 OPTIMIZER = {
     "adamw_torch": "torch AdamW",
     "adafactor": "transformers Adafactor",
+    "no masters full bf16": "distft KahanAdamW",
     "muon full": "distft Muon",
     "muon full bf16": "distft Muon",
     "galore full": "distft LowRank",

@@ -38,6 +38,7 @@ from distft.views.progress import Follower
 # 8-bit states are rounded in blocks, and sharding moves the blocks' borders.
 TOLERANCE = {"adamw_bnb_8bit": 1e-3, "paged_adamw_8bit": 1e-3}
 FOUR = ("ddp", "zero2", "zero3", "fsdp")
+NO_MASTERS = "no masters full bf16"
 LOSSES = ("dft", "eaft")  # which need not fall where a model learns
 JOBS = [
     *(Job(strategy, ranks, tuning, changes) for tuning in ("full", "lora") for strategy, ranks, changes in STRATEGIES),
@@ -76,6 +77,8 @@ JOBS = [
     Job("ddp", 2, "adafactor"),
     *(Job(strategy, ranks, "muon full", changes) for strategy, ranks, changes in STRATEGIES if "zero" not in strategy),
     Job("fsdp", 2, "muon full bf16"),
+    *(Job(name, ranks, NO_MASTERS, changes) for name, ranks, changes in STRATEGIES if "offload" not in str(changes)),
+    Job("ddp", 2, NO_MASTERS, {"training__micro_batch_size": 1}),
     Job("ddp", 2, "galore full"),
     Job("ddp", 4, "apollo full", {"training__optim_target_modules": ["attn", "mlp"]}),
     Job("ddp", 2, "adamw_bnb_8bit"),

@@ -143,6 +143,7 @@ QLORA = {"model__quantization": "nf4"}
 INT8 = {"model__quantization": "int8"}
 NEW_TOKENS = {"model__add_tokens": ["<|im_end|>"]}
 MUON = {"training__optim": "muon", "lora": None}
+NO_MASTERS = {"training__master_weights": "none", "training__mixed_precision": "bf16", "lora": None}
 GALORE = {"training__optim": "galore_adamw", "lora": None}
 EXPERTS = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.experts.down_proj", (4, 64, 64), "experts"))
 PART = {"training__train_only": ["lm_head"]}
@@ -240,6 +241,19 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "muon-needs-its-states-on-the-gpu": [({**MUON, **FSDP, "offload": "all"}, {"offload": "none"})],
     "muon-needs-the-models-matrices": [({"training__optim": "muon"}, {"lora": None})],
+    "master-weights-none-needs-no-lora": [(NO_MASTERS | {"lora": {}}, {"lora": None})],
+    "master-weights-none-needs-bf16": [
+        ({**NO_MASTERS, "training__mixed_precision": other}, {"training__mixed_precision": "bf16"})
+        for other in ("fp16", "no")
+    ],
+    "master-weights-none-needs-adamw": [
+        ({**NO_MASTERS, "training__optim": "adafactor"}, {"training__optim": "adamw_torch"}),
+        ({**NO_MASTERS, "trainer": over(optim="lion_8bit")}, {"training__master_weights": "float32"}),
+    ],
+    "master-weights-none-is-not-offloaded-by-zero": [
+        ({**NO_MASTERS, **Z2, "offload": "optimizer"}, {"offload": "none"}),
+        ({**NO_MASTERS, **Z3, "offload": "all"}, FSDP),
+    ],
     "layerwise-optimizers-need-one-rank": [
         ({"trainer": over(optim="galore_adamw_layerwise")}, {"ranks": 1}),
         ({"trainer": over(optim="galore_adamw_layerwise"), "ranks": 1, "accumulation": 2}, {"accumulation": 1}),
@@ -450,6 +464,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z2, "deepspeed": over(gradient_clipping=0.5)}, {"training__max_grad_norm": 0.5}),
         ({**Z2, "deepspeed": over(bf16={"enabled": False})}, {"training__mixed_precision": "no"}),
         ({**Z2, "deepspeed": over(train_batch_size=16)}, {"deepspeed": over(train_batch_size="auto")}),
+        (
+            {**NO_MASTERS, **Z2, "deepspeed": over(data_types={"grad_accum_dtype": "fp32"})},
+            {"deepspeed": over(data_types={"grad_accum_dtype": "bf16"})},
+        ),
         ({**Z2, "deepspeed": over(gradient_accumulation_steps=4), "accumulation": 2}, {"accumulation": 4}),
     ],
     "zero3-averages-gradients": [({**Z3, "deepspeed": over(gradient_allreduce_op="sum")}, Z2)],
@@ -880,7 +898,7 @@ recipe = group(
     data=group(packs=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    train_only=[], loss_type="nll", optim_args=None, optim_target_modules="all-linear",
-                   micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8),
+                   micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8, is_pure_bf16=False),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}),
     optim="adamw_torch", low_rank=None)

@@ -82,6 +82,7 @@ training:
   loss: chunked                       # or full: the logits of all tokens at once
   train_only: []                      # a part, without lora: ['model\\.layers\\.-[12]', lm_head]
   mixed_precision: bf16
+  master_weights: float32
   gradient_checkpointing: auto        # only if needed to fit
   use_liger_kernel: false
   eval_steps: 100

@@ -40,10 +40,26 @@ def read(options: Options) -> None:
     axolotl_data.read(options)
     axolotl_training.read(options)
     _parallelism(options)
+    _weights(options)
     _plugins(options)
     for name in ("axolotl", "logging"):
         table(name).apply(options)
     options.finish(_LEGACY_ATTENTION, NAME)
+
+
+def _weights(options: Options) -> None:
+    """core/builders/base.py, _configure_precision_settings: `full` is without autocast. loaders/model.py loads weights
+    in bf16 for `true`, too, and keeps norms and embeddings in float32; FSDP and DeepSpeed make them all float32."""
+    draft = options.draft
+    if options.data.get("bf16") == "full":
+        common.bf16_weights(options, "bf16")
+        return
+    usual = {"lora": False, "training.mixed_precision": "bf16", "parallelism.strategy": "ddp"}
+    if {name: draft.fields.get(name, other) for name, other in usual.items()} == usual | {"lora": None}:
+        draft.warn(
+            "bf16: axolotl's weights are bf16 here, but for norms and embeddings, and distft's float32: more exact, "
+            "and larger; training.master_weights: none is nearer to it"
+        )
 
 
 def _model(options: Options) -> None:

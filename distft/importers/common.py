@@ -58,6 +58,26 @@ def norms_decay(draft: Draft) -> None:
         draft.warn(f"training.weight_decay: {draft.kind} lets norms decay, too, by {decay}; distft does not")
 
 
+def bf16_weights(options: Options, name: str) -> None:
+    """A tool that trains bf16 weights where this option says so. Call it when optimizer and strategy are known."""
+    draft, value = options.draft, options.data.get(name)
+    if draft.fields.get("lora", True) is not None:
+        return
+    optim, strategy = draft.fields.get("training.optim", "adamw_torch_fused"), draft.fields.get("parallelism.strategy")
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        draft.warn(
+            f"{name}: {draft.kind} trains 16-bit weights; distft's are float32 for {optim}: more exact, and larger"
+        )
+    elif str(strategy).startswith("zero"):
+        draft.warn(f"{name}: DeepSpeed's master weights are float32 all the same, and so are distft's")
+    else:
+        draft.set("training.master_weights", "none", name, value, options.line(name))
+        draft.warn(
+            f"{name}: {draft.kind} loses what bf16 rounds off the weights at each step; distft keeps it for the next "
+            "one (Kahan summation), in 2 bytes a weight"
+        )
+
+
 def optimizer(options: Options, name: str, default: str) -> None:
     value = options.text(name)
     if value is None:

@@ -36,6 +36,8 @@ def read(options: Options) -> None:
     arguments.read(options, arguments.DEFAULTS, _shared(options), low_rank.layerwise(options))
     _precision(options)
     _optimizer(options)
+    if options.flag("pure_bf16"):  # model/adapter.py, init_adapter
+        common.bf16_weights(options, "pure_bf16")
     _loss(options)
     if options.flag("disable_gradient_checkpointing") is not None:
         # model/model_utils/checkpointing.py: on unless disabled
@@ -87,7 +89,6 @@ def _precision(options: Options) -> None:
     draft = options.draft
     if options.flag("pure_bf16"):
         options.set("training.mixed_precision", "pure_bf16", "bf16")
-        draft.warn("pure_bf16: distft's trained weights and optimizer states are float32: more exact, and larger")
     if options.flag("fp8"):
         options.drop("fp8", "computed in bf16: more exact, and slower")
         draft.warn("fp8: distft computes in bf16: more exact, and slower")

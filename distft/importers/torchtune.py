@@ -352,8 +352,10 @@ def _training(options: Options) -> None:
     dtype = options.text("dtype") or "bf16"
     if dtype in ("bf16", "fp16", "fp32"):
         options.set("training.mixed_precision", "dtype", "no" if dtype == "fp32" else dtype)
-        if dtype != "fp32" and draft.fields.get("lora", True) is None:
+        if dtype == "fp16" and draft.fields.get("lora", True) is None:
             draft.warn("dtype: torchtune trains 16-bit weights; distft's are float32: more exact, and larger")
+        elif dtype == "bf16":
+            common.bf16_weights(options, "dtype")
     else:
         options.refuse("dtype", "distft has bf16, fp16 and fp32")
     checkpointing = options.flag("enable_activation_checkpointing")

@@ -49,6 +49,7 @@ def read(options: Options) -> None:
     _lora(options)
     _data(options)
     arguments.read(options, DEFAULTS)
+    _weights(options)
     loss_type = options.text("loss_type")
     if loss_type == "dft":
         options.set("training.loss_type", "loss_type", "dft")
@@ -58,6 +59,29 @@ def read(options: Options) -> None:
         options.drop("loss_type", "the same loss, computed in another way")
     table("trl").apply(options)
     options.finish((), NAME)
+
+
+def _weights(options: Options) -> None:
+    """trl/scripts/sft.py loads the model in this dtype, float32 by default; accelerate and DeepSpeed make it float32
+    under FSDP and ZeRO."""
+    draft = options.draft
+    name = next((name for name in ("dtype", "torch_dtype") if options.has(name)), None)
+    if name is None or draft.fields.get("lora", True) is not None:
+        return
+    dtype, shards = (
+        options.data[name],
+        str(draft.fields.get("parallelism.strategy")).startswith(("zero", "fsdp", "hsdp")),
+    )
+    if shards or draft.fields.get("training.mixed_precision") != "bf16":
+        return
+    if dtype == "bfloat16":
+        options.taken.add(name)
+        common.bf16_weights(options, name)
+    elif dtype == "auto":
+        draft.warn(
+            f"{name}: auto: TRL trains weights in the base's dtype, and distft's are float32: more exact, and larger; "
+            "training.master_weights: none is nearer to it where that is bf16"
+        )
 
 
 def _lora(options: Options) -> None:

@@ -33,8 +33,10 @@ GOLDEN = -1640531527  # 2**32 / 1.618 as an int32: multiplying by it mixes the b
 class KahanAdamW(torch.optim.Optimizer):
     """AdamW whose tensors are all bf16."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+    def __init__(
+        self, parameters: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+    ):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.betas, self.eps = betas, eps
 
     @torch.no_grad()

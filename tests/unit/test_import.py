@@ -234,7 +234,7 @@ def test_templates(here: Path) -> None:
     assert {path.stem for path in folder.iterdir()} == set(RENDERED)
     for name, expected in RENDERED.items():
         write_tokenizer(here / "model", *control_tokens((folder / f"{name}.jinja").read_text()))
-        options = {**AXOLOTL, "base_model": "model", "chat_template": name, "warmup_ratio": 0.1}
+        options = {**AXOLOTL, "base_model": "model", "chat_template": name, "warmup_ratio": 0.1, "bf16": False}
         (here / f"{name}.yml").write_text(yaml.safe_dump(options))
         status, _, error = run(f"{name}.yml", "--gpus", "1", "-o", f"{name}.yaml")
         assert (status, error) == (0, "")
@@ -276,7 +276,7 @@ def test_templates_are_named_after_their_recipe(here: Path) -> None:
 
 
 def test_tokens_that_the_tokenizer_lacks(here: Path) -> None:
-    options = {**AXOLOTL, "base_model": "model", "warmup_steps": 0, "chat_template": "chatml"}
+    options = {**AXOLOTL, "base_model": "model", "warmup_steps": 0, "chat_template": "chatml", "bf16": False}
     options["special_tokens"] = {"eos_token": "<e>"}
     (here / "x.yml").write_text(yaml.safe_dump(options))
     write_tokenizer(here / "model", "<|im_end|>")

@@ -344,6 +344,23 @@ def test_sharding_that_distft_does_not_have(imported: Import, options: dict[str,
     assert f"parallelism.strategy: {why}, so distft chooses another; what is trained stays the same" in draft.warnings
 
 
+@pytest.mark.parametrize(
+    ("options", "masters", "said"),
+    [
+        ({"bf16": "full"}, "none", "Kahan summation"),
+        ({"bf16": "full", "adapter": "lora", "lora_target_linear": True}, None, ""),
+        ({"bf16": True}, None, "training.master_weights: none is nearer"),
+        ({"bf16": True, "fsdp": ["full_shard"]}, None, ""),
+        ({"bf16": "full", "optimizer": "adafactor"}, None, "distft's are float32 for adafactor"),
+    ],
+)
+def test_full_bf16(imported: Import, options: dict[str, Any], masters: str | None, said: str) -> None:
+    draft = imported({**AXOLOTL, **options})
+    assert draft.fields.get("training.master_weights") == masters
+    found = [text for text in draft.warnings if text.startswith("bf16: ")]
+    assert said in found[0] if said else not found
+
+
 def test_a_frozen_vision_tower(imported: Import) -> None:
     options = {**AXOLOTL, "unfrozen_parameters": ["^model.language_model.*", "lm_head"]}
     assert not imported(options).refused

@@ -221,6 +221,24 @@ def test_low_rank(imported: Import, described: Path, options: dict[str, Any], ex
     assert len(single) == ("galore_layerwise" in options)
 
 
+@pytest.mark.parametrize(
+    ("options", "masters", "said"),
+    [
+        ({"finetuning_type": "full"}, "none", "Kahan summation"),
+        ({"finetuning_type": "full", "optim": "adafactor"}, None, "distft's are float32 for adafactor"),
+        ({"finetuning_type": "full", "deepspeed": {"zero_optimization": {"stage": 3}}}, None, "DeepSpeed's master"),
+        ({"finetuning_type": "lora"}, None, ""),
+    ],
+)
+def test_pure_bf16(imported: Import, described: Path, options: dict[str, Any], masters: str | None, said: str) -> None:
+    draft = imported({**LLAMA_FACTORY, **options, "pure_bf16": True}, gpus=4)
+    assert draft.fields.get("training.master_weights") == masters
+    assert draft.fields["training.mixed_precision"] == "bf16"
+    found = [text for text in draft.warnings if text.startswith("pure_bf16: ")]
+    assert said in found[0] if said else not found
+    draft.check()
+
+
 def test_muon(imported: Import, described: Path) -> None:
     draft = imported({**LLAMA_FACTORY, "finetuning_type": "full", "use_muon": True, "weight_decay": 0.1})
     assert (draft.fields["training.optim"], draft.refused) == ("muon", [])

@@ -151,6 +151,30 @@ def test_torchtune_options(here: Path, changes: dict[str, Any], expected: dict[s
     assert {name: draft.fields.get(name) for name in expected} == expected
 
 
+FULL = {"model": {"_component_": "torchtune.models.llama2.llama2_7b"}}
+PAGED = {"_component_": "bitsandbytes.optim.PagedAdamW8bit", "lr": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "masters", "said"),
+    [
+        (FULL, "none", "Kahan summation"),
+        ({**FULL, "fsdp_cpu_offload": True}, "none", "Kahan summation"),
+        ({**FULL, "optimizer": PAGED}, None, "distft's are float32 for paged_adamw_8bit"),
+        ({**FULL, "dtype": "fp16"}, None, "distft's are float32: more exact"),
+        ({**FULL, "dtype": "fp32"}, None, ""),
+        ({}, None, ""),  # LoRA
+    ],
+)
+def test_torchtunes_weights_are_bf16(here: Path, changes: dict[str, Any], masters: str | None, said: str) -> None:
+    (here / "x.yaml").write_text(yaml.safe_dump(yaml.safe_load(TORCHTUNE) | changes))
+    draft = read_file(here / "x.yaml", here, 4)
+    draft.check()
+    assert draft.fields.get("training.master_weights") == masters
+    found = [text for text in draft.warnings if text.startswith("dtype: ")]
+    assert said in found[0] if said else not found
+
+
 @pytest.mark.parametrize("gpus", [None, 1, 4])
 @pytest.mark.parametrize(
     ("name", "comment", "who"),

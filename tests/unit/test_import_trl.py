@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -37,6 +38,26 @@ def test_trl_defaults(imported: Import) -> None:
         "training.mixed_precision": "bf16",
         "checkpoint.save_steps": 500,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "masters", "said"),
+    [
+        ({"dtype": "bfloat16"}, "none", "Kahan summation"),
+        ({"torch_dtype": "bfloat16", "optim": "adafactor"}, None, "distft's are float32 for adafactor"),
+        ({"dtype": "auto"}, None, "in the base's dtype"),
+        ({"dtype": "float32"}, None, ""),
+        ({"dtype": "bfloat16", "fsdp": "full_shard"}, None, ""),  # accelerate makes it float32
+        ({"dtype": "bfloat16", "use_peft": True, "lora_target_modules": "all-linear"}, None, ""),
+    ],
+)
+def test_the_dtype_that_a_model_is_loaded_in(
+    imported: Import, options: dict[str, Any], masters: str | None, said: str
+) -> None:
+    draft = imported({**TRL, **options})
+    assert draft.fields.get("training.master_weights") == masters
+    found = [text for text in draft.warnings if "dtype: " in text]
+    assert said in found[0] if said else not found
 
 
 def test_trl_options(imported: Import) -> None:

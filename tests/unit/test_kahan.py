@@ -49,10 +49,6 @@ def trained(make: Callable[..., Any], steps: int, dtype: torch.dtype, **options:
     return weight.detach().double() + (kept.double() if kept is not None else 0), optimizer
 
 
-def in_bf16(parameters: list[Any], weight_decay: float = 0.0, **options: Any) -> KahanAdamW:
-    return KahanAdamW([{"params": parameters, "weight_decay": weight_decay}], **options)
-
-
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """How far from where float32 gets to, as a part of the way there."""
     return float((found - wanted).norm() / (wanted - WEIGHTS.double()).norm())
@@ -60,7 +56,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def test_gets_to_where_float32_does() -> None:
     wanted, _ = trained(torch.optim.AdamW, 200, torch.float32, weight_decay=0.1)
-    found, _ = trained(in_bf16, 200, torch.bfloat16, weight_decay=0.1)
+    found, _ = trained(KahanAdamW, 200, torch.bfloat16, weight_decay=0.1)
     plain, _ = trained(torch.optim.AdamW, 200, torch.bfloat16, weight_decay=0.1)
     library, _ = trained(
         lambda parameters, **options: optimi.AdamW(parameters, triton=False, foreach=False, **options),
@@ -68,7 +64,7 @@ def test_gets_to_where_float32_does() -> None:
         torch.bfloat16,
         weight_decay=0.0,
     )
-    without, _ = trained(in_bf16, 200, torch.bfloat16)
+    without, _ = trained(KahanAdamW, 200, torch.bfloat16)
     assert distance(found, wanted) < 0.03
     assert distance(plain, wanted) > 0.5
     assert distance(without, library) < 0.05  # the same algorithm, where nothing decays
@@ -77,7 +73,7 @@ def test_gets_to_where_float32_does() -> None:
 def test_weights_decay() -> None:
     """By less than half of a weight's last bit in each step, so that a product with 1 - lr * decay is the weight."""
     decay, steps = 0.1, 500
-    (found, _), (plain, _) = (trained(in_bf16, steps, torch.bfloat16, weight_decay=d) for d in (decay, 0.0))
+    (found, _), (plain, _) = (trained(KahanAdamW, steps, torch.bfloat16, weight_decay=d) for d in (decay, 0.0))
     start = WEIGHTS.double()
     shrunk = float((plain - found) @ start / (start @ start))
     assert shrunk == pytest.approx(steps * RATE * decay, rel=0.05)
@@ -101,9 +97,9 @@ def test_the_second_moment_can_fall() -> None:
 
 def test_pieces_and_chunks_step_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that sharding changes nothing."""
-    whole, optimizer = trained(in_bf16, 5, torch.bfloat16)
+    whole, optimizer = trained(KahanAdamW, 5, torch.bfloat16)
     monkeypatch.setattr(kahan, "CHUNK", 777)
-    chunked, other = trained(in_bf16, 5, torch.bfloat16)
+    chunked, other = trained(KahanAdamW, 5, torch.bfloat16)
     assert torch.equal(whole, chunked)
     ((state,), (same,)) = (found.state.values() for found in (optimizer, other))
     assert all(torch.equal(state[name], same[name]) for name in kahan.STATES)

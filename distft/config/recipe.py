@@ -409,6 +409,10 @@ class Training(Group):
     """Recompute activations in the backward pass. `auto`: only if one sequence would not fit otherwise, or if the
     larger micro-batch that it allows makes training faster."""
 
+    activation_offloading: bool = False
+    """Keep what gradient checkpointing keeps, the inputs of blocks, in host memory: for longer rows. Each input crosses
+    the bus twice, while the GPU waits. It turns gradient checkpointing on."""
+
     use_liger_kernel: bool = False
     """Use the fused kernels of liger-kernel (needs a CUDA GPU and the package)."""
 

@@ -47,7 +47,8 @@ def read(options: Options) -> None:
     if checkpointing in (True, False, "offload", "offload_disk"):
         options.set("training.gradient_checkpointing", "gradient_checkpointing", bool(checkpointing))
         if isinstance(checkpointing, str):
-            draft.warn("gradient_checkpointing: distft keeps the activations at the bounds of layers on the GPU")
+            options.set("training.activation_offloading", "gradient_checkpointing", True)
+    common.activation_offloading(options, "activation_offloading")
     if folder := options.text("output_dir"):
         options.set("output_dir", "output_dir", folder)
     _checkpoints(options)

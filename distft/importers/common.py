@@ -131,6 +131,17 @@ def attention(options: Options, name: str, value: str) -> None:
         options.drop(name, "the same attention: auto takes the newest FlashAttention that is installed, else SDPA")
 
 
+def activation_offloading(options: Options, name: str) -> None:
+    """Where gradient checkpointing is on: distft offloads what it keeps."""
+    if not options.is_on(name):
+        options.taken.add(name)
+    elif options.draft.fields.get("training.gradient_checkpointing"):
+        options.taken.add(name)
+        options.set("training.activation_offloading", name, True)
+    else:
+        options.drop(name, "affects memory and speed only; distft offloads what gradient checkpointing keeps")
+
+
 def tf32(options: Options) -> None:
     """TF32 is about products of float32 matrices: there are none to speak of in mixed precision."""
     value = options.take("tf32")

@@ -361,6 +361,7 @@ def _training(options: Options) -> None:
     checkpointing = options.flag("enable_activation_checkpointing")
     if checkpointing is not None:
         options.set("training.gradient_checkpointing", "enable_activation_checkpointing", checkpointing)
+    common.activation_offloading(options, "enable_activation_offloading")
     if steps := options.integer("save_every_n_steps"):
         options.set("checkpoint.save_steps", "save_every_n_steps", steps)
     if folder := options.text("output_dir"):

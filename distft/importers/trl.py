@@ -57,6 +57,7 @@ def read(options: Options) -> None:
         options.refuse("loss_type", "distft has the losses nll, dft and eaft")
     elif options.has("loss_type"):
         options.drop("loss_type", "the same loss, computed in another way")
+    common.activation_offloading(options, "activation_offloading")
     table("trl").apply(options)
     options.finish((), NAME)
 

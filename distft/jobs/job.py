@@ -141,6 +141,7 @@ def _config_files(
         mixed_precision=mixed_precision,
         device_type=plan.device.type,
         quantization=quantization,
+        reshard_after_forward=plan.reshard_after_forward,
         ds_config_file=str(run.ds_config) if ds_config else None,
         overrides=fsdp_overrides,
     )

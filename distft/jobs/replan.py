@@ -25,7 +25,8 @@ class Change:
 def less_memory(run: RunDir) -> Change | None:
     """What makes a run need less GPU memory with the same global batch. Writes nothing.
 
-    First a smaller micro-batch, then gradient checkpointing, then offload; None when all of that is used up.
+    First FSDP2 reshards after the forward pass, then a smaller micro-batch, then gradient checkpointing, then offload;
+    None when all of that is used up.
     """
     plan = json.loads(run.plan.read_text())
     batch, topology, strategy = plan["batch"], plan["topology"], plan["strategy"]
@@ -37,7 +38,10 @@ def less_memory(run: RunDir) -> Change | None:
         "parallelism.offload": plan["offload"],
     }
     change: dict[str, Any]
-    if micro > 1:
+    if plan.get("reshard_after_forward") is False:
+        sets["fsdp.overrides.fsdp_reshard_after_forward"] = False
+        change = {"fsdp.overrides.fsdp_reshard_after_forward": True}
+    elif micro > 1:
         smaller = max(n for n in range(1, micro // 2 + 1) if share % n == 0)
         change = {"training.micro_batch_size": smaller}
     elif not plan["gradient_checkpointing"]:

@@ -231,8 +231,19 @@ def peaks(
     for moment in MOMENTS[2:]:
         each = saved if moment in ("forward", "loss") else kept
         times = {"forward": depth - 1, "bottom": 1}.get(moment, depth)
+        here = times  # inputs of blocks that are on the GPU
+        if recipe.training.activation_offloading and mode.checkpointing:
+            # The embeddings' output in the forward pass, and under adapters, whose leaf it is, to the end; in the
+            # backward pass the block's own.
+            here = int(moment in ("forward", "loss") or bool(recipe.lora)) + int(moment in ("top", "bottom"))
         recomputed = moment in ("top", "bottom", "forward")
-        common = [(base, 1), (each, times), (more_wide, int(recomputed) if mode.checkpointing else times)]
+        inputs = {name: size for name, size in each.items() if here != times and "T" in name}
+        common = [
+            (base, 1),
+            (each, times),
+            (inputs, here - times),
+            (more_wide, int(recomputed) if mode.checkpointing else times),
+        ]
         rest, logits = max((_evaluate(value, (*common, (peak, 1))) for peak in table[moment]), key=sum)
         if less and not mode.checkpointing and moment != "bottom":
             rest += bare[1] * (less.tokens + less.weights)

@@ -33,12 +33,15 @@ class Communication:
     seconds: float | None
 
 
-def per_step(sizes: Sizes, setting: Setting, accumulation: int, links: Links | None) -> Communication:
-    """Volume and time of an optimizer step of `accumulation` micro-batches."""
+def per_step(
+    sizes: Sizes, setting: Setting, accumulation: int, links: Links | None, whole_gradients: bool = False
+) -> Communication:
+    """Volume and time of an optimizer step of `accumulation` micro-batches; with `whole_gradients`, FSDP2 reduces after
+    the last one only."""
     world, inside = setting.world_size, setting.nproc_per_node
     nodes = max(1, world // inside)
     total, seconds = 0.0, 0.0
-    for size, ranks, across in _collectives(sizes, setting, accumulation):
+    for size, ranks, across in _collectives(sizes, setting, accumulation, 1 if whole_gradients else accumulation):
         sent = size * (ranks - 1) / ranks if ranks > 1 else 0.0
         total += sent
         if links:
@@ -51,7 +54,7 @@ def per_step(sizes: Sizes, setting: Setting, accumulation: int, links: Links | N
     return Communication(int(total), seconds if links else None)
 
 
-def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tuple[float, int, bool]]:
+def _collectives(sizes: Sizes, setting: Setting, accumulation: int, reductions: int) -> list[tuple[float, int, bool]]:
     """(bytes x passes, ranks, whether it leaves the node) for each collective of a step. Gradients travel in float32
     (strategies/deepspeed.py, communication_data_type; train/trainer.py, reduce_dtype)."""
     world, shard, across = setting.world_size, setting.shard_size, setting.world_size > setting.nproc_per_node
@@ -62,13 +65,14 @@ def _collectives(sizes: Sizes, setting: Setting, accumulation: int) -> list[tupl
     if not kind.shards_parameters:  # whole gradients are summed over micro-batches first, shards after each
         times = accumulation if kind.shards_gradients else 1
         return [(2 * gradients * times, world, across), (working, world, across)]
-    # Parameters are gathered for the forward and again for the backward pass of every micro-batch.
+    # Parameters are gathered for the forward and, if it does not keep them, again for the backward pass.
+    gathers = 2 if setting.reshard_after_forward else 1
     found: list[tuple[float, int, bool]] = [
-        (2 * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node),
-        (gradients * accumulation, shard, shard > setting.nproc_per_node),
+        (gathers * sizes.gathered_bytes * accumulation, shard, shard > setting.nproc_per_node),
+        (gradients * reductions, shard, shard > setting.nproc_per_node),
     ]
     if muon:  # rows of updates in float32 to the rank that iterates on them, and the results back
         found.append(((4 + sizes.low) * muon / shard, shard, shard > setting.nproc_per_node))
     if kind.in_groups:
-        found.append((2 * gradients / shard * accumulation, world // shard, across))
+        found.append((2 * gradients / shard * reductions, world // shard, across))
     return found

@@ -82,8 +82,7 @@ class Counted:
 
     def _accumulates(self, setting: Setting) -> bool:
         """Whether gradients of earlier micro-batches exist."""
-        more = self.recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
-        return more and setting.kind.replicates
+        return setting.accumulates(self.recipe) and setting.kind.replicates
 
     def _regime(self, setting: Setting) -> str:
         return setting.kind.regime(self.recipe.training.is_pure_bf16)

@@ -121,11 +121,12 @@ class Estimator:
 
     def memory(self, setting: Setting, max_length: int | None = None) -> Memory:
         """Memory of a rank; `max_length` instead of the recipe's."""
-        peaks = self.step(setting, max_length or self.recipe.data.max_length)
+        length = max_length or self.recipe.data.max_length
+        peaks = self.step(setting, length)
         key = setting.strategy, setting.offload, setting.world_size
         if key not in self.zero:
             self.zero[key] = zero_section(self.recipe, setting, self.sizes)
-        return put_together(self.recipe, self.sizes, self.states, peaks, setting, self.zero[key])
+        return put_together(self.recipe, self.sizes, self.states, peaks, setting, self.zero[key], length)
 
     def exactly(self, setting: Setting) -> Memory:
         return self.memory(setting)
@@ -148,10 +149,12 @@ def put_together(
     peaks: Peaks,
     setting: Setting,
     zero: dict[str, Any] | None,
+    length: int | None = None,
 ) -> Memory:
     """The memory of a rank: states and buffers by strategy, on top of what the step itself keeps.
 
     Args:
+        length: tokens of a row; the recipe's if not given.
         states: bytes of parameters, gradients and optimizer states where nothing is divided (DDP).
         zero: what zero_section returns.
     """
@@ -186,6 +189,8 @@ def put_together(
             state,
             zero,
             bf16=recipe.training.mixed_precision == "bf16",
+            reshard_after_forward=setting.reshard_after_forward,
+            whole_gradients=setting.keeps_whole_gradients(recipe),
         )
     # Paged states are CUDA managed memory, which torch's allocator does not count (bitsandbytes get_state_buffer).
     paged = mine.optimizer if "paged" in optim and ddp else 0
@@ -204,7 +209,7 @@ def put_together(
         total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
         if total > totals.get(moment, (-1,))[0]:
             totals[moment] = total, _replaced(live, buffers=buffers)
-    host = mine.host * setting.nproc_per_node
+    host = (mine.host + offloaded_inputs(recipe, sizes, setting, length)) * setting.nproc_per_node
     if setting.device_type == "cuda":
         load, load_host = loading.peak(recipe, sizes, setting, mine)
         totals["load"] = load, Counter(buffers=load - mine.parameters)
@@ -232,6 +237,16 @@ def put_together(
         model_parameters=sizes.parameters,
         trainable_parameters=sizes.trained,
     )
+
+
+def offloaded_inputs(recipe: Recipe, sizes: Sizes, setting: Setting, length: int | None = None) -> int:
+    """Bytes of the inputs of blocks that a rank keeps in host memory (training.activation_offloading). Autocast leaves
+    what passes from block to block in the dtype of the embeddings: float32 where these are trained."""
+    if not recipe.training.activation_offloading:
+        return 0
+    wide = setting.kind.dtype_regime == "autocast" and recipe.lora is None
+    tokens = setting.micro_batch_size * (length or recipe.data.max_length)
+    return (4 if wide else sizes.low) * tokens * sizes.block_inputs
 
 
 def _replaced(live: Counter[str], **kinds: int) -> Counter[str]:
@@ -346,6 +361,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         ),
         low_rank=low_rank_of(recipe, [tensor.shape for tensor in low_rank_tensors(recipe, model)]),
         wide=wide_bytes(recipe),
+        block_inputs=(model.sizes.hidden_size or 0) * (model.sizes.num_hidden_layers or 0),
     )
 
 

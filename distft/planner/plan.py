@@ -18,7 +18,7 @@ from distft.models.shapes import ModelShape, read_config, read_model_shape
 from distft.models.start import check_start
 from distft.planner import speed
 from distft.planner.communication import LINK_EFFICIENCY
-from distft.planner.memory import Estimator, Memory
+from distft.planner.memory import Estimator, Memory, offloaded_inputs
 from distft.planner.search import (
     ABOUT,
     Candidate,
@@ -46,6 +46,7 @@ class Plan:
     offload: str  # none | optimizer | all
     shard_size: int  # ranks that share one copy of what the strategy shards; 1 where it shards nothing
     mixed_precision: str  # bf16 | fp16 | no
+    reshard_after_forward: bool = True  # FSDP2's
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -191,6 +192,7 @@ def make_plan(
         offload=chosen.setting.offload,
         shard_size=chosen.setting.shard_size,
         mixed_precision=recipe.training.mixed_precision,
+        reshard_after_forward=chosen.setting.reshard_after_forward,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
         search=search,
@@ -323,7 +325,10 @@ def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
             f"master_weights none: weights, gradients and states take {gib(chosen.memory.states)} of a rank, not "
             f"{gib(masters.states)}"
         )
-    if recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
+    if recipe.training.activation_offloading:
+        moved = offloaded_inputs(recipe, search.estimator.sizes, setting)
+        found.append(f"activation_offloading: {gib(moved)} of block inputs per rank wait in host memory, as asked")
+    elif recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
         without = search.variant(setting.strategy, setting.offload, False)
         if without.fits and without.seconds > chosen.seconds:
             found.append(
@@ -334,6 +339,12 @@ def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
             found.append(f"gradient_checkpointing on: without it {_part(without)} of the memory would be used")
         elif without.excess:
             found.append(f"gradient_checkpointing on: without it one sequence needs {gib(without.excess)} too much")
+    if not setting.reshard_after_forward and "fsdp_reshard_after_forward" not in recipe.fsdp.overrides:
+        resharding = search.variant(setting.strategy, setting.offload, setting.gradient_checkpointing)
+        found.append(
+            "fsdp_reshard_after_forward off: parameters stay gathered from the forward to the backward pass: "
+            f"{short(chosen.seconds)} s per step, not {short(resharding.seconds)}"
+        )
     if recipe.training.micro_batch_size == "auto" and chosen.fits:
         share = batch.micro_batch_size * batch.gradient_accumulation_steps
         spare = f" with {chosen.memory.error:.0%} to spare" if chosen.roomy else ""
@@ -368,9 +379,12 @@ def _assumptions(recipe: Recipe, search: Search, chosen: Candidate) -> tuple[str
         found.append(f"network: {where.between_nodes:g} GB/s per node{known}")
     offloads = chosen.setting.offload != "none"
     if offloads:
-        found.append(f"offload: per rank {speed.PCIE:g} GB/s to the host and {speed.HOST_MEMORY:g} GB/s in its memory")
+        steps = ", where torch's fused AdamW steps" if recipe.optim == "adamw_torch_fused" else ""
+        found.append(
+            f"offload: per rank {speed.PCIE:g} GB/s to the host and {speed.HOST_MEMORY:g} GB/s in its memory{steps}"
+        )
     if where.host_memory is None and where.device.type == "cuda" and (offloads or chosen.memory.much_of_host):
-        what = "what is offloaded, " if offloads else ""
+        what = "what is offloaded, " if offloads or recipe.training.activation_offloading else ""
         found.append(f"host: a node has {gib(chosen.memory.host_per_node)} of memory for {what}checkpoints and final/")
     if recipe.model.attn_implementation == "auto":
         plain = "SDPA" if chosen.setting.attn_implementation == "sdpa" else "eager, as the model has no SDPA"
@@ -441,6 +455,7 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
         "offload": plan.offload,
         "shard_size": plan.shard_size,
         "mixed_precision": plan.mixed_precision,
+        "reshard_after_forward": plan.reshard_after_forward if KINDS[plan.strategy].engine == "fsdp2" else None,
         "gradient_checkpointing": known.gradient_checkpointing if known else False,
         "attn_implementation": known.attn_implementation if known else "auto",
         "batch": _values(known and known.batch, "global_batch_size", "micro_batch_size", "gradient_accumulation_steps"),

@@ -197,29 +197,45 @@ class Search:
         asked = self.recipe.training.gradient_checkpointing
         ways = (False, True) if asked == "auto" else (asked,)
         allowed = [w for w in ways if not rules.broken(self.case(strategy, offload, gradient_checkpointing=w))]
-        variants = [self.variant(strategy, offload, way) for way in allowed or ways]
+        resharding = self.resharding(strategy, offload)
+        variants = [self.variant(strategy, offload, way, keep) for way in allowed or ways for keep in resharding]
         fitting = [c for c in variants if c.fits]
         best = min(fitting, key=cost) if fitting else min(variants, key=lambda c: c.memory.process)
         return replace(best, broken=tuple(rules.sentences(rules.broken(self.case_of(best)))))
 
-    def variant(self, strategy: str, offload: str, checkpointing: bool) -> Candidate:
+    def resharding(self, strategy: str, offload: str) -> tuple[bool, ...]:
+        """Whether FSDP2 reshards after the forward pass: the values to try."""
+        if KINDS[strategy].engine != "fsdp2":
+            return (True,)
+        fixed = self.recipe.fsdp.overrides.get("fsdp_reshard_after_forward")
+        if fixed is not None:
+            return (fixed is not False,)  # a word of FSDP1's otherwise
+        return (True, False) if offload == "none" else (True,)
+
+    def variant(self, strategy: str, offload: str, checkpointing: bool, reshard: bool = True) -> Candidate:
         """The candidate with the recipe's micro-batch size, or the largest that fits."""
         total, world = self.recipe.training.global_batch_size, self.where.topology.world_size
         micro = self.recipe.training.micro_batch_size
         if micro != "auto":
-            return self.candidate(strategy, offload, checkpointing, batches.fixed(total, micro, world))
+            return self.candidate(strategy, offload, checkpointing, batches.fixed(total, micro, world), reshard=reshard)
         options = batches.divisors(batches.per_rank(total, world))
         low, high = 0, len(options) - 1  # memory grows with the micro-batch
         while low < high:
             middle = (low + high + 1) // 2
             batch = batches.fixed(total, options[middle], world)
-            low, high = (
-                (middle, high) if self.candidate(strategy, offload, checkpointing, batch).roomy else (low, middle - 1)
-            )
-        return self.candidate(strategy, offload, checkpointing, batches.fixed(total, options[low], world))
+            found = self.candidate(strategy, offload, checkpointing, batch, reshard=reshard)
+            low, high = (middle, high) if found.roomy else (low, middle - 1)
+        batch = batches.fixed(total, options[low], world)
+        return self.candidate(strategy, offload, checkpointing, batch, reshard=reshard)
 
     def candidate(
-        self, strategy: str, offload: str, checkpointing: bool, batch: Batch, max_length: int | None = None
+        self,
+        strategy: str,
+        offload: str,
+        checkpointing: bool,
+        batch: Batch,
+        max_length: int | None = None,
+        reshard: bool = True,
     ) -> Candidate:
         """Memory and speed of one combination; `max_length` instead of the recipe's."""
         topology = self.where.topology
@@ -233,6 +249,7 @@ class Search:
             gradient_checkpointing=checkpointing,
             attn_implementation=planned_attention(self.recipe.model.attn_implementation, self.model.model_type),
             device_type=self.where.device.type,
+            reshard_after_forward=reshard,
         )
         found = self.estimator.memory(setting, max_length)
         time = speed.estimate(

@@ -101,6 +101,7 @@ class Sizes:
     muon: Muon = Muon()
     low_rank: LowRank = LowRank()
     wide: int = 4  # bytes of an element of the weights that the optimizer steps, and of their gradients
+    block_inputs: int = 0  # elements a token, of all blocks together
 
     @property
     def has_masters(self) -> bool:
@@ -134,6 +135,8 @@ def share(
     state_bytes: float,
     zero: dict[str, Any] | None,
     bf16: bool,
+    reshard_after_forward: bool = True,
+    whole_gradients: bool = False,
 ) -> Share:
     """States and buffers of a rank under a strategy that shards.
 
@@ -141,13 +144,16 @@ def share(
         state_bytes: optimizer state, bytes per trained element.
         zero: the `zero_optimization` section as distft/strategies/deepspeed.py generates it; None for fsdp and hsdp.
         bf16: the compute dtype is bfloat16 (for which ZeRO-1 has its own optimizer).
+        reshard_after_forward, whole_gradients: of FSDP2, as in planner/setting.py.
     """
     if zero is None:
-        return _fsdp(offload, shard_size, sizes, state_bytes)
+        return _fsdp(offload, shard_size, sizes, state_bytes, reshard_after_forward, whole_gradients)
     return _zero(kind, offload, shard_size, sizes, state_bytes, zero, bf16)
 
 
-def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
+def _fsdp(
+    offload: str, ranks: int, sizes: Sizes, state_bytes: float, reshard_after_forward: bool, whole_gradients: bool
+) -> Share:
     """FSDP2: everything / N; trained parameters are float32 (accelerate/utils/fsdp_utils.py:813), or have no masters.
 
     Units are the blocks, the embedding, and [final norm, output layer], which stays gathered from its forward to its
@@ -155,6 +161,8 @@ def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
     unit's copy-out (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py:430 and :483). Backward: a unit in use and
     the next one's all-gather (:795), the unit's gradients in the compute dtype, and their float32 copy that is
     reduce-scattered (distft's reduce_dtype); the previous unit's reduce-scatter is waited for first (:647).
+    Without reshard_after_forward all units stay gathered until the backward pass has used them; the last all-gather's
+    output is beside them. Whole gradients are kept in float32, and become shards in the last micro-batch.
     """
     parameters = -(-(sizes.frozen_bytes + sizes.wide * sizes.trained) // ranks)
     gradients, optimizer = -(-sizes.wide * sizes.trained // ranks), int(state_bytes * sizes.trained) // ranks
@@ -175,6 +183,16 @@ def _fsdp(offload: str, ranks: int, sizes: Sizes, state_bytes: float) -> Share:
         ),
         "optimizer": 0,
     }
+    if not reshard_after_forward:
+        whole = sizes.gathered_bytes
+        buffers |= {
+            "forward": whole + block.bytes,
+            "loss": whole + tail.bytes,
+            "head": whole + reducing(tail),
+            "backward": whole + reducing(block),
+        }
+    if whole_gradients:
+        gradients += 4 * sizes.trained
     if offload == "all":
         return Share(0, 0, 0, buffers, parameters + gradients + optimizer)
     return Share(parameters, gradients, optimizer, buffers)

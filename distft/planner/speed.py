@@ -19,6 +19,7 @@ from distft.models.shapes import ModelShape
 from distft.planner import communication
 from distft.planner.activations import needs_mask
 from distft.planner.communication import Communication, Links
+from distft.planner.memory import offloaded_inputs
 from distft.planner.setting import Setting
 from distft.planner.sharding import Sizes
 
@@ -118,7 +119,7 @@ def estimate(
         per_token: what flops_per_token returns.
         measured: FLOP/s of a rank in an earlier run.
     """
-    sent = communication.per_step(sizes, setting, accumulation, links)
+    sent = communication.per_step(sizes, setting, accumulation, links, setting.keeps_whole_gradients(recipe))
     gpu = data_sheet(device.name)
     if measured:
         rate = measured
@@ -144,6 +145,7 @@ def estimate(
     sending = sent.seconds or 0.0
     step = max(compute, sending) + (1 - OVERLAP) * min(compute, sending)
     step += _offload_seconds(sizes, setting, accumulation)
+    step += accumulation * 2 * offloaded_inputs(recipe, sizes, setting) / (PCIE * 1e9)
     # Ranks share Muon's matrices among them, those of one copy where there are several.
     step += sizes.muon.flops / (setting.world_size if setting.kind.replicates else setting.shard_size) / rate
     if gpu:

@@ -58,6 +58,21 @@ def offload_costs_memory_under_zero3_with_nf4(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "training.optim: adamw_torch with parallelism.offload",
+    "benchmarks/host_adamw.py: 9 times the time of the fused one",
+    "use adamw_torch_fused",
+    kind="warning",
+)
+def plain_adamw_steps_slowly_on_the_host(case: RecipeCase) -> str | None:
+    """Offloaded states are stepped by the CPU, where torch's plain AdamW passes over them once for each of its
+    operations.
+    """
+    if case.offload != "none" and case.optim == "adamw_torch":
+        return "training.optim: adamw_torch steps slowly in host memory"
+    return None
+
+
+@rule(
     "parallelism.offload: optimizer with an adapter of at most 5% of the parameters",
     "https://github.com/huggingface/peft/blob/main/docs/source/accelerate/deepspeed.md, caveat 2; "
     "distft/planner/memory.py",

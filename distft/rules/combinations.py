@@ -95,6 +95,21 @@ def train_only_needs_plain_checkpointing(case: RecipeCase) -> str | None:
 
 
 @rule(
+    "training.activation_offloading without gradient checkpointing",
+    "distft/train/offload.py: it moves the inputs of checkpointed blocks; a block without checkpointing keeps some 25 "
+    "times as much (planner/activations.txt, llama)",
+    "use training.gradient_checkpointing: true",
+)
+def activation_offloading_needs_checkpointing(case: RecipeCase) -> str | None:
+    """What goes to the host is what gradient checkpointing keeps: the input of each block. Without checkpointing, a
+    block keeps every intermediate result, and the bus would take longer than the GPU to compute them anew.
+    """
+    if case.recipe.training.activation_offloading and case.gradient_checkpointing is False:
+        return "training.activation_offloading: got true, and training.gradient_checkpointing is false"
+    return None
+
+
+@rule(
     "parallelism.offload: optimizer without ZeRO; all without zero3, fsdp or hsdp",
     "DeepSpeed runtime/zero/offload_config.py: offload_param is for ZeRO-3; DDP keeps everything on the GPU",
     "use a strategy that can, or parallelism.offload: none",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -28,6 +28,7 @@ from distft.simulation.fake_model import blocks_of, dequantized_for_dora, materi
 from distft.train import chunked_loss, kahan, low_rank, muon
 from distft.train.losses import mean_loss
 from distft.train.model import compute_dtype
+from distft.train.offload import offload_block_inputs
 
 # (moment, block or None). Blocks 0 and 1 are counted from the bottom, the others from the top (-1 is the last).
 Segment = tuple[str, "int | None"]
@@ -350,6 +351,8 @@ def trace(
         if gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+            if recipe.training.activation_offloading:
+                offload_block_inputs(model, partial(saved_tensors_hooks, _gone, _again))
 
         trained = [p for p in model.parameters() if p.requires_grad]
         for p in trained:
@@ -388,6 +391,16 @@ def trace(
         del loss, batch, ids, optimizer
     peaks = {segment: bytes for segment, (_, bytes) in book.peaks.items()}
     return Trace(peaks, states, book.starts, book.operators, tuple(book.outputs))
+
+
+def _gone(tensor: torch.Tensor) -> Any:
+    """What is left of a tensor that went to the host."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _again(found: Any) -> torch.Tensor:
+    shape, stride, dtype = found
+    return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 def _hand_on(as_dtype: torch.dtype, hidden_states: Any, *_: Any, **__: Any) -> Any:

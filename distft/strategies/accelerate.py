@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distft.config.recipe import Recipe
 from distft.hardware.topology import Topology
 from distft.strategies import merge
 from distft.strategies.kinds import KINDS
@@ -22,6 +23,7 @@ def accelerate_config(
     mixed_precision: str,
     device_type: str,
     quantization: str | None = None,
+    reshard_after_forward: bool = True,
     ds_config_file: str | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -66,7 +68,12 @@ def accelerate_config(
 
     config["mixed_precision"] = mixed_precision
     if kind.engine == "fsdp2":
-        section = fsdp_config(offload=offload, device_type=device_type, quantization=quantization)
+        section = fsdp_config(
+            offload=offload,
+            device_type=device_type,
+            quantization=quantization,
+            reshard_after_forward=reshard_after_forward,
+        )
         config["fsdp_config"] = merge(section, overrides or {})
     if kind.in_groups:
         if world % shard_size:
@@ -83,7 +90,16 @@ def accelerate_config(
     return config
 
 
-def fsdp_config(*, offload: str, device_type: str, quantization: str | None = None) -> dict[str, Any]:
+def syncs_each_batch(recipe: Recipe) -> bool:
+    """Whether FSDP2 shards the gradients after every micro-batch. Without that, as in accelerate's no_sync, whole
+    gradients of all that is trained stay between them, in float32: little for adapters, whose many small messages are
+    spared, and too much for whole layers."""
+    return not recipe.lora or bool(recipe.lora.modules_to_save)
+
+
+def fsdp_config(
+    *, offload: str, device_type: str, quantization: str | None = None, reshard_after_forward: bool = True
+) -> dict[str, Any]:
     """The `fsdp_config` section: FSDP2, sharded block by block.
 
     There is no key for dtypes: accelerate uses `mixed_precision` for the weights AND for averaging gradients
@@ -93,7 +109,7 @@ def fsdp_config(*, offload: str, device_type: str, quantization: str | None = No
         "fsdp_version": 2,
         # No class names: accelerate uses the model's own `_no_split_modules`.
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_reshard_after_forward": True,  # ZeRO-3; false keeps what the forward pass gathered (ZeRO-2)
+        "fsdp_reshard_after_forward": reshard_after_forward,  # false keeps what the forward pass gathered (ZeRO-2)
         "fsdp_offload_params": offload == "all",
         # With SHARDED_STATE_DICT transformers' Trainer.save_model() silently writes NOTHING (trainer.py 5.23), and a
         # script ends without its model. The cost: at a checkpoint rank 0 has model and optimizer in host memory.

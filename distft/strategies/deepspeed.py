@@ -140,9 +140,9 @@ def _optimizer_and_reports() -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # bitsandbytes, Adafactor
         # Under offload too the optimizer stays as it is. With true, accelerate replaces it with DeepSpeedCPUAdam, and
         # anything but torch's AdamW (Lion, 8 bit, even a DeepSpeedCPUAdam made for AdamW) becomes Adam with COUPLED
-        # weight decay (accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed). Nothing is lost: torch's fused
-        # AdamW steps as fast on the host (50 million elements on 2 cores: 25 ms, DeepSpeedCPUAdam 35 ms, torch's plain
-        # one 330 ms), and DeepSpeed's must be compiled first, on a node with a compiler and the CUDA toolkit.
+        # weight decay (accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed). Next to nothing is lost: torch's
+        # fused AdamW is as fast as the host's memory, too (benchmarks/host_adamw.py), and DeepSpeed's must be compiled
+        # first, on a node with a compiler and the CUDA toolkit.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,  # never: metrics.jsonl has it
         "wall_clock_breakdown": False,  # true would synchronize the device in every phase

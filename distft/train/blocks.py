@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def block_classes(model: nn.Module) -> list[str]:
@@ -32,9 +34,22 @@ def sharding_blocks(prepare: Callable[..., Any]) -> Callable[..., Any]:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         model = next((found for found in objects if isinstance(found, nn.Module)), None)  # FSDP takes one
         with _shardable(plugin, model) if plugin and model is not None else contextlib.nullcontext():
-            return prepare(accelerator, *objects, **kwargs)
+            prepared = prepare(accelerator, *objects, **kwargs)
+        if plugin and model is not None:
+            gather_ahead(model)
+        return prepared
 
     return prepare_units
+
+
+def gather_ahead(model: nn.Module) -> None:
+    """Have each block ask for the next one's parameters before it computes, as FSDP2 does by itself in the backward
+    pass. It would ask when that block is called: too late on a GPU that computes a block faster than Python calls the
+    next. No more is gathered at a time."""
+    for stack in model.modules():
+        units = [block for block in stack if isinstance(block, FSDPModule)] if isinstance(stack, nn.ModuleList) else []
+        for block, following in itertools.pairwise(units):
+            block.set_modules_to_forward_prefetch([following])
 
 
 @contextlib.contextmanager

@@ -20,9 +20,10 @@ from distft.runs.directory import RunDir
 from distft.runs.stop_file import stop_asked
 from distft.train import strategy_check
 from distft.train.checkpoint import Checkpointer, Start
-from distft.train.metrics import MetricsLog, token_share, tokens_per_step
+from distft.train.metrics import MetricsLog, peak_memory, token_share, tokens_per_step
+from distft.train.offload import offload_block_inputs
 from distft.train.outcome import LossGuard, WeightsGuard
-from distft.train.ranks import largest
+from distft.train.ranks import largest, largest_of
 from distft.train.status import StatusWriter
 from distft.train.stopping import Stopping
 from distft.train.trainer import RecipeTrainer
@@ -42,11 +43,20 @@ class StopAgreement:
         self.run, self.stopping, self.watchdog, self.device = run, stopping, watchdog, device
         self.why: str | None = None
 
+    def asked(self) -> int:
+        """1 if this rank was asked to stop."""
+        return int(self.stopping.why is not None)
+
+    def agree(self, asked: int) -> None:
+        """Stop if a rank was `asked` to; the same on all of them."""
+        if self.why is None and asked:
+            self.why = self.stopping.why or stop_asked(self.run) or "another rank was asked to stop"
+
     def reached(self) -> bool:
         """The same answer on all ranks. Collective."""
         self.watchdog.alive()
-        if self.why is None and largest(int(self.stopping.why is not None), self.device):
-            self.why = self.stopping.why or stop_asked(self.run) or "another rank was asked to stop"
+        if self.why is None:
+            self.agree(largest(self.asked(), self.device))
         return self.why is not None
 
 
@@ -69,11 +79,12 @@ class RunCallback(TrainerCallback):
         self.checkpointer, self.status, self.stopping, self.watchdog = checkpointer, status, stopping, watchdog
         self.stop = StopAgreement(run, stopping, watchdog, device)
         share = token_share(plan)
-        self.metrics = MetricsLog(run.metrics if status.writes else None, device, start.position.tokens, share)
+        self.metrics = MetricsLog(run.metrics, start.position.tokens, share) if status.writes else None
         self.position = start.position
         self.step_tokens = tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
         self.eval_loss: float | None = None  # of the step that is being made
-        self.loss, self.weights = LossGuard(device), WeightsGuard(trainer)
+        self.peak_memory = 0  # bytes, the largest of any rank so far
+        self.loss, self.weights = LossGuard(), WeightsGuard(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,6 +92,10 @@ class RunCallback(TrainerCallback):
         self.stopping.training = True
         ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         ran["loading"] = "by unit" if self.trainer.weights else "from_pretrained"
+        if self.recipe.training.activation_offloading:
+            ran["offloading_blocks"] = offload_block_inputs(self.trainer.model)
+            if not ran["offloading_blocks"]:
+                raise RunError("training.activation_offloading: no block of this model is checkpointed")
         self.status.update(ran=ran)
         strategy_check.check(self.plan, ran)
         if self.start.checkpoint is not None:
@@ -96,7 +111,8 @@ class RunCallback(TrainerCallback):
         if self.stop.why:
             raise NoStepsLeft
         self.weights.start()
-        self.metrics.start_clock()
+        if self.metrics:
+            self.metrics.start_clock()
 
     def _restore(self, checkpoint: Checkpoint, state: TrainerState) -> None:
         began = time.perf_counter()
@@ -114,11 +130,15 @@ class RunCallback(TrainerCallback):
         step = state.global_step
         tokens = self.step_tokens[step - 1 - self.start.position.step]
         self.position = self.position.after(step, self.recipe.training.global_batch_size, tokens)
-        self.loss.step(step, self.trainer.step_loss())
-        if every and step % every == 0:
+        # All that ranks tell each other about a step, in one message.
+        own = [LossGuard.grade(self.trainer.step_loss()), self.stop.asked(), peak_memory()]
+        grade, asked, self.peak_memory = largest_of(own, args.device)
+        self.loss.step(step, grade)
+        self.stop.agree(asked)
+        if every and step % every == 0 and not self.stop.why:
             self.eval_loss = self._evaluate()
         self.watchdog.step()
-        if self.stop.reached():
+        if self.stop.why:
             self.watchdog.rest()
             self._save(wait=True)
             control.should_training_stop = True
@@ -130,7 +150,8 @@ class RunCallback(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:  # the summary at the end
             return
-        self.metrics.write(state.global_step, self.position.tokens, logs, self.eval_loss)
+        if self.metrics:
+            self.metrics.write(state.global_step, self.position.tokens, logs, self.peak_memory, self.eval_loss)
         self.eval_loss = None
         self.status.step(state.global_step)
 

@@ -76,7 +76,9 @@ def load_prepared(recipe: Recipe) -> Prepared:
             if not cache.is_prepared(folder):
                 _prepare(recipe, folder)
     splits = {
-        name: datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
+        # As arrays, of which a batch is made in a tenth of the time that lists take (benchmarks/batches.py): no worker
+        # processes are needed beside the rank, which a signal to all processes of a job step would kill.
+        name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy")
         for name in ("train", "eval")
         if (folder / f"{name}.arrow").is_file()
     }

@@ -16,33 +16,35 @@ import torch
 from datasets import Dataset
 
 from distft.hardware.devices import data_sheet
-from distft.train.ranks import largest
 from distft.train.sampler import StreamSampler
 
 
 class MetricsLog:
-    """Writes metrics.jsonl from the first rank, to `path`; None on the others, which take part in the reductions.
+    """Writes metrics.jsonl, to `path`.
 
     `tokens`: trained on before the first step, by all ranks. `token_share`: the part of what the GPUs can compute in a
     second that one token takes (`token_share`); None: unknown.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, tokens: int, token_share: float | None = None):
-        self.file = _Appender(path) if path is not None else None
-        self.device, self.tokens, self.token_share = device, tokens, token_share
+    def __init__(self, path: Path, tokens: int, token_share: float | None = None):
+        self.file = _Appender(path)
+        self.tokens, self.token_share = tokens, token_share
         self.clock = time.perf_counter()
 
     def start_clock(self) -> None:
         """The first step begins now."""
         self.clock = time.perf_counter()
 
-    def write(self, step: int, tokens: int, logs: dict[str, float], eval_loss: float | None) -> None:
-        """Write the line of a step. Collective.
+    def write(
+        self, step: int, tokens: int, logs: dict[str, float], peak_memory: int, eval_loss: float | None = None
+    ) -> None:
+        """Write the line of a step.
 
         Args:
             step: number of the step, from 1.
             tokens: trained on so far, by all ranks.
             logs: what transformers.Trainer logs at a step.
+            peak_memory: bytes, the largest of any rank so far.
             eval_loss: None where it was not measured.
         """
         now = time.perf_counter()
@@ -54,15 +56,14 @@ class MetricsLog:
             "learning_rate": logs["learning_rate"],
             "tokens": tokens,
             "tokens_per_second": speed,
-            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_bytes": peak_memory,
             "time": time.time(),
             "mfu": self.token_share and speed * self.token_share,
         }
         if eval_loss is not None:
             line["eval_loss"] = eval_loss
         self.clock, self.tokens = now, tokens
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(line) + "\n")
 
 
 def token_share(plan: Mapping[str, Any]) -> float | None:
@@ -103,10 +104,8 @@ def tokens_per_step(dataset: Dataset, stream: StreamSampler, global_batch_size: 
     return lengths[order].reshape(-1, global_batch_size).sum(axis=1).tolist()
 
 
-def peak_memory(device: torch.device) -> int:
-    """The largest peak of any rank so far, in bytes: the allocator's on a GPU, the process's resident set on a CPU."""
+def peak_memory() -> int:
+    """This rank's peak so far, in bytes: the allocator's on a GPU, the process's resident set on a CPU."""
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return largest(peak, device)
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

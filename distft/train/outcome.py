@@ -1,6 +1,6 @@
 """Whether a training has a result: its loss is a number, and its weights are other ones than before.
 
-Every function and method is collective, and answers or raises the same on all ranks.
+Every function and method but LossGuard's is collective, and answers or raises the same on all ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ ODD = 2654435761  # 2**32 / golden ratio (Knuth's multiplicative hash)
 class LossGuard:
     """Counts the steps whose loss is nan or infinite. It is the global batch's: a nan on one rank is everyone's."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self) -> None:
         self.kind, self.since, self.steps = "", 0, 0
 
-    def step(self, step: int, loss: float) -> None:
-        """Note a step's loss on this rank."""
-        kind = ("", "inf", "nan")[largest(0 if math.isfinite(loss) else 2 if math.isnan(loss) else 1, self.device)]
+    @staticmethod
+    def grade(loss: float) -> int:
+        """0 for a number, 1 for infinity, 2 for nan."""
+        return 0 if math.isfinite(loss) else 2 if math.isnan(loss) else 1
+
+    def step(self, step: int, grade: int) -> None:
+        """Note the worst grade of any rank's loss."""
+        kind = ("", "inf", "nan")[grade]
         if kind and not self.kind:
             self.since = step
         self.kind, self.steps = kind, self.steps + 1 if kind else 0

@@ -41,8 +41,13 @@ class RankGroup:
 
 def largest(value: int, device: torch.device) -> int:
     """The largest of all ranks' values, over the training's own connections."""
+    return largest_of([value], device)[0]
+
+
+def largest_of(values: list[int], device: torch.device) -> list[int]:
+    """Of each value, the largest of all ranks', in one message."""
     if not dist.is_initialized():
-        return value
-    found = torch.tensor(value, device=device)
+        return values
+    found = torch.tensor(values, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    return found.tolist()

@@ -27,7 +27,7 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
-from distft.train import before_training, chunked_loss, collectives, worker
+from distft.train import before_training, chunked_loss, collectives, numa, worker
 from distft.train.as_published import write_as_published
 from distft.train.auto_class import auto_class
 from distft.train.base_files import base_files, stored_quantization
@@ -64,6 +64,10 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     # accelerate's way, in which all ranks read the whole model and all but one drop it, fails for persistent buffers.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     arguments = training_arguments(recipe, plan, run, steps)
+    if torch.cuda.is_available():  # of which this rank has its own by now
+        bound = numa.bind(torch.cuda.get_device_properties(arguments.device), plan["topology"]["nproc_per_node"])
+        if bound:
+            log.info("CPUs: %s", bound)
     if KINDS[plan["strategy"]].engine == "deepspeed":
         import deepspeed
 

@@ -53,10 +53,17 @@ def _wrapper(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _fsdp(model: Any) -> tuple[str, dict[str, Any]]:
-    """Mesh, and how many modules of each class FSDP2 shards as a unit."""
-    units = Counter(type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule))
+    """Mesh, how many modules of each class FSDP2 shards as a unit, and whether these reshard after the forward pass."""
+    units: Counter[str] = Counter()
+    reshard: bool | None = None
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            units[type(module).__name__] += 1
+            for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
+                reshard = group._reshard_after_forward if reshard is None else reshard
     mesh = next(model.parameters()).device_mesh
-    return ("hsdp" if mesh.ndim == 2 else "fsdp"), {"mesh": list(mesh.shape), "units": dict(units)}
+    found = {"mesh": list(mesh.shape), "units": dict(units), "reshard_after_forward": reshard}
+    return ("hsdp" if mesh.ndim == 2 else "fsdp"), found
 
 
 def _optimizer_name(optimizer: Any) -> str:
@@ -84,7 +91,10 @@ def mismatch(planned: dict[str, Any], found: dict[str, Any]) -> str | None:
     # With one rank, ddp may or may not wrap the model: there is nothing to reduce.
     allowed = {strategy, "single"} if strategy == "ddp" and world == 1 else {strategy}
     if found["kind"] in allowed and found["world_size"] == world:
-        return None
+        asked, does = planned.get("reshard_after_forward"), found.get("reshard_after_forward")
+        if None in (asked, does) or asked == does:
+            return None
+        return f"the plan has reshard_after_forward {asked}, and the units have {does}"
     return (
         f"the plan is {strategy} on {world} ranks, but {found['kind']} ({found['wrapped']}) runs on "
         f"{found['world_size']}"

@@ -19,6 +19,7 @@ from distft.config.recipe import OWN_OPTIMIZERS, Recipe
 from distft.data.formats import IGNORE
 from distft.runs.directory import RunDir
 from distft.strategies import merge
+from distft.strategies.accelerate import syncs_each_batch
 from distft.strategies.kinds import KINDS
 from distft.train import kahan, loraplus, low_rank, muon
 from distft.train.blocks import sharding_blocks
@@ -91,9 +92,11 @@ def training_arguments(recipe: Recipe, plan: dict[str, Any], run: RunDir, max_st
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }
+    # Batches are in pinned memory (Trainer's default), so that the rank need not wait for their copy to the GPU.
+    loader: dict[str, Any] = {"non_blocking": torch.cuda.is_available()}
     if KINDS[plan["strategy"]].engine == "fsdp2":
-        # accelerate's no_sync would keep whole, unsharded gradients of all parameters between micro-batches.
-        arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        loader["gradient_accumulation_kwargs"] = {"sync_each_batch": syncs_each_batch(recipe)}
+    arguments["accelerator_config"] = loader
     return TrainingArguments(**merge(arguments, recipe.trainer.overrides))
 
 

@@ -56,6 +56,7 @@ def emulate(torch: Any) -> None:
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132, uuid="GPU-0"
     )
+    properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id = 0xFFFF, here, 0
     told = {
         "is_available": True,
         "device_count": count,

@@ -191,3 +191,4 @@ def assert_ran(result: Result, job: Job) -> None:
         assert ran["mesh"] == [2, 2]
     if strategy in ("fsdp", "hsdp"):
         assert ran["units"]["FSDPLlamaDecoderLayer"] == 2
+        assert ran["reshard_after_forward"] is ("fsdp__overrides" not in job.changes)

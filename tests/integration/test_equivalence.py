@@ -39,6 +39,7 @@ from distft.views.progress import Follower
 TOLERANCE = {"adamw_bnb_8bit": 1e-3, "paged_adamw_8bit": 1e-3}
 FOUR = ("ddp", "zero2", "zero3", "fsdp")
 NO_MASTERS = "no masters full bf16"
+KEEPS_GATHERED = {"fsdp__overrides": {"fsdp_reshard_after_forward": False}}
 LOSSES = ("dft", "eaft")  # which need not fall where a model learns
 JOBS = [
     *(Job(strategy, ranks, tuning, changes) for tuning in ("full", "lora") for strategy, ranks, changes in STRATEGIES),
@@ -46,6 +47,7 @@ JOBS = [
     *(Job(strategy, 2, "lora", {"training__gradient_checkpointing": True}) for strategy in FOUR),
     # Accumulation 4; else it is 1. Micro-batches differ in their trained tokens.
     *(Job(strategy, 2, "lora", {"training__micro_batch_size": 1}) for strategy in FOUR),
+    Job("fsdp", 2, "full", {"training__micro_batch_size": 1, **KEEPS_GATHERED}),
     *(Job(strategy, 2, "full", {"training__loss": "full"}) for strategy in ("ddp", "zero3", "fsdp")),
     *(Job(strategy, 2, "lora", {"model__attn_implementation": "varlen"}) for strategy in ("ddp", "zero3")),
     Job("fsdp", 2, "lora", {"model__attn_implementation": "varlen", "training__gradient_checkpointing": True}),

@@ -55,6 +55,8 @@ def test_trains(
     expected = trained(recipe, 2).column("loss")
     if strategy == "ddp":
         recipe["model"]["attn_implementation"] = "auto"
+    elif strategy in ("fsdp", "zero3"):
+        recipe["training"]["activation_offloading"] = True
     records = tmp_path / "records"
     own = {**gpus, "FAKE_CUDA_BACKENDS": str(records)}  # asked for, by this test's ranks alone
     done = launch(recipe, tmp_path, ranks=2, env=own)
@@ -66,6 +68,7 @@ def test_trains(
     losses = done.column("loss")
     assert losses == pytest.approx(expected, rel=1e-6)
     assert done.status["ran"]["attention"] == attention
+    assert done.status["ran"].get("offloading_blocks", 0) >= (2 if strategy in ("fsdp", "zero3") else 0)
     if strategy != "ddp":
         return
     run = RunDir(done.run_dir)

@@ -120,6 +120,7 @@ def test_axolotl_qlora(imported: Import, tmp_path: Path) -> None:
         "training.optim": "paged_adamw_32bit",
         "training.mixed_precision": "fp16",
         "training.gradient_checkpointing": True,
+        "training.activation_offloading": True,
         "training.use_liger_kernel": True,
         "training.eval_steps": 20,
         "training.report_to": ["wandb"],

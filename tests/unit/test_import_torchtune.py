@@ -55,6 +55,7 @@ metric_logger: {_component_: torchtune.training.metric_logging.WandBLogger, proj
 device: cuda
 dtype: bf16
 enable_activation_checkpointing: True
+enable_activation_offloading: True
 """
 
 
@@ -88,6 +89,7 @@ def test_torchtune(here: Path) -> None:
         "training.optim": "adamw_torch_fused",
         "training.mixed_precision": "bf16",
         "training.gradient_checkpointing": True,
+        "training.activation_offloading": True,
         "training.eval_steps": 25,
         "training.seed": 42,
         "training.report_to": ["wandb"],

@@ -179,6 +179,11 @@ def test_a_run_that_needs_less_memory_is_counted(folder: Path, counts: list[str]
     change = replan.less_memory(run)
     assert change is not None
     assert change.text == "training.micro_batch_size: 8 -> 4"
+    planned = json.loads(run.plan.read_text())
+    run.plan.write_text(json.dumps(planned | {"strategy": "fsdp", "reshard_after_forward": False}))
+    kept = replan.less_memory(run)
+    assert kept is not None
+    assert kept.text == "fsdp.overrides.fsdp_reshard_after_forward: False -> true"
     memory = json.loads(change.files["plan.json"])["memory"]
     assert memory["simulated"] is True
     assert memory["peak"] < made.memory.peak

@@ -223,7 +223,7 @@ def test_strategies_by_hand(
         folder / "recipe.yaml", [f"training.mixed_precision={precision}", "training.optim=adamw_torch"]
     )
     shards = {"ddp": 1, "hsdp": 2}.get(strategy, 4)
-    setting = Setting(strategy, offload, shard_size=shards, world_size=4, nproc_per_node=4)
+    setting = Setting(strategy, offload, shard_size=shards, world_size=4, nproc_per_node=4, micro_batch_size=16)
     zero = ZERO if strategy.startswith("zero") else None
     undivided = {"parameters": 9_600_000, "gradients": 1_600_000, "optimizer": 3_200_000}
     found = put_together(recipe, BY_HAND, undivided, STEP, setting, zero)
@@ -269,6 +269,31 @@ def test_a_tied_embedding_is_gathered_throughout() -> None:
     assert buffers["forward"] == 2 * 2_000_000 + 1_600_000
     # Two blocks, a block's gradients in 16 bit and float32; the unit, and its gradients in 16 bit.
     assert buffers["backward"] == 2 * 2_000_000 + 6 * 100_000 + 1_600_000 + 2 * 50_000
+
+
+def test_what_fsdp_keeps_from_the_forward_to_the_backward_pass() -> None:
+    """All 8.8 MB that are gathered, and beside them a unit's gather, or its gradients in 16 bit and float32."""
+    kept = share(KINDS["fsdp"], "none", 4, BY_HAND, 8.0, None, bf16=True, reshard_after_forward=False).buffers
+    whole = 8_000_000 + 2 * 400_000
+    assert kept == {
+        "forward": whole + 2_000_000,
+        "loss": whole + 1_600_000,
+        "head": whole + 6 * 50_000,
+        "backward": whole + 6 * 100_000,
+        "optimizer": 0,
+    }
+
+
+def test_whole_gradients_between_micro_batches(folder: Path) -> None:
+    """Of adapters under FSDP2: 1.6 MB in float32 beside this rank's quarter. Not where layers are trained whole."""
+    few, one = Setting("fsdp", shard_size=4, world_size=4), Setting("fsdp", shard_size=4, world_size=4)
+    one = replace(one, micro_batch_size=16)  # all of a rank's share of 64
+    saved = "lora.modules_to_save=[lm_head]"
+    found = []
+    for sets, setting in (([], few), ([], one), ([saved], few)):
+        recipe = load_recipe(folder / "recipe.yaml", [BF16, *sets])
+        found.append(put_together(recipe, BY_HAND, {"optimizer": 3_200_000}, STEP, setting, None).gradients)
+    assert found == [1_600_000 + 400_000, 400_000, 400_000]
 
 
 def test_bytes_of_a_quantized_weight_by_hand() -> None:
@@ -354,6 +379,27 @@ def test_formula_is_the_simulation_with_several_chunks(
     assert whole.peaks["loss"] > found.peaks["loss"] + 5 * 2048 * 1000
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("tuning", ["lora={}", "lora=null"])
+def test_inputs_of_blocks_in_host_memory(folder: Path, strategy: str, tuning: str) -> None:
+    from distft.simulation.simulate import simulate
+
+    sets, offloading = [BF16, tuning], "training.activation_offloading=true"
+    ranks = 1 if strategy == "ddp" else 2
+    options = {"world_size": ranks, "shard_size": ranks, "nproc_per_node": ranks, "micro_batch_size": 4}
+    setting = Setting(strategy, **options, gradient_checkpointing=True)
+    simulated = simulate(load_recipe(folder / "recipe.yaml", [*sets, offloading]), setting)
+    found, before = (estimate(folder, *sets, *more, **vars(setting)) for more in ([offloading], []))
+    for moment, peak in found.peaks.items():
+        assert 0.9875 < peak / simulated.peaks[moment] < 1.02, moment
+    width = 4 if strategy == "ddp" and tuning == "lora=null" else 2
+    inputs = width * 4 * 512 * 256  # of one of six blocks
+    # An adapter's first input is kept on the GPU: it is a leaf.
+    assert before.peaks["backward"] - found.peaks["backward"] == (4 if tuning == "lora={}" else 5) * inputs
+    for memory in (found, simulated):
+        assert memory.host_per_node - before.host_per_node == ranks * 6 * inputs
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", ["gpt2", "falcon"])
 def test_fsdp_under_autocast(folder: Path, model: str, checkpointing: bool) -> None:
@@ -431,7 +477,8 @@ def test_states_of_full_fine_tuning(folder: Path, strategy: str, expected: tuple
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
 def test_states_of_lora(folder: Path, strategy: str) -> None:
     shards = 1 if strategy == "ddp" else 2
-    found = estimate(folder, LORA, BF16, QV, strategy=strategy, world_size=2, shard_size=shards)
+    batch = "training.global_batch_size=2"
+    found = estimate(folder, LORA, BF16, QV, batch, strategy=strategy, world_size=2, shard_size=shards)
     trained, count = 6 * 8 * (256 + 256 + 256 + 64), parameters()
     assert (found.model_parameters, found.trainable_parameters) == (count, trained)
     frozen = {"ddp": 2 * count + 4 * trained, "zero2": 2 * (count + trained), "fsdp": count + 2 * trained}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -335,7 +336,8 @@ def test_speed_is_near_what_is_published(folder: Path) -> None:
 
 
 def test_communication_volumes(folder: Path) -> None:
-    sets = ("training.micro_batch_size=4", "training.global_batch_size=64", "lora=null")
+    reshard = "fsdp.overrides.fsdp_reshard_after_forward"
+    sets = ("training.micro_batch_size=4", "training.global_batch_size=64", "lora=null", f"{reshard}=true")
     sent = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
     parameters, ring = 8_030_261_248, 15 / 16  # gradients travel in float32, weights in 16 bit
     assert sent["ddp"] == pytest.approx(2 * 4 * parameters * ring, rel=1e-6)
@@ -343,11 +345,33 @@ def test_communication_volumes(folder: Path) -> None:
     assert sent["zero3"] == sent["fsdp"] == pytest.approx((2 * 2 + 4) * parameters * ring, rel=1e-6)
     assert sent["hsdp"] == pytest.approx((8 * 7 / 8 + 2 * 4 / 8 / 2) * parameters, rel=1e-6)
     # With two micro-batches DDP and ZeRO-1 still reduce once, ZeRO-2 twice; ZeRO-3 also gathers twice as often.
-    sets = (*sets[:1], "training.global_batch_size=128", "lora=null")
+    sets = (*sets[:1], "training.global_batch_size=128", *sets[2:])
     twice = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
     assert (twice["ddp"], twice["zero1"]) == (sent["ddp"], sent["zero1"])
     assert twice["zero2"] == pytest.approx((2 * 2 * 4 + 2) * parameters * ring, rel=1e-6)
     assert (twice["zero3"], twice["hsdp"]) == (2 * sent["zero3"], 2 * sent["hsdp"])
+    # What stays gathered from the forward pass on is gathered once; adapters are reduced after the last micro-batch.
+    sets = (*sets[:3], f"{reshard}=false")
+    once = {c.name: c.speed.communication.bytes_per_step for c in plan(folder, "8b", 2, 8, "h100", *sets).candidates}
+    assert once["fsdp"] == pytest.approx(2 * (2 + 4) * parameters * ring, rel=1e-6)
+    sets = (*sets[:2], f"{reshard}=true")
+    adapters = plan(folder, "8b", 2, 8, "h100", *sets, "parallelism.strategy=fsdp")
+    trained = adapters.model.trainable_parameters
+    gathered = 2 * (parameters + trained)
+    assert adapters.speed.communication.bytes_per_step == pytest.approx((4 * gathered + 4 * trained) * ring, rel=1e-6)
+
+
+def test_parameters_stay_gathered_where_the_network_is_slow(folder: Path) -> None:
+    """Eight nodes with 5 GB/s: gathered once for each micro-batch, not twice, beside checkpointed activations."""
+    found = plan(folder, "8b", 8, 8, "h100", "lora=null", "parallelism.strategy=fsdp", bandwidth=5.0)
+    assert found.chosen.setting.reshard_after_forward is found.reshard_after_forward is False
+    assert plan_json(found, "8b")["reshard_after_forward"] is False
+    said = next(reason for reason in found.reasons if reason.startswith("fsdp_reshard_after_forward off"))
+    with_it, without = (float(word) for word in re.findall(r"[\d.]+", said)[-2:])
+    assert with_it < 0.95 * without
+    fast = plan(folder, "70b", 4, 8, "h100", "lora=null", "parallelism.strategy=fsdp")
+    assert plan_json(fast, "70b")["reshard_after_forward"] is True  # 141 GB stay on no GPU
+    assert plan_json(plan(folder, "8b", 1, 8, "h100"), "8b")["reshard_after_forward"] is None  # ddp
 
 
 def test_the_plan_takes_the_same_work_at_any_world_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,9 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FSDP, **INT8}, Z2),
         ({"strategy": "hsdp", "nodes": 2, **INT8}, {"strategy": "zero1"}),
     ],
+    "activation-offloading-needs-checkpointing": [
+        ({"training__activation_offloading": True, "checkpointing": False}, {"checkpointing": True})
+    ],
     "train-only-needs-no-lora": [(PART, {"lora": None})],
     "train-only-needs-plain-checkpointing": [
         ({**PART, "lora": None, "trainer": over(gradient_checkpointing_kwargs=REENTRANT)}, {"checkpointing": False})
@@ -644,6 +647,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FSDP, "nodes": 2, "bandwidth": 12.5}, {"lora": None}),
     ],
     "offload-costs-memory-under-zero3-with-nf4": [({**Z3, **QLORA, "offload": "all"}, {"offload": "none"})],
+    "plain-adamw-steps-slowly-on-the-host": [
+        ({**Z2, "offload": "optimizer", "training__optim": "adamw_torch"}, {"offload": "none"}),
+        ({**Z2, "offload": "optimizer", "training__optim": "adamw_torch"}, {"training__optim": "adamw_torch_fused"}),
+    ],
     "adapters-have-little-to-offload": [
         ({**Z2, "offload": "optimizer"}, {"offload": "none"}),
         ({**Z2, "offload": "optimizer"}, {"lora": None}),
@@ -898,7 +905,8 @@ recipe = group(
     data=group(packs=True, max_length=2048),
     training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
                    train_only=[], loss_type="nll", optim_args=None, optim_target_modules="all-linear",
-                   micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8, is_pure_bf16=False),
+                   micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8, is_pure_bf16=False,
+                   activation_offloading=False),
     parallelism=group(strategy="zero3", hsdp_shard_size="auto"),
     deepspeed=group(overrides={}), fsdp=group(overrides={}), trainer=group(overrides={}),
     optim="adamw_torch", low_rank=None)

@@ -368,11 +368,11 @@ def test_ranks_with_the_same_range_share_its_writing() -> None:
 
 
 def test_speed_counts_the_tokens_since_the_last_line(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", torch.device("cpu"), tokens=700, token_share=1e-4)
+    log = MetricsLog(tmp_path / "metrics.jsonl", tokens=700, token_share=1e-4)
     logs = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3}
     for step, tokens in ((5, 1700), (6, 1900)):
         log.clock = time.perf_counter() - 2
-        log.write(step, tokens, logs, eval_loss=None if step == 5 else 3.0)
+        log.write(step, tokens, logs, peak_memory=1, eval_loss=None if step == 5 else 3.0)
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["tokens_per_second"] == pytest.approx(1000 / 2, rel=0.05)
     assert second["tokens_per_second"] == pytest.approx(200 / 2, rel=0.05)

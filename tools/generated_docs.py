@@ -84,6 +84,7 @@ training:
   mixed_precision: bf16
   master_weights: float32
   gradient_checkpointing: auto        # only if needed to fit
+  activation_offloading: false        # block inputs wait in host memory: longer rows
   use_liger_kernel: false
   eval_steps: 100
   seed: 42

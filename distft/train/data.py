@@ -76,9 +76,7 @@ def load_prepared(recipe: Recipe) -> Prepared:
             if not cache.is_prepared(folder):
                 _prepare(recipe, folder)
     splits = {
-        # As arrays, of which a batch is made in a tenth of the time that lists take (benchmarks/batches.py): no worker
-        # processes are needed beside the rank, which a signal to all processes of a job step would kill.
-        name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy")
+        name: datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
         for name in ("train", "eval")
         if (folder / f"{name}.arrow").is_file()
     }

@@ -244,7 +244,7 @@ def offloaded_inputs(recipe: Recipe, sizes: Sizes, setting: Setting, length: int
     what passes from block to block in the dtype of the embeddings: float32 where these are trained."""
     if not recipe.training.activation_offloading:
         return 0
-    wide = setting.kind.dtype_regime == "autocast" and recipe.lora is None
+    wide = setting.kind.regime(recipe.training.is_pure_bf16) == "autocast" and recipe.lora is None
     tokens = setting.micro_batch_size * (length or recipe.data.max_length)
     return (4 if wide else sizes.low) * tokens * sizes.block_inputs
 

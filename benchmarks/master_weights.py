@@ -1,6 +1,6 @@
 """What training.master_weights: none costs: held-out losses of full fine-tuning, and what optimizers lose in bf16.
 
-    python benchmarks/master_weights.py [losses] [accumulation] [optimizers] [--steps 300] [--quickstart DIR] [--json]
+    python benchmarks/master_weights.py [losses] [accumulation] [optimizers] [--quickstart DIR] [--json]
 
 `losses` and `accumulation` train all weights of the quickstart's base model on its signatures, in one process: the rows
 and the loss are distft's, in a plain loop, so that torch's AdamW can step bf16 weights as well, which no recipe asks
@@ -30,7 +30,7 @@ from distft.train.data import load_prepared
 from distft.train.kahan import KahanAdamW
 from distft.train.losses import summed_loss
 
-RATES = (1e-5, 2e-5, 2e-4, 2e-3)
+RATES = (1e-5, 2e-5, 2e-4, 1e-3)
 KINDS = ("float32 masters", "none (Kahan)", "torch's AdamW in bf16")
 SIZE = 20_000
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids, labels, positions
@@ -39,10 +39,10 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids, labels, positions
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help="of losses, accumulation and optimizers; default: all")
-    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--quickstart", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the model is small
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         for section in options.sections or ("optimizers", "losses", "accumulation"):
@@ -50,7 +50,7 @@ def main() -> None:
                 found[section] = optimizers()
                 continue
             folder = options.quickstart or made(Path(name) / "quickstart")
-            found[section] = losses(folder, options.steps) if section == "losses" else accumulation(folder)
+            found[section] = losses(folder) if section == "losses" else accumulation(folder)
     if options.json:
         print(json.dumps(found))
 
@@ -64,7 +64,7 @@ def made(folder: Path) -> Path:
 # ---- real training
 
 
-def losses(folder: Path, steps: int) -> list[dict[str, Any]]:
+def losses(folder: Path, steps: int = 300) -> list[dict[str, Any]]:
     rows, held_out = prepared(folder)
     print(f"\nheld-out loss after {steps} steps of 8 rows\n{'rate':>8}" + "".join(f"{kind:>24}" for kind in KINDS))
     table = []

@@ -180,7 +180,10 @@ def _plan(run: RunDir, recipe: Recipe) -> list[tuple[str, object]]:
         ("strategy", f"{plan['strategy']}{offload}"),
         ("nodes × ranks", f"{topology['nnodes']} × {topology['nproc_per_node']} ({topology['gpu'] or 'CPU'})"),
         ("global batch", f"{batch['global_batch_size']} = {parts} × {topology['world_size']} ranks"),
-        ("mixed precision", recipe.training.mixed_precision),
+        (
+            "mixed precision",
+            recipe.training.mixed_precision + " without float32 masters" * recipe.training.is_pure_bf16,
+        ),
         ("gradient checkpointing", "yes" if plan["gradient_checkpointing"] else "no"),
     ]
 

@@ -33,10 +33,11 @@ def gpus(shared: Path) -> dict[str, str]:
     [
         ("ddp", "nccl", {}),
         ("fsdp", "cuda:nccl,cpu:gloo", {"lora": None}),
+        ("fsdp", "cuda:nccl,cpu:gloo", {"lora": None, "training__master_weights": "none"}),
         ("zero3", "nccl", {}),
         ("zero2", "nccl", {"model__quantization": "nf4"}),
     ],
-    ids=["ddp", "fsdp", "zero3", "nf4-zero2"],
+    ids=["ddp", "fsdp", "fsdp-no-masters", "zero3", "nf4-zero2"],
 )
 def test_trains(
     tiny: Tiny,

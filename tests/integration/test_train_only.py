@@ -61,10 +61,15 @@ def test_all_is_another(runs: Callable[[Job], Result]) -> None:
     assert part != pytest.approx(whole, abs=FP32)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
-def test_in_16_bit_the_rest_is_the_base(runs: Callable[[Job], Result], tiny: Tiny, strategy: str) -> None:
+IN_BF16 = [Job(strategy, 2, "part full bf16") for strategy in ("ddp", "zero2", "zero3", "fsdp")]
+IN_BF16 += [Job(strategy, 2, "no masters part full bf16") for strategy in ("ddp", "fsdp")]
+
+
+@pytest.mark.parametrize("job", IN_BF16, ids=str)
+def test_in_16_bit_the_rest_is_the_base(runs: Callable[[Job], Result], tiny: Tiny, job: Job) -> None:
     """Frozen weights are held in bf16, and the base has float32 ones."""
-    result, reference = runs(Job(strategy, 2, "part full bf16")), runs(alone("part full"))
+    result, reference = runs(job), runs(alone("part full"))
+    assert_ran(result, job)
     assert result.column("loss") == pytest.approx(reference.column("loss"), abs=2e-2)
     assert_rest_is_the_base(RunDir(result.run_dir), tiny.path / "model")
 

@@ -58,6 +58,7 @@ def parse(text: str) -> Iterator[Row]:
                 "global_batch_size": (1 if "peak" in extra else 2) * micro * int(ranks),
                 "master_weights": extra.get("masters", "float32"),
                 "optim": extra.get("optim", "adamw_torch_fused"),
+                "compile": "compile" in extra,
                 "loss": "full" if "peak" in extra else "chunked",  # published rows are from before chunks
             },
         }

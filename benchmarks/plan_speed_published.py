@@ -5,7 +5,7 @@
 NeMo Automodel's performance summary (H100, LoRA, rows of 4,096, micro-batch 2, global batch 32; 70B and 32B also split
 each layer over 2 GPUs), torchtitan's llama3 8B (H100, full, selective checkpointing, of which distft has none: without
 checkpointing), torchtune's README (A100, packed rows of 4,096; its QLoRA and LoRA rows train with checkpointing, a loss
-in chunks and offloaded activations, and compile). distft does not compile: such rows show what that is worth.
+in chunks and offloaded activations, and compile).
 planner/speed.py takes its constants from some of these rows.
 """
 

@@ -86,6 +86,7 @@ training:
   gradient_checkpointing: auto        # only if needed to fit
   activation_offloading: false        # block inputs wait in host memory: longer rows
   use_liger_kernel: false
+  compile: false                      # or true: torch.compile, block by block
   eval_steps: 100
   seed: 42
   report_to: [tensorboard]

@@ -1,8 +1,8 @@
-"""`distft launch` on one GPU: the default path beside each of its switches turned off, as JSON.
+"""`distft launch` on one GPU: the default path beside each of its switches turned off, and compiled, as JSON.
 
     python benchmarks/gpu/check.py
 
-Needs one CUDA GPU, the `train` extra, 20 GB of disk (--folder) and under 8 minutes; no download: the model has the
+Needs one CUDA GPU, the `train` extra, 20 GB of disk (--folder) and under 10 minutes; no download: the model has the
 shape of Llama-3-8B and random weights. First losses of a small model are compared, with the CPU's and with each other.
 Then each row is a run: what it ran with, tokens/s, the peak beside the plan's, and what nvidia-smi saw while it loaded,
 trained and saved.
@@ -42,6 +42,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "not packed": ("data.packing=false",),
     "checkpointing": ("training.gradient_checkpointing=true",),
     "nf4": ("model.quantization=nf4",),
+    "compiled": ("training.compile=true",),  # the one that is turned on
 }
 # Losses that have to be equal: name, overrides of either side, whether the first is on the CPU, tolerance. In float32
 # SDPA's kernels differ in the order of their sums alone; bf16 has 8 bits.
@@ -52,6 +53,7 @@ EQUAL: tuple[tuple[str, tuple[str, ...], tuple[str, ...], bool, float], ...] = (
     ("GPU and CPU, float32, full", (*FLOAT32, "lora=null"), (*FLOAT32, "lora=null"), True, 1e-3),
     ("auto and sdpa, bf16", (*BF16, "model.attn_implementation=sdpa"), BF16, False, 2e-2),
     ("chunked and full loss, bf16", (*BF16, "training.loss=full"), BF16, False, 2e-2),
+    ("compiled and not, bf16", BF16, (*BF16, "training.compile=true"), False, 2e-2),
     ("zero3 with offload and ddp", FLOAT32, (*FLOAT32, "parallelism={strategy: zero3, offload: all}"), False, 1e-3),
 )
 
@@ -61,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/gpu-NAME-DATE.json)")
     parser.add_argument("--folder", type=Path, help="where model and runs are written (default: a temporary folder)")
-    parser.add_argument("--budget-seconds", type=float, default=470, help="what would begin later is skipped")
+    parser.add_argument("--budget-seconds", type=float, default=590, help="what would begin later is skipped")
     parser.add_argument("--tiny", action="store_true", help="a toy model, on the CPU where there is no GPU")
     parser.add_argument("--only", default="", help="rows and comparisons with this word in their name")
     options = parser.parse_args()

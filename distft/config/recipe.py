@@ -416,6 +416,10 @@ class Training(Group):
     use_liger_kernel: bool = False
     """Use the fused kernels of liger-kernel (needs a CUDA GPU and the package)."""
 
+    compile: bool = False
+    """Compile each block of the model with torch.compile: faster steps on GPUs, after a first one that takes longer, up
+    to minutes. Not under zero3. Each node needs a compiler: gcc and Triton on GPUs, g++ on CPU ranks."""
+
     eval_steps: PositiveInt | None = None
     """Steps between measurements of the eval loss, besides those before and after training."""
 

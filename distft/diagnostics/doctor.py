@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from datetime import timedelta
@@ -166,6 +167,20 @@ def bitsandbytes() -> Verdict | None:
     return "ok", f"bitsandbytes {bnb.__version__}: NF4 and 8-bit AdamW on {device}"
 
 
+def compiler() -> Verdict:
+    """Look for what training.compile needs: on GPUs Triton and a C compiler, else a C++ compiler."""
+    if _device() == "cpu":
+        need = {"g++": [os.environ.get("CXX", "g++")]}
+    else:
+        need = {"gcc": [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]}
+    missing = [name for name, commands in need.items() if not any(map(shutil.which, commands))]
+    if _device() != "cpu" and importlib.util.find_spec("triton") is None:
+        missing.append("triton")
+    if missing:
+        return "absent", f"{' and '.join(missing)} not found: training.compile: true cannot be used"
+    return "ok", f"training.compile: {' and '.join(need)} found"
+
+
 def all_reduce() -> Verdict:
     """All-reduce in a group of this process alone, over NCCL or gloo."""
     import torch
@@ -194,6 +209,7 @@ CHECKS: dict[str, Callable[[], Verdict | None]] = {
     "products": products,
     "flash-attn": flash_attention,
     "bitsandbytes": bitsandbytes,
+    "compiler": compiler,
     "all-reduce": all_reduce,
 }
 

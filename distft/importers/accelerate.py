@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distft.importers import common
 from distft.importers.options import Options
 from distft.importers.sharding import SPLIT, read_deepspeed, read_deepspeed_options, read_fsdp, set_strategy
 from distft.importers.tables import table
@@ -91,6 +92,9 @@ def read(options: Options) -> None:
             parallelism.drop(name, SPLIT)
         else:
             parallelism.drop(name, "parallelism.strategy says it")
+    dynamo = options.data.get("dynamo_config")
+    if isinstance(dynamo, dict) and str(dynamo.get("dynamo_backend")).lower() == "inductor":
+        common.compiled(options.group("dynamo_config"), "dynamo_backend")
     table("accelerate").apply(options)
     options.finish((), NAME)
 

@@ -82,6 +82,7 @@ def read(options: Options, defaults: dict[str, Any], shared: dict[str, int] | No
     _fsdp(options)
     if folder := options.text("output_dir"):
         options.set("output_dir", "output_dir", folder)
+    _compile(options)
     for name in ("arguments", "logging"):
         table(name).apply(options)
 
@@ -109,6 +110,13 @@ def _precision(options: Options, default: str) -> None:
     else:
         options.draft.default("training.mixed_precision", default, "bf16")
     common.tf32(options)
+
+
+def _compile(options: Options) -> None:
+    """A backend or a mode turns it on, too (training_args.py, __post_init__)."""
+    given = [n for n in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if options.is_on(n)]
+    if given and options.data.get("torch_compile_backend") in (None, "inductor"):
+        common.compiled(options, given[0])
 
 
 def _checkpoints(options: Options) -> None:

@@ -42,6 +42,8 @@ def read(options: Options) -> None:
     _parallelism(options)
     _weights(options)
     _plugins(options)
+    if options.is_on("torch_compile") and options.data.get("torch_compile_backend") in (None, "inductor"):
+        common.compiled(options, "torch_compile")
     for name in ("axolotl", "logging"):
         table(name).apply(options)
     options.finish(_LEGACY_ATTENTION, NAME)

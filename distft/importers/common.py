@@ -151,6 +151,16 @@ def tf32(options: Options) -> None:
         options.drop("tf32", "affects products of float32 matrices only, and training is in mixed precision")
 
 
+def compiled(options: Options, name: str) -> None:
+    """An option that turns torch.compile on, with inductor. Call it once the strategy is known. What else it may say,
+    and the options beside it, are left for the table of the tool: they affect speed only."""
+    if options.draft.fields.get("parallelism.strategy") == "zero3":
+        options.drop(name, f"{SPEED}; training.compile does not work under zero3")
+    else:
+        options.set("training.compile", name, True)
+    options.taken.add(name)
+
+
 def model_class(options: Options, name: str) -> None:
     value = options.text(name)
     if value is None:

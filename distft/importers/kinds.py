@@ -182,9 +182,10 @@ def _launcher(draft: Draft, options: Mapping[str, Any]) -> None:
     part = Draft("accelerate", path, draft.target)
     data = accelerate.config_of(said, config)
     accelerate.read(Options(part, data))
-    draft.fields |= {name: value for name, value in part.fields.items() if name.startswith("parallelism.")}
+    said_here = ("parallelism.", "training.compile")
+    draft.fields |= {name: value for name, value in part.fields.items() if name.startswith(said_here)}
     for item in part.mapped:
-        if item.field is None or item.field.startswith("parallelism."):
+        if item.field is None or item.field.startswith(said_here):
             draft.mapped.append(item)
         else:
             draft.dropped.append(Left(item.option, item.value, "TRL's own arguments go before it", item.line))

@@ -89,6 +89,9 @@ def read(options: Options) -> None:
     _data(options)
     _training(options)
     _parallelism(options)
+    parts = options.data.get("compile")
+    if options.is_on("compile") and (not isinstance(parts, dict) or parts.get("model", True)):
+        common.compiled(options, "compile")
     if logger := _component(options.group("metric_logger")):
         tracker = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "CometLogger": "comet_ml"}
         if name := tracker.get(logger.rpartition(".")[2]):

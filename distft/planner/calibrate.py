@@ -13,7 +13,8 @@ from distft.runs.measured import measured, planned
 
 
 def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
-    """FLOP/s of a rank in an earlier run, including what gradient checkpointing repeats.
+    """FLOP/s of a rank in an earlier run, including what gradient checkpointing repeats; of one that was compiled, as
+    if it had not been.
 
     Args:
         word: a run directory, or a run's name in `runs_dir`.
@@ -39,8 +40,9 @@ def flops_per_second(word: str, runs_dir: str, gpu: str | None) -> float:
         )
     # This includes communication: a plan for another world size adds its own to it, and errs on the slow side.
     per_rank = found.tokens_per_second / plan["topology"]["world_size"]
-    lora = validate(load_yaml(run.recipe, Recipe)).lora is not None
-    return float(per_rank * per_token * speed.checkpointing_factor(lora, plan["gradient_checkpointing"]))
+    recipe = validate(load_yaml(run.recipe, Recipe))
+    again = speed.checkpointing_factor(recipe.lora is not None, plan["gradient_checkpointing"])
+    return float(per_rank * per_token * again / (speed.compiled_factor(recipe) if known_gpu(there or "") else 1.0))
 
 
 def _usual_name(gpu: str | None) -> str | None:

@@ -176,6 +176,11 @@ def make_plan(
         if best is None:
             raise PlanError("\n".join(candidates[0].broken))
         chosen = best
+    if recipe.training.compile:
+        reasons.append("training.compile: each block is compiled, in the first step, which takes minutes for it")
+        warnings.append(
+            "training.compile: the memory is that of a step that is not compiled, which as a rule keeps more"
+        )
     if counted:
         if recipe.training.use_liger_kernel:
             warnings.append("training.use_liger_kernel: the simulation runs transformers' own kernels, which keep more")

@@ -355,3 +355,15 @@ def adapters_gain_little_from_8_bit(case: RecipeCase) -> str | None:
         return None
     saved = 6 * case.model.trainable_parameters / GIB
     return f"training.optim: {case.optim} saves {saved:.2f} GiB for an adapter" if saved < 0.5 else None
+
+
+@rule(
+    "training.compile with training.use_liger_kernel",
+    "distft/train/compiled.py: tried on CPU ranks, where Liger has no kernels",
+    "compare the first losses with those of a run without one of them",
+    kind="warning",
+)
+def compile_was_not_tried_with_liger(case: RecipeCase) -> str | None:
+    """Both replace a block's norms and activations with fused kernels; nobody has seen them together here."""
+    both = case.recipe.training.compile and case.recipe.training.use_liger_kernel
+    return "training.compile: was not tried with training.use_liger_kernel" if both else None

@@ -17,6 +17,10 @@ def is_muon(case: RecipeCase) -> bool:
     return case.optim == "muon"
 
 
+def compiles(case: RecipeCase) -> bool:
+    return case.recipe.training.compile
+
+
 def is_low_rank(case: RecipeCase) -> bool:
     return case.recipe.low_rank is not None
 
@@ -456,6 +460,40 @@ def new_flash_attention_has_no_dropout(case: RecipeCase) -> str | None:
     without it."""
     if case.attention in FLASH and not case.flash.dropout and has_dropout(case.whole_config):
         return f"model.attn_implementation: {case.attention} has no dropout, and config.json asks for it in attention"
+    return None
+
+
+@rule(
+    "training.compile under zero3",
+    "seen with deepspeed 0.19.8 and torch 2.13: dynamo traces the hooks of runtime/zero/parameter_offload.py (hit "
+    "config.recompile_limit, function: 'wrapped_fn'); a first step of two tiny blocks took over two minutes",
+    "use fsdp, or training.compile: false",
+)
+def compile_is_not_for_zero3(case: RecipeCase) -> str | None:
+    """ZeRO-3 gathers the weights of every single layer in hooks inside of a block: what lies between two of them is
+    one layer, with nothing to fuse, and torch's compiler compiles the hooks themselves again and again until it gives
+    up. FSDP2 gathers a block at a time, outside of what is compiled.
+    """
+    return f"training.compile: does not work under {case.strategy}" if compiles(case) and case.zero_stage == 3 else None
+
+
+@rule(
+    "training.compile with nf4 under fsdp or hsdp, or with int8 and gradient checkpointing",
+    "seen with bitsandbytes 0.50.2 and torch 2.13: Failed to mutate tensor data attribute (nn/modules.py, "
+    "Params4bit.__new__): 73 graph breaks in two tiny blocks, and no graph at all with gradient checkpointing",
+    "use ddp, zero1 or zero2 for nf4; training.gradient_checkpointing: false for int8; or training.compile: false",
+)
+def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
+    """A quantized layer makes a new parameter of the weight that FSDP2 has gathered for it, which torch's compiler
+    cannot trace: each layer ends the graph. With gradient checkpointing, where a block has to be one graph, the block
+    then runs uncompiled. So it does for int8, whose layers change their state.
+    """
+    if not compiles(case):
+        return None
+    if case.quantization == "nf4" and case.fsdp:
+        return f"training.compile: cannot trace nf4 layers under {case.strategy}"
+    if case.quantization == "int8" and case.gradient_checkpointing:
+        return "training.compile: cannot trace int8 layers with gradient checkpointing"
     return None
 
 

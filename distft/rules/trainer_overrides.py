@@ -58,6 +58,9 @@ PLANNED = {
     "use_cache": "nothing: training needs no cache of keys and values, which the plan does not count",
     "remove_unused_columns": "nothing: the rows have exactly what is needed",
     "report_to": "training.report_to",
+    "torch_compile": "training.compile",
+    "torch_compile_backend": "training.compile",
+    "torch_compile_mode": "training.compile",
 }
 
 

@@ -17,8 +17,9 @@ from distft.config.recipe import Recipe
 from distft.errors import RunError
 from distft.runs.checkpoints import Checkpoint
 from distft.runs.directory import RunDir
+from distft.runs.status import read_status
 from distft.runs.stop_file import stop_asked
-from distft.train import strategy_check
+from distft.train import compiled, strategy_check
 from distft.train.checkpoint import Checkpointer, Start
 from distft.train.metrics import MetricsLog, peak_memory, token_share, tokens_per_step
 from distft.train.offload import offload_block_inputs
@@ -82,7 +83,9 @@ class RunCallback(TrainerCallback):
         self.metrics = MetricsLog(run.metrics, start.position.tokens, share) if status.writes else None
         self.position = start.position
         self.step_tokens = tokens_per_step(trainer.train_dataset, trainer.stream, recipe.training.global_batch_size)
+        self.ran: dict[str, Any] = {}
         self.eval_loss: float | None = None  # of the step that is being made
+        self.compilation = compiled.Compilation(device) if recipe.training.compile else None
         self.peak_memory = 0  # bytes, the largest of any rank so far
         self.loss, self.weights = LossGuard(), WeightsGuard(trainer)
 
@@ -98,12 +101,16 @@ class RunCallback(TrainerCallback):
                 raise RunError("training.activation_offloading: no block of this model is checkpointed")
         self.status.update(ran=ran)
         strategy_check.check(self.plan, ran)
+        if self.compilation:
+            log.info("compiling the blocks (%d of them), which takes until the end of the first step", ran["compiled"])
         if self.start.checkpoint is not None:
             self._restore(self.start.checkpoint, state)
-        why = self.trainer.check_chunks() if self.trainer.chunked else None
+        with compiled.eagerly():  # of a few tokens: not worth a graph
+            why = self.trainer.check_chunks() if self.trainer.chunked else None
         if why is not None and self.status.writes:
             log.warning("loss: full (%s)", why)
-        self.status.update(ran=ran | {"loss": "chunked" if self.trainer.chunked else "full"})
+        self.ran = ran | {"loss": "chunked" if self.trainer.chunked else "full"}
+        self.status.update(ran=self.ran)
         if state.global_step >= state.max_steps:
             raise NoStepsLeft
         if self.start.checkpoint is None and (loss := self._evaluate()) is not None:
@@ -111,6 +118,8 @@ class RunCallback(TrainerCallback):
         if self.stop.why:
             raise NoStepsLeft
         self.weights.start()
+        if self.compilation:
+            self.compilation.begin()
         if self.metrics:
             self.metrics.start_clock()
 
@@ -134,6 +143,8 @@ class RunCallback(TrainerCallback):
         own = [LossGuard.grade(self.trainer.step_loss()), self.stop.asked(), peak_memory()]
         grade, asked, self.peak_memory = largest_of(own, args.device)
         self.loss.step(step, grade)
+        if self.compilation:
+            self._check_compilation(self.compilation, first=step == self.start.position.step + 1)
         self.stop.agree(asked)
         if every and step % every == 0 and not self.stop.why:
             self.eval_loss = self._evaluate()
@@ -145,6 +156,14 @@ class RunCallback(TrainerCallback):
         elif save_steps and step % save_steps == 0:
             self._save(alive=self.watchdog.alive)
             self.watchdog.alive()
+
+    def _check_compilation(self, compilation: compiled.Compilation, first: bool) -> None:
+        if first:
+            self.ran |= {"first_step_seconds": compilation.check(), **compilation.found()}
+            self.status.update(ran=self.ran)
+        if (problem := compilation.problem()) and self.status.writes:
+            log.warning("warning: %s", problem)
+            self.status.update(warnings=[*read_status(self.checkpointer.run).warnings, problem])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]

@@ -27,7 +27,7 @@ from distft.runs.directory import RunDir
 from distft.runs.metrics import cut_metrics
 from distft.runs.status import State, read_status
 from distft.strategies.kinds import KINDS
-from distft.train import before_training, chunked_loss, collectives, numa, worker
+from distft.train import before_training, chunked_loss, collectives, compiled, numa, worker
 from distft.train.as_published import write_as_published
 from distft.train.auto_class import auto_class
 from distft.train.base_files import base_files, stored_quantization
@@ -63,6 +63,8 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     collectives.record(str(run.logs / "collectives-rank-"))
     # accelerate's way, in which all ranks read the whole model and all but one drop it, fails for persistent buffers.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if recipe.training.compile:
+        compiled.check_compiler()
     arguments = training_arguments(recipe, plan, run, steps)
     if torch.cuda.is_available():  # of which this rank has its own by now
         bound = numa.bind(torch.cuda.get_device_properties(arguments.device), plan["topology"]["nproc_per_node"])
@@ -116,6 +118,9 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     # As arrays, of which a batch is made in a tenth of the time that lists take (benchmarks/batches.py): no worker
     # processes are needed beside the rank, which a signal to all processes of a job step would kill.
     train_rows, eval_rows = (rows and rows.with_format("numpy") for rows in (prepared.train, prepared.eval))
+    chunked = chunked_loss.use(recipe, model, plan["strategy"])
+    if recipe.training.compile:
+        compiled.compile_blocks(model)
     trainer = RecipeTrainer(
         stream=_stream(recipe, prepared, start.position, steps),
         model=model,
@@ -123,10 +128,15 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         loss_type=recipe.training.loss_type,
-        chunked=chunked_loss.use(recipe, model, plan["strategy"]),
+        chunked=chunked,
         recipe=recipe,
         weights=weights,
-        data_collator=Collator(tokenizer.pad_token_id, recipe.data.packs, attention in UNPADDED),
+        data_collator=Collator(
+            tokenizer.pad_token_id,
+            recipe.data.packs,
+            attention in UNPADDED,
+            bounds=recipe.training.compile and compiled.takes_bounds(model),
+        ),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

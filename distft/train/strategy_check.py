@@ -13,8 +13,8 @@ from distft.errors import RunError
 
 
 def describe(model: Any, optimizer: Any = None) -> dict[str, Any]:
-    """What runs, for status.json: wrapper and its details, optimizer, attention, gradient checkpointing, backend, world
-    size.
+    """What runs, for status.json: wrapper and its details, optimizer, attention, gradient checkpointing, how many
+    modules are compiled by themselves, backend, world size.
 
     `optimizer` is None where a user's script has not shown it.
     """
@@ -27,6 +27,7 @@ def describe(model: Any, optimizer: Any = None) -> dict[str, Any]:
         **({"optimizer": _optimizer_name(optimizer)} if optimizer is not None else {}),
         "attention": next((name for module in model.modules() if (name := _attention(module))), None),
         "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        "compiled": sum(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()),
         "world_size": dist.get_world_size() if initialized else 1,
         "backend": dist.get_backend() if initialized else None,
     }

@@ -21,7 +21,7 @@ from distft.runs.directory import RunDir
 from distft.strategies import merge
 from distft.strategies.accelerate import syncs_each_batch
 from distft.strategies.kinds import KINDS
-from distft.train import kahan, loraplus, low_rank, muon
+from distft.train import kahan, loraplus, low_rank, muon, varlen
 from distft.train.blocks import sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
@@ -37,19 +37,25 @@ class Collator:
 
     FlashAttention and varlen take one long row and the documents' bounds. SDPA takes rows whose position ids restart at
     each document, without an attention mask: transformers then keeps the documents apart (masking_utils.py,
-    find_packed_sequence_indices).
+    find_packed_sequence_indices). With `bounds`, a row's are found here, for compiled blocks, under the names that
+    transformers has for FlashAttention.
     """
 
-    def __init__(self, pad_token_id: int, packing: bool, unpadded: bool):
-        self.keeps_rows_apart = packing and not unpadded
+    def __init__(self, pad_token_id: int, packing: bool, unpadded: bool, bounds: bool = False):
+        self.keeps_rows_apart, self.bounds = packing and not unpadded, bounds and unpadded
         self.base = DataCollatorForLanguageModeling(
             pad_token_id=pad_token_id, padding_free=unpadded, return_position_ids=self.keeps_rows_apart
         )
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.base(rows)
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.base(rows)
         if self.keeps_rows_apart:
             del batch["attention_mask"]
+        if self.bounds:
+            bounds = varlen.bounds_of(batch["position_ids"].reshape(-1))
+            longest = int(bounds.diff().max())
+            batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+            batch |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
         return batch
 
 

@@ -52,9 +52,15 @@ def attend(
     position_ids: torch.Tensor | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query (rows, heads, tokens, size), key and value with as many heads or fewer.
+
+    Args:
+        cu_seq_lens_q, max_length_q: the documents' bounds and the longest one, of a single row. Compiled blocks need
+            them (train/trainer.py, Collator): to find them here would end the graph.
 
     Returns:
         (rows, tokens, heads, size of a value), and no scores.
@@ -68,13 +74,16 @@ def attend(
     if position_ids is None or position_ids.dim() != 2:
         raise RuntimeError("model.attn_implementation: varlen was not told where documents begin")
     rows, tokens = query.shape[0], query.shape[2]
-    lengths, bounds = _bounds(position_ids, rows)
+    if cu_seq_lens_q is not None and max_length_q is not None:
+        lengths, bounds = [max_length_q], cu_seq_lens_q
+    else:
+        lengths, bounds = _bounds(position_ids, rows)
     if dtype := get_target_dtype(query, module) if torch.cuda.is_available() else None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     size = value.shape[-1]  # smaller than a key's in multi-head latent attention
     value = pad(value, [0, key.shape[-1] - size])
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    kernel = _on_gpu if torch.cuda.is_available() else _by_document
+    kernel = _on_gpu if torch.cuda.is_available() else _by_document if cu_seq_lens_q is None else _by_mask
     out = kernel(query, key, value, lengths, bounds, scaling, sliding_window)
     return out[..., :size].unflatten(0, (rows, tokens)), None
 
@@ -82,11 +91,15 @@ def attend(
 def _bounds(position_ids: torch.Tensor, rows: int) -> tuple[list[int], torch.Tensor]:
     """The documents' lengths, and the tokens before each (int32, documents + 1), of all rows one after another."""
     if (known := _documents.get(position_ids)) is None:
-        flat = position_ids.expand(rows, -1).reshape(-1)
-        starts = torch.cat([flat.new_ones(1, dtype=torch.bool), flat.diff() != 1]).nonzero().flatten()
-        bounds = torch.cat([starts, starts.new_tensor([len(flat)])])
-        known = _documents[position_ids] = (bounds.diff().tolist(), bounds.to(torch.int32))
+        bounds = bounds_of(position_ids.expand(rows, -1).reshape(-1))
+        known = _documents[position_ids] = (bounds.diff().tolist(), bounds)
     return known
+
+
+def bounds_of(positions: torch.Tensor) -> torch.Tensor:
+    """The tokens before each document (int32, documents + 1), from position ids that start again at each."""
+    starts = torch.cat([positions.new_ones(1, dtype=torch.bool), positions.diff() != 1]).nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([len(positions)])]).to(torch.int32)
 
 
 def _on_gpu(
@@ -132,6 +145,27 @@ def _by_document(
         )
         parts.append(out[0])
     return torch.cat(parts, dim=1).transpose(0, 1).contiguous()
+
+
+def _by_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    bounds: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """The same in a form that can be compiled, for CPU ranks: all tokens at once, with a mask."""
+    place = torch.arange(query.shape[0], device=query.device)
+    document = torch.bucketize(place, bounds, right=True)
+    back = place[:, None] - place
+    mask = (document[:, None] == document) & (back >= 0)
+    if window:
+        mask = mask & (back < window)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped)[0].transpose(0, 1)
 
 
 def _tried(dtype: torch.dtype) -> str | None:

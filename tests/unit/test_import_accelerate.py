@@ -35,6 +35,8 @@ def test_accelerate(here: Path) -> None:
             {"parallelism.strategy": "zero3", "parallelism.offload": "all"},
         ),
         ({"fsdp_config": {"fsdp_reshard_after_forward": "HYBRID_SHARD"}}, {"parallelism.strategy": "hsdp"}),
+        ({"dynamo_config": {"dynamo_backend": "INDUCTOR", "dynamo_mode": "default"}}, {"training.compile": True}),
+        ({"dynamo_config": {"dynamo_backend": "NO"}}, {"training.compile": None}),
         ({"mixed_precision": "fp8"}, {"training.mixed_precision": "bf16"}),
         ({"mixed_precision": "no"}, {"training.mixed_precision": "no"}),
         (

@@ -303,6 +303,22 @@ def test_axolotl_batch(imported: Import, options: dict[str, Any], expected: int)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        ({"torch_compile": "auto"}, True),
+        ({"torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default"}, True),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, None),
+        ({"torch_compile": True, "deepspeed": "deepspeed_configs/zero3_bf16.json"}, None),  # it does not work there
+        ({"torch_compile": False}, None),
+    ],
+)
+def test_axolotl_compiles(imported: Import, options: dict[str, Any], expected: bool | None) -> None:
+    draft = imported({**AXOLOTL, **options})
+    assert draft.fields.get("training.compile") is expected
+    assert expected or any(item.option == "torch_compile" for item in draft.dropped)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
         ({"fsdp": ["full_shard", "auto_wrap"]}, ("fsdp", "none")),
         (
             {"fsdp_version": 2, "fsdp_config": {"offload_params": True, "state_dict_type": "FULL_STATE_DICT"}},

@@ -108,6 +108,8 @@ def test_torchtune(here: Path) -> None:
         ({"max_steps_per_epoch": None}, {"training.num_train_epochs": 2, "training.max_steps": None}),
         ({"model": {"_component_": "torchtune.models.llama2.llama2_7b"}}, {"lora": None, "model.quantization": None}),
         ({"fsdp_cpu_offload": True}, {"parallelism.strategy": "fsdp", "parallelism.offload": "all"}),
+        ({"compile": True}, {"training.compile": True}),
+        ({"compile": {"model": False, "loss": True}}, {"training.compile": None}),
         ({"tensor_parallel_dim": 2}, {"training.global_batch_size": 32}),
         (
             {"optimizer": {"_component_": "bitsandbytes.optim.PagedAdamW8bit", "lr": 1e-4, "weight_decay": 0}},

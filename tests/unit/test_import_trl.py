@@ -223,6 +223,12 @@ def test_low_rank_optimizers(imported: Import) -> None:
 MODEL_AND_DATA = "--model_name_or_path owner/model --dataset_name owner/rows"
 
 
+@pytest.mark.parametrize("option", ["torch_compile True", "torch_compile_mode default", "dynamo_backend inductor"])
+def test_torch_compile(here: Path, option: str) -> None:
+    (here / "train.sh").write_text(f"accelerate launch --num_processes 2 sft.py {MODEL_AND_DATA} --{option}\n")
+    assert read_file(here / "train.sh", here, None).fields["training.compile"] is True
+
+
 @pytest.mark.parametrize(
     ("command", "gpus"),
     [

@@ -299,6 +299,14 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "new-flash-attention-has-no-dropout": [
         ({**FLASH4, "config": {"model_type": "llama", "attention_dropout": 0.1}}, FLASH),
     ],
+    "compile-is-not-for-zero3": [({**Z3, "training__compile": True}, {"training__compile": False})],
+    "compile-needs-layers-that-can-be-traced": [
+        ({"training__compile": True, **QLORA, **FSDP}, {"strategy": "zero2"}),
+        ({"training__compile": True, **INT8, "checkpointing": True}, {"checkpointing": False}),
+    ],
+    "compile-was-not-tried-with-liger": [
+        ({"training__compile": True, "training__use_liger_kernel": True}, {"training__compile": False}),
+    ],
     "liger-needs-a-gpu": [({"training__use_liger_kernel": True, "device": CPU}, {"device": "T4"})],
     "zero3-frees-frozen-weights-too-early": [
         ({**Z3, "checkpointing": True, "installed": {"deepspeed": "0.19.3"}}, {"installed": {"deepspeed": "0.19.4"}}),
@@ -903,7 +911,7 @@ recipe = group(
     lora=group(use_dora=False, target_modules="all-linear", modules_to_save=[], exclude_modules=None,
                init_lora_weights=True, layers_to_transform=None, oft=None),
     data=group(packs=True, max_length=2048),
-    training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, report_to=[],
+    training=group(mixed_precision="bf16", optim="adamw_torch", use_liger_kernel=False, compile=False, report_to=[],
                    train_only=[], loss_type="nll", optim_args=None, optim_target_modules="all-linear",
                    micro_batch_size="auto", max_grad_norm=1.0, global_batch_size=8, is_pure_bf16=False,
                    activation_offloading=False),
@@ -1162,7 +1170,7 @@ TAKEN = [
     *("lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha", "tf32"),
     *("gradient_checkpointing_kwargs", "liger_kernel_config", "full_determinism", "torch_empty_cache_steps"),
-    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "accelerator_config"),
+    "accelerator_config",
     *("logging_steps", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm"),
     *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("include_num_input_tokens_seen", "skip_memory_metrics", "debug", "per_device_eval_batch_size"),

@@ -32,6 +32,38 @@ def test_how_the_kernel_is_called(monkeypatch: pytest.MonkeyPatch, heads: tuple[
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_with_a_mask_it_is_the_same(heads: tuple[int, int], window: int | None) -> None:
+    torch.manual_seed(0)
+    drawn = [torch.randn(sum(LENGTHS), n, 8) for n in (heads[0], heads[1], heads[1])]
+    results = []
+    for kernel in (varlen._by_mask, varlen._by_document):
+        tensors = [tensor.clone().requires_grad_() for tensor in drawn]
+        out = kernel(*tensors, *varlen._bounds(positions(), 1), 0.3, window)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_is_a_part_of_a_graph(window: int | None) -> None:
+    """Traced on the CPU, which has no such kernel. One graph more for all tokens, and one for all numbers of documents."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    attend = torch.compile(varlen._on_gpu, backend=backend, fullgraph=True)
+    for lengths in ((5, 1, 9), (7, 9, 4), (5, 6, 8, 2), (4, 6), (3, 1, 1, 1, 12), (30, 1)):
+        query, key, value = (torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2))
+        bounds = varlen.bounds_of(torch.cat([torch.arange(length) for length in lengths]))
+        with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+            attend(query, key, value, [max(lengths)], bounds, 0.3, window)
+    assert len(graphs) <= 3 and all("varlen_attn" in code for code in graphs)
+
+
 def test_documents_of_several_rows() -> None:
     """Rows without documents of their own have the same positions, which models make themselves."""
     assert varlen._bounds(torch.arange(4)[None], 3)[0] == [4, 4, 4]

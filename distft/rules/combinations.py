@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distft.models.attention import AMPERE, FLASH, has_dropout, largest_head
 from distft.models.lora import module_of
+from distft.models.packing import NO_ATTENTION
 from distft.rules.core import Case, RecipeCase, look, rule
 from distft.strategies.kinds import that_offload
 
@@ -478,15 +479,15 @@ def compile_is_not_for_zero3(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "training.compile with nf4 under fsdp or hsdp, or with int8 and gradient checkpointing",
+    "training.compile with nf4 under fsdp or hsdp, or with int8 or DoRA and gradient checkpointing",
     "seen with bitsandbytes 0.50.2 and torch 2.13: Failed to mutate tensor data attribute (nn/modules.py, "
     "Params4bit.__new__): 73 graph breaks in two tiny blocks, and no graph at all with gradient checkpointing",
-    "use ddp, zero1 or zero2 for nf4; training.gradient_checkpointing: false for int8; or training.compile: false",
+    "use ddp, zero1 or zero2 for nf4, training.gradient_checkpointing: false for the others, or no training.compile",
 )
 def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
     """A quantized layer makes a new parameter of the weight that FSDP2 has gathered for it, which torch's compiler
     cannot trace: each layer ends the graph. With gradient checkpointing, where a block has to be one graph, the block
-    then runs uncompiled. So it does for int8, whose layers change their state.
+    then runs uncompiled. So it does for int8, whose layers change their state, and for DoRA.
     """
     if not compiles(case):
         return None
@@ -494,7 +495,23 @@ def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
         return f"training.compile: cannot trace nf4 layers under {case.strategy}"
     if case.quantization == "int8" and case.gradient_checkpointing:
         return "training.compile: cannot trace int8 layers with gradient checkpointing"
+    if case.recipe.lora and case.recipe.lora.use_dora and case.gradient_checkpointing:
+        return "training.compile: cannot trace DoRA's layers with gradient checkpointing"
     return None
+
+
+@rule(
+    "training.compile with a model of recurrences alone, such as Mamba",
+    "seen with transformers 5.23 and torch 2.13: a first step of two tiny Mamba blocks and rows of up to 64 tokens took "
+    "68 s; models/mamba/modeling_mamba.py, slow_forward",
+    "use training.compile: false",
+)
+def compile_unrolls_recurrences(case: RecipeCase) -> str | None:
+    """Without kernels of its own a recurrence is a loop over the tokens, which torch's compiler unrolls: a graph as
+    long as the row, and another one for each length. With them, most of the block is a kernel already.
+    """
+    is_recurrent = case.model_type in NO_ATTENTION
+    return f"training.compile: {case.model_type} loops over tokens" if compiles(case) and is_recurrent else None
 
 
 @rule(

@@ -47,7 +47,7 @@ def test_with_a_mask_it_is_the_same(heads: tuple[int, int], window: int | None) 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_kernel_is_a_part_of_a_graph(window: int | None) -> None:
-    """Traced on the CPU, which has no such kernel. One graph more for all tokens, and one for all numbers of documents."""
+    """Traced on the CPU, which has no such kernel: a graph for the first lengths, and two for all others."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:

@@ -502,8 +502,8 @@ def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
 
 @rule(
     "training.compile with a model of recurrences alone, such as Mamba",
-    "seen with transformers 5.23 and torch 2.13: a first step of two tiny Mamba blocks and rows of up to 64 tokens took "
-    "68 s; models/mamba/modeling_mamba.py, slow_forward",
+    "seen with transformers 5.23 and torch 2.13: a first step of two tiny Mamba blocks, with rows of up to 64 tokens, "
+    "took 68 s; models/mamba/modeling_mamba.py, slow_forward",
     "use training.compile: false",
 )
 def compile_unrolls_recurrences(case: RecipeCase) -> str | None:

@@ -479,7 +479,7 @@ def compile_is_not_for_zero3(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "training.compile with nf4 under fsdp or hsdp, or with int8 or DoRA and gradient checkpointing",
+    "training.compile with nf4 under fsdp or hsdp, with activation_offloading, or with int8 or DoRA and checkpointing",
     "seen with bitsandbytes 0.50.2 and torch 2.13: Failed to mutate tensor data attribute (nn/modules.py, "
     "Params4bit.__new__): 73 graph breaks in two tiny blocks, and no graph at all with gradient checkpointing",
     "use ddp, zero1 or zero2 for nf4, training.gradient_checkpointing: false for the others, or no training.compile",
@@ -487,7 +487,8 @@ def compile_is_not_for_zero3(case: RecipeCase) -> str | None:
 def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
     """A quantized layer makes a new parameter of the weight that FSDP2 has gathered for it, which torch's compiler
     cannot trace: each layer ends the graph. With gradient checkpointing, where a block has to be one graph, the block
-    then runs uncompiled. So it does for int8, whose layers change their state, and for DoRA.
+    then runs uncompiled. So it does for int8, whose layers change their state, for DoRA, and
+    for activation_offloading, which changes how a block's input is saved.
     """
     if not compiles(case):
         return None
@@ -495,6 +496,8 @@ def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
         return f"training.compile: cannot trace nf4 layers under {case.strategy}"
     if case.quantization == "int8" and case.gradient_checkpointing:
         return "training.compile: cannot trace int8 layers with gradient checkpointing"
+    if case.recipe.training.activation_offloading:
+        return "training.compile: cannot trace blocks with training.activation_offloading"
     if case.recipe.lora and case.recipe.lora.use_dora and case.gradient_checkpointing:
         return "training.compile: cannot trace DoRA's layers with gradient checkpointing"
     return None

@@ -303,6 +303,10 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "compile-needs-layers-that-can-be-traced": [
         ({"training__compile": True, **QLORA, **FSDP}, {"strategy": "zero2"}),
         ({"training__compile": True, **INT8, "checkpointing": True}, {"checkpointing": False}),
+        (
+            {"training__compile": True, "training__activation_offloading": True},
+            {"training__activation_offloading": False},
+        ),
         ({"training__compile": True, "lora__use_dora": True, "checkpointing": True}, {"lora__use_dora": False}),
     ],
     "compile-unrolls-recurrences": [

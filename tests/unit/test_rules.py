@@ -146,6 +146,7 @@ MUON = {"training__optim": "muon", "lora": None}
 NO_MASTERS = {"training__master_weights": "none", "training__mixed_precision": "bf16", "lora": None}
 GALORE = {"training__optim": "galore_adamw", "lora": None}
 EXPERTS = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.experts.down_proj", (4, 64, 64), "experts"))
+CHOSEN = (*PLAIN_LAYERS, Tensor("model.layers.0.mlp.gate.e_score_correction_bias", (4,), "param"))
 PART = {"training__train_only": ["lm_head"]}
 REENTRANT = {"use_reentrant": True}
 FLASH = {"model__attn_implementation": "flash_attention_2"}
@@ -715,6 +716,7 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**Z2, "training__optim": "paged_adamw_32bit", "offload": "optimizer"}, {"offload": "none"}),
     ],
     "muon-leaves-experts-to-adamw": [({**MUON, "tensors": EXPERTS}, {"tensors": PLAIN_LAYERS})],
+    "biases-that-choose-experts-are-rounded": [({**NO_MASTERS, "tensors": CHOSEN}, {"tensors": PLAIN_LAYERS})],
     "muon-needs-a-matrix": [({**MUON, **PART, "train_only": ["lm_head.weight"]}, {"train_only": None})],
     "eager-attention-keeps-all-scores": [
         ({"model__attn_implementation": "eager", "data__max_length": 4096}, {"data__max_length": 4095}),

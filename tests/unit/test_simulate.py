@@ -170,7 +170,7 @@ def test_one_block_of_each_kind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, strategy: str
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = {"model_type": kind, **sizes, "vocab_size": 480, "num_hidden_layers": 12, "pad_token_id": 0, **MIXED[kind]}
+    config = {"model_type": kind, **sizes, "vocab_size": 480, "num_hidden_layers": 8, "pad_token_id": 0, **MIXED[kind]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     sets = [f"model.name_or_path={tmp_path}", "training.mixed_precision=bf16", "data.packing=false"]
     setting = Setting(strategy, micro_batch_size=2, world_size=2, shard_size=2 if strategy == "zero3" else 1)

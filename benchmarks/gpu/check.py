@@ -35,6 +35,7 @@ ANCHOR = 12_473  # tokens/s: NeMo Automodel, Llama3-8B with LoRA, rows of 4,096,
 STEPS, WARM_UP = 14, 4  # of a row; the first ones are not timed
 LOSS_STEPS = 8
 Part = tuple[str, str, Callable[[], dict[str, Any]]]  # key in the result, name, what measures it
+OFFLOADED = ("training.gradient_checkpointing=true", "training.activation_offloading=true")
 SWITCHES: dict[str, tuple[str, ...]] = {
     "default": (),  # packed rows, the attention that `auto` takes, the loss in chunks
     "attention: sdpa": ("model.attn_implementation=sdpa",),
@@ -42,17 +43,22 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "not packed": ("data.packing=false",),
     "checkpointing": ("training.gradient_checkpointing=true",),
     "nf4": ("model.quantization=nf4",),
-    "compiled": ("training.compile=true",),  # the one that is turned on
+    # Those that are turned on.
+    "compiled": ("training.compile=true",),
+    "inputs offloaded": OFFLOADED,
 }
 # Losses that have to be equal: name, overrides of either side, whether the first is on the CPU, tolerance. In float32
 # SDPA's kernels differ in the order of their sums alone; bf16 has 8 bits.
 FLOAT32 = ("training.mixed_precision=no", "data.packing=false")
 BF16 = ("training.mixed_precision=bf16",)
+NO_MASTERS = (*BF16, "lora=null", "training.master_weights=none")
 EQUAL: tuple[tuple[str, tuple[str, ...], tuple[str, ...], bool, float], ...] = (
     ("GPU and CPU, float32", FLOAT32, FLOAT32, True, 1e-3),
     ("GPU and CPU, float32, full", (*FLOAT32, "lora=null"), (*FLOAT32, "lora=null"), True, 1e-3),
+    ("GPU and CPU, no masters", NO_MASTERS, NO_MASTERS, True, 2e-2),
     ("auto and sdpa, bf16", (*BF16, "model.attn_implementation=sdpa"), BF16, False, 2e-2),
     ("chunked and full loss, bf16", (*BF16, "training.loss=full"), BF16, False, 2e-2),
+    ("inputs offloaded or not", BF16, (*BF16, *OFFLOADED), False, 2e-2),
     ("compiled and not, bf16", BF16, (*BF16, "training.compile=true"), False, 2e-2),
     ("zero3 with offload and ddp", FLOAT32, (*FLOAT32, "parallelism={strategy: zero3, offload: all}"), False, 1e-3),
 )

@@ -411,7 +411,7 @@ class Training(Group):
 
     activation_offloading: bool = False
     """Keep what gradient checkpointing keeps, the inputs of blocks, in host memory: for longer rows. Each input crosses
-    the bus twice, while the GPU waits. It turns gradient checkpointing on."""
+    the bus twice, while the GPU waits. `gradient_checkpointing: auto` is on with it."""
 
     use_liger_kernel: bool = False
     """Use the fused kernels of liger-kernel (needs a CUDA GPU and the package)."""

@@ -71,9 +71,8 @@ def compile_blocks(model: nn.Module) -> int:
         )
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILATIONS)
-    config.optimize_ddp = (
-        False  # it would split a block's graph where a bucket of DDP's ends; blocks are pieces already
-    )
+    # It would split a block's graph where a bucket of DDP's ends; blocks are pieces already.
+    config.optimize_ddp = False
     for block in found:
         block.compile()
     return len(found)

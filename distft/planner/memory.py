@@ -37,7 +37,7 @@ ERROR = {"eager": 0.20}
 OTHER_GAPS, OTHER_ERROR = 0.09, 0.06
 
 # train/kahan.py: bytes of an element's states, and the elements of a tensor that a step widens, with the bytes of each.
-KAHAN_STATES, KAHAN_CHUNK, KAHAN_STEP = 6, 2**22, 12
+KAHAN_STATES, KAHAN_CHUNK, KAHAN_STEP = 6, 2**22, 19
 
 # (moment, block) → bytes by kind: activations, logits, buffers, gradients.
 Peaks = Mapping[tuple[str, "int | None"], "Counter[str]"]

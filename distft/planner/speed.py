@@ -48,8 +48,8 @@ OVERLAP = 0.7
 # GB/s per rank under offload: PCIe 4 x16, and host memory, in which AdamW reads and writes 28 bytes per element
 # (DeepSpeed's CPUAdam: 1 to 2 s for 10 billion elements on a whole node, docs/_tutorials/zero-offload).
 PCIE, HOST_MEMORY = 25.0, 20.0
-# Bytes for an element: the operands of the 27 operations of train/kahan.py, counted; not measured on a GPU.
-KAHAN_TRAFFIC = 200
+# Bytes for an element: operands and results of the kernels of train/kahan.py, added up; not measured on a GPU.
+KAHAN_TRAFFIC = 370
 # A pass over a block launches some 40 kernels at 5 microseconds each: small models wait for the CPU.
 LAUNCH_SECONDS = 40 * 5e-6
 

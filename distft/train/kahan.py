@@ -2,13 +2,15 @@
 
 A weight in bf16 has 8 significant bits: most steps at fine-tuning's learning rates are less than half of its last one,
 and would be lost. Kahan summation keeps what was rounded off in a buffer, and adds it to the next step (optimi, and
-torchdistX's AnyPrecisionAdamW, do so too). Two things those lose, measured in benchmarks/master_weights.py:
+torchdistX's AnyPrecisionAdamW, do so too). Three things those lose, measured in benchmarks/master_weights.py:
 
 - They multiply the weight by 1 - lr * decay, which rounds to the weight itself: there is no weight decay. Here it is a
   part of the step.
-- 0.999 of a second moment rounds to itself, so that it never falls. Here it is rounded up or down in proportion (to
-  the right mean), by bits of the other moment instead of a generator's: replicas stay equal, and sharding changes
-  nothing.
+- 0.999 of a second moment rounds to itself, so that it never falls.
+- A step of less than half of the buffer's last bit is lost, too: with a weight of 1, one of 1e-6.
+
+So moment and buffer are rounded up or down in proportion (to the right mean), by bits of the values and the number of
+the step instead of a generator's: replicas stay equal, and sharding changes nothing.
 
 All arithmetic is float32, element by element.
 """
@@ -63,19 +65,24 @@ class KahanAdamW(torch.optim.Optimizer):
         square = exp_avg_sq.float().mul_(second).addcmul_(gradient, gradient, value=1 - second)
         del gradient
         exp_avg.copy_(mean)
-        exp_avg_sq.copy_(rounded(square, mean))
+        exp_avg_sq.copy_(rounded(square, mean, step))
         square.div_(1 - second**step).sqrt_().add_(self.eps)
         wanted = kahan_comp.float().add_(weight, alpha=1 - lr * decay)
         wanted.addcdiv_(mean, square, value=-lr / (1 - first**step))
+        del mean, square
         weight.copy_(wanted)
-        kahan_comp.copy_(wanted.sub_(weight))
+        kahan_comp.copy_(rounded(wanted - weight, wanted, step))
 
 
-def rounded(values: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Positive float32 values with the last 16 bits rounded away: up with the probability that these bits are of the
-    next value, as bits that are made from `source` have it. Deterministic."""
-    chance = source.view(torch.int32).mul(GOLDEN).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    return chance.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+def rounded(values: torch.Tensor, source: torch.Tensor, step: int) -> torch.Tensor:
+    """float32 values with the last 16 bits rounded away: away from 0 with the probability that these bits are of the
+    next value, as bits that are made from `source` and the number of the step have it. Deterministic. What is no number
+    stays none."""
+    mixed = source.view(torch.int32).add(step * GOLDEN & 0x7FFFFFFF)
+    mixed ^= mixed >> 15  # a weight that moves by the same each step would else meet the same chance
+    chance = mixed.mul_(GOLDEN).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    found = chance.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    return found.where(values.isfinite(), values)
 
 
 def make(model: Any, decaying: Collection[str], *, weight_decay: float, **options: Any) -> KahanAdamW:

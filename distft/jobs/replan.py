@@ -38,8 +38,10 @@ def less_memory(run: RunDir) -> Change | None:
         "parallelism.offload": plan["offload"],
     }
     change: dict[str, Any]
-    if plan.get("reshard_after_forward") is False:
-        sets["fsdp.overrides.fsdp_reshard_after_forward"] = False
+    resharding = plan.get("reshard_after_forward")
+    if resharding is not None:  # else a smaller micro-batch could turn it off
+        sets["fsdp.overrides.fsdp_reshard_after_forward"] = resharding
+    if resharding is False:
         change = {"fsdp.overrides.fsdp_reshard_after_forward": True}
     elif micro > 1:
         smaller = max(n for n in range(1, micro // 2 + 1) if share % n == 0)

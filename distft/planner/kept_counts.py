@@ -96,6 +96,7 @@ _PARTS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("embedding", "block", "tail"), lambda value: Unit(**value)),
     "muon": lambda value: Muon(**value),
     "low_rank": lambda value: LowRank(**value),
+    "block_inputs": tuple,
 }
 
 

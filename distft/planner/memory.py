@@ -209,7 +209,10 @@ def put_together(
         total = mine.parameters + mine.optimizer - paged + gradients + buffers + live["activations"] + live["logits"]
         if total > totals.get(moment, (-1,))[0]:
             totals[moment] = total, _replaced(live, buffers=buffers)
-    host = (mine.host + offloaded_inputs(recipe, sizes, setting, length)) * setting.nproc_per_node
+    inputs, each = offloaded_inputs(recipe, sizes, setting, length)
+    if setting.device_type == "cuda" and each:
+        each = 1 << (each - 1).bit_length()  # as torch allocates pinned memory (ATen core/CachingHostAllocator.h)
+    host = (mine.host + inputs * each) * setting.nproc_per_node
     if setting.device_type == "cuda":
         load, load_host = loading.peak(recipe, sizes, setting, mine)
         totals["load"] = load, Counter(buffers=load - mine.parameters)
@@ -239,14 +242,16 @@ def put_together(
     )
 
 
-def offloaded_inputs(recipe: Recipe, sizes: Sizes, setting: Setting, length: int | None = None) -> int:
-    """Bytes of the inputs of blocks that a rank keeps in host memory (training.activation_offloading). Autocast leaves
-    what passes from block to block in the dtype of the embeddings: float32 where these are trained."""
+def offloaded_inputs(recipe: Recipe, sizes: Sizes, setting: Setting, length: int | None = None) -> tuple[int, int]:
+    """The inputs of blocks that a rank keeps in host memory (training.activation_offloading): their number, and the
+    bytes of each. Autocast leaves what passes from block to block in the dtype of the embeddings: float32 where these
+    are trained."""
     if not recipe.training.activation_offloading:
-        return 0
+        return 0, 0
     wide = setting.kind.regime(recipe.training.is_pure_bf16) == "autocast" and recipe.lora is None
     tokens = setting.micro_batch_size * (length or recipe.data.max_length)
-    return (4 if wide else sizes.low) * tokens * sizes.block_inputs
+    blocks, width = sizes.block_inputs
+    return blocks, (4 if wide else sizes.low) * tokens * width
 
 
 def _replaced(live: Counter[str], **kinds: int) -> Counter[str]:
@@ -361,7 +366,7 @@ def sizes_of(recipe: Recipe, model: ModelShape) -> Sizes:
         ),
         low_rank=low_rank_of(recipe, [tensor.shape for tensor in low_rank_tensors(recipe, model)]),
         wide=wide_bytes(recipe),
-        block_inputs=(model.sizes.hidden_size or 0) * (model.sizes.num_hidden_layers or 0),
+        block_inputs=(model.sizes.num_hidden_layers or 0, model.sizes.hidden_size or 0),
     )
 
 
@@ -442,8 +447,7 @@ def ddp_states(recipe: Recipe, sizes: Sizes, trained: Sequence[tuple[int, ...]])
 def _peaks(recipe: Recipe, sizes: Sizes, setting: Setting, kept: Mapping[str, tuple[int, int]]) -> Peaks:
     """What the step keeps at each of its moments; see simulation/simulate.py, "Depth"."""
     wide, trained = sizes.wide, sizes.wide * sizes.trained
-    accumulating = recipe.training.global_batch_size > setting.micro_batch_size * setting.world_size
-    earlier = trained if accumulating else 0
+    earlier = trained if setting.accumulates(recipe) else 0
     first = max(earlier, wide * (sizes.tail.trained + sizes.block.trained))
     gradients = {"forward": earlier, "loss": earlier, "head": max(earlier, wide * sizes.tail.trained), "top": first}
     gradients["bottom"] = trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def make_plan(
             raise PlanError("\n".join(candidates[0].broken))
         chosen = best
     if recipe.training.compile:
-        reasons.append("training.compile: each block is compiled, in the first step, which takes minutes for it")
+        reasons.append("training.compile: each block is compiled, in the first step, which takes longer for it")
         warnings.append(
             "training.compile: the memory is that of a step that is not compiled, which as a rule keeps more"
         )
@@ -331,7 +332,7 @@ def _details(recipe: Recipe, chosen: Candidate, search: Search) -> list[str]:
             f"{gib(masters.states)}"
         )
     if recipe.training.activation_offloading:
-        moved = offloaded_inputs(recipe, search.estimator.sizes, setting)
+        moved = prod(offloaded_inputs(recipe, search.estimator.sizes, setting))
         found.append(f"activation_offloading: {gib(moved)} of block inputs per rank wait in host memory, as asked")
     elif recipe.training.gradient_checkpointing == "auto" and setting.gradient_checkpointing:
         without = search.variant(setting.strategy, setting.offload, False)

@@ -195,7 +195,8 @@ class Search:
             PlanError: the batch cannot be divided among the ranks.
         """
         asked = self.recipe.training.gradient_checkpointing
-        ways = (False, True) if asked == "auto" else (asked,)
+        always = self.recipe.training.activation_offloading  # of what checkpointing keeps
+        ways = ((True,) if always else (False, True)) if asked == "auto" else (asked,)
         allowed = [w for w in ways if not rules.broken(self.case(strategy, offload, gradient_checkpointing=w))]
         resharding = self.resharding(strategy, offload)
         variants = [self.variant(strategy, offload, way, keep) for way in allowed or ways for keep in resharding]
@@ -209,7 +210,7 @@ class Search:
             return (True,)
         fixed = self.recipe.fsdp.overrides.get("fsdp_reshard_after_forward")
         if fixed is not None:
-            return (fixed is not False,)  # a word of FSDP1's otherwise
+            return (str(fixed).lower() != "false",)  # accelerate reads the word, too; FSDP1 has others
         return (True, False) if offload == "none" else (True,)
 
     def variant(self, strategy: str, offload: str, checkpointing: bool, reshard: bool = True) -> Candidate:

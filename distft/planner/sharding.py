@@ -101,7 +101,7 @@ class Sizes:
     muon: Muon = Muon()
     low_rank: LowRank = LowRank()
     wide: int = 4  # bytes of an element of the weights that the optimizer steps, and of their gradients
-    block_inputs: int = 0  # elements a token, of all blocks together
+    block_inputs: tuple[int, int] = (0, 0)  # number of blocks, width
 
     @property
     def has_masters(self) -> bool:
@@ -157,11 +157,12 @@ def _fsdp(
     """FSDP2: everything / N; trained parameters are float32 (accelerate/utils/fsdp_utils.py:813), or have no masters.
 
     Units are the blocks, the embedding, and [final norm, output layer], which stays gathered from its forward to its
-    backward pass (fsdp_utils.py:857-879). Forward: a unit in use, and its all-gather's output, held until the next
-    unit's copy-out (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py:430 and :483). Backward: a unit in use and
+    backward pass (fsdp_utils.py:857-879). Forward: a unit in use, its all-gather's output, held until the next unit's
+    copy-out (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py:430 and :483), and the next block's all-gather
+    (train/blocks.py, gather_ahead). Backward: a unit in use and
     the next one's all-gather (:795), the unit's gradients in the compute dtype, and their float32 copy that is
     reduce-scattered (distft's reduce_dtype); the previous unit's reduce-scatter is waited for first (:647).
-    Without reshard_after_forward all units stay gathered until the backward pass has used them; the last all-gather's
+    Without reshard_after_forward all units stay gathered until the backward pass has used them; two all-gathers'
     output is beside them. Whole gradients are kept in float32, and become shards in the last micro-batch.
     """
     parameters = -(-(sizes.frozen_bytes + sizes.wide * sizes.trained) // ranks)
@@ -174,7 +175,7 @@ def _fsdp(
     first = tail if sizes.tied else embedding  # a tied embedding is in the tail, which is gathered from the start
     always = tail.bytes if sizes.tied else 0
     buffers = {
-        "forward": max(2 * block.bytes + always, 2 * first.bytes),
+        "forward": max(3 * block.bytes + always, 2 * first.bytes),
         "loss": max(2 * tail.bytes, block.bytes + tail.bytes),
         "head": tail.bytes + block.bytes + reducing(tail),
         "backward": max(
@@ -186,16 +187,15 @@ def _fsdp(
     if not reshard_after_forward:
         whole = sizes.gathered_bytes
         buffers |= {
-            "forward": whole + block.bytes,
+            "forward": whole + 2 * block.bytes,
             "loss": whole + tail.bytes,
             "head": whole + reducing(tail),
             "backward": whole + reducing(block),
         }
-    if whole_gradients:
-        gradients += 4 * sizes.trained
+    unsharded = 4 * sizes.trained if whole_gradients else 0
     if offload == "all":
-        return Share(0, 0, 0, buffers, parameters + gradients + optimizer)
-    return Share(parameters, gradients, optimizer, buffers)
+        return Share(0, unsharded, 0, buffers, parameters + gradients + optimizer)
+    return Share(parameters, gradients + unsharded, optimizer, buffers)
 
 
 def _zero(

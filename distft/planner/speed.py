@@ -8,6 +8,7 @@ run can replace it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from distft.config.recipe import Recipe
 from distft.hardware.devices import Device, Gpu, data_sheet
@@ -148,7 +149,7 @@ def estimate(
     sending = sent.seconds or 0.0
     step = max(compute, sending) + (1 - OVERLAP) * min(compute, sending)
     step += _offload_seconds(sizes, setting, accumulation)
-    step += accumulation * 2 * offloaded_inputs(recipe, sizes, setting) / (PCIE * 1e9)
+    step += accumulation * 2 * prod(offloaded_inputs(recipe, sizes, setting)) / (PCIE * 1e9)
     # Ranks share Muon's matrices among them, those of one copy where there are several.
     step += sizes.muon.flops / (setting.world_size if setting.kind.replicates else setting.shard_size) / rate
     if gpu:

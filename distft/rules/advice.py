@@ -6,6 +6,7 @@ from distft.models import oft
 from distft.models.attention import plain_attention
 from distft.models.freezing import without_gradient
 from distft.models.lora import adapters, module_of, saved
+from distft.models.packing import BY_STATE
 from distft.models.quantization import stored_bytes
 from distft.models.vocabulary import vocabulary_tensors
 from distft.rules.combinations import is_bitsandbytes, is_muon
@@ -385,3 +386,19 @@ def compile_was_not_tried_with_liger(case: RecipeCase) -> str | None:
     """Both replace a block's norms and activations with fused kernels; nobody has seen them together here."""
     both = case.recipe.training.compile and case.recipe.training.use_liger_kernel
     return "training.compile: was not tried with training.use_liger_kernel" if both else None
+
+
+@rule(
+    "training.compile with a model that has recurrent layers beside attention, such as Qwen3-Next or Jamba",
+    "transformers 5.23, models/qwen3_next/modeling_qwen3_next.py, torch_chunk_gated_delta_rule; "
+    "models/jamba/modeling_jamba.py, slow_forward",
+    "install the model's kernels, or use training.compile: false",
+    kind="warning",
+)
+def compile_may_unroll_recurrent_layers(case: RecipeCase) -> str | None:
+    """Without kernels of its own such a layer is a loop over the row, which torch's compiler unrolls: the first step
+    may take very long.
+    """
+    if not case.recipe.training.compile or case.model_type not in BY_STATE:
+        return None
+    return f"training.compile: {case.model_type} has recurrent layers, whose loops are unrolled without its kernels"

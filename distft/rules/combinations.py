@@ -479,28 +479,48 @@ def compile_is_not_for_zero3(case: RecipeCase) -> str | None:
 
 
 @rule(
-    "training.compile with nf4 under fsdp or hsdp, with activation_offloading, or with int8 or DoRA and checkpointing",
+    "training.compile with nf4 under fsdp or hsdp",
     "seen with bitsandbytes 0.50.2 and torch 2.13: Failed to mutate tensor data attribute (nn/modules.py, "
     "Params4bit.__new__): 73 graph breaks in two tiny blocks, and no graph at all with gradient checkpointing",
-    "use ddp, zero1 or zero2 for nf4, training.gradient_checkpointing: false for the others, or no training.compile",
+    "use ddp, zero1 or zero2, or training.compile: false",
 )
-def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
+def compile_needs_whole_nf4_layers(case: RecipeCase) -> str | None:
     """A quantized layer makes a new parameter of the weight that FSDP2 has gathered for it, which torch's compiler
     cannot trace: each layer ends the graph. With gradient checkpointing, where a block has to be one graph, the block
-    then runs uncompiled. So it does for int8, whose layers change their state, for DoRA, and
-    for activation_offloading, which changes how a block's input is saved.
+    then runs uncompiled.
     """
-    if not compiles(case):
-        return None
-    if case.quantization == "nf4" and case.fsdp:
+    if compiles(case) and case.quantization == "nf4" and case.fsdp:
         return f"training.compile: cannot trace nf4 layers under {case.strategy}"
-    if case.quantization == "int8" and case.gradient_checkpointing:
+    return None
+
+
+@rule(
+    "training.compile with int8 or DoRA and gradient checkpointing",
+    "seen with bitsandbytes 0.50.2, peft 0.21 and torch 2.13 in two tiny blocks: nothing was compiled",
+    "use training.gradient_checkpointing: false, or training.compile: false",
+)
+def compile_needs_layers_that_can_be_traced(case: RecipeCase) -> str | None:
+    """With gradient checkpointing a block has to be one graph. int8 layers change their state and DoRA's cannot be
+    traced, so that the block runs uncompiled.
+    """
+    if not compiles(case) or not case.gradient_checkpointing:
+        return None
+    if case.quantization == "int8":
         return "training.compile: cannot trace int8 layers with gradient checkpointing"
-    if case.recipe.training.activation_offloading:
-        return "training.compile: cannot trace blocks with training.activation_offloading"
-    if case.recipe.lora and case.recipe.lora.use_dora and case.gradient_checkpointing:
+    if case.recipe.lora and case.recipe.lora.use_dora:
         return "training.compile: cannot trace DoRA's layers with gradient checkpointing"
     return None
+
+
+@rule(
+    "training.compile with training.activation_offloading",
+    "seen with torch 2.13 in two tiny blocks: nothing was compiled; distft/train/offload.py",
+    "leave one of them out",
+)
+def compile_needs_inputs_on_the_gpu(case: RecipeCase) -> str | None:
+    """What saves a block's input in host memory cannot be traced, so that the block runs uncompiled."""
+    both = compiles(case) and case.recipe.training.activation_offloading
+    return "training.compile: cannot trace blocks with training.activation_offloading" if both else None
 
 
 @rule(

@@ -258,7 +258,7 @@ def sizes_of(recipe: Recipe, model: Any) -> Sizes:
         muon=Muon.of((tuple(p.shape) for p in (muon.matrices(model) if recipe.training.optim == "muon" else ())), low),
         low_rank=memory.low_rank_of(recipe, [tuple(p.shape) for p in _low_rank(recipe, model)]),
         wide=memory.wide_bytes(recipe),
-        block_inputs=len(blocks) * getattr(model.config.get_text_config(), "hidden_size", 0),
+        block_inputs=(len(blocks), getattr(model.config.get_text_config(), "hidden_size", 0)),
     )
 
 

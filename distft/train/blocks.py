@@ -42,10 +42,19 @@ def sharding_blocks(prepare: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_units
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2's units hold shards. After a forward pass without a backward pass its last one is gathered, and what
+    reads the parameters would see none."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gather_ahead(model: nn.Module) -> None:
     """Have each block ask for the next one's parameters before it computes, as FSDP2 does by itself in the backward
     pass. It would ask when that block is called: too late on a GPU that computes a block faster than Python calls the
-    next. No more is gathered at a time."""
+    next. While a block computes, its gather's output is still there (torch frees it with the next wait), so that this
+    takes one block's parameters more."""
     for stack in model.modules():
         units = [block for block in stack if isinstance(block, FSDPModule)] if isinstance(stack, nn.ModuleList) else []
         for block, following in itertools.pairwise(units):

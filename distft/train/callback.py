@@ -96,8 +96,8 @@ class RunCallback(TrainerCallback):
         ran = strategy_check.describe(self.trainer.model_wrapped, self.trainer.optimizer)
         ran["loading"] = "by unit" if self.trainer.weights else "from_pretrained"
         if self.recipe.training.activation_offloading:
-            ran["offloading_blocks"] = offload_block_inputs(self.trainer.model)
-            if not ran["offloading_blocks"]:
+            ran["activation_offloading"] = offload_block_inputs(self.trainer.model)
+            if not ran["activation_offloading"]:
                 raise RunError("training.activation_offloading: no block of this model is checkpointed")
         self.status.update(ran=ran)
         strategy_check.check(self.plan, ran)
@@ -139,15 +139,19 @@ class RunCallback(TrainerCallback):
         step = state.global_step
         tokens = self.step_tokens[step - 1 - self.start.position.step]
         self.position = self.position.after(step, self.recipe.training.global_batch_size, tokens)
-        # All that ranks tell each other about a step, in one message.
-        own = [LossGuard.grade(self.trainer.step_loss()), self.stop.asked(), peak_memory()]
-        grade, asked, self.peak_memory = largest_of(own, args.device)
+        # All that ranks tell each other about a step, in one message. What an evaluation needs is in the next line.
+        gave_up = int(self.compilation.gave_up if self.compilation else False)
+        own = [LossGuard.grade(self.trainer.step_loss()), self.stop.asked(), peak_memory(), gave_up]
+        grade, asked, self.peak_memory, gave_up = largest_of(own, args.device)
         self.loss.step(step, grade)
         if self.compilation:
-            self._check_compilation(self.compilation, first=step == self.start.position.step + 1)
+            self._check_compilation(self.compilation, step == self.start.position.step + 1, bool(gave_up))
         self.stop.agree(asked)
         if every and step % every == 0 and not self.stop.why:
+            began = time.perf_counter()
             self.eval_loss = self._evaluate()
+            if self.metrics:
+                self.metrics.pause(time.perf_counter() - began)
         self.watchdog.step()
         if self.stop.why:
             self.watchdog.rest()
@@ -157,11 +161,11 @@ class RunCallback(TrainerCallback):
             self._save(alive=self.watchdog.alive)
             self.watchdog.alive()
 
-    def _check_compilation(self, compilation: compiled.Compilation, first: bool) -> None:
+    def _check_compilation(self, compilation: compiled.Compilation, first: bool, gave_up: bool) -> None:
         if first:
             self.ran |= {"first_step_seconds": compilation.check(), **compilation.found()}
             self.status.update(ran=self.ran)
-        if (problem := compilation.problem()) and self.status.writes:
+        if (problem := compilation.problem(gave_up)) and self.status.writes:
             log.warning("warning: %s", problem)
             self.status.update(warnings=[*read_status(self.checkpointer.run).warnings, problem])
 

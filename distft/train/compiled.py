@@ -31,7 +31,7 @@ COMPILATIONS = 64
 LIMIT_HIT = "hit config."  # torch/_dynamo/convert_frame.py
 
 
-def check_compiler() -> None:
+def check_compiler(device: torch.device) -> None:
     """Look for what compiles for this rank's device: on a GPU by compiling a function, which takes seconds there.
 
     Raises:
@@ -39,10 +39,10 @@ def check_compiler() -> None:
     """
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ClusterError("ACCELERATE_DYNAMO_BACKEND is set, and training.compile compiles: unset it")
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device.type == "cuda"
     try:
         if on_gpu:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         else:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -110,12 +110,12 @@ class Compilation:
         from torch._dynamo.utils import counters
 
         self.counters, self.device, self.began = counters, device, 0.0
-        self.hit = self.told = False
+        self.gave_up = self.told = False
         counters.clear()
         logging.getLogger("torch._dynamo.convert_frame").addFilter(self._see)
 
     def _see(self, record: logging.LogRecord) -> bool:
-        self.hit = self.hit or LIMIT_HIT in record.getMessage()
+        self.gave_up = self.gave_up or LIMIT_HIT in record.getMessage()
         return True
 
     def found(self) -> dict[str, int]:
@@ -147,12 +147,12 @@ class Compilation:
             log.info("graph break, %d x: %s", count, first_line(RuntimeError(reason)))
         return seconds
 
-    def problem(self) -> str | None:
-        """That dynamo has given up, for status.json's warnings, once; None where it has not."""
-        if not self.hit or self.told:
+    def problem(self, gave_up: bool) -> str | None:
+        """For status.json's warnings, once: that dynamo `gave_up` on some rank. None where it has not."""
+        if not gave_up or self.told:
             return None
         self.told = True
         return (
-            f"training.compile: torch.compile has compiled a block {COMPILATIONS} times, for other lengths or settings "
-            "each time, and now runs it uncompiled: the log of rank 0 has the reason; set training.compile: false"
+            "training.compile: torch.compile has compiled a block so often, for other lengths or settings each time, "
+            "that it now runs it uncompiled: the ranks' logs have the reason; set training.compile: false"
         )

@@ -273,6 +273,10 @@ def check_lengths(recipe: Recipe, what: str, counts: Counts) -> None:
 def check_left(recipe: Recipe, what: str, counts: Counts, rows: int) -> None:
     """Raises DataError where no row of a split is left to train on, once all `rows` are read."""
     limit = recipe.data.max_length
+    if not counts.documents and counts.long_rows and recipe.data.long_rows == "truncate":
+        raise DataError(
+            f"{what}: no row is left: what is trained lies beyond data.max_length ({limit:,} tokens) in each"
+        )
     if not counts.documents and counts.long_rows:
         raise DataError(f"{what}: no row is left: all are longer than data.max_length ({limit:,} tokens)")
     if not counts.documents and isinstance(recipe.data.eval, float):

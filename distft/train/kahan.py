@@ -95,16 +95,18 @@ class Float32Average:
     digits. At most two buckets are on their way, as float32 copies."""
 
     def __init__(self) -> None:
-        self.sent: list[torch.futures.Future[torch.Tensor]] = []
+        self.sent: list[tuple[dist.Work, torch.futures.Future[torch.Tensor]]] = []
 
     def __call__(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         if len(self.sent) == 2:
-            self.sent.pop(0).wait()
+            work, done = self.sent.pop(0)
+            work.wait()  # NCCL keeps the copy until then
+            done.wait()
         buffer = bucket.buffer()
         work = dist.all_reduce(buffer.float().div_(dist.get_world_size()), async_op=True)
         assert work is not None
         done = work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
-        self.sent = [] if bucket.is_last() else [*self.sent, done]
+        self.sent = [] if bucket.is_last() else [*self.sent, (work, done)]
         return done
 
 

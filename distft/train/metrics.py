@@ -35,6 +35,10 @@ class MetricsLog:
         """The first step begins now."""
         self.clock = time.perf_counter()
 
+    def pause(self, seconds: float) -> None:
+        """So long no step was made: tokens per second are those of steps."""
+        self.clock += seconds
+
     def write(
         self, step: int, tokens: int, logs: dict[str, float], peak_memory: int, eval_loss: float | None = None
     ) -> None:

@@ -63,9 +63,9 @@ def train(run: RunDir, plan: dict[str, Any], stopping: Stopping) -> None:
     collectives.record(str(run.logs / "collectives-rank-"))
     # accelerate's way, in which all ranks read the whole model and all but one drop it, fails for persistent buffers.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if recipe.training.compile:
-        compiled.check_compiler()
     arguments = training_arguments(recipe, plan, run, steps)
+    if recipe.training.compile:
+        compiled.check_compiler(arguments.device)
     if torch.cuda.is_available():  # of which this rank has its own by now
         bound = numa.bind(torch.cuda.get_device_properties(arguments.device), plan["topology"]["nproc_per_node"])
         if bound:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distft.errors import RunError
+from distft.train.blocks import reshard
 from distft.train.save import unwrapped
 
 
@@ -65,6 +66,8 @@ class Shares:
     def __init__(self, model: Any, optimizer: Any):
         self.zero = model.optimizer if type(model).__name__ == "DeepSpeedEngine" else None
         self.optimizer = _innermost(self.zero or optimizer)
+        if self.zero is None:
+            reshard(model)  # a gathered unit would look like one whose states are elsewhere
         self.places = list(self._places(unwrapped(model)))
         self.unpacked: list[tuple[torch.Tensor, str, torch.Tensor]] = []
 

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,17 +55,21 @@ def _wrapper(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _fsdp(model: Any) -> tuple[str, dict[str, Any]]:
-    """Mesh, how many modules of each class FSDP2 shards as a unit, and whether these reshard after the forward pass."""
-    units: Counter[str] = Counter()
-    reshard: bool | None = None
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            units[type(module).__name__] += 1
-            for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
-                reshard = group._reshard_after_forward if reshard is None else reshard
+    """Mesh, how many modules of each class FSDP2 shards as a unit, whether the blocks reshard after the forward pass
+    (the last unit never does, and the root decides later), and how many gather the next one ahead."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    stacks = (stack for stack in model.modules() if isinstance(stack, nn.ModuleList))
+    states: list[Any] = [
+        block._get_fsdp_state() for stack in stacks for block in stack if isinstance(block, FSDPModule)
+    ]
+    reshard = {group._reshard_after_forward for state in states for group in state._fsdp_param_groups}
     mesh = next(model.parameters()).device_mesh
-    found = {"mesh": list(mesh.shape), "units": dict(units), "reshard_after_forward": reshard}
-    return ("hsdp" if mesh.ndim == 2 else "fsdp"), found
+    return ("hsdp" if mesh.ndim == 2 else "fsdp"), {
+        "mesh": list(mesh.shape),
+        "units": dict(Counter(type(module).__name__ for module in units)),
+        "reshard_after_forward": reshard.pop() if len(reshard) == 1 else sorted(reshard) or None,
+        "gathers_ahead": sum(bool(state._states_to_forward_prefetch) for state in states),
+    }
 
 
 def _optimizer_name(optimizer: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,7 +22,7 @@ from distft.strategies import merge
 from distft.strategies.accelerate import syncs_each_batch
 from distft.strategies.kinds import KINDS
 from distft.train import kahan, loraplus, low_rank, muon, varlen
-from distft.train.blocks import sharding_blocks
+from distft.train.blocks import reshard, sharding_blocks
 from distft.train.losses import mean_loss, summed_loss
 from distft.train.sampler import StreamSampler
 from distft.train.step_state import set_schedule
@@ -225,12 +225,9 @@ class RecipeTrainer(Trainer):
         return self._tr_loss.item()
 
     def _back_to_training(self) -> None:
-        """After forward passes without a backward pass: FSDP would keep the weights of its last unit gathered, and what
-        reads the parameters would see no shards."""
+        """After forward passes without a backward pass."""
         self.model_wrapped.train()
-        for module in self.model_wrapped.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.model_wrapped)
 
     @torch.no_grad()
     def eval_loss(self, interrupted: Callable[[], bool] = lambda: False) -> float | None:
@@ -248,6 +245,7 @@ class RecipeTrainer(Trainer):
         self.model_wrapped.eval()
         for start in range(0, len(rows), micro * world):
             if interrupted():
+                self._back_to_training()
                 return None
             indices = range(start + rank * micro, start + (rank + 1) * micro)
             # Every rank takes part in every forward pass, which gathers sharded weights: a rank that has no rows left

@@ -62,6 +62,7 @@ OFTEN = {"update_proj_gap": 2, "scale": 2.0}  # GaLore and APOLLO choose new dir
 TUNINGS = {
     "lora": {},
     "full": FULL,
+    "full tied": {**FULL, "model__name_or_path": "tied"},
     "part full": PART,
     "part full bf16": {**PART, **BF16},
     "dft": {"training__loss_type": "dft"},
@@ -194,3 +195,4 @@ def assert_ran(result: Result, job: Job) -> None:
     if strategy in ("fsdp", "hsdp"):
         assert ran["units"]["FSDPLlamaDecoderLayer"] == 2
         assert ran["reshard_after_forward"] is ("fsdp__overrides" not in job.changes)
+        assert ran["gathers_ahead"] == 1  # the first of two blocks

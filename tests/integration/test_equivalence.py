@@ -48,6 +48,8 @@ JOBS = [
     # Accumulation 4; else it is 1. Micro-batches differ in their trained tokens.
     *(Job(strategy, 2, "lora", {"training__micro_batch_size": 1}) for strategy in FOUR),
     Job("fsdp", 2, "full", {"training__micro_batch_size": 1, **KEEPS_GATHERED}),
+    Job("fsdp", 2, "lora", KEEPS_GATHERED),
+    Job("fsdp", 2, "full tied"),
     *(Job(strategy, 2, "full", {"training__loss": "full"}) for strategy in ("ddp", "zero3", "fsdp")),
     *(Job(strategy, 2, "lora", {"model__attn_implementation": "varlen"}) for strategy in ("ddp", "zero3")),
     Job("fsdp", 2, "lora", {"model__attn_implementation": "varlen", "training__gradient_checkpointing": True}),

@@ -206,12 +206,15 @@ def test_ctrl_c_saves_at_the_next_step(stopped: tuple[Path, str]) -> None:
     assert status.saves[-1].keys() == {"step", "stall_seconds", "seconds"}
 
 
-def interrupted(folder: Path, recipe: dict[str, Any], slow: str, when: Callable[[RunDir], bool]) -> tuple[int, str]:
+def interrupted(
+    folder: Path, recipe: dict[str, Any], slow: str, when: Callable[[RunDir], bool], ranks: int = 1
+) -> tuple[int, str]:
     """Ctrl-C, as a terminal sends it, once `when` holds, to a launch in which every call of `slow` takes a second."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     env = inject(folder, slow, f"open('{folder}/slow', 'w').close(); time.sleep(1)")
     # The tests may run in the background, where shells ignore SIGINT.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "distft", "launch", "recipe.yaml"]
+    command += ["--gpus-per-node", str(ranks)]
     env = {**os.environ, **env, "DISTFT_CACHE": str(folder / "cache")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=folder, env=env, **options)
@@ -235,13 +238,21 @@ def test_ctrl_c_while_it_tokenizes(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_it_evaluates(tiny: Tiny, tmp_path: Path) -> None:
-    """At the end: all steps are saved, and what is left is made by `resume`."""
-    recipe = tiny.recipe(data__eval=str(tiny.path / "heldout.jsonl"), training__micro_batch_size=1)
+    """At the end: all steps are saved, and what is left is made by `resume`. After a batch of the evaluation FSDP2 has
+    its last unit gathered: the checkpoint has the shards of it all the same."""
+    recipe = tiny.recipe(
+        lora=None,
+        data__eval=str(tiny.path / "heldout.jsonl"),
+        training__global_batch_size=2,
+        training__micro_batch_size=1,
+        parallelism__strategy="fsdp",
+    )
 
     def at_the_end(run: RunDir) -> bool:
         return last_metrics(run).get("step") == 4
 
-    returncode, said = interrupted(tmp_path, recipe, "distft.train.trainer:RecipeTrainer.eval_loss", at_the_end)
+    slow = "transformers.trainer:Trainer._prepare_inputs"
+    returncode, said = interrupted(tmp_path, recipe, slow, at_the_end, ranks=2)
     run = RunDir(tmp_path / "runs" / "tiny")
     assert returncode == 1, said
     assert read_status(run).reason == "stopped: SIGINT; step-4 is saved"

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from distft.train import offload
 from distft.train.blocks import gather_ahead
 from distft.train.offload import offload_block_inputs
 
@@ -91,7 +92,7 @@ def test_inputs_of_blocks_wait_elsewhere_and_come_back() -> None:
         model.train()
         if offloads:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            assert offload_block_inputs(model, partial(saved_tensors_hooks, go, come)) == BLOCKS + 1  # blocks, model
+            assert offload_block_inputs(model, partial(saved_tensors_hooks, go, come))
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -99,4 +100,23 @@ def test_inputs_of_blocks_wait_elsewhere_and_come_back() -> None:
 
 
 def test_a_model_without_checkpoints_offloads_nothing() -> None:
-    assert offload_block_inputs(llama()) == 0
+    assert not offload_block_inputs(llama())
+
+
+def test_what_blocks_share_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 passes its mask like the hidden states."""
+    moved: list[torch.Size] = []
+
+    class Host(saved_tensors_hooks):
+        def __init__(self, pin_memory: bool):
+            super().__init__(lambda t: (moved.append(t.shape), t), lambda found: found[1])
+
+    monkeypatch.setattr(offload, "save_on_cpu", Host)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=HIDDEN, n_head=2, n_layer=2, n_positions=16))
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert offload.offload_block_inputs(model)
+    ids = torch.arange(24).reshape(2, 12)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids).tril(6), labels=ids).loss.backward()
+    assert moved == [torch.Size((2, 12, HIDDEN))] * 2

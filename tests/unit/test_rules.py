@@ -301,17 +301,23 @@ TABLE: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({**FLASH4, "config": {"model_type": "llama", "attention_dropout": 0.1}}, FLASH),
     ],
     "compile-is-not-for-zero3": [({**Z3, "training__compile": True}, {"training__compile": False})],
-    "compile-needs-layers-that-can-be-traced": [
-        ({"training__compile": True, **QLORA, **FSDP}, {"strategy": "zero2"}),
-        ({"training__compile": True, **INT8, "checkpointing": True}, {"checkpointing": False}),
+    "compile-needs-whole-nf4-layers": [({"training__compile": True, **QLORA, **FSDP}, {"strategy": "zero2"})],
+    "compile-needs-inputs-on-the-gpu": [
         (
             {"training__compile": True, "training__activation_offloading": True},
             {"training__activation_offloading": False},
         ),
+    ],
+    "compile-needs-layers-that-can-be-traced": [
+        ({"training__compile": True, **INT8, "checkpointing": True}, {"checkpointing": False}),
         ({"training__compile": True, "lora__use_dora": True, "checkpointing": True}, {"lora__use_dora": False}),
     ],
     "compile-unrolls-recurrences": [
         ({"training__compile": True, "config": {"model_type": "mamba"}}, {"config": {"model_type": "llama"}}),
+    ],
+    "compile-may-unroll-recurrent-layers": [
+        ({"training__compile": True, "config": {"model_type": "qwen3_next"}}, {"config": {"model_type": "qwen3"}}),
+        ({"training__compile": True, "config": {"model_type": "jamba"}}, {"training__compile": False}),
     ],
     "compile-was-not-tried-with-liger": [
         ({"training__compile": True, "training__use_liger_kernel": True}, {"training__compile": False}),

@@ -74,16 +74,17 @@ def attend(
     if position_ids is None or position_ids.dim() != 2:
         raise RuntimeError("model.attn_implementation: varlen was not told where documents begin")
     rows, tokens = query.shape[0], query.shape[2]
-    if cu_seq_lens_q is not None and max_length_q is not None:
+    on_gpu, compiling = torch.cuda.is_available(), torch.compiler.is_compiling()
+    if cu_seq_lens_q is not None and max_length_q is not None and (on_gpu or compiling):
         lengths, bounds = [max_length_q], cu_seq_lens_q
     else:
         lengths, bounds = _bounds(position_ids, rows)
-    if dtype := get_target_dtype(query, module) if torch.cuda.is_available() else None:
+    if dtype := get_target_dtype(query, module) if on_gpu else None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     size = value.shape[-1]  # smaller than a key's in multi-head latent attention
     value = pad(value, [0, key.shape[-1] - size])
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    kernel = _on_gpu if torch.cuda.is_available() else _by_document if cu_seq_lens_q is None else _by_mask
+    kernel = _on_gpu if on_gpu else _by_mask if compiling else _by_document
     out = kernel(query, key, value, lengths, bounds, scaling, sliding_window)
     return out[..., :size].unflatten(0, (rows, tokens)), None
 

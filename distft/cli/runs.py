@@ -65,9 +65,10 @@ def _line(run: RunDir, status: Status) -> str:
     step = f"step {status.step}/{status.max_steps}" if status.max_steps else ""
     losses = eval_losses(status)
     expected = f"expected to start {status.expected_start}" if status.expected_start else ""
-    state = str(status.state or "unknown")
+    state = "damaged" if status.damaged else str(status.state or "unknown")
     trained = f"trained on {loss_name(status.loss_type)}" if status.loss_type else ""
-    parts = [f"{run.name:<24} {state:<10}", step, trained, losses and f"eval loss {losses}", status.reason, expected]
+    trained_to = losses and f"eval loss {losses}"
+    parts = (f"{run.name:<24} {state:<10}", step, trained, trained_to, status.damaged, status.reason, expected)
     return "  ".join(part for part in parts if part).rstrip()
 
 

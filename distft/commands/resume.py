@@ -38,8 +38,11 @@ def plan(run: RunDir, sets: Sequence[str], target: Target, force: bool = False, 
     if not run.trains_recipe:
         raise RecipeError(f"RUN: {run.path.name} runs your own script, which must resume by itself; launch it again")
     status = dispatch.status_now(run)
+    if status.damaged:
+        raise RecipeError(f"RUN: {run.path.name}: {status.damaged}")
     if status.state and not status.finished:
-        raise RecipeError(f"RUN: {run.path.name} is {status.state}; end it first with: distft cancel {run.path}")
+        where = f" ({status.reason})" if status.reason else ""
+        raise RecipeError(f"RUN: {run.path.name} is {status.state}{where}; end it first with: distft cancel {run.path}")
     target = target_of(run, target)
     recipe, planned = plan_recipe(str(run.recipe), sets, target, need_weights=True, for_launch=True)
     if not force:

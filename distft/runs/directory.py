@@ -157,6 +157,11 @@ class RunDir:
         return self.logs / "stop"
 
     @property
+    def launcher_alive(self) -> Path:
+        """Touched every few seconds by the launcher of a run that SLURM did not start (schedulers/launcher.py)."""
+        return self.logs / "launcher.alive"
+
+    @property
     def preflight(self) -> Path:
         """What the preflight found: nodes, bad ones with the reason, warnings, reports."""
         return self.logs / "preflight.json"

@@ -16,6 +16,8 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a node that loses power may leave an empty file under the new name
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:

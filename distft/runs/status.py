@@ -82,7 +82,7 @@ class Status:
     """status.json. What is not known (yet) is None, or empty."""
 
     state: State | None = None  # None before the first write
-    job_id: str | None = None  # SLURM's, or local:PID:START_TIME of the launcher
+    job_id: str | None = None  # SLURM's, or the launcher's (schedulers/launcher.py)
     name: str | None = None
     nodes: str | None = None  # as SLURM writes them: node[1-4]
     started: float | None = None  # seconds since the epoch, as `ended`
@@ -116,6 +116,7 @@ class Status:
     expected_start: str | None = None  # or the actual one
 
     other: Mapping[str, Any] = field(default_factory=dict)  # keys of another version
+    damaged: str | None = None  # why status.json cannot be read; never written
 
     @property
     def finished(self) -> bool:
@@ -128,7 +129,9 @@ class Status:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Status:
-        names = {f.name for f in dataclasses.fields(cls)} - {"other"}
+        """Raises ValueError where a known key has a value of another kind."""
+        names = {f.name for f in dataclasses.fields(cls)} - {"other", "damaged"}
+        check_kinds(raw)
         known: dict[str, Any] = {name: raw[name] for name in names if raw.get(name) is not None}
         known["state"] = _member(State, raw.get("state"))
         known["attempts"] = tuple(Attempt.from_json(attempt) for attempt in raw.get("attempts") or ())
@@ -150,12 +153,53 @@ def _member(kind: Any, value: Any) -> Any:
         return None
 
 
+# What the keys hold that are there and not null.
+KINDS: Mapping[str, tuple[tuple[type, ...], Sequence[str]]] = {
+    "a text": (
+        (str,),
+        (
+            *("state", "job_id", "name", "nodes", "loss_type", "reason", "stop_reason", "checkpoint_problem", "owner"),
+            *("slurm_state", "expected_start"),
+        ),
+    ),
+    "a number": (
+        (int, float),
+        ("started", "ended", "eval_loss_before", "eval_loss_after", "restore_seconds"),
+    ),
+    "a whole number": ((int,), ("step", "max_steps", "exit_status")),
+    "a list": ((list,), ("attempts", "warnings", "saves", "accepted")),
+    "an object": ((dict,), ("data", "identity", "versions", "base", "ran")),
+}
+ATTEMPT = {"time": (int, float), "step": (int,), "reason": (str,), "node": (str,), "bad_nodes": (list,), "logs": (str,)}
+
+
+def check_kinds(raw: Any) -> None:
+    """Raises ValueError where status.json has a value of another kind than its readers expect."""
+    if not isinstance(raw, dict):
+        raise ValueError("it is no object")
+    for what, (kinds, names) in KINDS.items():
+        for name in names:
+            if raw.get(name) is not None and (type(raw[name]) not in kinds):
+                raise ValueError(f"{name}: got {json.dumps(raw[name])[:40]}, not {what}")
+    for name, kind in (("attempts", dict), ("saves", dict), ("warnings", str), ("accepted", str)):
+        if not all(isinstance(item, kind) for item in raw.get(name) or ()):
+            raise ValueError(f"{name}: has something else than {'objects' if kind is dict else 'texts'}")
+    for attempt in raw.get("attempts") or ():
+        for name, kinds in ATTEMPT.items():
+            if attempt.get(name) is not None and type(attempt[name]) not in kinds:
+                raise ValueError(f"attempts: {name} is {json.dumps(attempt[name])[:40]}")
+
+
 def read_status(run: RunDir) -> Status:
-    """The status of a run; an empty one before the first write, or where the file is damaged."""
+    """The status of a run; an empty one before the first write. One that cannot be read says why (`damaged`)."""
     try:
-        return Status.from_json(json.loads(run.status.read_text()))
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # the last two: JSON of another shape
+        return Status.from_json(json.loads(run.status.read_text(encoding="utf-8")))
+    except FileNotFoundError:
         return Status()
+    except OSError as error:
+        return Status(damaged=f"{run.status.name}: {error.strerror or error}")
+    except (ValueError, RecursionError) as error:
+        return Status(damaged=f"{run.status.name} is damaged: {str(error).splitlines()[0]}")
 
 
 def update_status(run: RunDir, **fields: Any) -> Status:
@@ -165,7 +209,7 @@ def update_status(run: RunDir, **fields: Any) -> Status:
         OSError: it cannot be written.
     """
     with _WRITING:
-        status = dataclasses.replace(read_status(run), **fields)
+        status = dataclasses.replace(read_status(run), damaged=None, **fields)
         if status.job_id is None and (jobs := job_ids(run)):  # a rendered folder that was submitted by hand
             status = dataclasses.replace(status, job_id=jobs[-1])
         write_atomically(run.status, json.dumps(status.to_json(), indent=1) + "\n")
@@ -176,7 +220,7 @@ def job_ids(run: RunDir) -> list[str]:
     """SLURM's ids of this run's jobs, the current one last: the job script adds its own each time it starts."""
     try:
         return run.job_ids.read_text().split()
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError):
         return []
 
 

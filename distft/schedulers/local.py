@@ -21,8 +21,9 @@ from distft.errors import RunError
 from distft.jobs.job import Job
 from distft.runs import processes
 from distft.runs.directory import PLAN, RunDir
-from distft.runs.status import LOCAL, State, Status, read_status, update_status
+from distft.runs.status import State, Status, read_status, update_status
 from distft.runs.stop_file import ask_to_stop
+from distft.schedulers.launcher import Heart, Launcher
 from distft.shell import command_line, quote
 
 STOP_SECONDS = 30  # as SLURM's KillWait
@@ -82,11 +83,20 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> Status:
 
     if read_status(run).state is State.CANCELLED:
         raise RunError("cancelled before it started")
-    update_status(run, job_id=f"{LOCAL}{os.getpid()}:{processes.start_time(os.getpid())}", started=time.time())
+    heart = Heart(run)
+    heart.beat()
+    update_status(run, job_id=Launcher.this().job_id, started=time.time())
     received: list[int] = []
+
+    def look() -> None:
+        heart.beat()
+        watch()
+
     with _signals(received.append):
         while True:
-            returncode = _attempt(run, watch, received)
+            returncode = _attempt(run, look, received)
+            if not run.path.is_dir():
+                raise RunError(f"{run.path} was removed while the run trained; nothing is left of it")
             if returncode == 0 or received or not run.trains_recipe:
                 break
             failure = first_failure(run, returncode)
@@ -136,36 +146,33 @@ def _conclude(run: RunDir, returncode: int, received: list[int]) -> Status:
 
 
 def status_now(run: RunDir) -> Status:
-    """status.json, corrected for a run whose supervisor was killed."""
+    """status.json, corrected for a run whose launcher is gone; where it is on another host, with that host's name."""
     status = read_status(run)
-    if status.job_id and status.is_local and not status.finished:
-        pid, started = _supervisor(status.job_id)
-        if processes.start_time(pid) != started:
-            return replace(status, state=State.FAILED, reason="its launcher is gone (killed, or the machine restarted)")
-    return status
-
-
-def _supervisor(job_id: str) -> tuple[int, str]:
-    """Process id and start time of the supervisor that has this job id."""
-    pid, started = job_id.removeprefix(LOCAL).split(":")
-    return int(pid), started
+    launcher = Launcher.of(status.job_id or "")
+    if launcher is None or status.finished:
+        return status
+    if why := launcher.gone(run):
+        return replace(status, state=State.FAILED, reason=why)
+    return status if launcher.is_here else replace(status, reason=f"on {launcher.host}, as seen from its files")
 
 
 def cancel(run: RunDir) -> Status:
     """End a run that was started here and wait for it; one that has ended stays as it is.
 
     Raises:
-        RunError: it did not end.
+        RunError: it runs on another host, or did not end.
     """
     status = status_now(run)
     if status.finished:
         return status
-    if not status.job_id:  # its supervisor is not up yet, or never came
+    launcher = Launcher.of(status.job_id or "")
+    if launcher is None:  # it is not up yet, or never came
         return update_status(run, state=State.CANCELLED, ended=time.time())
-    pid, _ = _supervisor(status.job_id)
+    if not launcher.is_here:
+        raise RunError(f"{run.path.name} runs on {launcher.host}, and cannot be ended from here: run cancel there")
     for _ in range(2):  # twice: at once, without a checkpoint
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(launcher.pid, signal.SIGTERM)
         time.sleep(processes.POLL_SECONDS)
     deadline = time.monotonic() + processes.TERM_SECONDS + processes.KILL_SECONDS + 5
     while time.monotonic() < deadline:

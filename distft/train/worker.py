@@ -12,11 +12,13 @@ import faulthandler
 import gc
 import json
 import os
+import shutil
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -77,6 +79,11 @@ def ended_well() -> None:
 
 
 def _leave() -> None:
+    # torchrun makes a folder in TMPDIR for its ranks' errors, and leaves it there. Those of distft's ranks are in the
+    # run directory.
+    for folder in Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents:
+        if folder.name.startswith("torchelastic_"):
+            shutil.rmtree(folder, ignore_errors=True)
     if _status:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,8 +6,10 @@ Reads only the run directory, so any run can be followed from any host that sees
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 import time
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +47,7 @@ class Follower:
         self.shown = {BEFORE} if resumed else set()
         self.description = "starting"
         self.display: Progress | None = None
+        self.broken = False
 
     def __enter__(self) -> Follower:
         if self.console.is_terminal:
@@ -59,16 +62,40 @@ class Follower:
                 expand=True,
             )
             self.task = self.display.add_task("starting", total=None, steps="", numbers="")
-            self.display.start()
+            try:
+                self.display.start()
+            except (Exception, SystemExit) as error:
+                self._give_up(error)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.poll(last=True)
-        if self.display:
+        if self.display and not self.broken:
             self.display.stop()
 
     def poll(self, last: bool = False) -> None:
-        """Read what is new and show it."""
+        """Read what is new and show it. Raises nothing: a display must not end the training that it shows."""
+        if self.broken:
+            return
+        try:
+            self._poll(last)
+        except (Exception, SystemExit) as error:  # rich raises the latter where nobody reads its pipe
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Show nothing any more, and leave why in launcher.log."""
+        self.broken = True
+        self.console.quiet |= isinstance(error, (OSError, SystemExit))
+        with contextlib.suppress(Exception, SystemExit):
+            if self.display:
+                self.display.stop()
+        say(self.console, [f"warning: the display ended, the run goes on; why: {self.run.logs / 'launcher.log'}"])
+        with contextlib.suppress(OSError):
+            why = "".join(traceback.format_exception(error))
+            with (self.run.logs / "launcher.log").open("a") as log:
+                log.write(f"the display ended, the run goes on:\n{why}")
+
+    def _poll(self, last: bool) -> None:
         status = read_status(self.run)
         self.max_steps, self.loss = status.max_steps, summary.loss_name(status.loss_type)
         self._read_metrics()
@@ -105,7 +132,7 @@ class Follower:
     def _read_metrics(self) -> None:
         inode = metrics_inode(self.run)
         if inode != self.inode:  # a run that continues from a checkpoint replaces the file
-            self.inode, self.offset, self.first = inode, 0, {}
+            self.inode, self.offset, self.first, self.latest, self.shown_step = inode, 0, {}, {}, 0
         while True:
             lines, self.offset = read_metrics(self.run.metrics, self.offset, BLOCK)
             if not lines:
@@ -185,7 +212,11 @@ def clock(seconds: float) -> str:
 
 
 def say(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are: no markup, no highlighting, not cut to the window."""
-    for line in lines:
-        style = "yellow" if line.startswith("warning:") else None
-        console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)
+    """Print lines as they are: no markup, no highlighting, not cut to the window. Where they cannot be written (a pipe
+    that nobody reads, a full disk), nothing is printed any more."""
+    try:
+        for line in lines:
+            style = "yellow" if line.startswith("warning:") else None
+            console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)
+    except (OSError, SystemExit):
+        console.quiet = True

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from distft.cli import main
 from distft.runs.directory import RunDir
 from distft.runs.status import Attempt, Cause, State, Status, add_job_id, read_status, update_status
 
@@ -24,12 +26,44 @@ def test_what_is_not_known_survives_an_update(tmp_path: Path) -> None:
         update_status(run, stpe=5)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', '{"attempts": 3}', '{"attempts": ["x"]}'])
-def test_an_empty_or_damaged_file_is_an_empty_status(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"[]", "it is no object"),
+        (b"null", "it is no object"),
+        (b"\xff\xfe", "'utf-8' codec can't decode"),
+        (b"[" * 100_000, "maximum recursion depth"),
+        (b'{"attempts": 3}', "attempts: got 3, not a list"),
+        (b'{"attempts": ["x"]}', "attempts: has something else than objects"),
+        (b'{"attempts": [{"step": "x"}]}', 'attempts: step is "x"'),
+        (b'{"step": "7"}', 'step: got "7", not a whole number'),
+        (b'{"max_steps": true}', "max_steps: got true, not a whole number"),
+        (b'{"state": {"a": 1}}', 'state: got {"a": 1}, not a text'),
+        (b'{"eval_loss_before": "low"}', 'eval_loss_before: got "low", not a number'),
+        (b'{"warnings": [1]}', "warnings: has something else than texts"),
+    ],
+)
+def test_a_damaged_file_says_why_and_breaks_nothing(tmp_path: Path, content: bytes, why: str) -> None:
+    run, other = RunDir.create(str(tmp_path), "run"), RunDir.create(str(tmp_path), "other")
+    run.status.write_bytes(content)
+    update_status(other, state=State.COMPLETED, step=3)
+    assert f"status.json is damaged: {why}" in (read_status(run).damaged or "")
+    listed = CliRunner().invoke(main, ["status", "--output-dir", str(tmp_path)], catch_exceptions=False)
+    assert listed.exit_code == 0
+    lines = [line.split()[:2] for line in listed.output.splitlines()]
+    assert lines == [["other", "completed"], ["run", "damaged"]]
+    resumed = CliRunner().invoke(main, ["resume", str(run.path)])
+    assert resumed.exit_code != 0 and run.status.read_bytes() == content
+    assert update_status(run, state=State.FAILED).damaged is None
+    assert "damaged" not in json.loads(run.status.read_text())
+
+
+def test_a_file_of_others(tmp_path: Path) -> None:
     run = RunDir.create(str(tmp_path), "run")
-    run.status.write_text(text)
-    assert read_status(run) == Status()
-    assert update_status(run, state=State.FAILED).state is State.FAILED
+    run.status.mkdir()
+    assert read_status(run).damaged == "status.json: Is a directory"
 
 
 def test_a_status_from_another_version_can_be_read() -> None:

@@ -79,7 +79,7 @@ class Launcher:
 
 
 class Heart:
-    """Touches the file that shows others that this launcher is alive."""
+    """Touches the file that shows others that this launcher is alive, until the run has ended."""
 
     def __init__(self, run: RunDir):
         self.file, self.beaten = run.launcher_alive, 0.0
@@ -90,3 +90,11 @@ class Heart:
             self.beaten = time.monotonic()
             with contextlib.suppress(OSError):
                 self.file.touch()
+
+    def __enter__(self) -> Heart:
+        self.beat()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self.file.unlink(missing_ok=True)

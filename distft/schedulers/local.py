@@ -83,16 +83,14 @@ def supervise(run: RunDir, watch: Callable[[], None] = lambda: None) -> Status:
 
     if read_status(run).state is State.CANCELLED:
         raise RunError("cancelled before it started")
-    heart = Heart(run)
-    heart.beat()
-    update_status(run, job_id=Launcher.this().job_id, started=time.time())
     received: list[int] = []
+    with Heart(run) as heart, _signals(received.append):
+        update_status(run, job_id=Launcher.this().job_id, started=time.time())
 
-    def look() -> None:
-        heart.beat()
-        watch()
+        def look() -> None:
+            heart.beat()
+            watch()
 
-    with _signals(received.append):
         while True:
             returncode = _attempt(run, look, received)
             if not run.path.is_dir():

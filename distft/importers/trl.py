@@ -69,11 +69,8 @@ def _weights(options: Options) -> None:
     name = next((name for name in ("dtype", "torch_dtype") if options.has(name)), None)
     if name is None or draft.fields.get("lora", True) is not None:
         return
-    dtype, shards = (
-        options.data[name],
-        str(draft.fields.get("parallelism.strategy")).startswith(("zero", "fsdp", "hsdp")),
-    )
-    if shards or draft.fields.get("training.mixed_precision") != "bf16":
+    dtype, strategy = options.data[name], str(draft.fields.get("parallelism.strategy"))
+    if strategy.startswith(("zero", "fsdp", "hsdp")) or draft.fields.get("training.mixed_precision") != "bf16":
         return
     if dtype == "bfloat16":
         options.taken.add(name)

@@ -84,9 +84,9 @@ def recipe_workload(recipe: Recipe, plan: RecipePlan, run: RunDir) -> Workload:
         run,
         ds_config,
         recipe.fsdp.overrides,
-        recipe.model.quantization,
+        quantization=recipe.model.quantization,
         # Without float32 masters the ranks' model is bf16 by itself; accelerate would make it float32 again.
-        "no" if recipe.training.is_pure_bf16 else plan.mixed_precision,
+        mixed_precision="no" if recipe.training.is_pure_bf16 else plan.mixed_precision,
     )
     return Workload(recipe.name, plan.topology, "distft.train", (str(run.path),), files)
 
@@ -129,8 +129,9 @@ def _config_files(
     run: RunDir,
     ds_config: dict[str, Any] | None,
     fsdp_overrides: dict[str, Any],
+    *,
+    mixed_precision: str,
     quantization: str | None = None,
-    mixed_precision: str = "no",
 ) -> dict[str, str]:
     """plan.json, accelerate.yaml and, for DeepSpeed, ds_config.json."""
     config = accelerate_config(

@@ -71,9 +71,10 @@ class Launcher:
             alive = processes.start_time(self.pid) == self.started
             return None if alive else "its launcher is gone (killed, or the machine restarted)"
         try:
-            silent = time.time() - run.launcher_alive.stat().st_mtime
+            file = run.launcher_alive if run.launcher_alive.exists() else run.status  # it took it away and said no more
+            silent = time.time() - file.stat().st_mtime
         except OSError:
-            return None  # it was started a moment ago; or the folder cannot be read
+            return None  # the folder cannot be read
         minutes = plural(int(silent / 60), "minute")
         return f"its launcher on {self.host} shows no sign of life for {minutes}" if silent > SILENT_SECONDS else None
 

@@ -17,7 +17,8 @@ All arithmetic is float32, element by element.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -110,13 +111,19 @@ class Float32Average:
         return done
 
 
-def average_in_float32(prepared: Any) -> Any:
-    """What Accelerator.prepare returned, with the hook on a model that DDP wraps."""
-    for found in prepared if isinstance(prepared, tuple) else (prepared,):
-        if isinstance(found, DistributedDataParallel):
-            average = Float32Average()
-            found.register_comm_hook(None, lambda _, bucket, average=average: average(bucket))
-    return prepared
+def averaging_in_float32(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """`Accelerator.prepare`, with the hook on a model that DDP wraps."""
+
+    @functools.wraps(prepare)
+    def prepare_hooked(*objects: Any, **options: Any) -> Any:
+        prepared = prepare(*objects, **options)
+        for found in prepared if isinstance(prepared, tuple) else (prepared,):
+            if isinstance(found, DistributedDataParallel):
+                average = Float32Average()
+                found.register_comm_hook(None, lambda _, bucket, average=average: average(bucket))
+        return prepared
+
+    return prepare_hooked
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

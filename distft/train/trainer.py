@@ -126,8 +126,7 @@ class RecipeTrainer(Trainer):
         prepare: Any = MethodType(sharding_blocks(type(self.accelerator).prepare), self.accelerator)
         prepare = weights.around(prepare) if weights else prepare
         if self.is_pure_bf16:
-            shard = prepare
-            prepare = lambda *objects, **options: kahan.average_in_float32(shard(*objects, **options))  # noqa: E731
+            prepare = kahan.averaging_in_float32(prepare)
         self.accelerator.prepare = prepare
         # A model that takes no number of tokens has the mean of its micro-batch as its own loss.
         if loss_type != "nll" or not self.model_accepts_loss_kwargs:

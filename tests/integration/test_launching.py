@@ -70,12 +70,15 @@ def two_at_once(tiny: Tiny, once: Callable[..., Path]) -> list[Result]:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         command = [sys.executable, "-m", "distft", "launch", "recipe.yaml", "--gpus-per-node", "2", "--json"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started = [subprocess.Popen(command, cwd=folder, env=real_environment(), **pipes) for _ in range(2)]
+        (folder / "tmp").mkdir()
+        env = real_environment() | {"TMPDIR": str(folder / "tmp")}
+        started = [subprocess.Popen(command, cwd=folder, env=env, **pipes) for _ in range(2)]
         for process in started:
             out, err = process.communicate(timeout=300)
             assert process.returncode == 0, out + err
             run_dir = Path(json.loads(out)["run_dir"])
             assert "distft.train" in (run_dir / "job.sh").read_text()
+        assert not list((folder / "tmp").glob("torchelastic_*"))
 
     folder = once("two-at-once", make)
     return [Result(0, "", "", folder / "runs" / name) for name in ("tiny", "tiny-2")]

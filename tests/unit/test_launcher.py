@@ -61,6 +61,10 @@ def test_another_host_is_believed_while_it_shows_life(run: RunDir) -> None:
         "its launcher on login1 shows no sign of life for 5 minutes",
     )
     assert run.status.read_bytes() == before  # who looks writes nothing
+    run.launcher_alive.unlink()
+    assert local.status_now(run).state is State.RUNNING  # status.json is new
+    os.utime(run.status, (long_ago, long_ago))
+    assert local.status_now(run).state is State.FAILED
 
 
 def test_a_heart_beats_now_and_then(run: RunDir) -> None:

@@ -234,6 +234,18 @@ def check_rates(tiny: Tiny, tmp_path: Path, expected: list[float], **changes: An
         assert rates == [[pytest.approx(8.0 * part)] * 2 for part in expected[start:]], start
 
 
+def test_when_fsdp_reduces_gradients(tiny: Tiny, tmp_path: Path) -> None:
+    """Those of adapters after the last micro-batch; those of whole layers after each."""
+    batch = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    plan = {"batch": batch, "gradient_checkpointing": False, "strategy": "fsdp"}
+    found = []
+    for changes in ({}, {"lora": {"r": 4, "modules_to_save": ["lm_head"]}}, {"lora": None}):
+        recipe = Recipe.model_validate(tiny.recipe(**changes))
+        arguments = training_arguments(recipe, plan, RunDir(tmp_path), 4)
+        found.append(arguments.accelerator_config.gradient_accumulation_kwargs["sync_each_batch"])
+    assert found == [False, True, True]
+
+
 # ---- which tokens are trained on
 
 
@@ -371,7 +383,8 @@ def test_speed_counts_the_tokens_since_the_last_line(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", tokens=700, token_share=1e-4)
     logs = {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-3}
     for step, tokens in ((5, 1700), (6, 1900)):
-        log.clock = time.perf_counter() - 2
+        log.clock = time.perf_counter() - 5
+        log.pause(3)  # an evaluation
         log.write(step, tokens, logs, peak_memory=1, eval_loss=None if step == 5 else 3.0)
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["tokens_per_second"] == pytest.approx(1000 / 2, rel=0.05)
